@@ -1,0 +1,11 @@
+"""The Ray shell: thin actors around the core of worldlm_ray.
+
+shared.py       the run's clock, and messages whose buffers travel by reference
+inner.py        what a federation and the world have in common: one node state machine, driven by calls
+federation.py   an inner node with a parent
+world.py        the root
+client.py       a leaf: pulls, trains, pushes
+recorder.py     the single writer of the run folder
+
+The classes are plain Python; `worldlm_ray.launch` makes actors of them.
+"""

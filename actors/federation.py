@@ -1,0 +1,48 @@
+"""A federation as an actor: an inner node that exchanges with its parent while its children go on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.inner import InnerActor
+from actors.shared import Address, carry
+from worldlm_ray.aggregation.node import Exchange, ParentModel
+from worldlm_ray.messages import Packed, pack, unpack_model
+from worldlm_ray.records import PullRecord, PushRecord
+
+
+class FederationActor(InnerActor):
+    """A federation.
+
+    Args:
+        address: the run and the node's path.
+        recorder: handle of the run's recorder.
+        parent: handle of the parent's actor.
+    """
+
+    def __init__(self, address: Address, recorder: Any, parent: Any) -> None:
+        super().__init__(address, recorder)
+        self.parent = parent
+
+    async def start(self) -> None:
+        """Join the parent, then begin."""
+        await self.parent.join.remote(self.spec.name)
+        await super().start()
+
+    async def _exchange(self, command: Exchange) -> None:
+        """Push, then pull, then merge; children are served from this actor's loop all the while."""
+        packed = pack(command.update, self.plan.layout)
+        header, refs = carry(packed)
+        pushed = PushRecord(node=self.spec.path, now_s=self.clock.now_s(), bytes=packed.nbytes)
+        await self.parent.push.remote(self.spec.name, header, refs)
+        header, refs = await self.parent.pull.remote(self.spec.name, self.node.started_tokens)
+        received = Packed(header, await refs[0])
+        model = unpack_model(received, self.plan.layout)
+        now_s = self.clock.now_s()
+        pulled = PullRecord(node=self.spec.path, now_s=now_s, version=model.version, bytes=received.nbytes)
+        self.recorder.record.remote([pushed, pulled])
+        self._handle(ParentModel(model=model, now_s=now_s))
+
+    async def _finish(self) -> None:
+        await self.parent.done.remote(self.spec.name)
+        await super()._finish()

@@ -1,0 +1,51 @@
+"""The single writer of a run folder, as an actor: everybody sends records here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from worldlm_ray.client import Measure
+from worldlm_ray.outcome import finish
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import plan_from_mapping
+from worldlm_ray.records import Record
+from worldlm_ray.tracking import Tracker
+
+
+class RecorderActor:
+    """Owns the run's tracker.
+
+    Args:
+        mapping: the configuration as plain containers.
+    """
+
+    def __init__(self, mapping: dict[str, Any]) -> None:
+        self.plan = plan_from_mapping(mapping)
+        self.tracker = Tracker(
+            self.plan.run_dir, kinds=self.plan.kinds, hparams=self.plan.hparams(), budget=self.plan.config.budget
+        )
+
+    def record(self, records: list[Record]) -> None:
+        """Take in what happened."""
+        self.tracker.record(*records)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What is known now, ready for JSON."""
+        return self.tracker.snapshot()
+
+    def conclude(
+        self, world: Flat, *, measures: Mapping[str, Measure], samples: Mapping[str, str], wall_s: float, status: str
+    ) -> dict[str, Any]:
+        """Write summary.json, close every file, and return the summary."""
+        outcome = finish(
+            self.plan,
+            self.tracker,
+            world=world,
+            measures=measures,
+            samples=samples,
+            wall_s=wall_s,
+            status=status,
+        )
+        self.tracker.close()
+        return outcome.summary

@@ -1,0 +1,49 @@
+"""What all actors share: the run's clock, and messages whose buffers travel by reference."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from worldlm_ray.messages import Packed
+
+Carried = tuple[bytes, list[Any]]
+"""A message between actors: its header, and a list with the object reference of its buffer.
+
+The reference is wrapped in a list because Ray would otherwise fetch it before the call and count it as an
+argument; inside a list it arrives as a reference, and the receiver maps the buffer when it wants it.
+"""
+
+
+@dataclass(frozen=True)
+class RunClock:
+    """Run time: seconds since the run began, continued over a resume."""
+
+    began_at: float
+    """Wall time at which this stretch of the run began, seconds since 1970."""
+    offset_s: float = 0.0
+    """Run time at which it began."""
+
+    def now_s(self) -> float:
+        """Run time now."""
+        return self.offset_s + time.time() - self.began_at
+
+
+@dataclass(frozen=True)
+class Address:
+    """How an actor is told which part of the run it plays."""
+
+    mapping: dict[str, Any]
+    """The configuration as plain containers."""
+    path: str
+    clock: RunClock
+    resume: bool = False
+    """Whether to continue from the node's newest checkpoint."""
+
+
+def carry(packed: Packed) -> Carried:
+    """Put a message's buffer into the object store."""
+    return packed.header, [ray.put(packed.values)]

@@ -1,0 +1,1 @@
+"""Cluster descriptions that ship with worldlm_ray."""

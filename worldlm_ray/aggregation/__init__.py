@@ -1,0 +1,1 @@
+"""How an inner node turns its children's updates into its next model: the heart of the system."""

@@ -1,0 +1,80 @@
+"""How an inner node applies the mean update of its children to its backbone.
+
+The mean update points downhill already (it is where training went), so every rule adds it. Buffers are
+updated in place, a cache-sized block at a time; nothing as large as the model is allocated per aggregation.
+
+    name       rule, g the mean update                                       source
+    sgd        theta += lr g                                lr 1              FedAvg, arXiv 1602.05629
+    nesterov   m = mu m + g; theta += lr (g + mu m)         lr 0.7, mu 0.9    DiLoCo, arXiv 2311.08105
+    adam       m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;  lr 0.01           FedAdam, arXiv 2003.00295, alg. 2
+               theta += lr m / (sqrt(v) + eps)              eps 1e-3
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from worldlm_ray.config import ServerOptimizerConfig
+from worldlm_ray.params import BLOCK, Flat, blocks
+
+DEFAULT_LR = {"sgd": 1.0, "nesterov": 0.7, "adam": 0.01}
+_BUFFERS = {"sgd": (), "nesterov": ("momentum",), "adam": ("momentum", "variance")}
+
+
+class ServerOptimizer:
+    """One node's optimizer: its rule and the state that the rule needs.
+
+    Args:
+        config: which rule, and its numbers.
+        size: elements of the backbone.
+    """
+
+    def __init__(self, config: ServerOptimizerConfig, size: int) -> None:
+        self.config = config
+        self.lr = DEFAULT_LR[config.name] if config.lr is None else config.lr
+        self.buffers: dict[str, Flat] = {name: np.zeros(size, np.float32) for name in _BUFFERS[config.name]}
+
+    def apply(self, update: Flat, theta: Flat, *, scale: float = 1.0) -> float:
+        """Turn a mean update into the new backbone: afterwards `update` holds theta's successor.
+
+        Args:
+            update: the sum of weighted updates; overwritten with the new backbone.
+            theta: the backbone now; not changed.
+            scale: makes the sum a mean: one over the undiscounted weight.
+
+        Returns:
+            L2 norm of the step taken.
+        """
+        temporary = np.empty(min(BLOCK, update.size), np.float32)
+        squared = 0.0
+        for part in blocks(update.size):
+            step = update[part]
+            step *= np.float32(scale)
+            self._step(step, part, temporary[: part.stop - part.start])
+            squared += float(np.dot(step.astype(np.float64), step))
+            np.add(theta[part], step, out=step)
+        return float(np.sqrt(squared))
+
+    def _step(self, g: Flat, part: slice, temporary: Flat) -> None:
+        """Turn one block of the mean update into the step to take, in place."""
+        lr, config = np.float32(self.lr), self.config
+        if config.name == "nesterov":
+            momentum, mu = self.buffers["momentum"][part], np.float32(config.momentum)
+            momentum *= mu
+            momentum += g
+            np.multiply(momentum, mu, out=temporary)
+            g += temporary
+        elif config.name == "adam":
+            momentum, variance = self.buffers["momentum"][part], self.buffers["variance"][part]
+            beta1, beta2 = np.float32(config.betas[0]), np.float32(config.betas[1])
+            np.multiply(g, g, out=temporary)
+            temporary *= np.float32(1.0) - beta2
+            variance *= beta2
+            variance += temporary
+            g *= np.float32(1.0) - beta1
+            momentum *= beta1
+            momentum += g
+            np.sqrt(variance, out=temporary)
+            temporary += np.float32(config.eps)
+            np.divide(momentum, temporary, out=g)
+        g *= lr

@@ -1,0 +1,317 @@
+"""A leaf of the tree: text of its own, a model of its own, and the local rounds that train it.
+
+A client knows nothing of who drives it: an actor on Ray and the simulator call the same four things in turn,
+`begin` (merge the parent's model), `train`, `update` (what to push) and `measure`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from worldlm_ray.aggregation.attention import attend
+from worldlm_ray.data import Dataset, prepare
+from worldlm_ray.errors import CheckpointError
+from worldlm_ray.messages import Model, Update
+from worldlm_ray.params import Flat, lerp
+from worldlm_ray.plan import Plan
+from worldlm_ray.records import AttentionRecord, RoundRecord, StartRecord
+from worldlm_ray.seeds import derive
+from worldlm_ray.training.local import LocalTrainer, perplexity
+from worldlm_ray.training.sampling import sample
+from worldlm_ray.training.schedule import learning_rate
+from worldlm_ray.tree import NodeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Held-out quality of a model on one client's text."""
+
+    loss: float
+    """Nats per byte."""
+    perplexity: float
+    """Per token."""
+    heldout_bytes: int
+    """Size of the whole held-out text: the client's weight in means."""
+
+
+class Client:
+    """One client.
+
+    Args:
+        plan: the run.
+        spec: this client's node.
+        dataset: its text; read and cached on this machine unless given.
+        device: `cpu`, `cuda`, or None to choose.
+    """
+
+    def __init__(self, plan: Plan, spec: NodeSpec, *, dataset: Dataset | None = None, device: str | None = None) -> None:
+        self.plan, self.spec, self.training = plan, spec, spec.settings.training
+        self.context = plan.shape.context
+        self.dataset = dataset or prepare(spec.settings.data, context=self.context, key=f"{spec.key}.data")
+        self.trainer = LocalTrainer(
+            plan.shape, plan.layout, self.training, threads=spec.settings.resources.cpus, device=device
+        )
+        self.base = np.array(plan.initial())
+        """The merged model that the current local round began from."""
+        self.trainer.write(self.base)
+        self.origin = self.base[plan.layout.backbone_size :].copy()
+        self.round = 0
+        """Finished local rounds."""
+        self.step = 0
+        """Steps done of the round that is under way."""
+        self.steps = self.tokens = 0
+        self.loss_sum = 0.0
+        """Sum of step losses of the round that is under way (or has just ended)."""
+        self.seq = self.base_version = 0
+        self.progress = 0.0
+        self.learning_rate = 0.0
+        self.began = False
+        """Whether a round is under way: begun and not yet turned into an update."""
+
+    # ---- the cycle -------------------------------------------------------------------------------------------
+
+    @property
+    def round_tokens(self) -> int:
+        """Tokens of one local round."""
+        return self.training.local_steps * self.training.batch_size * self.context
+
+    @property
+    def started_tokens(self) -> int:
+        """Tokens of all rounds so far, with the next one (or the one under way) counted in full."""
+        return (self.round + 1) * self.round_tokens
+
+    @property
+    def rounds_are_done(self) -> bool:
+        """Whether a budget given in rounds is spent."""
+        rounds = self.plan.config.budget.rounds
+        return rounds is not None and self.round >= rounds
+
+    def begin(self, model: Model, *, now_s: float) -> AttentionRecord | None:
+        """Merge the parent's model and begin a local round from the result (design: section 4.5).
+
+        Returns:
+            The attention weights of the key layers, or None where nothing was blended.
+        """
+        split, record = self.plan.layout.backbone_size, None
+        if model.version > 0:
+            own = self.trainer.read()
+            newcomer = self.round == 0
+            weight = 1.0 if newcomer else self.spec.settings.merge.client
+            lerp(own[:split], model.values[:split], weight, out=self.base[:split])
+            if newcomer:
+                self.base[split:] = model.values[split:]
+            elif self.plan.layout.key_layers:
+                record = self._blend(own[split:], model, now_s)
+            self.trainer.write(self.base)
+        else:
+            self.trainer.read(self.base)
+        self.base_version, self.progress = model.version, model.progress
+        self.seq = max(self.seq, model.last_seq)
+        self.step, self.loss_sum, self.began = 0, 0.0, True
+        return record
+
+    def _blend(self, own: Flat, model: Model, now_s: float) -> AttentionRecord:
+        layout = self.plan.layout
+        out = self.base[layout.backbone_size :]
+        out.fill(0.0)
+        candidates = [
+            ("(own)", own, float(self.round_tokens)),
+            ("(parent)", model.values[layout.backbone_size :], model.tokens),
+        ]
+        rules = self.spec.settings.aggregation.attention
+        blend = attend(rules, layout.key_layers, own, candidates, self.origin, out=out)
+        weights = blend.weights()
+        blend.result()
+        return AttentionRecord(
+            node=self.spec.path,
+            now_s=now_s,
+            version=model.version,
+            direction="down",
+            layers=tuple(layer.name for layer in layout.key_layers),
+            candidates=tuple(blend.names),
+            weights=tuple(tuple(row) for row in weights),
+        )
+
+    def train(self, should_stop: Any = lambda: False) -> float:
+        """Train the round that is under way, or the rest of it.
+
+        Args:
+            should_stop: asked before every step; True leaves the round unfinished, to be continued.
+
+        Returns:
+            Seconds of training.
+        """
+        settings, path = self.training, self.spec.path
+        batches = self.dataset.batches(
+            derive(self.plan.config.seed, path, "batches", self.round),
+            steps=settings.local_steps,
+            batch_size=settings.batch_size,
+            context=self.context,
+        )
+        first = self.step
+        result = self.trainer.run(
+            islice(batches, first, None), lambda step: self._rate(first + step), should_stop=should_stop
+        )
+        self.step += result.steps
+        self.steps += result.steps
+        self.tokens += result.tokens
+        self.loss_sum += result.loss_sum
+        self.learning_rate = result.learning_rate
+        if self.step == settings.local_steps:
+            self.round += 1
+        return result.train_s
+
+    def _rate(self, step: int) -> float:
+        budget, settings = self.plan.config.budget, self.training
+        if budget.rounds is not None:
+            progress = (self.round + step / settings.local_steps) / budget.rounds
+        elif budget.tokens is not None:
+            world_step = settings.batch_size * self.context * len(self.plan.root.clients)
+            progress = self.progress + step * world_step / budget.tokens
+        else:
+            progress = self.progress
+        # Half a step on, so that the first step of a warm-up does not train at a rate of zero.
+        return learning_rate(settings, progress + self._half_step())
+
+    def _half_step(self) -> float:
+        budget, settings = self.plan.config.budget, self.training
+        if budget.rounds is not None:
+            return 0.5 / (settings.local_steps * budget.rounds)
+        if budget.tokens is not None:
+            return 0.5 * settings.batch_size * self.context * len(self.plan.root.clients) / budget.tokens
+        return 0.5 * settings.warmup_fraction / settings.local_steps
+
+    @property
+    def train_loss(self) -> float:
+        """Mean training loss of the round, nats per token."""
+        return self.loss_sum / max(self.step, 1)
+
+    def update(self) -> Update:
+        """The finished round as an update; the round is over."""
+        split = self.plan.layout.backbone_size
+        values = self.trainer.read()
+        np.subtract(values[:split], self.base[:split], out=values[:split])
+        self.seq += 1
+        self.began = False
+        return Update(
+            sender=self.spec.name,
+            seq=self.seq,
+            base_version=self.base_version,
+            tokens=self.step * self.training.batch_size * self.context,
+            started_tokens=self.round * self.round_tokens,
+            values=values,
+            metrics={"train_loss": self.train_loss},
+        )
+
+    def round_record(
+        self, *, now_s: float, train_s: float, busy_fraction: float, measure: Measure | None
+    ) -> RoundRecord:
+        """What tracking is told about the round that has just ended.
+
+        Args:
+            now_s: run time.
+            train_s: seconds that the round's training took.
+            busy_fraction: share of the client's life spent on training and measuring.
+            measure: held-out quality after the round, where it was measured.
+        """
+        tokens = self.step * self.training.batch_size * self.context
+        return RoundRecord(
+            node=self.spec.path,
+            now_s=now_s,
+            round=self.round,
+            steps=self.steps,
+            tokens=self.tokens,
+            train_loss=self.train_loss,
+            loss=measure.loss if measure else None,
+            perplexity=measure.perplexity if measure else None,
+            learning_rate=self.learning_rate,
+            tokens_per_s=tokens / train_s if train_s > 0 else 0.0,
+            busy_fraction=busy_fraction,
+        )
+
+    @property
+    def measure_is_due(self) -> bool:
+        """Whether the round that has just ended is one to be measured."""
+        every = self.plan.config.evaluation.every_rounds
+        return every > 0 and self.round % every == 0
+
+    # ---- quality ---------------------------------------------------------------------------------------------
+
+    def measure(self, tokens: int, *, parameters: Flat | None = None) -> Measure:
+        """Held-out loss of the client's own model, or of the given parameters.
+
+        Args:
+            tokens: held-out tokens to predict, at most.
+            parameters: another model, such as the world's.
+        """
+        windows = self.dataset.heldout_windows(tokens, context=self.context, batch_size=self.training.batch_size)
+        nats, count = self.trainer.evaluate(windows, parameters=parameters)
+        per_token = nats / count
+        return Measure(
+            loss=per_token / self.dataset.heldout_bytes_per_token(),
+            perplexity=perplexity(per_token),
+            heldout_bytes=self.dataset.heldout_bytes,
+        )
+
+    def start_record(self, *, now_s: float) -> StartRecord:
+        """Measure the model before the first round."""
+        measure = self.measure(self.plan.config.evaluation.final_tokens)
+        return StartRecord(
+            node=self.spec.path,
+            now_s=now_s,
+            loss=measure.loss,
+            perplexity=measure.perplexity,
+            heldout_bytes=measure.heldout_bytes,
+        )
+
+    def sample(self, *, prompt: str = "", tokens: int = 80, temperature: float = 0.8) -> str:
+        """Text from the client's model, or the continuation of a prompt."""
+        seed = derive(self.plan.config.seed, self.spec.path, "sample")
+        return sample(
+            self.trainer.model, self.dataset.tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed
+        )
+
+    # ---- durability ------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
+        """Everything that a restart needs, down to the step within a round."""
+        meta = {name: getattr(self, name) for name in _STATE}
+        meta["layout"] = self.plan.layout.hash
+        arrays = {"theta": self.trainer.read(), "base": self.base}
+        arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
+        return meta, arrays
+
+    def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
+        """Become what `state` described.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+        """
+        if meta["layout"] != self.plan.layout.hash:
+            raise CheckpointError(
+                f"{self.spec.path}: the checkpoint is of another model or another choice of key layers"
+            )
+        for name in _STATE:
+            setattr(self, name, meta[name])
+        self.base = np.array(arrays["base"])
+        self.trainer.write(arrays["theta"])
+        prefix = "optimizer."
+        self.trainer.load_optimizer_state({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
+
+
+_STATE = (
+    "round",
+    "step",
+    "steps",
+    "tokens",
+    "loss_sum",
+    "seq",
+    "base_version",
+    "progress",
+    "learning_rate",
+    "began",
+)

@@ -1,0 +1,493 @@
+"""Configuration: every default stands here once, with its unit.
+
+`load` turns a preset's name or a YAML file, plus `key=value` overrides, into a `RunConfig`. The schema is a
+set of frozen dataclasses checked by OmegaConf; whatever is wrong raises one `ConfigError` that names the
+dotted key. Settings of a node are inherited by everything below it and may be overridden anywhere: see
+`worldlm_ray.tree`, which resolves the `world:` part.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from worldlm_ray.errors import ConfigError
+
+T = TypeVar("T")
+
+Trigger = Literal["goal_achieved", "synchronous", "time_up"]
+StalenessName = Literal["constant", "polynomial", "hinge", "exponential", "harmonic"]
+ScoreName = Literal["cosine", "dot", "fedamp", "fedatt", "uniform"]
+ServerOptimizerName = Literal["sgd", "nesterov", "adam"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The decoder. A preset gives the shape; any number set here replaces the preset's."""
+
+    preset: str = "nano"
+    key_layers: list[str] = field(
+        default_factory=lambda: ["model.embed_tokens.*", "model.layers.-1.*", "model.norm.*", "lm_head.*"]
+    )
+    """Name patterns of the key layers; `layers.-1` is the last block. Everything else is backbone.
+    An empty list makes the whole model backbone: plain federated averaging."""
+    hidden_size: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    intermediate_size: int | None = None
+    context: int | None = None
+    """Tokens per training sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A client's text: files of its own, or a corpus that every installation holds."""
+
+    files: list[str] = field(default_factory=list)
+    """Files, folders and globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
+    corpus: str | None = None
+    """Name of a built-in corpus (see worldlm_ray/data/corpora.py); instead of `files`."""
+    text_key: str = "text"
+    """Field or column that holds the text in .jsonl and .parquet files."""
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a Hugging Face tokenizer.json. The same for the whole world."""
+    heldout_fraction: float = 0.05
+    """Share of a client's text that is never trained on."""
+    max_bytes: int | None = None
+    """Use only the first so many bytes of text."""
+    cache_dir: str = "~/.cache/worldlm_ray"
+    """Where token shards are cached, on the machine where the client runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Local training of a client: AdamW, warm-up, cosine decay over the budget."""
+
+    local_steps: int = 50
+    """Optimizer steps per local round (H)."""
+    batch_size: int = 16
+    """Sequences per step."""
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the budget, as a share of `lr`."""
+    warmup_fraction: float = 0.05
+    """Share of the budget over which the learning rate rises from zero."""
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    grad_clip: float = 1.0
+    """Largest L2 norm of a step's gradient; 0 switches clipping off."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 on CUDA and fp32 elsewhere."""
+    step_delay_s: float = 0.0
+    """Seconds to sleep in every step: makes a client slow on purpose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StalenessConfig:
+    """How much an update that is tau versions old still counts. Names and defaults: FedAsync, FedBuff."""
+
+    fn: StalenessName = "polynomial"
+    a: float | None = None
+    """Polynomial 0.5, hinge 10, exponential 0.5, harmonic 1 unless given."""
+    b: float = 4.0
+    """Hinge: versions of delay that cost nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How key layers are blended: see worldlm_ray/aggregation/attention.py."""
+
+    score: ScoreName = "cosine"
+    temperature: float = 0.1
+    self_weight: float = 0.0
+    """A node's own key layer counts as this many children, besides standing for those absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptimizerConfig:
+    """How an inner node applies the mean update to its backbone."""
+
+    name: ServerOptimizerName = "sgd"
+    lr: float | None = None
+    """Sgd 1.0 (FedAvg), nesterov 0.7 (DiLoCo), adam 0.01 (FedOpt) unless given."""
+    momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig:
+    """What an inner node accepts from its children, and when and how it aggregates."""
+
+    trigger: Trigger = "goal_achieved"
+    """`goal_achieved` (buffer_size updates), `synchronous` (all live children), `time_up` (time and quorum)."""
+    buffer_size: int = 1
+    """Updates per aggregation: 1 is FedAsync, more is FedBuff."""
+    time_up_s: float = 30.0
+    quorum: int = 1
+    """`time_up`: updates that must have arrived before time counts."""
+    staleness: StalenessConfig = field(default_factory=StalenessConfig)
+    max_staleness: int | None = None
+    """Updates older than this many versions are refused."""
+    max_update_norm: float | None = None
+    """Updates whose backbone change has a larger L2 norm are refused."""
+    server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    push_every: int = 1
+    """Aggregations between two exchanges with the parent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """How far a node moves to its parent on a pull: theta = (1 - m) own + m parent, for the backbone."""
+
+    client: float = 1.0
+    federation: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesConfig:
+    """What a client may use."""
+
+    cpus: int = 1
+    """Cores, and torch threads, of a client."""
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationConfig:
+    """Speeds that `worldlm simulate` gives a node. They have no effect on Ray."""
+
+    tokens_per_s: float = 20_000.0
+    bandwidth_gbps: float = 1.0
+    """Of the link to the parent, each way, in 10^9 bits per second."""
+    latency_s: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Where a node's actors may run: labels that a Ray node must carry."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """How much is trained. Exactly one is set."""
+
+    tokens: int | None = None
+    """Tokens of all clients together: fast clients do more of them."""
+    rounds: int | None = None
+    """Local rounds of every client: equal work for all."""
+    seconds: float | None = None
+    """Seconds of training: wall clock on Ray, virtual in simulation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How held-out text is measured."""
+
+    every_rounds: int = 1
+    """Local rounds between two measurements of a client; 0 measures at the start and the end only."""
+    tokens: int = 8_192
+    """Held-out tokens per measurement during training."""
+    final_tokens: int = 65_536
+    """Held-out tokens per measurement at the start and the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When nodes write their state to the run folder."""
+
+    every_s: float = 20.0
+    """Seconds between two checkpoints of a node."""
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """Everything that is inherited down the tree and may be overridden at any node."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. The inherited parts stand for the world's own settings."""
+
+    name: str = "run"
+    seed: int = 0
+    method: str = "worldlm"
+    run_dir: str | None = None
+    """Folder of the run; `runs/NAME` unless given."""
+    data_dir: str | None = None
+    """A folder that data files of this config refer to as ${data_dir}."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    world: Any = None
+    """The tree: see worldlm_ray/tree.py."""
+
+
+INHERITED = tuple(f.name for f in fields(NodeSettings))
+NODE_KEYS = ("world", "federation", "client", "children", *INHERITED)
+
+
+def presets() -> dict[str, Path]:
+    """Name and file of every configuration that ships with the package."""
+    folder = Path(str(resources.files("worldlm_ray.conf"))) if _installed_conf() else _source_conf()
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _source_conf() -> Path:
+    return Path(__file__).resolve().parent.parent / "conf"
+
+
+def _installed_conf() -> bool:
+    # In a source checkout conf/ lies beside the package; in a wheel it is the package worldlm_ray.conf.
+    return not (_source_conf() / "quickstart.yaml").is_file()
+
+
+def find(conf: str) -> Path:
+    """The file behind a preset's name or a path.
+
+    Raises:
+        ConfigError: there is neither a file nor a preset of that name.
+    """
+    path = Path(conf).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError("CONF", f"there is no file {conf!r}", "give the path of a YAML file or a preset's name")
+    known = presets()
+    if conf in known:
+        return known[conf]
+    raise ConfigError("CONF", f"there is no preset {conf!r}", one_of(conf, list(known)))
+
+
+def load(conf: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration and apply `key=value` overrides.
+
+    Args:
+        conf: a preset's name (`quickstart`) or the path of a YAML file.
+        overrides: such as `training.lr=1e-3` or `world.children[0].training.local_steps=20`.
+
+    Raises:
+        ConfigError: one problem, by its dotted key.
+    """
+    path = find(conf)
+    try:
+        raw = OmegaConf.load(path)
+    except Exception as error:  # noqa: BLE001 - a YAML parser raises many kinds; all mean a broken file
+        detail = " ".join(str(error).split())
+        raise ConfigError(str(path), f"is not valid YAML ({detail})", "mend the file") from error
+    if not isinstance(raw, DictConfig):
+        raise ConfigError(str(path), "is not a mapping of keys", "start from conf/quickstart.yaml")
+    if "name" not in raw:
+        raw["name"] = path.stem
+    for text in overrides:
+        _override(raw, text)
+    return from_mapping(raw)
+
+
+def from_mapping(raw: DictConfig | dict[str, Any]) -> RunConfig:
+    """Check a mapping against the schema and return the configuration.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value, by its dotted key.
+    """
+    if not isinstance(raw, DictConfig):
+        raw = OmegaConf.create(raw)
+    try:
+        resolved = OmegaConf.create(OmegaConf.to_container(raw, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as error:
+        raise _config_error(error, "") from error
+    assert isinstance(resolved, DictConfig)
+    config = merge_into(RunConfig(), resolved, prefix="")
+    check_run(config)
+    return config
+
+
+def merge_into(schema: T, overrides: Any, *, prefix: str) -> T:
+    """Merge a mapping into a frozen dataclass, checking keys and types.
+
+    Args:
+        schema: the dataclass instance that gives keys, types and defaults.
+        overrides: a mapping (or DictConfig) with some of its keys.
+        prefix: dotted key of the mapping itself, for messages.
+
+    Raises:
+        ConfigError: names `prefix` and the key.
+    """
+    base = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(base, False)
+    _unlock(base)
+    try:
+        merged = OmegaConf.merge(base, overrides)
+        result = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _config_error(error, prefix) from error
+    assert isinstance(result, type(schema))
+    return result
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain containers, ready for YAML, JSON or another process."""
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))), encoding="utf-8")
+
+
+def check_run(config: RunConfig) -> None:
+    """Checks of the run's own values that types alone cannot make."""
+    chosen = [name for name in ("tokens", "rounds", "seconds") if getattr(config.budget, name) is not None]
+    if len(chosen) != 1:
+        got = " and ".join(chosen) if chosen else "nothing"
+        raise ConfigError("budget", f"{got} set", "set exactly one of tokens, rounds, seconds")
+    positive(getattr(config.budget, chosen[0]), f"budget.{chosen[0]}")
+    positive(config.evaluation.tokens, "evaluation.tokens")
+    positive(config.evaluation.final_tokens, "evaluation.final_tokens")
+    not_negative(config.evaluation.every_rounds, "evaluation.every_rounds")
+    not_negative(config.checkpoint.every_s, "checkpoint.every_s")
+    positive(config.checkpoint.keep, "checkpoint.keep")
+
+
+def check_settings(settings: NodeSettings, key: str) -> None:
+    """Checks of one node's inherited settings.
+
+    Args:
+        settings: the settings in force at the node.
+        key: dotted key of the node, for messages.
+    """
+    training, aggregation = settings.training, settings.aggregation
+    for name in ("local_steps", "batch_size", "lr"):
+        positive(getattr(training, name), f"{key}.training.{name}")
+    for name in ("weight_decay", "grad_clip", "step_delay_s"):
+        not_negative(getattr(training, name), f"{key}.training.{name}")
+    for name in ("min_lr_ratio", "warmup_fraction"):
+        fraction(getattr(training, name), f"{key}.training.{name}")
+    _two_betas(training.betas, f"{key}.training.betas")
+    for name in ("buffer_size", "quorum", "push_every", "time_up_s"):
+        positive(getattr(aggregation, name), f"{key}.aggregation.{name}")
+    if aggregation.max_staleness is not None:
+        not_negative(aggregation.max_staleness, f"{key}.aggregation.max_staleness")
+    if aggregation.max_update_norm is not None:
+        positive(aggregation.max_update_norm, f"{key}.aggregation.max_update_norm")
+    positive(aggregation.attention.temperature, f"{key}.aggregation.attention.temperature")
+    not_negative(aggregation.attention.self_weight, f"{key}.aggregation.attention.self_weight")
+    if aggregation.staleness.a is not None:
+        positive(aggregation.staleness.a, f"{key}.aggregation.staleness.a")
+    not_negative(aggregation.staleness.b, f"{key}.aggregation.staleness.b")
+    _two_betas(aggregation.server_optimizer.betas, f"{key}.aggregation.server_optimizer.betas")
+    fraction(aggregation.server_optimizer.momentum, f"{key}.aggregation.server_optimizer.momentum")
+    fraction(settings.merge.client, f"{key}.merge.client")
+    fraction(settings.merge.federation, f"{key}.merge.federation")
+    positive(settings.resources.cpus, f"{key}.resources.cpus")
+    not_negative(settings.resources.gpus, f"{key}.resources.gpus")
+    positive(settings.simulation.tokens_per_s, f"{key}.simulation.tokens_per_s")
+    positive(settings.simulation.bandwidth_gbps, f"{key}.simulation.bandwidth_gbps")
+    not_negative(settings.simulation.latency_s, f"{key}.simulation.latency_s")
+    if not 0.0 < settings.data.heldout_fraction < 1.0:
+        raise ConfigError(
+            f"{key}.data.heldout_fraction", f"got {settings.data.heldout_fraction}", "give a number between 0 and 1"
+        )
+
+
+def positive(value: float, key: str) -> None:
+    """Raise a ConfigError unless the value is above zero."""
+    if not value > 0:
+        raise ConfigError(key, f"got {value}", "give a number above 0")
+
+
+def not_negative(value: float, key: str) -> None:
+    """Raise a ConfigError if the value is below zero."""
+    if not value >= 0:
+        raise ConfigError(key, f"got {value}", "give a number that is not negative")
+
+
+def fraction(value: float, key: str) -> None:
+    """Raise a ConfigError unless the value lies in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(key, f"got {value}", "give a number from 0 to 1")
+
+
+def _two_betas(betas: list[float], key: str) -> None:
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ConfigError(key, f"got {betas}", "give two numbers from 0 to below 1")
+
+
+def _unlock(node: Any) -> None:
+    """Frozen dataclasses make read-only nodes; merging needs them writable."""
+    if isinstance(node, DictConfig):
+        OmegaConf.set_readonly(node, False)
+        for key in node:
+            child = node._get_node(key)
+            if isinstance(child, DictConfig):
+                _unlock(child)
+
+
+def _override(raw: DictConfig, text: str) -> None:
+    key, equals, _ = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(text, "is not an override", "write key=value, such as training.lr=1e-3")
+    try:
+        parsed = OmegaConf.from_dotlist([f"x={text.partition('=')[2]}"])
+        value = OmegaConf.to_container(parsed)
+        assert isinstance(value, dict)
+        OmegaConf.update(raw, key, value["x"], merge=True, force_add=True)
+    except (OmegaConfBaseException, IndexError, TypeError, ValueError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(key, f"cannot be overridden ({detail})", "check the key with `worldlm show CONF`") from error
+
+
+def _config_error(error: OmegaConfBaseException, prefix: str) -> ConfigError:
+    key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
+    dotted = ".".join(part for part in (prefix, str(key)) if part) or "config"
+    message = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
+    name = type(error).__name__
+    if name in ("ConfigKeyError", "ConfigAttributeError"):
+        suggestion = _suggestion(error, str(key))
+        return ConfigError(dotted, "unknown key", suggestion)
+    return ConfigError(dotted, message, "see worldlm_ray/config.py for the type")
+
+
+def _suggestion(error: OmegaConfBaseException, key: str) -> str:
+    known = getattr(error, "object_type", None)
+    names = [f.name for f in fields(known)] if hasattr(known, "__dataclass_fields__") else []
+    return one_of(key.rsplit(".", 1)[-1], names)
+
+
+def one_of(got: str, known: Sequence[str]) -> str:
+    """A cure for a wrong name: the closest known one, or all of them."""
+    if not known:
+        return "remove it"
+    close = difflib.get_close_matches(got, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "expected one of " + ", ".join(sorted(known))

@@ -1,0 +1,26 @@
+"""Text of a client: where it comes from, how it becomes tokens, and how batches are drawn from it.
+
+text.py        files and built-in corpora -> documents
+corpora.py     real text that every installation of this package already holds
+tokenizer.py   bytes, or a Hugging Face tokenizer.json
+dataset.py     documents -> memory-mapped train and held-out tokens -> batches
+"""
+
+from __future__ import annotations
+
+from worldlm_ray.data.corpora import CORPORA, Corpus
+from worldlm_ray.data.dataset import Dataset, prepare
+from worldlm_ray.data.text import check_sources, describe, read_documents
+from worldlm_ray.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "CORPORA",
+    "Corpus",
+    "Dataset",
+    "Tokenizer",
+    "check_sources",
+    "describe",
+    "load_tokenizer",
+    "prepare",
+    "read_documents",
+]

@@ -1,0 +1,287 @@
+"""Built-in corpora: real text that every installation of this package already holds.
+
+Nothing is downloaded. The corpora differ in kind (code of two languages, manuals, advertisements of packages,
+docstrings, law), which is what federations by language or domain need. Each is small, deterministic for given
+versions of Python and the packages, and free of repeated paragraphs: without that, licence headers would be
+both in the training and in the held-out part.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata, util
+from os import walk
+from pathlib import Path
+
+from worldlm_ray.errors import DataError
+
+MAX_BYTES = 8_000_000
+"""Largest size of a corpus, in bytes of UTF-8."""
+MIN_PARAGRAPH_CHARS = 80
+"""Shorter paragraphs may repeat: they are idioms rather than copies."""
+MAX_FILE_BYTES = 256_000
+"""Larger source files are generated tables as a rule."""
+DOCSTRING_SOURCE_BYTES = 18_000_000
+"""Python source that the docstrings are taken from; parsing it takes two to three seconds."""
+
+_DOCUMENTED = ("torch", "numpy", "ray", "scipy", "pandas", "matplotlib", "networkx", "sympy")
+_TESTS = {"test", "tests", "testing", "idle_test", "_test", "thirdparty_files", "_vendor", "__pycache__"}
+_NOT_STDLIB = {
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "encodings",
+    "turtledemo",
+}
+_GAP = re.compile(r"\n(?:[ \t]*\n)+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A named built-in corpus."""
+
+    name: str
+    description: str
+    """One line."""
+    read: Callable[[], Iterator[str]]
+    """Raw documents in a fixed order, repeats included."""
+    packages: tuple[str, ...] | None = ()
+    """Distributions that the text comes from, besides Python; None stands for all that are installed."""
+
+    def documents(self, max_bytes: int = MAX_BYTES) -> Iterator[str]:
+        """The documents in a fixed order, without repeated paragraphs.
+
+        Args:
+            max_bytes: stop before the document that would exceed so many bytes of UTF-8.
+
+        Raises:
+            DataError: this installation does not hold the text.
+        """
+        total = 0
+        for document in without_repeats(self.read()):
+            total += len(document.encode())
+            if total > max_bytes:
+                return
+            yield document
+        if not total:
+            raise DataError(
+                f"corpus {self.name}: this installation holds none of its text; choose another corpus"
+            )
+
+    def versions(self) -> str:
+        """Everything the text depends on: the key under which its tokens may be cached."""
+        installed = _distributions()
+        names = sorted(installed) if self.packages is None else self.packages
+        parts = [f"{name}=={installed[name].version if name in installed else 'absent'}" for name in names]
+        return " ".join([self.name, f"python=={platform.python_version()}", *parts])
+
+
+def without_repeats(documents: Iterable[str]) -> Iterator[str]:
+    """Drop paragraphs that occurred before, and documents of which nothing is left.
+
+    Paragraphs are separated by blank lines and compared without regard to white space.
+    """
+    seen: set[bytes] = set()
+    for document in documents:
+        kept: list[str] = []
+        for paragraph in _GAP.split(document):
+            normal = " ".join(paragraph.split())
+            if len(normal) > MIN_PARAGRAPH_CHARS:
+                digest = hashlib.blake2b(normal.encode(), digest_size=16).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+            if normal:
+                kept.append(paragraph.rstrip())
+        if kept:
+            yield "\n\n".join(kept)
+
+
+def evenly(files: Sequence[tuple[Path, int]], max_bytes: int) -> list[Path]:
+    """Choose files of at most about `max_bytes` together, spread evenly over the whole list.
+
+    Args:
+        files: paths and their sizes in bytes.
+        max_bytes: wanted total. The first files alone would be all of one package.
+    """
+    total = sum(size for _, size in files)
+    if total <= max_bytes:
+        return [path for path, _ in files]
+    chosen, taken, passed = [], 0, 0
+    for path, size in files:
+        passed += size
+        # Take the file if that leaves the total nearer to the even share of what was passed.
+        if taken + size / 2 <= passed * max_bytes / total:
+            chosen.append(path)
+            taken += size
+    return chosen
+
+
+def _source_files(root: Path, *, suffixes: tuple[str, ...], without: set[str]) -> list[tuple[Path, int]]:
+    found = []
+    for folder, folders, names in walk(root):
+        folders[:] = sorted(name for name in folders if name not in without)
+        for name in sorted(names):
+            path = Path(folder, name)
+            if name.endswith(suffixes) and path.is_file():
+                size = path.stat().st_size
+                if 0 < size <= MAX_FILE_BYTES:
+                    found.append((path, size))
+    return found
+
+
+def _text(path: Path) -> str:
+    """The text of a file, or nothing if it is not UTF-8: a few old sources are not."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        return ""
+
+
+def _package_folder(name: str) -> Path | None:
+    # find_spec of a top-level name only looks the package up: torch is not imported.
+    spec = util.find_spec(name)
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    return Path(locations[0]) if locations else None
+
+
+def _python_stdlib() -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = _source_files(root, suffixes=(".py",), without=_TESTS | _NOT_STDLIB)
+    for path in evenly(files, MAX_BYTES):
+        yield _text(path)
+
+
+def _cpp_headers() -> Iterator[str]:
+    root = _package_folder("torch")
+    if root is not None:
+        # ATen/ops holds thousands of generated files that differ in a name only.
+        files = _source_files(root / "include", suffixes=(".h", ".hpp", ".cuh"), without={"ops"})
+        for path in evenly(files, MAX_BYTES):
+            yield _text(path)
+
+
+def _python_reference() -> Iterator[str]:
+    try:
+        topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    except ImportError:  # some distributions split it off
+        return
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _distributions() -> dict[str, metadata.Distribution]:
+    """Installed distributions by normalised name, sorted; of doubles the one that is imported."""
+    found: dict[str, metadata.Distribution] = {}
+    for distribution in metadata.distributions():
+        name = distribution.metadata["Name"]
+        # This package's own text changes with every edit, without a new version to key the cache.
+        if name and _normalised(name) != "worldlm-ray":
+            found.setdefault(_normalised(name), distribution)
+    return dict(sorted(found.items()))
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _package_descriptions() -> Iterator[str]:
+    for distribution in _distributions().values():
+        if "Description" in distribution.metadata:
+            yield distribution.metadata["Description"]
+
+
+def _licenses() -> Iterator[str]:
+    for name, distribution in _distributions().items():
+        folder = re.sub(r"[-.]+", "[-_.]", name)
+        root = Path(str(distribution.locate_file("")))
+        pattern = re.compile(rf"{folder}-[^-]*\.dist-info", re.IGNORECASE)
+        for info in sorted(path for path in root.glob("*.dist-info") if pattern.fullmatch(path.name)):
+            for path in sorted(path for path in info.rglob("*") if _is_license(path)):
+                yield _text(path)
+
+
+def _is_license(path: Path) -> bool:
+    return path.name.upper().startswith(("LICEN", "COPYING", "NOTICE")) and path.is_file()
+
+
+def _docstrings() -> Iterator[str]:
+    files: list[tuple[Path, int]] = []
+    for name in _DOCUMENTED:
+        root = _package_folder(name)
+        if root is not None:
+            files += _source_files(root, suffixes=(".py",), without=_TESTS)
+    for path in evenly(files, DOCSTRING_SOURCE_BYTES):
+        text = "\n\n".join(_docstrings_of(_text(path)))
+        if text:
+            yield text
+
+
+def _docstrings_of(source: str) -> list[str]:
+    """Docstrings of a module in the order of the source, without indentation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other people's invalid escapes
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):  # templates, and sources of other Python versions
+            return []
+    found: list[str] = []
+    stack: list[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef] = [tree]
+    while stack:
+        node = stack.pop()
+        text = ast.get_docstring(node)
+        if text and len(text) > MIN_PARAGRAPH_CHARS:
+            found.append(text)
+        inner = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        stack.extend(child for child in reversed(node.body) if isinstance(child, inner))
+    return found
+
+
+CORPORA: dict[str, Corpus] = {
+    corpus.name: corpus
+    for corpus in (
+        Corpus(
+            name="python_stdlib",
+            description="Python code: the standard library without its tests",
+            read=_python_stdlib,
+        ),
+        Corpus(
+            name="cpp_headers",
+            description="C++ code: the headers that torch ships",
+            read=_cpp_headers,
+            packages=("torch",),
+        ),
+        Corpus(
+            name="python_reference",
+            description="English reference prose: the Python language reference",
+            read=_python_reference,
+        ),
+        Corpus(
+            name="package_descriptions",
+            description="English prose and Markdown: long descriptions of the installed packages",
+            read=_package_descriptions,
+            packages=None,
+        ),
+        Corpus(
+            name="docstrings",
+            description="English technical prose: docstrings of " + ", ".join(_DOCUMENTED),
+            read=_docstrings,
+            packages=_DOCUMENTED,
+        ),
+        Corpus(
+            name="licenses",
+            description="English legal prose: licences of the installed packages",
+            read=_licenses,
+            packages=None,
+        ),
+    )
+}

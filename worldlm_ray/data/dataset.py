@@ -1,0 +1,341 @@
+"""Documents -> memory-mapped train and held-out tokens -> batches.
+
+The text of a client is tokenized once and cached under a key of its content, in
+
+    CACHE_DIR/<fingerprint>/train.bin, heldout.bin, meta.json
+
+Every file is replaced atomically, `meta.json` last. Processes that prepare the same text at the same time do
+the work twice, but never disturb each other: the key stands for the content, so that all of them write the
+same bytes, and a file that is replaced while it is mapped lives on until it is unmapped.
+
+Shapes: B sequences of a batch, T tokens of a sequence (the context).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from worldlm_ray.config import DataConfig
+from worldlm_ray.data.corpora import CORPORA
+from worldlm_ray.data.text import check_sources, describe, read_documents
+from worldlm_ray.data.tokenizer import Tokenizer, Tokens, load_tokenizer
+from worldlm_ray.errors import ConfigError, DataError
+from worldlm_ray.seeds import derive
+
+FORMAT = 1
+"""Part of every cache key: raise it when the corpora, the split or the files change."""
+BLOCK_CHARS = 3_072
+"""Largest block of text that goes to the train or the held-out part as a whole."""
+
+Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """A client's tokens, and how batches are drawn from them."""
+
+    train: Tokens
+    """Memory-mapped, one-dimensional."""
+    heldout: Tokens
+    """Memory-mapped, one-dimensional; never trained on."""
+    train_bytes: int
+    """UTF-8 bytes of the text behind `train`."""
+    heldout_bytes: int
+    vocab_size: int
+    tokenizer: Tokenizer
+    fingerprint: str
+    """Changes whenever the text, the tokenizer or the split changes."""
+
+    def batches(self, seed: int, *, steps: int, batch_size: int, context: int) -> Iterator[Batch]:
+        """Draw random training windows; the same seed gives the same batches.
+
+        Args:
+            seed: of this stream alone; derive it from the run, the client and the round.
+            steps: number of batches.
+            batch_size: B.
+            context: T.
+
+        Yields:
+            Inputs and targets, both [B, T], int64, C-contiguous; targets are one token ahead.
+
+        Raises:
+            DataError: the training part is shorter than a window.
+        """
+        _require(len(self.train), "training", context)
+        # A plain view: fancy indexing of np.memmap itself is several times slower.
+        tokens = np.asarray(self.train)
+        generator = np.random.Generator(np.random.PCG64(seed))
+        for _ in range(steps):
+            starts = generator.integers(0, len(tokens) - context, size=batch_size)
+            yield _windows(tokens, starts, context=context)
+
+    def heldout_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
+        """Windows for measuring: they do not overlap, and lie evenly spread over the held-out part.
+
+        Args:
+            tokens: largest number of predicted tokens; one window is the least.
+            context: T.
+            batch_size: B; the last batch may be smaller.
+
+        Yields:
+            Inputs and targets, as `batches`; the same at every call.
+
+        Raises:
+            DataError: the held-out part is shorter than a window.
+        """
+        _require(len(self.heldout), "held-out", context)
+        available = (len(self.heldout) - 1) // context
+        wanted = max(1, min(available, tokens // context))
+        starts = np.arange(wanted, dtype=np.int64) * available // wanted * context
+        for first in range(0, wanted, batch_size):
+            yield _windows(np.asarray(self.heldout), starts[first : first + batch_size], context=context)
+
+    def heldout_bytes_per_token(self) -> float:
+        """Mean bytes of a held-out token: divides a loss in bits per token into bits per byte."""
+        return self.heldout_bytes / len(self.heldout)
+
+
+def prepare(config: DataConfig, *, context: int, key: str) -> Dataset:
+    """Tokenize and split a client's text, or map what an earlier call cached.
+
+    Args:
+        config: the data section.
+        context: tokens per sequence; both parts must hold at least one window.
+        key: dotted key of the section, such as `world.children[0].data`, for messages.
+
+    Raises:
+        ConfigError: a value of the section cannot be used.
+        DataError: the text is damaged or too short, or the cache cannot be written.
+    """
+    if not 0.0 < config.heldout_fraction < 1.0:
+        got = f"got {config.heldout_fraction}"
+        raise ConfigError(f"{key}.heldout_fraction", got, "give a number between 0 and 1")
+    paths = check_sources(config, key)
+    tokenizer = load_tokenizer(config.tokenizer)
+    fingerprint = _fingerprint(config, paths, tokenizer)
+    folder = Path(config.cache_dir).expanduser() / fingerprint
+    parts = _cached(folder) or _build(folder, config, tokenizer, key=key)
+    for part, cure in (
+        ("train", "give more text"),
+        ("heldout", f"give more text or raise {key}.heldout_fraction"),
+    ):
+        _require(parts[part].tokens, f"{part} part of {key} ({describe(config)})", context, cure=cure)
+    return Dataset(
+        train=_map(folder / "train.bin", tokenizer.dtype),
+        heldout=_map(folder / "heldout.bin", tokenizer.dtype),
+        train_bytes=parts["train"].bytes,
+        heldout_bytes=parts["heldout"].bytes,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint,
+    )
+
+
+def _windows(tokens: Tokens, starts: npt.NDArray[np.int64], *, context: int) -> Batch:
+    window_BT = tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+    return np.ascontiguousarray(window_BT[:, :-1]), np.ascontiguousarray(window_BT[:, 1:])
+
+
+def _require(got: int, part: str, context: int, *, cure: str = "give more text") -> None:
+    needed = context + 2
+    if got < needed:
+        problem = f"{part}: {got} tokens, but a context of {context} needs at least {needed}"
+        raise DataError(f"{problem}; {cure}, or lower model.context")
+
+
+def _fingerprint(config: DataConfig, paths: list[Path], tokenizer: Tokenizer) -> str:
+    """Key of the content: neither the place of a file nor its name counts, but for the suffix."""
+    if config.corpus is not None:
+        source = [CORPORA[config.corpus].versions()]
+    else:
+        source = [f"{''.join(path.suffixes[-2:]).lower()}:{_digest(path)}" for path in paths]
+    content = {
+        "format": FORMAT,
+        "source": source,
+        "text_key": config.text_key,
+        "max_bytes": config.max_bytes,
+        "heldout_fraction": config.heldout_fraction,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+
+
+# ---------------------------------------------------------------------------------------------- the split
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of text that is held out, or not, as a whole."""
+
+    text: str
+    continues: bool = False
+    """It begins in the middle of a document, where the block before it ended."""
+
+
+def blocks(documents: Iterable[str]) -> Iterator[Block]:
+    """Gather short documents, and cut long ones at the ends of lines, to at most BLOCK_CHARS each."""
+    pending: list[str] = []
+    size = 0
+    for document in documents:
+        if pending and size + len(document) > BLOCK_CHARS:
+            yield Block("\n\n".join(pending))
+            pending, size = [], 0
+        if len(document) <= BLOCK_CHARS:
+            pending.append(document)
+            size += len(document) + 2
+        else:
+            for index, piece in enumerate(_pieces(document)):
+                yield Block(piece, continues=index > 0)
+    if pending:
+        yield Block("\n\n".join(pending))
+
+
+def _pieces(document: str) -> Iterator[str]:
+    piece = ""
+    for line in document.splitlines(keepends=True):
+        if piece and len(piece) + len(line) > BLOCK_CHARS:
+            yield piece
+            piece = ""
+        piece += line
+        while len(piece) > BLOCK_CHARS:  # a line longer than a block
+            yield piece[:BLOCK_CHARS]
+            piece = piece[BLOCK_CHARS:]
+    if piece:
+        yield piece
+
+
+def split(stream: Iterable[Block], fraction: float) -> Iterator[tuple[Block, bool]]:
+    """Tell for each block whether it is held out: one, chosen by a hash, of every 1/fraction in a row.
+
+    Documents of one work lie next to each other, so a held-out tail would be of another kind than the rest.
+    The choice does not depend on the run's seed: a run's numbers stay comparable with those of another seed.
+    A user's text is taken as it is: what it repeats may be on both sides. Built-in corpora repeat nothing.
+    """
+    source = iter(stream)
+    cell = 0
+    while True:
+        size = math.ceil((cell + 1) / fraction) - math.ceil(cell / fraction)
+        group = list(islice(source, size))
+        # A last cell that is cut short may lack its chosen block, unless it is the only one.
+        chosen = derive(0, "heldout", cell) % max(1, len(group) if cell == 0 else size)
+        for index, block in enumerate(group):
+            yield block, index == chosen
+        if len(group) < size:
+            return
+        cell += 1
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What meta.json says of one part."""
+
+    tokens: int
+    bytes: int
+    digest: str
+
+
+class _Writer:
+    """Appends blocks to one part. Text is written as it comes: it need not fit into memory."""
+
+    def __init__(self, handle: BinaryIO, tokenizer: Tokenizer) -> None:
+        self._handle = handle
+        self._tokenizer = tokenizer
+        self._hash = hashlib.blake2b()
+        self._last = -1
+        self.tokens = 0
+        self.bytes = 0
+
+    def add(self, block: Block, *, index: int) -> None:
+        text = block.text
+        if self.tokens and not (block.continues and self._last == index - 1):
+            text = "\n\n" + text
+        encoded = self._tokenizer.encode(text)
+        raw = encoded.tobytes()
+        self._handle.write(raw)
+        self._hash.update(raw)
+        self._last = index
+        self.tokens += len(encoded)
+        self.bytes += len(text.encode())
+
+    def part(self) -> _Part:
+        return _Part(tokens=self.tokens, bytes=self.bytes, digest=self._hash.hexdigest()[:32])
+
+
+def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, *, key: str) -> dict[str, _Part]:
+    documents = read_documents(config, key)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            _replacing(folder / "train.bin") as train_file,
+            _replacing(folder / "heldout.bin") as heldout_file,
+        ):
+            train, heldout = _Writer(train_file, tokenizer), _Writer(heldout_file, tokenizer)
+            for index, (block, is_heldout) in enumerate(split(blocks(documents), config.heldout_fraction)):
+                (heldout if is_heldout else train).add(block, index=index)
+        parts = {"train": train.part(), "heldout": heldout.part()}
+        with _replacing(folder / "meta.json") as meta_file:
+            meta_file.write(json.dumps({name: vars(part) for name, part in parts.items()}).encode())
+    except OSError as error:
+        problem = f"cannot write the token cache in {folder} ({error.strerror})"
+        raise DataError(
+            f"{key}.cache_dir: {problem}; set it to a folder with space that you may write"
+        ) from error
+    return parts
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is complete and on disk, or not at all."""
+    # delete=False: on success the file is renamed away from its temporary name. It keeps mode 0600, since a
+    # client's text is its own. A process that is killed here leaves a .tmp- file, which nobody reads.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as handle:
+        try:
+            yield cast(BinaryIO, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+            os.replace(handle.name, path)
+        except BaseException:
+            os.unlink(handle.name)
+            raise
+
+
+def _cached(folder: Path) -> dict[str, _Part] | None:
+    """What the cache holds, or None if it is missing or damaged in any way."""
+    try:
+        meta: Any = json.loads((folder / "meta.json").read_bytes())
+        parts = {name: _Part(**meta[name]) for name in ("train", "heldout")}
+        for name, part in parts.items():
+            if _digest(folder / f"{name}.bin") != part.digest:
+                return None
+    except (OSError, DataError, ValueError, KeyError, TypeError):
+        return None
+    return parts
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> Tokens:
+    mapped: Tokens = np.memmap(path, dtype=dtype, mode="r")
+    return mapped

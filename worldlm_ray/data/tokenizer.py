@@ -1,0 +1,146 @@
+"""Tokenizers: raw bytes, or a Hugging Face tokenizer.json.
+
+Held-out loss is compared across tokenizers in bits per byte, so every tokenizer also says how many bytes of
+text each of its tokens stands for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from worldlm_ray.errors import DataError
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+_CURE = "give `bytes` or the path of a Hugging Face tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """What a dataset needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever any text could be encoded differently."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What `encode` returns: uint16, or uint32 where ids do not fit."""
+
+    @property
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes that each id stands for, [vocab_size]; 0 for ids without a token."""
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids of a text, without special tokens at its ends."""
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of token ids; bytes that are not valid UTF-8 are replaced."""
+
+
+class ByteTokenizer:
+    """Every byte of UTF-8 is a token. Exact, and needs no file."""
+
+    vocab_size = 256
+    fingerprint = "bytes"
+    dtype = np.dtype(np.uint16)
+
+    @property
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """One byte per token, [256]."""
+        return np.ones(self.vocab_size, dtype=np.int64)
+
+    def encode(self, text: str) -> Tokens:
+        """The UTF-8 bytes of a text."""
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of bytes; those that are not valid UTF-8 are replaced."""
+        return np.asarray(ids).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer.json.
+
+    Args:
+        path: the file.
+
+    Raises:
+        DataError: the file is missing or holds no tokenizer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # tokenizers costs 50 ms to import: those who train on bytes do not pay for it.
+        import tokenizers
+
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"tokenizer {path}: cannot be read ({error.strerror}); {_CURE}") from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+        except Exception as error:  # tokenizers raises bare exceptions from Rust
+            detail = " ".join(str(error).split())
+            raise DataError(f"tokenizer {path}: is not a tokenizer.json ({detail}); {_CURE}") from error
+        # Many files carry the truncation of the model they were made for, which would silently drop text.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise DataError(f"tokenizer {path}: has an empty vocabulary; {_CURE}")
+        self.vocab_size = max(vocab.values()) + 1
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
+        self.fingerprint = hashlib.blake2b(raw, digest_size=16).hexdigest()
+        self.token_bytes = _token_bytes(json.loads(raw), vocab, size=self.vocab_size)
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids of a text, without special tokens at its ends."""
+        # One text at a time: batches start threads, which warn or hang when the process forks later.
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        encoded: Tokens = np.asarray(ids, dtype=self.dtype)
+        return encoded
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of token ids."""
+        return str(self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Load the tokenizer that `data.tokenizer` names.
+
+    Args:
+        spec: `bytes`, or the path of a tokenizer.json.
+
+    Raises:
+        DataError: the file is missing or holds no tokenizer.
+    """
+    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(Path(spec).expanduser())
+
+
+def _token_bytes(state: Mapping[str, Any], vocab: Mapping[str, int], *, size: int) -> npt.NDArray[np.int64]:
+    """Bytes per id: exact for byte-level BPE and byte fallback, close for the others."""
+    byte_level = '"ByteLevel"' in json.dumps([state.get("decoder"), state.get("pre_tokenizer")])
+    word_piece = state["model"].get("type") == "WordPiece"
+    added = {str(token["content"]) for token in state.get("added_tokens") or []}
+    lengths = np.zeros(size, dtype=np.int64)
+    for token, index in vocab.items():
+        if token in added:
+            lengths[index] = len(token.encode())
+        elif byte_level:
+            lengths[index] = len(token)  # byte-level BPE writes each byte as one printable character
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            lengths[index] = 1  # byte fallback of SentencePiece
+        elif word_piece:
+            lengths[index] = len(token.removeprefix("##").encode())
+        else:
+            lengths[index] = len(token.replace("\u2581", " ").encode())
+    return lengths

@@ -1,0 +1,71 @@
+"""Every error that worldlm_ray raises on purpose.
+
+    WorldLMError                 catch this to catch them all; the command line prints it as one line
+    ├── ConfigError              a configuration key: names the dotted key, what was got, what to do
+    ├── DataError                a text file, corpus or tokenizer cannot be used
+    ├── MessageError             an update or a model that arrived is malformed (carries a `Refusal`)
+    ├── AggregationError         an aggregation was asked for with nothing to aggregate
+    ├── CheckpointError          a checkpoint is missing, damaged or of another run
+    └── RunError                 a run cannot start, continue or be found
+
+Messages say what was got, what was expected and how to mend it, in one line.
+All of them survive pickling, since Ray carries errors between processes.
+"""
+
+from __future__ import annotations
+
+
+class WorldLMError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(WorldLMError):
+    """A configuration value cannot be used.
+
+    Args:
+        key: dotted key of the value, such as `world.children[0].training.lr`.
+        problem: what was got and what was expected.
+        cure: what the user should write instead; may be empty when the problem says it.
+    """
+
+    def __init__(self, key: str, problem: str, cure: str = "") -> None:
+        super().__init__(key, problem, cure)
+        self.key = key
+        self.problem = problem
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.problem}" + (f"; {self.cure}" if self.cure else "")
+
+
+class DataError(WorldLMError):
+    """A text file, a built-in corpus or a tokenizer cannot be used."""
+
+
+class MessageError(WorldLMError):
+    """A message is malformed.
+
+    Args:
+        reason: the name of the refusal, as counted and shown in TensorBoard.
+        detail: what was got and what was expected.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+class AggregationError(WorldLMError):
+    """An aggregation was asked for with nothing to aggregate."""
+
+
+class CheckpointError(WorldLMError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class RunError(WorldLMError):
+    """A run cannot start, cannot continue, or cannot be found."""

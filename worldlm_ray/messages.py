@@ -1,0 +1,146 @@
+"""What travels between a child and its parent: a small msgpack header beside one raw fp32 buffer.
+
+The header carries the schema version and the layout hash; the buffer is the flat model or update itself and is
+never encoded, copied or pickled with the header. Whatever arrives is checked before anything uses it.
+
+    Update (up)    backbone part: change since the base version; key part: the key layers themselves
+    Model (down)   the whole model of the parent
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from worldlm_ray.errors import MessageError
+from worldlm_ray.params import Flat, Layout
+
+SCHEMA = 1
+"""Version of the message schema; a receiver refuses any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """A child's work since its last exchange, on its way to the parent (design: section 4.1)."""
+
+    sender: str
+    """Name of the child among its siblings."""
+    seq: int
+    """Counts this child's updates from 1; the parent accepts only a higher one than before."""
+    base_version: int
+    """The parent's version that the work started from."""
+    tokens: int
+    """Tokens that this update was trained on: its weight."""
+    started_tokens: int
+    """Tokens of all local rounds that were begun below this child since the run began."""
+    values: Flat
+    """[backbone change | key layers]."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    epsilon: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A parent's model on its way to a child."""
+
+    version: int
+    """Aggregations that the parent has applied."""
+    progress: float
+    """Share of the run's budget that is spent, 0 to 1."""
+    finished: bool
+    """True when no new local round should begin."""
+    tokens: float
+    """Mean tokens per update of the last aggregation: the parent's weight beside the child's own."""
+    last_seq: int
+    """Highest seq that the parent has accepted from this child."""
+    values: Flat
+    """[backbone | key layers], read-only."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A message as it travels."""
+
+    header: bytes
+    values: Any
+    """The raw buffer: a numpy array here, an object reference while Ray carries it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return len(self.header) + int(self.values.nbytes)
+
+
+_UPDATE = {"sender": str, "seq": int, "base_version": int, "tokens": int, "started_tokens": int, "metrics": dict}
+_MODEL = {"version": int, "progress": float, "finished": bool, "tokens": float, "last_seq": int}
+
+
+def pack(message: Update | Model, layout: Layout) -> Packed:
+    """Put a message into its travelling form, without copying the buffer."""
+    fields = {name: value for name, value in vars(message).items() if name != "values"}
+    kind = type(message).__name__.lower()
+    header = {"schema": SCHEMA, "kind": kind, "layout": layout.hash, **fields}
+    return Packed(msgpack.packb(header), message.values)
+
+
+def unpack_update(packed: Packed, layout: Layout) -> Update:
+    """Check a travelling update and give it back.
+
+    Raises:
+        MessageError: malformed, wrong_schema, wrong_layout or wrong_shape.
+    """
+    return Update(**_checked(packed, layout, "update", _UPDATE), values=packed.values)
+
+
+def unpack_model(packed: Packed, layout: Layout) -> Model:
+    """Check a travelling model and give it back.
+
+    Raises:
+        MessageError: malformed, wrong_schema, wrong_layout or wrong_shape.
+    """
+    return Model(**_checked(packed, layout, "model", _MODEL), values=packed.values)
+
+
+def read_header(header: bytes) -> dict[str, Any]:
+    """The header's fields.
+
+    Raises:
+        MessageError: malformed.
+    """
+    try:
+        fields = msgpack.unpackb(header)
+    except Exception as error:  # noqa: BLE001 - msgpack raises many kinds on damaged bytes; all mean the same
+        raise MessageError("malformed", f"the header is not msgpack ({type(error).__name__})") from error
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
+        raise MessageError("malformed", "the header is not a mapping of names")
+    return fields
+
+
+def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type]) -> dict[str, Any]:
+    fields = read_header(packed.header)
+    if fields.pop("schema", None) != SCHEMA:
+        raise MessageError("wrong_schema", f"expected message schema {SCHEMA}: run one version everywhere")
+    if fields.pop("kind", None) != kind:
+        raise MessageError("malformed", f"expected a message of kind {kind}")
+    got = fields.pop("layout", None)
+    if got != layout.hash:
+        raise MessageError("wrong_layout", f"got layout {got}, expected {layout.hash}: use one model config everywhere")
+    values = packed.values
+    if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != (layout.size,):
+        shape = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise MessageError("wrong_shape", f"got {shape}, expected float32 [{layout.size}]")
+    for name, kind_ in schema.items():
+        value = fields.get(name)
+        if kind_ is float and isinstance(value, int) and not isinstance(value, bool):
+            fields[name] = value = float(value)
+        if not isinstance(value, kind_) or (kind_ is int and isinstance(value, bool)):
+            raise MessageError("malformed", f"{name} is {value!r}, expected {kind_.__name__}")
+        if kind_ in (int, float) and not (value >= 0):
+            raise MessageError("malformed", f"{name} is {value!r}, expected a number that is not negative")
+    unknown = set(fields) - set(schema) - {"epsilon"}
+    if unknown:
+        raise MessageError("malformed", f"unknown fields {sorted(unknown)}")
+    return fields

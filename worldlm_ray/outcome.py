@@ -1,0 +1,78 @@
+"""The end of a run: every model measured on held-out text, summary.json, samples. The same for both shells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from worldlm_ray.client import Measure
+from worldlm_ray.params import Flat, params_sha256
+from worldlm_ray.plan import Plan
+from worldlm_ray.tracking import Tracker, write_summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to."""
+
+    summary: dict[str, Any]
+    """The content of summary.json."""
+    samples: dict[str, str]
+    """A short text from every client's model, by path."""
+
+
+def combine(measures: Iterable[Measure]) -> Measure:
+    """One measure over several clients' texts, each weighted by its held-out bytes.
+
+    Loss is the weighted mean, perplexity the exponential of the weighted mean of its logarithm.
+    """
+    found = list(measures)
+    total = sum(measure.heldout_bytes for measure in found)
+    loss = sum(m.loss * m.heldout_bytes for m in found) / total
+    log_perplexity = sum(math.log(m.perplexity) * m.heldout_bytes for m in found) / total
+    return Measure(loss=loss, perplexity=math.exp(log_perplexity), heldout_bytes=total)
+
+
+def finish(
+    plan: Plan,
+    tracker: Tracker,
+    *,
+    world: Flat,
+    measures: Mapping[str, Measure],
+    samples: Mapping[str, str],
+    wall_s: float,
+    status: str,
+) -> Outcome:
+    """Write summary.json.
+
+    Args:
+        plan: the run.
+        tracker: the run's tracker; its counters become the summary's.
+        world: the world's final parameters.
+        measures: final quality by path: clients' own models on their own text, inner nodes' own models on the
+            text of all clients below them.
+        samples: generated text by client.
+        wall_s: seconds of the run, virtual ones in simulation.
+        status: `finished`, or `stopped` for a run that was left early.
+    """
+    nodes = {}
+    for path, node in tracker.summaries().items():
+        measure = measures.get(path)
+        if measure is not None:
+            node = replace(node, loss=measure.loss, perplexity=measure.perplexity)
+        nodes[path] = node
+    summary = write_summary(
+        plan.run_dir,
+        run=plan.config.name,
+        method=plan.config.method,
+        seed=plan.config.seed,
+        wall_s=round(wall_s, 3),
+        tokens=sum(node.tokens for node in nodes.values() if node.kind == "client"),
+        params_sha256=params_sha256(world),
+        nodes=nodes,
+        staleness=tracker.staleness(),
+        extra={"status": status},
+    )
+    return Outcome(summary=summary, samples=dict(samples))

@@ -1,0 +1,217 @@
+"""Parameters as one flat contiguous fp32 buffer, and the layout that says what lies where.
+
+Backbone parameters come first, key layers after them, so that both parts are one slice each: an aggregation
+is a few large memory-bound passes and never a loop over small tensors. All arithmetic on buffers here is
+done a block at a time with separately rounded operations, so that its bits depend neither on the number of
+threads nor on the width of the vector unit, and so that no temporary as large as the model is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from worldlm_ray.errors import ConfigError
+
+Flat = npt.NDArray[np.float32]
+"""A one-dimensional, contiguous fp32 buffer."""
+
+BLOCK = 1 << 16
+"""Elements per block: 256 KiB, so that a block and its temporary stay in the second-level cache."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter tensor inside the flat buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    """First element, counted in elements."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class KeyLayer:
+    """A unit of attention: the key parameters of one module, such as `model.layers.2` or `lm_head`.
+
+    `start` and `stop` count elements from the beginning of the key part, not of the whole buffer.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every parameter lies in the flat buffer: [backbone | key layers]."""
+
+    entries: tuple[Entry, ...]
+    backbone_size: int
+    """Elements of the backbone; the key part begins here."""
+    key_layers: tuple[KeyLayer, ...] = field(default=())
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of the whole buffer."""
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def key_size(self) -> int:
+        """Elements of the key part."""
+        return self.size - self.backbone_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole buffer in fp32."""
+        return 4 * self.size
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the layout: two nodes may exchange buffers only when theirs are equal."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            digest.update(f"{entry.name}{list(entry.shape)}@{entry.offset};".encode())
+        digest.update(f"|{self.backbone_size}|{[layer.name for layer in self.key_layers]}".encode())
+        return digest.hexdigest()[:16]
+
+    def views(self, flat: Flat) -> dict[str, npt.NDArray[np.float32]]:
+        """The buffer as named tensors, without a copy."""
+        return {e.name: flat[e.offset : e.offset + e.size].reshape(e.shape) for e in self.entries}
+
+
+def make_layout(
+    shapes: Sequence[tuple[str, tuple[int, ...]]], key_patterns: Sequence[str], *, layers: int
+) -> Layout:
+    """Lay parameters out: backbone first, key layers after it, each in model order.
+
+    Args:
+        shapes: name and shape of every parameter, in model order.
+        key_patterns: shell-style patterns of key parameters; `layers.-1` counts blocks from the end.
+        layers: number of blocks of the model.
+
+    Raises:
+        ConfigError: a pattern matches nothing.
+    """
+    names = [name for name, _ in shapes]
+    keys: set[str] = set()
+    for index, pattern in enumerate(key_patterns):
+        wanted = _count_from_end(pattern, layers)
+        matched = {name for name in names if fnmatchcase(name, wanted)}
+        if not matched:
+            groups = ", ".join(dict.fromkeys(f"{_group(name)}.*" for name in names))
+            raise ConfigError(
+                f"model.key_layers[{index}]", f"the pattern {pattern!r} matches no parameter", f"there are {groups}"
+            )
+        keys |= matched
+    ordered = [item for item in shapes if item[0] not in keys] + [item for item in shapes if item[0] in keys]
+    entries, offset = [], 0
+    for name, shape in ordered:
+        entries.append(Entry(name, tuple(shape), offset))
+        offset += prod(shape)
+    backbone_size = sum(entry.size for entry in entries if entry.name not in keys)
+    return Layout(tuple(entries), backbone_size, tuple(_key_layers(entries, backbone_size, keys)))
+
+
+def _count_from_end(pattern: str, layers: int) -> str:
+    return re.sub(r"layers\.-(\d+)", lambda match: f"layers.{layers - int(match.group(1))}", pattern)
+
+
+def _group(name: str) -> str:
+    """The module that a parameter belongs to as a unit of attention."""
+    match = re.match(r"(.*layers\.\d+)\.", name)
+    return match.group(1) if match else name.rsplit(".", 1)[0]
+
+
+def _key_layers(entries: Iterable[Entry], backbone_size: int, keys: set[str]) -> Iterator[KeyLayer]:
+    start, group, stop = 0, None, 0
+    for entry in entries:
+        if entry.name not in keys:
+            continue
+        if group is not None and _group(entry.name) != group:
+            yield KeyLayer(group, start, stop)
+            start = stop
+        group = _group(entry.name)
+        stop = entry.offset + entry.size - backbone_size
+    if group is not None:
+        yield KeyLayer(group, start, stop)
+
+
+def params_sha256(flat: Flat) -> str:
+    """SHA-256 of the buffer's bytes: equal hashes mean equal bits."""
+    return hashlib.sha256(np.ascontiguousarray(flat, dtype="<f4").data).hexdigest()
+
+
+def frozen(flat: Flat) -> Flat:
+    """A read-only view: models that are published or remembered never change in place."""
+    view = flat.view()
+    view.flags.writeable = False
+    return view
+
+
+def blocks(size: int) -> Iterator[slice]:
+    """Slices that cover `size` elements, a cache-sized block each."""
+    for start in range(0, size, BLOCK):
+        yield slice(start, min(start + BLOCK, size))
+
+
+def add_scaled(target: Flat, values: Flat, scale: float) -> None:
+    """`target += scale * values`, in place."""
+    temporary = np.empty(min(BLOCK, target.size), np.float32)
+    factor = np.float32(scale)
+    for part in blocks(target.size):
+        product = temporary[: part.stop - part.start]
+        np.multiply(values[part], factor, out=product)
+        np.add(target[part], product, out=target[part])
+
+
+def lerp(own: Flat, other: Flat, weight: float, *, out: Flat) -> None:
+    """`out = (1 - weight) own + weight other`; exact copies at weight 0 and 1. `out` may be `own`."""
+    if weight in (0.0, 1.0):
+        source = other if weight == 1.0 else own
+        if source is not out:
+            np.copyto(out, source)
+        return
+    temporary = np.empty(min(BLOCK, own.size), np.float32)
+    keep, take = np.float32(1.0 - weight), np.float32(weight)
+    for part in blocks(own.size):
+        product = temporary[: part.stop - part.start]
+        np.multiply(other[part], take, out=product)
+        np.multiply(own[part], keep, out=out[part])
+        np.add(out[part], product, out=out[part])
+
+
+def squared_norm(values: Flat, minus: Flat | None = None) -> float:
+    """Squared L2 norm of `values` (or of `values - minus`), summed in fp64 over blocks; nan or inf if any is."""
+    total = 0.0
+    for part in blocks(values.size):
+        block = values[part].astype(np.float64)
+        if minus is not None:
+            block -= minus[part]
+        total += float(np.dot(block, block))
+    return total
+
+
+def inner(a: Flat, b: Flat, *, origin: Flat | None = None) -> float:
+    """Dot product of `a` and `b`, or of their displacements from `origin`, in fp64 over blocks."""
+    total = 0.0
+    for part in blocks(a.size):
+        left, right = a[part].astype(np.float64), b[part].astype(np.float64)
+        if origin is not None:
+            left -= origin[part]
+            right -= origin[part]
+        total += float(np.dot(left, right))
+    return total

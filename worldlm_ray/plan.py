@@ -1,0 +1,138 @@
+"""A checked run: everything that both shells need to know before the first step.
+
+`make_plan` does every check that can be made without starting Ray or reading whole texts, so that a broken
+configuration costs a second and one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from worldlm_ray import tree
+from worldlm_ray.aggregation.node import Node
+from worldlm_ray.config import RunConfig, from_mapping, to_mapping
+from worldlm_ray.data import check_sources, load_tokenizer
+from worldlm_ray.errors import ConfigError, DataError
+from worldlm_ray.model.initial import initial_parameters
+from worldlm_ray.model.shape import ModelShape, resolve_shape
+from worldlm_ray.params import Flat, Layout, frozen
+from worldlm_ray.tree import NodeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run that has passed its checks. Small, picklable, the same in every process."""
+
+    config: RunConfig
+    root: NodeSpec
+    shape: ModelShape
+    layout: Layout
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.config.run_dir or f"runs/{self.config.name}").expanduser().absolute()
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Kind of every node by path, parents first."""
+        return {node.path: node.kind for node in self.root.walk()}
+
+    def node(self, path: str) -> NodeSpec:
+        """The node at a path.
+
+        Raises:
+            ConfigError: there is none; lists those there are.
+        """
+        for node in self.root.walk():
+            if node.path == path:
+                return node
+        raise ConfigError("node", f"there is no node {path!r}", "expected one of " + ", ".join(self.kinds))
+
+    def initial(self) -> Flat:
+        """The run's initial parameters: every node computes the same ones from the seed."""
+        return frozen(initial_parameters(self.shape, self.layout, seed=self.config.seed))
+
+    def inner_node(self, spec: NodeSpec, initial: Flat) -> Node:
+        """The state machine of an inner node."""
+        return Node(
+            path=spec.path,
+            children=tuple(child.name for child in spec.children),
+            aggregation=spec.settings.aggregation,
+            merge=spec.settings.merge.federation,
+            has_parent=spec.kind != "world",
+            layout=self.layout,
+            initial=initial,
+            budget=self.config.budget,
+        )
+
+    def hparams(self) -> dict[str, str | float | int | bool]:
+        """What TensorBoard shows as the run's hyper-parameters: those in force at the world."""
+        settings, config = self.root.settings, self.config
+        rules = settings.aggregation
+        return {
+            "method": config.method,
+            "seed": config.seed,
+            "preset": config.model.preset,
+            "parameters": self.layout.size,
+            "key_share": round(self.layout.key_size / self.layout.size, 4),
+            "clients": len(self.root.clients),
+            "lr": settings.training.lr,
+            "local_steps": settings.training.local_steps,
+            "batch_size": settings.training.batch_size,
+            "trigger": rules.trigger,
+            "buffer_size": rules.buffer_size,
+            "staleness": rules.staleness.fn,
+            "score": rules.attention.score,
+            "temperature": rules.attention.temperature,
+            "server_optimizer": rules.server_optimizer.name,
+            "merge_client": settings.merge.client,
+            "merge_federation": settings.merge.federation,
+        }
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The configuration as plain containers: what travels to other processes."""
+        return to_mapping(self.config)
+
+
+def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
+    """Check a configuration as a whole.
+
+    Args:
+        config: the configuration.
+        check_data: False where the files need not be on this machine.
+
+    Raises:
+        ConfigError: one problem, by its dotted key.
+    """
+    root = tree.build(config)
+    tokenizers = {client.settings.data.tokenizer: client.key for client in root.clients}
+    if len(tokenizers) != 1:
+        first, second = list(tokenizers)[:2]
+        raise ConfigError(
+            f"{tokenizers[second]}.data.tokenizer",
+            f"{second!r} differs from {first!r} of {tokenizers[first]}",
+            "one world has one vocabulary: set data.tokenizer once, at the top",
+        )
+    try:
+        vocab_size = load_tokenizer(next(iter(tokenizers))).vocab_size
+    except DataError as error:
+        raise ConfigError("data.tokenizer", str(error), "give `bytes` or the path of a tokenizer.json") from error
+    shape = resolve_shape(config.model, vocab_size=vocab_size)
+    layout = shape.layout(config.model.key_layers)
+    if check_data:
+        for client in root.clients:
+            check_sources(client.settings.data, f"{client.key}.data")
+    return Plan(config=config, root=root, shape=shape, layout=layout)
+
+
+def plan_from_mapping(mapping: dict[str, Any]) -> Plan:
+    """The plan that `Plan.to_mapping` describes, in another process; data is checked where it is read."""
+    return make_plan(from_mapping(mapping), check_data=False)
+
+
+def with_run_dir(plan: Plan, run_dir: Path) -> Plan:
+    """The same plan in another folder."""
+    return replace(plan, config=replace(plan.config, run_dir=str(run_dir)))

@@ -1,0 +1,168 @@
+"""What happened, as plain frozen values: the only thing that shells hand to tracking.
+
+Nodes are named by their path in the tree, such as `world/europe/italy`. `now_s` is seconds since the run
+started: wall seconds on Ray, virtual seconds in simulation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """A client finished one local round."""
+
+    node: str
+    now_s: float
+    round: int
+    """Local rounds finished by this client, counting this one."""
+    steps: int
+    """Optimizer steps by this client since the run began."""
+    tokens: int
+    """Tokens trained on by this client since the run began."""
+    train_loss: float
+    """Mean training loss of the round, nats per token."""
+    loss: float | None
+    """Held-out loss after the round, nats per byte; None where it was not measured."""
+    perplexity: float | None
+    """Held-out perplexity per token."""
+    learning_rate: float
+    tokens_per_s: float
+    """Training speed of the round: tokens over training seconds."""
+    busy_fraction: float
+    """Share of its life so far that the client spent training or evaluating."""
+    epsilon: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRecord:
+    """A client measured its model before the first round."""
+
+    node: str
+    now_s: float
+    loss: float
+    """Held-out loss, nats per byte."""
+    perplexity: float
+    """Held-out perplexity per token."""
+    heldout_bytes: int
+    """Size of the held-out text: the weight of this client in means over clients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerdictRecord:
+    """A node accepted or refused an update: one line of audit.jsonl."""
+
+    node: str
+    now_s: float
+    sender: str
+    seq: int
+    base_version: int
+    version: int
+    """The receiver's version when the update arrived."""
+    tau: int
+    """Staleness: version - base_version."""
+    verdict: str
+    """`accepted`, or the name of the refusal."""
+    bytes: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationRecord:
+    """A node applied an aggregation."""
+
+    node: str
+    now_s: float
+    version: int
+    """Version after the aggregation."""
+    tokens: int
+    """Tokens of the updates in this aggregation."""
+    total_tokens: int
+    """Tokens of all updates that this node has aggregated so far."""
+    contributors: tuple[str, ...]
+    """Names of the children whose updates were folded in, in the order of folding."""
+    step_norm: float
+    """L2 norm of the change of the node's backbone."""
+    busy_fraction: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRecord:
+    """Attention weights over candidates, one row per key layer.
+
+    `direction` is `up` for an inner node's blend of its children's key layers and `down` for a node's blend
+    of its own and its parent's.
+    """
+
+    node: str
+    now_s: float
+    version: int
+    direction: str
+    layers: tuple[str, ...]
+    candidates: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+    """[layers][candidates]; every row sums to one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullRecord:
+    """A child took its parent's model."""
+
+    node: str
+    """The child."""
+    now_s: float
+    version: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushRecord:
+    """A child sent an update to its parent (whether or not it was accepted)."""
+
+    node: str
+    """The child."""
+    now_s: float
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LifeRecord:
+    """Something in a node's life that an operator wants to know: started, continued, finished, lost."""
+
+    node: str
+    now_s: float
+    event: str
+    version: int = 0
+    detail: str = ""
+
+
+Record = (
+    RoundRecord
+    | StartRecord
+    | VerdictRecord
+    | AggregationRecord
+    | AttentionRecord
+    | PullRecord
+    | PushRecord
+    | LifeRecord
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSummary:
+    """One node's line in summary.json. Clients have losses of their own; inner nodes of their own model."""
+
+    kind: str
+    version: int = 0
+    steps: int = 0
+    tokens: int = 0
+    loss_start: float | None = None
+    loss: float | None = None
+    perplexity_start: float | None = None
+    perplexity: float | None = None
+    busy_fraction: float = 0.0
+    accepted: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0

@@ -1,0 +1,166 @@
+"""Tables for the terminal: a running world as a tree, and the result of a finished one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
+SAMPLE_CHARACTERS = 240
+"""A longer sample is cut: the table shows a taste of each client's language, not a page."""
+_STYLES = {"world": "bold", "federation": "bold cyan", "client": ""}
+_STATES = {"finished": "green", "lost": "red", "failed": "red", "waiting": "dim"}
+
+
+def live_table(snapshot: Mapping[str, Any]) -> Table:
+    """One line per node of a run, indented as the tree.
+
+    Args:
+        snapshot: `Tracker.snapshot()`, or status.json as read.
+    """
+    head = (
+        f"{snapshot.get('run', 'run')}   {float(snapshot.get('progress', 0.0)):.0%}   "
+        f"{duration(float(snapshot.get('now_s', 0.0)))}   {amount(snapshot.get('tokens', 0))} tokens"
+    )
+    table = _table(head)
+    table.add_column("node", no_wrap=True, overflow="ellipsis", min_width=12)
+    for name in ("version", "tokens", "tok/s", "stale", "loss", "perplexity", "busy", "acc/ref"):
+        _numbers(table, name)
+    table.add_column("state", no_wrap=True, overflow="ellipsis")
+    for path, node in tree_order(snapshot["nodes"]):
+        state = str(node.get("state") or NOTHING)
+        table.add_row(
+            _name(path, node["kind"]),
+            str(node["version"]),
+            amount(node["tokens"]),
+            amount(node["tokens_per_s"]),
+            _or(node["tau"], "d"),
+            _or(node["loss"], ".3f"),
+            _change(node["perplexity_start"], node["perplexity"]),
+            _or(node["busy_fraction"], ".0%"),
+            _verdicts(node),
+            Text(printable(state), style=_STATES.get(state, "")),
+        )
+    return table
+
+
+def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table:
+    """What every node learned, and a sample of its text.
+
+    Args:
+        summary: what `write_summary` returned, or summary.json as read.
+        samples: generated text by path of the node; a node may have none.
+    """
+    head = (
+        f"{summary['run']}   {summary['method']}   seed {summary['seed']}   "
+        f"{duration(float(summary['wall_s'] or 0.0))}   {amount(summary['tokens'])} tokens"
+    )
+    table = _table(head)
+    table.add_column("node", no_wrap=True, overflow="ellipsis", min_width=14)
+    _numbers(table, "tokens")
+    _numbers(table, "staleness")
+    table.add_column("perplexity\nat the start", justify="right", no_wrap=True)
+    table.add_column("perplexity\nnow", justify="right", no_wrap=True)
+    table.add_column("sample", overflow="fold", ratio=1, min_width=16)
+    for path, node in tree_order(summary["nodes"]):
+        table.add_row(
+            _name(path, node["kind"]),
+            amount(node["tokens"]),
+            _or(node.get("tau_mean"), ".2f"),
+            _perplexity(node["perplexity_start"]),
+            Text(_perplexity(node["perplexity"]), style="bold"),
+            # A Text is never read as markup, whatever brackets the model wrote.
+            Text(printable(samples.get(path, ""))[:SAMPLE_CHARACTERS]),
+        )
+    return table
+
+
+def tree_order(nodes: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Nodes with every child under its parent, siblings in the order given."""
+    children: dict[str, list[str]] = {}
+    for path in nodes:
+        children.setdefault(path.rpartition("/")[0], []).append(path)
+    order: list[tuple[str, Any]] = []
+    waiting = list(reversed(children.get("", [])))
+    while waiting:
+        path = waiting.pop()
+        order.append((path, nodes[path]))
+        waiting.extend(reversed(children.get(path, [])))
+    return order
+
+
+def printable(text: str) -> str:
+    r"""The text on one line, with every character that would act on a terminal written as an escape.
+
+    Line ends become spaces, since a model writes many; a bell is `\x07`.
+    """
+    line = " ".join(text.split("\n"))
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+
+
+def amount(number: float | None) -> str:
+    """A count in at most five characters: 950, 12.3k, 4.00M."""
+    if number is None:
+        return NOTHING
+    value, unit, units = float(number), "", iter("kMGTPE")
+    if value < 999.5:
+        return f"{value:.0f}"
+    while value >= 999.5:  # From here on three digits would round to 1000.
+        value, unit = value / 1000, next(units, "?")
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time: 42 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=Text(printable(title), style="bold"),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="dim",
+    )
+
+
+def _numbers(table: Table, name: str) -> None:
+    table.add_column(name, justify="right", no_wrap=True)
+
+
+def _name(path: str, kind: str) -> Text:
+    depth = path.count("/")
+    return Text("  " * depth + printable(path.rpartition("/")[2]), style=_STYLES.get(kind, ""))
+
+
+def _or(value: float | None, form: str) -> str:
+    return NOTHING if value is None else format(value, form)
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return amount(value) if value >= 999.5 else f"{value:.{1 if value >= 99.95 else 2}f}"
+
+
+def _change(start: float | None, now: float | None) -> str:
+    if start is None and now is None:
+        return NOTHING
+    return f"{_perplexity(start)} → {_perplexity(now)}"
+
+
+def _verdicts(node: Mapping[str, Any]) -> str:
+    if node["kind"] == "world":
+        return NOTHING
+    return f"{node['accepted']}/{sum(node['refused'].values())}"

@@ -1,0 +1,296 @@
+"""What is known of a running world, node by node: records go in, one snapshot comes out. No files, no clock.
+
+Counters of messages belong to an edge and stand at its lower end: `accepted` of `world/europe` counts the
+updates of europe that the world accepted. The world, which has no parent, has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from worldlm_ray.config import BudgetConfig
+from worldlm_ray.errors import RunError
+from worldlm_ray.records import (
+    AggregationRecord,
+    LifeRecord,
+    NodeSummary,
+    PullRecord,
+    PushRecord,
+    Record,
+    RoundRecord,
+    StartRecord,
+    VerdictRecord,
+)
+
+ACCEPTED = "accepted"
+KINDS = ("world", "federation", "client")
+
+
+@dataclass(kw_only=True)
+class NodeState:
+    """What is known of one node."""
+
+    kind: str
+    version: int = 0
+    """Aggregations applied; of a client, the parent's version that it took last."""
+    rounds: int = 0
+    steps: int = 0
+    """Of an inner node: the sum over the clients below it. The same for `tokens` and `tokens_per_s`."""
+    tokens: int = 0
+    tokens_aggregated: int = 0
+    """Tokens of the updates that an inner node has aggregated."""
+    heldout_bytes: int = 0
+    loss_start: float | None = None
+    loss: float | None = None
+    """Nats per byte. Of an inner node: the mean over the clients below it, weighted by held-out bytes."""
+    perplexity_start: float | None = None
+    perplexity: float | None = None
+    """Per token. Of an inner node: the geometric mean, with the same weights."""
+    tau: int | None = None
+    """Staleness of the last update that this node sent."""
+    tau_mean: float | None = None
+    tokens_per_s: float = 0.0
+    busy_fraction: float = 0.0
+    epsilon: float | None = None
+    accepted: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    strangers: dict[str, int] = field(default_factory=dict)
+    """Refusals that an inner node gave to senders that are not its children."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    state: str = "waiting"
+    """The last event in the node's life, with its run time and what was said about it."""
+    state_at_s: float = 0.0
+    state_detail: str = ""
+
+
+class RunState:
+    """The state of every node of one run.
+
+    Args:
+        kinds: `world`, `federation` or `client` by the path of every node.
+        budget: what `progress` is measured against.
+
+    Raises:
+        RunError: `kinds` is not a tree.
+    """
+
+    def __init__(self, kinds: Mapping[str, str], *, budget: BudgetConfig) -> None:
+        _check_tree(kinds)
+        self.nodes = {path: NodeState(kind=kind) for path, kind in kinds.items()}
+        self.above = {path: tuple(_ancestors(path)) for path in kinds}
+        """Inner nodes above each node, the nearest first."""
+        self.taus: dict[str, Counter[int]] = {path: Counter() for path in kinds}
+        """How often each staleness was seen among the updates that a node sent."""
+        self.now_s = 0.0
+        self._budget = budget
+        self._clients: dict[str, list[NodeState]] = {path: [] for path in kinds}
+        for path, kind in kinds.items():
+            for inner in self.above[path] if kind == "client" else ():
+                self._clients[inner].append(self.nodes[path])
+
+    def node(self, path: str) -> NodeState:
+        """The node at this path.
+
+        Raises:
+            RunError: there is none.
+        """
+        if path not in self.nodes:
+            known = ", ".join(self.nodes)
+            raise RunError(f"a record names the node {path!r}, which is not in the tree ({known})")
+        return self.nodes[path]
+
+    def edge(self, receiver: str, sender: str) -> str | None:
+        """Path of the child that sent something: `sender` is its path or its name. None for a stranger."""
+        path = sender if sender in self.nodes else f"{receiver}/{sender}"
+        return path if self.above.get(path, ("",))[:1] == (receiver,) else None
+
+    def check(self, record: Record) -> None:
+        """Raise what `apply` would.
+
+        Raises:
+            RunError: the record names an unknown node, or one that cannot have done this.
+        """
+        node = self.node(record.node)
+        if isinstance(record, RoundRecord | StartRecord) and node.kind != "client":
+            raise RunError(f"{record.node!r} is a {node.kind}, but only clients train and measure")
+
+    def apply(self, record: Record) -> None:
+        """Take in what happened.
+
+        Raises:
+            RunError: see `check`.
+        """
+        self.check(record)
+        self.now_s = max(self.now_s, record.now_s)
+        node = self.nodes[record.node]
+        match record:
+            case RoundRecord():
+                self._round(node, record)
+            case StartRecord():
+                self._start(node, record)
+            case VerdictRecord():
+                self.count(record.node, record.sender, tau=record.tau, verdict=record.verdict)
+            case AggregationRecord():
+                node.version, node.tokens_aggregated = record.version, record.total_tokens
+                node.busy_fraction = record.busy_fraction
+            case PullRecord():
+                node.bytes_down += record.bytes
+                if node.kind == "client":  # An inner node has a version of its own.
+                    node.version = record.version
+            case PushRecord():
+                node.bytes_up += record.bytes
+            case LifeRecord():
+                node.state, node.state_detail, node.state_at_s = record.event, record.detail, record.now_s
+
+    def count(self, receiver: str, sender: str, *, tau: int, verdict: str) -> None:
+        """Count one verdict."""
+        path = self.edge(receiver, sender)
+        if path is None:
+            strangers = self.nodes[receiver].strangers
+            strangers[verdict] = strangers.get(verdict, 0) + 1
+            return
+        node, taus = self.nodes[path], self.taus[path]
+        if verdict == ACCEPTED:
+            node.accepted += 1
+        else:
+            node.refused[verdict] = node.refused.get(verdict, 0) + 1
+        if tau >= 0:  # A malformed update may claim to come from a version that is yet to be.
+            seen = taus.total()
+            taus[tau] += 1
+            node.tau, node.tau_mean = tau, ((node.tau_mean or 0.0) * seen + tau) / (seen + 1)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Totals of the run, and `nodes` by path, ready for JSON: numbers that are not finite become null."""
+        nodes = self.nodes.values()
+        clients = [node for node in nodes if node.kind == "client"]
+        refused: Counter[str] = Counter()
+        for node in nodes:
+            refused.update(node.refused)
+            refused.update(node.strangers)
+        values = {
+            "now_s": self.now_s,
+            "progress": self._progress(clients),
+            "tokens": sum(node.tokens for node in clients),
+            "tokens_per_s": sum(node.tokens_per_s for node in clients),
+            "accepted": sum(node.accepted for node in nodes),
+            "refused": dict(refused),
+            "bytes_up": sum(node.bytes_up for node in nodes),
+            "bytes_down": sum(node.bytes_down for node in nodes),
+            "nodes": {path: asdict(node) for path, node in self.nodes.items()},
+        }
+        return dict(finite(values))
+
+    def summaries(self) -> dict[str, NodeSummary]:
+        """One line per node for summary.json; losses of inner nodes are means over the clients below."""
+        names = {each.name for each in fields(NodeSummary)} & {each.name for each in fields(NodeState)}
+        return {
+            path: NodeSummary(**{name: value for name, value in asdict(node).items() if name in names})
+            for path, node in self.nodes.items()
+        }
+
+    def restore(self, snapshot: Mapping[str, Any], verdicts: Iterable[Mapping[str, Any]]) -> None:
+        """Continue from an earlier snapshot, and count again every verdict of the run.
+
+        Nodes that have left the tree since then are forgotten; nodes that are new start empty.
+        """
+        self.now_s = snapshot.get("now_s", 0.0)
+        counted = {"accepted", "refused", "strangers", "tau_mean"}
+        kept = {each.name for each in fields(NodeState)} - counted - {"kind"}
+        for path, values in snapshot.get("nodes", {}).items():
+            for name in kept & values.keys() if path in self.nodes else ():
+                setattr(self.nodes[path], name, values[name])
+        for verdict in verdicts:
+            if verdict["node"] in self.nodes:
+                self.count(verdict["node"], verdict["sender"], tau=verdict["tau"], verdict=verdict["verdict"])
+
+    def _start(self, node: NodeState, record: StartRecord) -> None:
+        node.heldout_bytes = record.heldout_bytes
+        # A client that was restarted measures again: its first measurement stays its start.
+        if node.loss_start is None:
+            node.loss_start, node.perplexity_start = record.loss, record.perplexity
+        node.loss, node.perplexity = record.loss, record.perplexity
+        for inner in self.above[record.node]:
+            self._average(inner)
+
+    def _round(self, node: NodeState, record: RoundRecord) -> None:
+        node.rounds, node.steps, node.tokens = record.round, record.steps, record.tokens
+        node.tokens_per_s, node.busy_fraction = record.tokens_per_s, record.busy_fraction
+        node.epsilon = record.epsilon
+        if record.loss is not None:
+            node.loss, node.perplexity = record.loss, record.perplexity
+        for inner in self.above[record.node]:
+            above, clients = self.nodes[inner], self._clients[inner]
+            above.steps = sum(client.steps for client in clients)
+            above.tokens = sum(client.tokens for client in clients)
+            above.tokens_per_s = sum(client.tokens_per_s for client in clients)
+            if record.loss is not None:
+                self._average(inner)
+
+    def _average(self, path: str) -> None:
+        """Mean over the clients below that have measured; the others have no weight yet."""
+        node = self.nodes[path]
+        measured = [client for client in self._clients[path] if client.heldout_bytes > 0]
+        node.heldout_bytes = sum(client.heldout_bytes for client in measured)
+        node.loss = _mean(measured, lambda client: client.loss)
+        node.loss_start = _mean(measured, lambda client: client.loss_start)
+        node.perplexity = _geometric(measured, lambda client: client.perplexity)
+        node.perplexity_start = _geometric(measured, lambda client: client.perplexity_start)
+
+    def _progress(self, clients: list[NodeState]) -> float:
+        """Share of the budget that is spent, 0 to 1."""
+        budget, share = self._budget, 0.0
+        if budget.tokens:
+            share = sum(client.tokens for client in clients) / budget.tokens
+        elif budget.rounds and clients:
+            done = sum(min(client.rounds, budget.rounds) for client in clients)
+            share = done / (budget.rounds * len(clients))
+        elif budget.seconds:
+            share = self.now_s / budget.seconds
+        return min(share, 1.0)
+
+
+def finite(value: Any) -> Any:
+    """Replace numbers that JSON does not know (NaN, infinities) by None, in containers too."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mean(clients: list[NodeState], get: Callable[[NodeState], float | None]) -> float | None:
+    pairs = [(client.heldout_bytes, value) for client in clients if (value := get(client)) is not None]
+    total = sum(weight for weight, _ in pairs)
+    return sum(weight * value for weight, value in pairs) / total if total else None
+
+
+def _geometric(clients: list[NodeState], get: Callable[[NodeState], float | None]) -> float | None:
+    def log(client: NodeState) -> float | None:
+        value = get(client)
+        return None if value is None else math.log(value)
+
+    mean = _mean(clients, log)
+    return None if mean is None else math.exp(mean)
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    while path := path.rpartition("/")[0]:
+        yield path
+
+
+def _check_tree(kinds: Mapping[str, str]) -> None:
+    for path, kind in kinds.items():
+        if kind not in KINDS:
+            raise RunError(f"node {path!r} has the kind {kind!r}; it must be one of {', '.join(KINDS)}")
+        parent = path.rpartition("/")[0]
+        if (kind == "world") != (parent == ""):
+            raise RunError(f"node {path!r} is a {kind}; the world, and only the world, has no parent")
+        if parent and kinds.get(parent) not in ("world", "federation"):
+            raise RunError(f"node {path!r} hangs under {parent!r}, which is not a federation or the world")
+    if sum(kind == "world" for kind in kinds.values()) != 1:
+        raise RunError("the tree must have exactly one world")

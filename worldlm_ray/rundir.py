@@ -1,0 +1,78 @@
+"""The run folder: made for a new run, found again for an old one.
+
+    runs/NAME/
+        config.yaml      the resolved configuration
+        summary.json     written at the end and on every clean stop
+        status.json      the newest snapshot while the run lives
+        audit.jsonl      one line per update accepted or refused
+        checkpoints/     one folder per node
+        tensorboard/
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from worldlm_ray import config as configuration
+from worldlm_ray.errors import RunError
+from worldlm_ray.plan import Plan, make_plan
+
+CONFIG = "config.yaml"
+
+
+def create(plan: Plan) -> Plan:
+    """Make the folder of a new run and write its configuration.
+
+    A folder that the user did not name gets a number when the name is taken: `runs/quickstart-2`.
+
+    Returns:
+        The plan with the folder it got, as an absolute path.
+
+    Raises:
+        RunError: the named folder already holds a run, or cannot be made.
+    """
+    run_dir = plan.run_dir
+    if plan.config.run_dir is None:
+        number = 2
+        while (run_dir / CONFIG).exists():
+            run_dir = plan.run_dir.with_name(f"{plan.run_dir.name}-{number}")
+            number += 1
+    elif (run_dir / CONFIG).exists():
+        raise RunError(
+            f"{run_dir} already holds a run; continue it with `worldlm train --resume {run_dir}` or give another --run-dir"
+        )
+    plan = replace(plan, config=replace(plan.config, run_dir=str(run_dir)))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        configuration.save(plan.config, run_dir / CONFIG)
+    except OSError as error:
+        raise RunError(f"cannot write the run folder {run_dir}: {error.strerror}; give another --run-dir") from error
+    return plan
+
+
+def find(run: str) -> Path:
+    """The folder of a run, given its path or its name under `runs/`.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    for path in (Path(run).expanduser(), Path("runs") / run):
+        if (path / CONFIG).is_file():
+            return path.absolute()
+    known = sorted(path.parent.name for path in Path("runs").glob(f"*/{CONFIG}"))
+    there = f"runs/ holds {', '.join(known)}" if known else "runs/ holds none yet"
+    raise RunError(f"there is no run {run!r}; give its folder or its name ({there})")
+
+
+def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = True) -> Plan:
+    """The plan of an existing run, wherever its folder lies now.
+
+    Args:
+        run: its folder, or its name under `runs/`.
+        overrides: `key=value` changes, such as a larger budget.
+        check_data: False where the run's text is not needed.
+    """
+    run_dir = find(run)
+    config = configuration.load(str(run_dir / CONFIG), [*(overrides or []), f"run_dir={run_dir}"])
+    return make_plan(config, check_data=check_data)

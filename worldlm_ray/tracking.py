@@ -1,0 +1,362 @@
+"""The single writer of a run folder: what the shells record becomes files that people and tools read.
+
+    audit.jsonl     one line per update accepted or refused: the truth about who sent what
+    status.json     the newest snapshot, replaced whole about once a second
+    tensorboard/    see worldlm_ray/tensorboard.py
+    summary.json    the result of a finished run
+
+A tracker that opens an existing folder continues it: verdicts are counted again from audit.jsonl, which has
+them as soon as `record` returns; everything else comes from status.json and may be a second old.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from worldlm_ray.config import BudgetConfig
+from worldlm_ray.errors import RunError
+from worldlm_ray.records import (
+    AggregationRecord,
+    AttentionRecord,
+    NodeSummary,
+    PullRecord,
+    PushRecord,
+    Record,
+    RoundRecord,
+    StartRecord,
+    VerdictRecord,
+)
+from worldlm_ray.run_state import ACCEPTED, RunState, finite
+from worldlm_ray.tensorboard import Board, Scalar, tag
+
+AUDIT, STATUS, SUMMARY, TENSORBOARD = "audit.jsonl", "status.json", "summary.json", "tensorboard"
+STRANGER = "_stranger"
+"""Stands for the sender in tags where the sender is not a node of the tree."""
+STATUS_EVERY_S = 1.0
+"""Wall seconds between two writes of status.json."""
+IMAGE_EVERY_S = 2.0
+"""Wall seconds between two attention images of the whole run: one costs 50 to 100 ms."""
+IMAGES_AT_END = 16
+"""Attention images that may still be drawn when the tracker closes."""
+
+
+class Tracker:
+    """Keeps the state of a run and writes its folder. One tracker owns a folder, and one actor the tracker.
+
+    Args:
+        run_dir: the run folder; made when missing, continued when it holds an earlier part of the run.
+        kinds: `world`, `federation` or `client` by the path of every node.
+        hparams: settings for the HPARAMS tab, by dotted key.
+        budget: what `progress` is measured against.
+        clock: monotonic seconds; it only paces files.
+        wall: seconds since 1970.
+
+    Raises:
+        RunError: `kinds` is not a tree.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        kinds: Mapping[str, str],
+        hparams: Mapping[str, Scalar],
+        budget: BudgetConfig,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.run_dir = run_dir
+        self._kinds, self._clock, self._wall = dict(kinds), clock, wall
+        self._state = RunState(kinds, budget=budget)
+        self._new_taus: dict[str, list[int]] = {}
+        """Staleness of what each child sent since the last aggregation of its parent."""
+        self._images: dict[tuple[str, str], AttentionRecord] = {}
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            status = read_status(run_dir)
+        except RunError:
+            status = {}  # A new run, or one that ended before its first status.
+        self._state.restore(status, _read_audit(run_dir / AUDIT))
+        self._started_at: float = status.get("started_at", wall())
+        self._private = any(node.epsilon is not None for node in self._state.nodes.values())
+        self._audit = _open_audit(run_dir / AUDIT)
+        self._board = Board(run_dir / TENSORBOARD, started_at=self._started_at)
+        self._introduce(hparams)
+        self._last_status = self._last_image = -math.inf
+        self.flush()
+
+    def record(self, *records: Record) -> None:
+        """Take in what happened. Verdicts are in the audit file when this returns.
+
+        Raises:
+            RunError: a record names a node that is not in the tree; nothing of the batch is taken in.
+        """
+        for record in records:
+            self._state.check(record)
+        lines = [_audit_line(record) for record in records if isinstance(record, VerdictRecord)]
+        if lines:
+            self._audit.write("".join(lines).encode())
+        for record in records:
+            self._state.apply(record)
+            self._show(record)
+        now = self._clock()
+        if self._images and now - self._last_image >= IMAGE_EVERY_S:
+            self._draw_next()
+        if now - self._last_status >= STATUS_EVERY_S:
+            self._write_status()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that is known, ready for JSON: totals of the run, and `nodes` by path."""
+        return {
+            "run": self.run_dir.name,
+            "started_at": self._started_at,
+            "updated_at": self._wall(),
+            **self._state.snapshot(),
+        }
+
+    def summaries(self) -> dict[str, NodeSummary]:
+        """One line per node for `write_summary`; losses of inner nodes are means over the clients below."""
+        return self._state.summaries()
+
+    def staleness(self) -> dict[str, float | None]:
+        """Mean staleness of the updates that each node sent; None where it sent none."""
+        return {path: node.tau_mean for path, node in self._state.nodes.items()}
+
+    def flush(self) -> None:
+        """Bring every file up to date."""
+        self._write_status()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Draw what still waits, mark the run as ended in TensorBoard, and close every file."""
+        for _ in range(min(len(self._images), IMAGES_AT_END)):
+            self._draw_next()
+        self._board.finish(now_s=self._state.now_s)
+        self.flush()
+        self._board.close()
+        self._audit.close()
+
+    # What each record shows in TensorBoard, after the state has taken it in.
+
+    def _introduce(self, hparams: Mapping[str, Scalar]) -> None:
+        root = next(path for path, kind in self._kinds.items() if kind == "world")
+        metrics = {
+            tag("loss_by_tokens", root): f"{root}: loss (nats/byte)",
+            tag("perplexity_by_tokens", root): f"{root}: perplexity",
+            tag("version", root): f"{root}: version",
+        }
+        self._board.hparams(hparams, metrics=metrics, run=self.run_dir.name)
+        self._board.layout(self._kinds, private=self._private)
+
+    def _show(self, record: Record) -> None:
+        node, path, now_s = self._state.nodes[record.node], record.node, record.now_s
+        match record:
+            case StartRecord():
+                self._show_losses(path, now_s)
+            case RoundRecord():
+                self._show_round(record)
+            case VerdictRecord():
+                self._show_verdict(record)
+            case AggregationRecord():
+                self._show_aggregation(record)
+            case AttentionRecord():
+                # A newer one takes the place of one that still waits, so every node gets its turn.
+                self._images[path, record.direction] = record
+            case PushRecord():
+                self._board.scalars({tag("bytes_up", path): node.bytes_up}, now_s=now_s)
+            case PullRecord():
+                values = {tag("bytes_down", path): node.bytes_down}
+                if node.kind == "client":
+                    values[tag("version", path)] = node.version
+                self._board.scalars(values, now_s=now_s)
+
+    def _show_round(self, record: RoundRecord) -> None:
+        path, now_s, nodes = record.node, record.now_s, self._state.nodes
+        if record.epsilon is not None and not self._private:
+            self._private = True
+            self._board.layout(self._kinds, private=True, now_s=now_s)
+        speeds: dict[str, float | None] = {
+            tag("tokens_per_s", each): nodes[each].tokens_per_s for each in (path, *self._state.above[path])
+        }
+        own = {tag("busy_fraction", path): record.busy_fraction, tag("epsilon", path): record.epsilon}
+        self._board.scalars(speeds | own, now_s=now_s)
+        trained = {
+            tag("train_loss_by_tokens", path): record.train_loss,
+            tag("learning_rate_by_tokens", path): record.learning_rate,
+        }
+        self._board.scalars(trained, now_s=now_s, step=record.tokens)
+        if record.loss is not None:
+            self._show_losses(path, now_s)
+
+    def _show_losses(self, client: str, now_s: float) -> None:
+        """The client's loss, and the means of every inner node above it."""
+        by_time: dict[str, float | None] = {}
+        for path in (client, *self._state.above[client]):
+            node = self._state.nodes[path]
+            by_tokens = {
+                tag("loss_by_tokens", path): node.loss,
+                tag("perplexity_by_tokens", path): node.perplexity,
+            }
+            self._board.scalars(by_tokens, now_s=now_s, step=node.tokens)
+            by_time[tag("loss_by_time", path)] = node.loss
+            by_time[tag("perplexity_by_time", path)] = node.perplexity
+        self._board.scalars(by_time, now_s=now_s)
+
+    def _show_verdict(self, record: VerdictRecord) -> None:
+        edge = self._state.edge(record.node, record.sender)
+        if edge is None:
+            count = self._state.nodes[record.node].strangers[record.verdict]
+            name = tag("refused", record.node, STRANGER, record.verdict)
+            self._board.scalars({name: count}, now_s=record.now_s)
+            return
+        node = self._state.nodes[edge]
+        if record.tau >= 0:
+            self._new_taus.setdefault(edge, []).append(record.tau)
+        values: dict[str, float | None] = {
+            tag("arrivals", edge): node.accepted + sum(node.refused.values()),
+            tag("accepted", edge): node.accepted,
+        }
+        if record.verdict != ACCEPTED:
+            values[tag("refused", edge, record.verdict)] = node.refused[record.verdict]
+        self._board.scalars(values, now_s=record.now_s)
+
+    def _show_aggregation(self, record: AggregationRecord) -> None:
+        path = record.node
+        values: dict[str, float | None] = {
+            tag("version", path): record.version,
+            tag("step_norm", path): record.step_norm,
+            tag("busy_fraction", path): record.busy_fraction,
+        }
+        for child in [child for child in self._new_taus if self._state.above[child][0] == path]:
+            taus = self._new_taus.pop(child)
+            values[tag("tau", child)] = sum(taus) / len(taus)
+            name = tag("tau_histogram", child)
+            self._board.histogram(name, self._state.taus[child], step=record.version, now_s=record.now_s)
+        self._board.scalars(values, now_s=record.now_s)
+
+    def _draw_next(self) -> None:
+        self._board.attention(self._images.pop(next(iter(self._images))))
+        self._last_image = self._clock()
+
+    def _write_status(self) -> None:
+        _replace_json(self.run_dir / STATUS, self.snapshot())
+        self._last_status = self._clock()
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The newest snapshot of a run, running or not.
+
+    Raises:
+        RunError: there is no run in this folder, or its status cannot be read.
+    """
+    path = run_dir / STATUS
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(
+            f"there is no run in {str(run_dir)!r}: it has no {STATUS}; give a run's folder"
+        ) from None
+    except ValueError as error:
+        raise RunError(
+            f"{str(path)!r} is not valid JSON ({error}); resume the run to write it again"
+        ) from error
+    if not isinstance(status, dict):
+        raise RunError(
+            f"{str(path)!r} holds a {type(status).__name__}, not a mapping; resume the run to mend it"
+        )
+    return status
+
+
+def write_summary(
+    run_dir: Path,
+    *,
+    run: str,
+    method: str,
+    seed: int,
+    wall_s: float,
+    tokens: int,
+    params_sha256: str,
+    nodes: Mapping[str, NodeSummary],
+    staleness: Mapping[str, float | None] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write summary.json, all of it or nothing, and return what it holds.
+
+    Args:
+        run_dir: the run folder.
+        run: name of the run.
+        method: name of the method, such as `worldlm` or `fedavg`.
+        seed: the run's seed.
+        wall_s: seconds from start to end; virtual in simulation.
+        tokens: trained by all clients together.
+        params_sha256: fingerprint of the world's final parameters.
+        nodes: by path, in the order to be shown.
+        staleness: mean staleness by path (`Tracker.staleness`); becomes `tau_mean` of the nodes.
+        extra: more values for the top level; they cannot replace the others.
+    """
+    lines = {path: asdict(node) for path, node in nodes.items()}
+    for path, line in lines.items():
+        if staleness is not None:
+            line["tau_mean"] = staleness.get(path)
+    summary: dict[str, Any] = finite(
+        {
+            **(extra or {}),
+            "run": run,
+            "method": method,
+            "seed": seed,
+            "wall_s": wall_s,
+            "tokens": tokens,
+            "params_sha256": params_sha256,
+            "nodes": lines,
+        }
+    )
+    _replace_json(run_dir / SUMMARY, summary, durable=True)
+    return summary
+
+
+def _replace_json(path: Path, value: Any, *, durable: bool = False) -> None:
+    """Replace a file as a whole: a reader sees the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _audit_line(record: VerdictRecord) -> str:
+    values = asdict(record)
+    return json.dumps({"now_s": values.pop("now_s"), **values}) + "\n"
+
+
+def _open_audit(path: Path) -> BinaryIO:
+    # Unbuffered: a killed process loses no line. What a kill tore apart in the last line is closed off.
+    file = path.open("ab+", buffering=0)
+    if file.seek(0, os.SEEK_END) > 0:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def _read_audit(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line of an audit file; none where there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue  # Torn by a kill.
+            if isinstance(value, dict):
+                yield value

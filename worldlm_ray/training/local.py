@@ -1,0 +1,188 @@
+"""Local training on one device: AdamW over a flat buffer.
+
+The whole model, its gradient and both moments are four flat fp32 buffers, so the optimizer makes one fused
+pass, gradient clipping is one norm, and exchanging the model needs no walk over tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from worldlm_ray.config import TrainingConfig
+from worldlm_ray.model.decoder import Decoder
+from worldlm_ray.model.flat import bind, decayed
+from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.params import Flat, Layout
+
+Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Token ids and targets, [batch, context] each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """What a run of optimizer steps came to."""
+
+    steps: int
+    tokens: int
+    loss_sum: float
+    """Sum over steps of the step's mean loss, nats per token."""
+    train_s: float
+    learning_rate: float
+    """Of the last step."""
+
+
+class LocalTrainer:
+    """A model on one device with its optimizer; its parameters are the flat buffer `flat`.
+
+    Args:
+        shape: sizes of the decoder.
+        layout: the flat layout (which part is backbone, which is key).
+        training: optimizer settings.
+        threads: torch threads; results are reproducible only for the same number.
+        device: `cpu`, `cuda` or None for CUDA when there is a device.
+    """
+
+    def __init__(
+        self, shape: ModelShape, layout: Layout, training: TrainingConfig, *, threads: int, device: str | None = None
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.training, self.layout, self.shape = training, layout, shape
+        self.threads = threads
+        self.bf16 = training.precision == "bf16" or (training.precision == "auto" and self.device.type == "cuda")
+        self.flat = torch.zeros(layout.size, device=self.device)
+        self.gradient = torch.zeros(layout.size, device=self.device)
+        with torch.device("meta"):  # no memory and no default initialisation: the flat buffer is the model
+            self.model = Decoder(shape)
+        bind(self.model, layout, self.flat, self.gradient)
+        self.model.to(self.device)
+        self._matrices = decayed(self.model)
+        self._tensor = torch.nn.Parameter(self.flat)
+        self._tensor.grad = self.gradient
+        # Weight decay is applied by `step` to matrices alone: a flat tensor has no parameter groups.
+        self.optimizer = torch.optim.AdamW(
+            [self._tensor], lr=training.lr, betas=(training.betas[0], training.betas[1]), weight_decay=0.0, fused=True
+        )
+
+    def read(self, out: Flat | None = None) -> Flat:
+        """The parameters as a flat numpy buffer: a copy, into `out` if given."""
+        if out is None:
+            out = np.empty(self.layout.size, np.float32)
+        torch.from_numpy(out).copy_(self.flat.detach())
+        return out
+
+    def write(self, values: Flat) -> None:
+        """Set the parameters from a flat numpy buffer."""
+        if self.device.type == "cpu":
+            np.copyto(self.flat.numpy(), values)
+        else:
+            self.flat.copy_(torch.from_numpy(np.array(values)))
+
+    def run(
+        self,
+        batches: Iterable[Batch],
+        rate: Callable[[int], float],
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> RoundResult:
+        """Take one optimizer step per batch.
+
+        Args:
+            batches: token ids and targets.
+            rate: learning rate of the step with this index.
+            should_stop: asked before every step; True ends the run early and keeps what was done.
+        """
+        torch.set_num_threads(self.threads)
+        self.model.train()
+        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        steps = tokens = 0
+        learning_rate = 0.0
+        began = time.perf_counter()
+        for inputs, targets in batches:
+            if should_stop():
+                break
+            learning_rate = rate(steps)
+            losses += self.step(inputs, targets, learning_rate)
+            steps, tokens = steps + 1, tokens + inputs.size
+            if self.training.step_delay_s:
+                time.sleep(self.training.step_delay_s)
+        loss_sum = float(losses)  # on CUDA this waits for the device, so that train_s is true
+        return RoundResult(
+            steps=steps,
+            tokens=tokens,
+            loss_sum=loss_sum,
+            train_s=time.perf_counter() - began,
+            learning_rate=learning_rate,
+        )
+
+    def step(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], learning_rate: float) -> Tensor:
+        """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101); returns the loss, still on the device."""
+        self.gradient.zero_()
+        loss = self._loss(inputs, targets, "mean")
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.training.grad_clip:
+            norm = torch.linalg.vector_norm(self.gradient)
+            self.gradient.mul_(torch.clamp(self.training.grad_clip / (norm + 1e-6), max=1.0))
+        if self.training.weight_decay:
+            torch._foreach_mul_(self._matrices, 1.0 - learning_rate * self.training.weight_decay)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
+        """Summed loss in nats and number of tokens over the batches.
+
+        Args:
+            batches: token ids and targets.
+            parameters: another model to measure instead of this one, which stays as it is.
+        """
+        torch.set_num_threads(self.threads)
+        self.model.eval()
+        own = self.read() if parameters is not None else None
+        if parameters is not None:
+            self.write(parameters)
+        total, tokens = 0.0, 0
+        try:
+            for inputs, targets in batches:
+                total += float(self._loss(inputs, targets, "sum"))
+                tokens += targets.size
+        finally:
+            if own is not None:
+                self.write(own)
+        return total, tokens
+
+    def optimizer_state(self) -> dict[str, Flat]:
+        """The moments and the step count as flat buffers, for a checkpoint; empty before the first step."""
+        state = self.optimizer.state.get(self._tensor, {})
+        if not state:
+            return {}
+        return {name: state[name].detach().cpu().numpy().reshape(-1).copy() for name in ("exp_avg", "exp_avg_sq", "step")}
+
+    def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
+        """Restore what `optimizer_state` gave."""
+        if not saved:
+            return
+        self.optimizer.state[self._tensor] = {
+            "step": torch.tensor(float(saved["step"][0]), device=self.device),
+            "exp_avg": torch.from_numpy(np.array(saved["exp_avg"])).to(self.device),
+            "exp_avg_sq": torch.from_numpy(np.array(saved["exp_avg_sq"])).to(self.device),
+        }
+
+    def _loss(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], reduction: str) -> Tensor:
+        tokens_BT = torch.from_numpy(inputs).to(self.device)
+        targets_BT = torch.from_numpy(targets).to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            return self.model.loss(tokens_BT, targets_BT, reduction=reduction)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), without overflowing on a diverged model."""
+    return math.exp(min(loss, 700.0))
