@@ -9,10 +9,10 @@ import ray
 
 from actors.shared import Address, carry
 from worldlm_ray import checkpoint
-from worldlm_ray.client import Client, Measure
+from worldlm_ray.client import Client
 from worldlm_ray.messages import Model, Packed, pack, unpack_model
 from worldlm_ray.plan import plan_from_mapping
-from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
+from worldlm_ray.records import LifeRecord, Measure, PullRecord, PushRecord, Record
 
 POLL_S = 0.5
 """How often a client that waits for its parent looks whether it should stop."""
@@ -23,23 +23,19 @@ class ClientActor:
 
     Args:
         address: the run and the node's path.
-        recorder: handle of the run's recorder.
-        parent: handle of the parent's actor.
     """
 
-    def __init__(self, address: Address, recorder: Any, parent: Any) -> None:
+    def __init__(self, address: Address) -> None:
         self.plan = plan_from_mapping(address.mapping)
         self.spec = self.plan.node(address.path)
-        self.clock, self.recorder, self.parent = address.clock, recorder, parent
+        self.clock, self.recorder, self.parent = address.clock, address.recorder, address.parent
         self.client = Client(self.plan, self.spec)
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self._stop = threading.Event()
+        self._model = threading.Lock()
+        """Held by whoever uses the trainer: calls beside `run` come on other threads."""
         self._busy_s = 0.0
         self._began_s = self._saved_s = self.clock.now_s()
-        if address.resume:
-            self._resume()
-
-    def _resume(self) -> None:
         found = checkpoint.load(self._place, warn=lambda text: self._tell(self._life("warning", text)))
         if found is not None:
             self.client.restore(*found)
@@ -53,7 +49,9 @@ class ClientActor:
 
     def run(self) -> str:
         """Live until the budget is spent (`finished`) or `stop` is called (`stopped`)."""
-        self._call(self.parent.join.remote(self.spec.name))
+        last_seq = self._call(self.parent.join.remote(self.spec.name))
+        # A parent may know of more updates than the checkpoint that this client came back from.
+        self.client.seq = max(self.client.seq, last_seq or 0)
         if self.client.steps == 0:
             self._tell(self.client.start_record(now_s=self.clock.now_s()))
         self._began_s = self._saved_s = self.clock.now_s()
@@ -87,11 +85,13 @@ class ClientActor:
     def measure(self, refs: list[Any] | None = None) -> Measure:
         """Held-out quality of the client's model, or of the model behind a reference (in a list)."""
         parameters = ray.get(refs[0]) if refs else None
-        return self.client.measure(self.plan.config.evaluation.final_tokens, parameters=parameters)
+        with self._model:
+            return self.client.measure(self.plan.config.evaluation.final_tokens, parameters=parameters)
 
     def sample(self, prompt: str = "", tokens: int = 80) -> str:
         """Text from the client's model."""
-        return self.client.sample(prompt=prompt, tokens=tokens)
+        with self._model:
+            return self.client.sample(prompt=prompt, tokens=tokens)
 
     # ---- the cycle -------------------------------------------------------------------------------------------
 
@@ -116,11 +116,12 @@ class ClientActor:
     def _train(self) -> bool:
         """Train; False if the round was left unfinished because of `stop`."""
         began_s = self.clock.now_s()
-        train_s = self.client.train(self._stop.is_set)
-        whole = self.client.step == self.client.training.local_steps
         measure = None
-        if whole and self.client.measure_is_due:
-            measure = self.client.measure(self.plan.config.evaluation.tokens)
+        with self._model:
+            train_s = self.client.train(self._stop.is_set)
+            whole = self.client.step == self.client.training.local_steps
+            if whole and self.client.measure_is_due:
+                measure = self.client.measure(self.plan.config.evaluation.tokens)
         now_s = self.clock.now_s()
         self._busy_s += now_s - began_s
         if whole:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from actors.inner import InnerActor
 from actors.shared import Address, carry
 from worldlm_ray.aggregation.node import Exchange, ParentModel
@@ -16,13 +14,11 @@ class FederationActor(InnerActor):
 
     Args:
         address: the run and the node's path.
-        recorder: handle of the run's recorder.
-        parent: handle of the parent's actor.
     """
 
-    def __init__(self, address: Address, recorder: Any, parent: Any) -> None:
-        super().__init__(address, recorder)
-        self.parent = parent
+    def __init__(self, address: Address) -> None:
+        super().__init__(address)
+        self.parent = address.parent
 
     async def start(self) -> None:
         """Join the parent, then begin."""

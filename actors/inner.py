@@ -47,13 +47,12 @@ class InnerActor:
 
     Args:
         address: the run and the node's path.
-        recorder: handle of the run's recorder.
     """
 
-    def __init__(self, address: Address, recorder: Any) -> None:
+    def __init__(self, address: Address) -> None:
         self.plan = plan_from_mapping(address.mapping)
         self.spec = self.plan.node(address.path)
-        self.clock, self.recorder = address.clock, recorder
+        self.clock, self.recorder = address.clock, address.recorder
         self.node = self.plan.inner_node(self.spec, self.plan.initial())
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self._began_s = self._saved_s = self.clock.now_s()
@@ -64,16 +63,10 @@ class InnerActor:
         self._ended = asyncio.Event()
         self._error: Exception | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        if address.resume:
-            self._resume()
-
-    def _resume(self) -> None:
-        found = checkpoint.load(self._place, warn=self._warn)
-        if found is None:
-            self._tell("started")
-            return
-        self.node.restore(*found)
-        self._tell("continued")
+        found = checkpoint.load(self._place, warn=lambda text: self._tell("warning", text))
+        if found is not None:
+            self.node.restore(*found)
+        self._tell("continued" if found else "started")
 
     # ---- called by children ----------------------------------------------------------------------------------
 
@@ -211,6 +204,3 @@ class InnerActor:
             node=self.spec.path, now_s=self.clock.now_s(), event=event, version=self.node.version, detail=detail
         )
         self.recorder.record.remote([record])
-
-    def _warn(self, text: str) -> None:
-        self._tell("warning", text)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from worldlm_ray.client import Measure
 from worldlm_ray.outcome import finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
-from worldlm_ray.records import Record
+from worldlm_ray.records import Measure, Record
 from worldlm_ray.tracking import Tracker
 
 
@@ -25,6 +24,10 @@ class RecorderActor:
         self.tracker = Tracker(
             self.plan.run_dir, kinds=self.plan.kinds, hparams=self.plan.hparams(), budget=self.plan.config.budget
         )
+
+    def ready(self) -> bool:
+        """Whether the actor is up."""
+        return True
 
     def record(self, records: list[Record]) -> None:
         """Take in what happened."""

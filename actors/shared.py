@@ -9,6 +9,10 @@ from typing import Any
 import ray
 
 from worldlm_ray.messages import Packed
+from worldlm_ray.tree import parent_path
+
+RECORDER = "recorder"
+"""Name of the recorder's actor in the run's namespace."""
 
 Carried = tuple[bytes, list[Any]]
 """A message between actors: its header, and a list with the object reference of its buffer.
@@ -40,8 +44,18 @@ class Address:
     """The configuration as plain containers."""
     path: str
     clock: RunClock
-    resume: bool = False
-    """Whether to continue from the node's newest checkpoint."""
+    namespace: str
+    """Ray namespace of the run, in which every actor is named by its path."""
+
+    @property
+    def recorder(self) -> Any:
+        """Handle of the run's recorder."""
+        return ray.get_actor(RECORDER, namespace=self.namespace)
+
+    @property
+    def parent(self) -> Any:
+        """Handle of the parent's actor."""
+        return ray.get_actor(parent_path(self.path), namespace=self.namespace)
 
 
 def carry(packed: Packed) -> Carried:

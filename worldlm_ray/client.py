@@ -6,7 +6,6 @@ A client knows nothing of who drives it: an actor on Ray and the simulator call 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -18,24 +17,12 @@ from worldlm_ray.errors import CheckpointError
 from worldlm_ray.messages import Model, Update
 from worldlm_ray.params import Flat, lerp
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import AttentionRecord, RoundRecord, StartRecord
+from worldlm_ray.records import AttentionRecord, Measure, RoundRecord, StartRecord
 from worldlm_ray.seeds import derive
 from worldlm_ray.training.local import LocalTrainer, perplexity
 from worldlm_ray.training.sampling import sample
 from worldlm_ray.training.schedule import learning_rate
 from worldlm_ray.tree import NodeSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """Held-out quality of a model on one client's text."""
-
-    loss: float
-    """Nats per byte."""
-    perplexity: float
-    """Per token."""
-    heldout_bytes: int
-    """Size of the whole held-out text: the client's weight in means."""
 
 
 class Client:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from worldlm_ray.client import Measure
 from worldlm_ray.params import Flat, params_sha256
 from worldlm_ray.plan import Plan
+from worldlm_ray.records import Measure
 from worldlm_ray.tracking import Tracker, write_summary
 
 

@@ -166,3 +166,15 @@ class NodeSummary:
     refused: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Held-out quality of a model on one client's text, or on several clients'."""
+
+    loss: float
+    """Nats per byte."""
+    perplexity: float
+    """Per token."""
+    heldout_bytes: int
+    """Size of the whole held-out text: the weight of this measure in means."""

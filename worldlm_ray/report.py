@@ -26,7 +26,7 @@ def live_table(snapshot: Mapping[str, Any]) -> Table:
         f"{duration(float(snapshot.get('now_s', 0.0)))}   {amount(snapshot.get('tokens', 0))} tokens"
     )
     table = _table(head)
-    table.add_column("node", no_wrap=True, overflow="ellipsis", min_width=12)
+    table.add_column("node")
     for name in ("version", "tokens", "tok/s", "stale", "loss", "perplexity", "busy", "acc/ref"):
         _numbers(table, name)
     table.add_column("state", no_wrap=True, overflow="ellipsis")
@@ -59,7 +59,7 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
         f"{duration(float(summary['wall_s'] or 0.0))}   {amount(summary['tokens'])} tokens"
     )
     table = _table(head)
-    table.add_column("node", no_wrap=True, overflow="ellipsis", min_width=14)
+    table.add_column("node")
     _numbers(table, "tokens")
     _numbers(table, "staleness")
     table.add_column("perplexity\nat the start", justify="right", no_wrap=True)
@@ -140,8 +140,9 @@ def _numbers(table: Table, name: str) -> None:
 
 
 def _name(path: str, kind: str) -> Text:
-    depth = path.count("/")
-    return Text("  " * depth + printable(path.rpartition("/")[2]), style=_STYLES.get(kind, ""))
+    name = "  " * path.count("/") + printable(path.rpartition("/")[2])
+    # The text refuses to wrap, not the column: so rich takes missing width from names before it cuts numbers.
+    return Text(name, style=_STYLES.get(kind, ""), no_wrap=True, overflow="ellipsis")
 
 
 def _or(value: float | None, form: str) -> str:

@@ -29,7 +29,7 @@ from worldlm_ray.aggregation.node import (
     Serve,
     Wake,
 )
-from worldlm_ray.client import Client, Measure
+from worldlm_ray.client import Client
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.messages import Model, pack
 from worldlm_ray.outcome import Outcome, combine, finish

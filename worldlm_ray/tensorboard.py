@@ -85,16 +85,19 @@ class Board:
         if not counts:
             return
         proto = HistogramProto(
-            min=min(counts),
-            max=max(counts),
+            min=min(counts) - 0.5,
+            max=max(counts) + 0.5,
             num=sum(counts.values()),
             sum=sum(value * count for value, count in counts.items()),
             sum_squares=sum(value * value * count for value, count in counts.items()),
         )
         for value in sorted(counts):
-            # An empty bucket before each value keeps its bar one wide, however large the gap.
-            proto.bucket_limit.extend((value - 0.5, value + 0.5))
-            proto.bucket.extend((0, counts[value]))
+            if proto.bucket_limit and proto.bucket_limit[-1] < value - 0.5:
+                # An empty bucket keeps the bar one wide, however large the gap before it.
+                proto.bucket_limit.append(value - 0.5)
+                proto.bucket.append(0)
+            proto.bucket_limit.append(value + 0.5)
+            proto.bucket.append(counts[value])
         self._add(Summary(value=[Summary.Value(tag=name, histo=proto)]), step=step, now_s=now_s)
 
     def attention(self, record: AttentionRecord) -> None:
@@ -220,7 +223,8 @@ def heat_map(record: AttentionRecord) -> tuple[bytes, int, int]:
     from matplotlib.figure import Figure
 
     rows, columns = len(record.layers), len(record.candidates)
-    size = (min(3.4 + 0.85 * columns, 18.0), min(1.5 + 0.34 * rows, 18.0))
+    # Small, since TensorBoard shrinks images to a third of a screen and the text with them.
+    size = (min(2.6 + 0.6 * columns, 18.0), min(0.9 + 0.27 * rows, 18.0))
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -230,7 +234,7 @@ def heat_map(record: AttentionRecord) -> tuple[bytes, int, int]:
     axes.tick_params(labelsize=9, length=0)
     verb = {"up": "blends its children", "down": "blends itself and its parent"}
     what = verb.get(record.direction, record.direction)
-    axes.set_title(f"{record.node} {what}, version {record.version}", fontsize=10)
+    figure.suptitle(f"{record.node} {what}, version {record.version}", fontsize=9)
     if rows * columns <= CELLS_WITH_NUMBERS:
         for i, row in enumerate(record.weights):
             for j, weight in enumerate(row):

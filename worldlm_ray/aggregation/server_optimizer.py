@@ -21,6 +21,11 @@ DEFAULT_LR = {"sgd": 1.0, "nesterov": 0.7, "adam": 0.01}
 _BUFFERS = {"sgd": (), "nesterov": ("momentum",), "adam": ("momentum", "variance")}
 
 
+def state_buffers(config: ServerOptimizerConfig) -> tuple[str, ...]:
+    """Names of the backbone-sized buffers that a rule keeps."""
+    return _BUFFERS[config.name]
+
+
 class ServerOptimizer:
     """One node's optimizer: its rule and the state that the rule needs.
 
@@ -32,7 +37,7 @@ class ServerOptimizer:
     def __init__(self, config: ServerOptimizerConfig, size: int) -> None:
         self.config = config
         self.lr = DEFAULT_LR[config.name] if config.lr is None else config.lr
-        self.buffers: dict[str, Flat] = {name: np.zeros(size, np.float32) for name in _BUFFERS[config.name]}
+        self.buffers: dict[str, Flat] = {name: np.zeros(size, np.float32) for name in state_buffers(config)}
 
     def apply(self, update: Flat, theta: Flat, *, scale: float = 1.0) -> float:
         """Turn a mean update into the new backbone: afterwards `update` holds theta's successor.

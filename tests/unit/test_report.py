@@ -1,0 +1,142 @@
+"""Tables as a terminal of a given width shows them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from worldlm_ray.report import amount, duration, final_table, live_table, printable, tree_order
+
+
+def render(table: Table, *, width: int) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(table)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def node(kind: str, **values: Any) -> dict[str, Any]:
+    empty = {
+        "version": 0,
+        "tokens": 0,
+        "tokens_per_s": 0.0,
+        "tau": None,
+        "loss": None,
+        "perplexity_start": None,
+        "perplexity": None,
+        "busy_fraction": 0.0,
+        "accepted": 0,
+        "refused": {},
+        "state": "waiting",
+    }
+    return {"kind": kind, **empty, **values}
+
+
+ITALY = node(
+    "client",
+    version=21,
+    tokens=1_434_000,
+    tokens_per_s=16_300.0,
+    tau=2,
+    loss=1.5071,
+    perplexity_start=256.0,
+    perplexity=4.512,
+    busy_fraction=0.958,
+    accepted=13,
+    refused={"stale": 2, "norm": 1},
+    state="finished",
+)
+NODES = {
+    "world": node("world", version=17),
+    "world/europe": node("federation"),
+    "world/japan": node("client"),
+    "world/europe/italy": ITALY,
+}
+SNAPSHOT = {"run": "quick", "progress": 0.425, "now_s": 200.0, "tokens": 7_880_000, "nodes": NODES}
+SUMMARY = {
+    "run": "quick",
+    "method": "worldlm",
+    "seed": 0,
+    "wall_s": 200.0,
+    "tokens": 7_880_000,
+    "nodes": NODES,
+}
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_live_table_has_one_whole_line_per_node(width: int) -> None:
+    lines = render(live_table(SNAPSHOT), width=width)
+    assert lines[0] == "quick   42%   3 min 20 s   7.88M tokens"
+    assert [line.split()[0] for line in lines[2:]] == ["world", "europe", "italy", "japan"]
+    assert lines[4].startswith("    italy")
+    assert " ".join(lines[4].split()[1:-1]) == "21 1.43M 16.3k 2 1.507 256.0 → 4.51 96% 13/3"
+    assert lines[4].split()[-1] == "finished"
+    assert max(len(line) for line in lines) <= width
+
+
+def test_live_table_cuts_names_before_numbers() -> None:
+    deep = {"world": node("world"), "world/a": node("federation"), f"world/a/{'x' * 60}": ITALY}
+    lines = render(live_table({**SNAPSHOT, "nodes": deep}), width=80)
+    assert len(lines) == 5
+    assert "…" in lines[4].split()[0]
+    assert "256.0 → 4.51" in lines[4]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_final_table_shows_markup_and_control_characters_as_text(width: int) -> None:
+    samples = {"world/europe/italy": "selva [red]oscura[/red]\n\x1b[31mciao\x07 [/nothing]"}
+    nodes = {**NODES, "world/europe/italy": {**ITALY, "tau_mean": 0.789}}
+    lines = render(final_table({**SUMMARY, "nodes": nodes}, samples), width=width)
+    text = " ".join(" ".join(lines).split())
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    for part in ("[red]oscura[/red]", r"\x1b[31mciao\x07", "[/nothing]"):
+        assert part in text
+    italy = next(line for line in lines if line.lstrip().startswith("italy"))
+    assert italy.split()[:5] == ["italy", "1.43M", "0.79", "256.0", "4.51"]
+    assert max(len(line) for line in lines) <= width
+
+
+def test_final_table_of_nodes_without_numbers_or_samples() -> None:
+    lines = render(final_table(SUMMARY, {}), width=100)
+    world = next(line for line in lines if line.startswith("world"))
+    assert world.split() == ["world", "0", "–", "–", "–"]  # noqa: RUF001 - the dash that the table shows
+
+
+def test_children_stand_under_their_parents() -> None:
+    assert [path for path, _ in tree_order(NODES)] == [
+        "world",
+        "world/europe",
+        "world/europe/italy",
+        "world/japan",
+    ]
+
+
+def test_printable_keeps_languages_and_escapes_what_acts_on_a_terminal() -> None:
+    assert printable("猫 é\n\t\x9b\u202e") == r"猫 é \t\x9b\u202e"
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.7, "1.00k"),
+        (12_345, "12.3k"),
+        (999_600, "1.00M"),
+        (4e6, "4.00M"),
+        (123e9, "123G"),
+    ],
+)
+def test_amounts_are_short(number: float, shown: str) -> None:
+    assert amount(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7_500, "2 h 05 min")]
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown

@@ -1,0 +1,479 @@
+"""The run folder, read back as its users do: audit lines, status, TensorBoard events, summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from worldlm_ray import tracking
+from worldlm_ray.config import BudgetConfig
+from worldlm_ray.errors import RunError
+from worldlm_ray.records import (
+    AggregationRecord,
+    AttentionRecord,
+    LifeRecord,
+    NodeSummary,
+    PullRecord,
+    PushRecord,
+    RoundRecord,
+    StartRecord,
+    VerdictRecord,
+)
+from worldlm_ray.tensorboard import Board, layout, tag
+from worldlm_ray.tracking import Tracker, read_status, write_summary
+
+ITALY, FRANCE, JAPAN = "world/europe/italy", "world/europe/france", "world/japan"
+KINDS = {"world": "world", "world/europe": "federation", ITALY: "client", FRANCE: "client", JAPAN: "client"}
+STARTED_AT = 1_700_000_000.0
+
+
+class Clock:
+    """Stands still until told otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tracker(folder: Path, *, clock: Clock | None = None, budget: BudgetConfig | None = None) -> Tracker:
+    return Tracker(
+        folder,
+        kinds=KINDS,
+        hparams={"training.lr": 0.003, "method": "worldlm", "privacy": False},
+        budget=budget or BudgetConfig(tokens=1_000),
+        clock=clock or Clock(),
+        wall=lambda: STARTED_AT,
+    )
+
+
+def start(node: str, *, loss: float = 5.0, heldout_bytes: int = 100) -> StartRecord:
+    return StartRecord(
+        node=node, now_s=0.0, loss=loss, perplexity=math.exp(loss), heldout_bytes=heldout_bytes
+    )
+
+
+def round_of(
+    node: str, *, tokens: int, loss: float | None, now_s: float = 10.0, epsilon: float | None = None
+) -> RoundRecord:
+    return RoundRecord(
+        node=node,
+        now_s=now_s,
+        round=tokens // 100,
+        steps=tokens // 10,
+        tokens=tokens,
+        train_loss=2.5,
+        loss=loss,
+        perplexity=None if loss is None else math.exp(loss),
+        learning_rate=0.001,
+        tokens_per_s=50.0,
+        busy_fraction=0.9,
+        epsilon=epsilon,
+    )
+
+
+def verdict(sender: str, verdict: str = "accepted", *, tau: int = 0, seq: int = 1) -> VerdictRecord:
+    return VerdictRecord(
+        node="world/europe",
+        now_s=12.0,
+        sender=sender,
+        seq=seq,
+        base_version=3,
+        version=3 + tau,
+        tau=tau,
+        verdict=verdict,
+        bytes=64,
+        detail="why",
+    )
+
+
+def aggregation(version: int = 4) -> AggregationRecord:
+    return AggregationRecord(
+        node="world/europe",
+        now_s=13.0,
+        version=version,
+        tokens=200,
+        total_tokens=400,
+        contributors=("italy", "france"),
+        step_norm=0.5,
+        busy_fraction=0.1,
+    )
+
+
+def attention(node: str = "world/europe", *, version: int = 4) -> AttentionRecord:
+    return AttentionRecord(
+        node=node,
+        now_s=13.0,
+        version=version,
+        direction="up",
+        layers=("lm_head", "norm"),
+        candidates=("self", "italy"),
+        weights=((0.25, 0.75), (1.0, 0.0)),
+    )
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def points(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, pytest.approx(event.value)) for event in events(folder).Scalars(name)]
+
+
+def test_losses_are_drawn_by_tokens_and_by_time(tmp_path: Path) -> None:
+    with_loss = tracker(tmp_path)
+    with_loss.record(start(ITALY), round_of(ITALY, tokens=200, loss=3.0, now_s=10.9))
+    with_loss.close()
+    assert points(tmp_path, f"loss_by_tokens/{ITALY}") == [(0, 5.0), (200, 3.0)]
+    assert points(tmp_path, f"loss_by_time/{ITALY}") == [(0, 5.0), (10, 3.0)]
+    assert points(tmp_path, f"perplexity_by_tokens/{ITALY}") == [(0, math.exp(5)), (200, math.exp(3))]
+    assert points(tmp_path, f"perplexity_by_time/{ITALY}")[1] == (10, math.exp(3))
+    walls = [event.wall_time for event in events(tmp_path).Scalars(f"loss_by_time/{ITALY}")]
+    assert walls == [STARTED_AT, pytest.approx(STARTED_AT + 10.9)]
+
+
+def test_an_inner_node_shows_the_mean_weighted_by_heldout_bytes(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(start(ITALY, loss=5.0, heldout_bytes=300), start(FRANCE, loss=4.0, heldout_bytes=100))
+    run.record(start(JAPAN, loss=2.0, heldout_bytes=400))
+    run.record(round_of(ITALY, tokens=100, loss=2.0), round_of(FRANCE, tokens=50, loss=4.0))
+    nodes = run.snapshot()["nodes"]
+    run.close()
+    europe = (300 * 2.0 + 100 * 4.0) / 400
+    assert nodes["world/europe"]["loss_start"] == pytest.approx((300 * 5.0 + 100 * 4.0) / 400)
+    assert nodes["world/europe"]["loss"] == pytest.approx(europe)
+    assert nodes["world/europe"]["perplexity"] == pytest.approx(math.exp(europe))
+    assert nodes["world"]["loss"] == pytest.approx((300 * 2.0 + 100 * 4.0 + 400 * 2.0) / 800)
+    assert points(tmp_path, "loss_by_tokens/world/europe")[-1] == (150, europe)
+    assert nodes["world/europe"]["tokens"] == nodes["world"]["tokens"] == 150
+    assert nodes["world/europe"]["tokens_per_s"] == 100.0
+
+
+def test_a_round_without_a_measurement_draws_no_loss(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(start(ITALY), round_of(ITALY, tokens=200, loss=None))
+    run.close()
+    assert points(tmp_path, f"loss_by_tokens/{ITALY}") == [(0, 5.0)]
+    assert points(tmp_path, f"train_loss_by_tokens/{ITALY}") == [(200, 2.5)]
+    assert f"epsilon/{ITALY}" not in events(tmp_path).Tags()["scalars"]
+
+
+def test_verdicts_are_counted_by_edge_and_reason(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(verdict("italy", tau=1), verdict("italy", "stale", tau=7, seq=2))
+    run.record(
+        verdict(ITALY, "stale", tau=7, seq=3), verdict("italy", "norm", seq=4), verdict("mars", "unknown")
+    )
+    node = run.snapshot()["nodes"][ITALY]
+    totals = run.snapshot()
+    run.close()
+    assert (node["accepted"], node["refused"], node["tau"]) == (1, {"stale": 2, "norm": 1}, 0)
+    assert node["tau_mean"] == pytest.approx((1 + 7 + 7 + 0) / 4)
+    assert totals["nodes"]["world/europe"]["refused"] == {}
+    assert totals["nodes"]["world/europe"]["strangers"] == {"unknown": 1}
+    assert (totals["accepted"], totals["refused"]) == (1, {"stale": 2, "norm": 1, "unknown": 1})
+    assert points(tmp_path, f"refused/{ITALY}/stale") == [(12, 1), (12, 2)]
+    assert points(tmp_path, "refused/world/europe/_stranger/unknown") == [(12, 1)]
+    assert points(tmp_path, f"accepted/{ITALY}")[-1] == (12, 1)
+    assert points(tmp_path, f"arrivals/{ITALY}")[-1] == (12, 4)
+
+
+def test_a_grandchild_is_a_stranger(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(verdict("world/japan", "unknown"))
+    nodes = run.snapshot()["nodes"]
+    run.close()
+    assert nodes[JAPAN]["refused"] == {}
+    assert nodes["world/europe"]["strangers"] == {"unknown": 1}
+
+
+def test_staleness_is_drawn_when_the_parent_aggregates(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(verdict("italy", tau=1), verdict("italy", tau=4, seq=2), verdict("france", tau=0))
+    run.record(aggregation(version=4))
+    run.record(verdict("italy", tau=1, seq=3), aggregation(version=5))
+    run.close()
+    assert points(tmp_path, f"tau/{ITALY}") == [(13, 2.5), (13, 1.0)]
+    assert points(tmp_path, f"tau/{FRANCE}") == [(13, 0.0)]
+    read = events(tmp_path)
+    last = read.Histograms(f"tau_histogram/{ITALY}")[-1]
+    assert (last.step, last.histogram_value.num, last.histogram_value.sum) == (5, 3, 6)
+    buckets = dict(zip(last.histogram_value.bucket_limit, last.histogram_value.bucket, strict=True))
+    assert buckets == {1.5: 2, 3.5: 0, 4.5: 1}
+    assert points(tmp_path, "version/world/europe") == [(13, 4), (13, 5)]
+
+
+def test_bytes_belong_to_the_child_and_add_up(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(PushRecord(node=ITALY, now_s=1.0, bytes=10), PushRecord(node=ITALY, now_s=2.0, bytes=5))
+    run.record(PullRecord(node=ITALY, now_s=3.0, version=9, bytes=7))
+    run.record(PullRecord(node="world/europe", now_s=3.0, version=9, bytes=8))
+    snapshot = run.snapshot()
+    run.close()
+    assert points(tmp_path, f"bytes_up/{ITALY}") == [(1, 10), (2, 15)]
+    assert points(tmp_path, f"bytes_down/{ITALY}") == [(3, 7)]
+    assert (snapshot["bytes_up"], snapshot["bytes_down"]) == (15, 15)
+    assert snapshot["nodes"][ITALY]["version"] == 9
+    assert snapshot["nodes"]["world/europe"]["version"] == 0, "a federation has a version of its own"
+
+
+def test_attention_images_are_few_and_every_node_has_its_turn(tmp_path: Path) -> None:
+    clock = Clock()
+    run = tracker(tmp_path, clock=clock)
+    run.record(attention(version=1))
+    for version in (2, 3):
+        run.record(attention(version=version), attention("world", version=version))
+    clock.now += tracking.IMAGE_EVERY_S
+    run.record(LifeRecord(node="world", now_s=20.0, event="running"))
+    run.close()
+    read = events(tmp_path)
+    assert [image.step for image in read.Images("attention_up/world/europe")] == [1, 3]
+    assert [image.step for image in read.Images("attention_up/world")] == [3]
+    image = read.Images("attention_up/world")[0]
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert image.width > 100
+    assert image.height > 50
+
+
+def test_audit_has_one_line_per_verdict_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(verdict("italy", tau=2), aggregation(), verdict("france", "stale", tau=9))
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    run.close()
+    assert lines[0] == {
+        "now_s": 12.0,
+        "node": "world/europe",
+        "sender": "italy",
+        "seq": 1,
+        "base_version": 3,
+        "version": 5,
+        "tau": 2,
+        "verdict": "accepted",
+        "bytes": 64,
+        "detail": "why",
+    }
+    assert [(line["sender"], line["verdict"]) for line in lines] == [
+        ("italy", "accepted"),
+        ("france", "stale"),
+    ]
+
+
+def test_status_is_paced_whole_and_left_without_a_temporary_file(tmp_path: Path) -> None:
+    clock = Clock()
+    run = tracker(tmp_path, clock=clock)
+    run.record(round_of(ITALY, tokens=100, loss=None))
+    assert read_status(tmp_path)["tokens"] == 0, "within a second of the last write"
+    clock.now += tracking.STATUS_EVERY_S
+    run.record(round_of(ITALY, tokens=200, loss=None))
+    assert read_status(tmp_path)["tokens"] == 200
+    run.record(round_of(ITALY, tokens=250, loss=None))
+    run.flush()
+    status = read_status(tmp_path)
+    run.close()
+    assert (status["tokens"], status["progress"], status["now_s"]) == (250, 0.25, 10.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.jsonl", "status.json", "tensorboard"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "progress"),
+    [
+        (BudgetConfig(tokens=400), 0.5),
+        (BudgetConfig(rounds=1), 1 / 3),
+        (BudgetConfig(seconds=40.0), 0.25),
+        (BudgetConfig(tokens=100), 1.0),
+    ],
+)
+def test_progress_follows_the_budget(tmp_path: Path, budget: BudgetConfig, progress: float) -> None:
+    run = tracker(tmp_path, budget=budget)
+    run.record(round_of(ITALY, tokens=200, loss=None))
+    assert run.snapshot()["progress"] == pytest.approx(progress)
+    run.close()
+
+
+def test_a_diverged_loss_leaves_valid_json(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(start(ITALY), round_of(ITALY, tokens=100, loss=math.nan))
+    run.close()
+    assert read_status(tmp_path)["nodes"][ITALY]["loss"] is None
+    assert math.isnan(events(tmp_path).Scalars(f"loss_by_tokens/{ITALY}")[-1].value)
+
+
+def test_a_second_tracker_continues_the_first(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    first.record(start(ITALY), round_of(ITALY, tokens=100, loss=4.0), verdict("italy", tau=3))
+    first.record(
+        PushRecord(node=ITALY, now_s=12.0, bytes=10), LifeRecord(node=ITALY, now_s=12.0, event="started")
+    )
+    first.close()
+    second = tracker(tmp_path)
+    second.record(verdict("italy", "stale", tau=5, seq=2), PushRecord(node=ITALY, now_s=20.0, bytes=10))
+    second.record(start(ITALY, loss=3.5))
+    node = second.snapshot()["nodes"][ITALY]
+    second.close()
+    assert (node["accepted"], node["refused"], node["bytes_up"], node["tokens"]) == (1, {"stale": 1}, 20, 100)
+    assert (node["loss_start"], node["loss"], node["state"]) == (5.0, 3.5, "started")
+    assert node["tau_mean"] == pytest.approx(4.0)
+    assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert points(tmp_path, f"bytes_up/{ITALY}") == [(12, 10), (20, 20)]
+
+
+def test_a_killed_run_keeps_its_verdicts_and_mends_its_torn_line(tmp_path: Path) -> None:
+    first = tracker(tmp_path)
+    first.record(verdict("italy"), verdict("france", "stale"))
+    first.close()
+    # Killed: a line is half written, and status.json is older than the audit file.
+    with (tmp_path / "audit.jsonl").open("a") as file:
+        file.write('{"now_s": 14.0, "node": "wor')
+    (tmp_path / "status.json").write_text("")
+    second = tracker(tmp_path)
+    second.record(verdict("italy", seq=2))
+    nodes = second.snapshot()["nodes"]
+    second.close()
+    assert (nodes[ITALY]["accepted"], nodes[FRANCE]["refused"]) == (2, {"stale": 1})
+    lines = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert json.loads(lines[3])["seq"] == 2
+
+
+def test_an_unknown_node_is_an_error_and_nothing_of_the_batch_is_kept(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    lost = LifeRecord(node="world/mars", now_s=1.0, event="started")
+    with pytest.raises(RunError, match=r"world/mars.*not in the tree"):
+        run.record(verdict("italy"), lost)
+    with pytest.raises(RunError, match="only clients"):
+        run.record(start("world/europe"))
+    assert run.snapshot()["accepted"] == 0
+    run.close()
+    assert (tmp_path / "audit.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ({"world": "planet"}, "planet"),
+        ({"world": "world", "world/a/b": "client"}, "hangs under 'world/a'"),
+        ({"world": "world", "world/a": "client", "world/a/b": "client"}, "hangs under"),
+        ({"europe": "federation"}, "no parent"),
+        ({}, "exactly one"),
+    ],
+)
+def test_kinds_must_be_a_tree(tmp_path: Path, kinds: dict[str, str], message: str) -> None:
+    with pytest.raises(RunError, match=re.escape(message)):
+        Tracker(tmp_path, kinds=kinds, hparams={}, budget=BudgetConfig(tokens=1))
+
+
+def test_every_chart_of_the_first_screen_finds_its_tags(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    for client in (ITALY, FRANCE, JAPAN):
+        run.record(start(client), round_of(client, tokens=100, loss=3.0, epsilon=1.5))
+        run.record(PushRecord(node=client, now_s=1.0, bytes=1))
+        run.record(PullRecord(node=client, now_s=1.0, version=1, bytes=1))
+    run.record(verdict("italy"), verdict("france", "stale"), aggregation())
+    run.close()
+    read = events(tmp_path)
+    tags = read.Tags()["scalars"]
+    proto = layout_pb2.Layout.FromString(
+        read.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    )
+    charts = {chart.title: list(chart.multiline.tag) for group in proto.category for chart in group.chart}
+    found = {
+        title: {name for name in tags if any(re.match(regex, name) for regex in regexes)}
+        for title, regexes in charts.items()
+    }
+    assert [title for title, names in found.items() if not names] == []
+    assert found["Clients: loss (nats/byte) by tokens"] == {
+        f"loss_by_tokens/{client}" for client in (ITALY, FRANCE, JAPAN)
+    }
+    assert found["World, federations: loss by tokens"] == {
+        "loss_by_tokens/world",
+        "loss_by_tokens/world/europe",
+    }
+    assert len(found["Privacy spent (epsilon)"]) == 3
+    assert found["Updates refused per edge and reason"] == {f"refused/{FRANCE}/stale"}
+    assert not any(
+        chart.title.startswith("Privacy") for group in layout(KINDS).category for chart in group.chart
+    )
+
+
+def test_a_large_tree_is_split_into_short_regexes() -> None:
+    kinds = {"world": "world", **{f"world/client-{i}": "client" for i in range(70)}}
+    regexes = layout(kinds).category[0].chart[0].multiline.tag
+    assert len(regexes) == 3
+    hits = [sum(bool(re.match(regex, f"loss_by_tokens/{path}")) for regex in regexes) for path in kinds]
+    assert hits == [0] + [1] * 70
+
+
+def test_hparams_tab_shows_the_settings_the_metrics_and_the_end(tmp_path: Path) -> None:
+    run = tracker(tmp_path / "quick")
+    run.record(start(ITALY))
+    run.close()
+    read = events(tmp_path / "quick")
+    contents = {
+        name: HParamsPluginData.FromString(content)
+        for name, content in read.PluginTagToContent("hparams").items()
+    }
+    started = contents["_hparams_/session_start_info"].session_start_info
+    assert started.hparams["training.lr"].number_value == 0.003
+    assert started.hparams["method"].string_value == "worldlm"
+    assert started.group_name == "quick"
+    metrics = [info.name.tag for info in contents["_hparams_/experiment"].experiment.metric_infos]
+    assert metrics == ["loss_by_tokens/world", "perplexity_by_tokens/world", "version/world"]
+    assert set(metrics) - {"version/world"} <= set(read.Tags()["scalars"])
+    assert contents["_hparams_/session_end_info"].session_end_info.status == 1
+
+
+def test_tags_hold_no_character_that_tensorboard_mangles(tmp_path: Path) -> None:
+    assert tag("refused", "world/são paulo", "a:b") == "refused/world/s_o_paulo/a_b"
+    board = Board(tmp_path / "tensorboard", started_at=0.0)
+    board.scalars({"gone": None}, now_s=1.0)
+    board.histogram("empty", {}, step=0, now_s=1.0)
+    board.close()
+    assert events(tmp_path).Tags()["scalars"] == []
+
+
+def test_summary_holds_every_node_and_is_whole(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(start(ITALY), round_of(ITALY, tokens=100, loss=4.0), verdict("italy", tau=3))
+    run.close()
+    write_summary(
+        tmp_path,
+        run="quick",
+        method="fedavg",
+        seed=7,
+        wall_s=1.5,
+        tokens=100,
+        params_sha256="ab",
+        nodes=run.summaries() | {"world": NodeSummary(kind="world", loss=math.inf)},
+        staleness=run.staleness(),
+        extra={"seed": 8, "note": [math.nan]},
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["nodes"]) == list(KINDS)
+    assert (summary["run"], summary["method"], summary["seed"], summary["note"]) == (
+        "quick",
+        "fedavg",
+        7,
+        [None],
+    )
+    italy = summary["nodes"][ITALY]
+    assert (italy["kind"], italy["steps"], italy["tokens"], italy["accepted"]) == ("client", 10, 100, 1)
+    assert (italy["loss_start"], italy["loss"], italy["tau_mean"]) == (5.0, 4.0, 3.0)
+    assert summary["nodes"]["world"]["loss"] is None
+    assert not (tmp_path / "summary.json.tmp").exists()
+
+
+def test_a_missing_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no run in .*nowhere"):
+        read_status(tmp_path / "nowhere")
+    (tmp_path / "status.json").write_text("{")
+    with pytest.raises(RunError, match="not valid JSON"):
+        read_status(tmp_path)

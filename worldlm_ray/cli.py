@@ -1,0 +1,236 @@
+"""The `worldlm` command.
+
+Errors of the user are one line on stderr and exit code 2; `--debug` shows the traceback. Nothing heavy is imported
+before it is needed, so that a wrong configuration is answered in a second.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from worldlm_ray import config as configuration
+from worldlm_ray.errors import ConfigError, WorldLMError
+from worldlm_ray.progress import Progress, Stop
+
+app = typer.Typer(
+    name="worldlm",
+    help="Train language models across federations of federations, asynchronously, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True)
+
+Conf = Annotated[str, typer.Argument(help="a preset's name (see `worldlm presets`) or the path of a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="changes, such as training.lr=1e-3 or world.children[0].training.local_steps=20")
+]
+Run = Annotated[str, typer.Argument(help="a run's folder, or its name under runs/")]
+RunDir = Annotated[str | None, typer.Option("--run-dir", help="folder of the run; runs/NAME unless given")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Read by `main`; stands here so that --help lists it."""
+
+
+@app.command()
+def train(
+    conf: Annotated[str | None, typer.Argument(help="a preset's name or the path of a YAML file")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="continue this run: its folder, or its name under runs/")] = None,
+    run_dir: RunDir = None,
+    address: Annotated[
+        str | None, typer.Option(help="of a Ray cluster, such as auto or ray://host:10001; none starts a local one")
+    ] = None,
+) -> None:
+    """Train a world on Ray. Ctrl-C writes checkpoints and leaves; a second one leaves at once."""
+    changes = list(overrides or [])
+    if resume is not None and conf is not None:
+        # With --resume there is no CONF: what stands in its place is the first override.
+        changes.insert(0, conf)
+    if resume is None and conf is None:
+        raise ConfigError("CONF", "nothing to train", "name a preset, a YAML file, or --resume RUN")
+    from worldlm_ray import rundir
+    from worldlm_ray.plan import make_plan
+
+    if resume is not None:
+        plan = rundir.reopen(resume, changes)
+    else:
+        assert conf is not None
+        plan = rundir.create(make_plan(_load(conf, changes, run_dir)))
+    from worldlm_ray import launch
+
+    console.print(f"run folder {plan.run_dir}", highlight=False, soft_wrap=True)
+    with Stop(errors) as stop, Progress(console) as progress:
+
+        def phase(name: str) -> None:
+            progress.phase(name)
+            stop.install()  # Ray sets handlers of its own when it starts
+
+        outcome = launch.train(
+            plan, address=address, on_progress=progress.show, on_phase=phase, should_stop=stop.asked
+        )
+    _report(plan.run_dir, outcome.summary, outcome.samples)
+
+
+@app.command()
+def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+    """Run a world in this process under a virtual clock: real training, simulated machines and network."""
+    from worldlm_ray import rundir
+    from worldlm_ray.plan import make_plan
+
+    plan = rundir.create(make_plan(_load(conf, overrides or [], run_dir)))
+    from worldlm_ray.simulate import simulate as run
+
+    console.print(f"run folder {plan.run_dir}", highlight=False, soft_wrap=True)
+    with Stop(errors) as stop, Progress(console) as progress:
+        progress.phase("simulating")
+        stop.install()
+        outcome = run(
+            plan, on_progress=lambda tracker: progress.show_if_due(tracker.snapshot), should_stop=stop.asked
+        )
+    _report(plan.run_dir, outcome.summary, outcome.samples)
+
+
+@app.command()
+def show(conf: Conf, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print what a configuration means: the tree, the parameter split, bytes per push, memory per node."""
+    from worldlm_ray.describe import describe, tables
+    from worldlm_ray.plan import make_plan
+
+    plan = make_plan(_load(conf, overrides or [], None))
+    facts = describe(plan)
+    if as_json:
+        console.print_json(json.dumps(facts))
+        return
+    for table in tables(facts):
+        console.print(table)
+
+
+@app.command()
+def presets() -> None:
+    """List the configurations that ship with the package."""
+    for name, path in configuration.presets().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        console.print(f"{name:16} {first}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    tokens: Annotated[int, typer.Option(help="held-out tokens per client, at most")] = 65_536,
+    as_json: Json = False,
+) -> None:
+    """Measure every model of a run on held-out text, from its checkpoints."""
+    from worldlm_ray.evaluate import evaluate as measure
+    from worldlm_ray.evaluate import table
+
+    configuration.positive(tokens, "--tokens")
+    with Progress(console) as progress:
+        measures = measure(run, tokens=tokens, on_phase=progress.phase)
+    if as_json:
+        console.print_json(json.dumps({path: vars(value) for path, value in measures.items()}))
+        return
+    console.print(table(run, measures))
+
+
+@app.command()
+def sample(
+    run: Run,
+    node: Annotated[str, typer.Option(help="path of the node, such as world/code/python")] = "world",
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    tokens: Annotated[int, typer.Option(help="tokens to generate")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.8,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+) -> None:
+    """Generate text from a node's model, from its checkpoint."""
+    from worldlm_ray.evaluate import sample as generate
+
+    configuration.positive(tokens, "--tokens")
+    configuration.not_negative(temperature, "--temperature")
+    text = generate(run, node, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed)
+    console.print(prompt + text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def status(
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="refresh until Ctrl-C")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the table of a run's nodes, living or ended."""
+    from worldlm_ray import rundir
+    from worldlm_ray.report import live_table
+    from worldlm_ray.tracking import read_status
+
+    folder = rundir.find(run)
+    if as_json:
+        console.print_json(json.dumps(read_status(folder)))
+        return
+    snapshot = read_status(folder)
+    if not watch:
+        console.print(live_table(snapshot | {"run": folder.name}))
+        console.print(_liveness(folder, snapshot), highlight=False)
+        return
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(live_table(read_status(folder) | {"run": folder.name}), refresh=True)
+            time.sleep(1.0)
+
+
+def _liveness(folder: Path, snapshot: dict[str, Any]) -> str:
+    age_s = time.time() - float(snapshot["updated_at"])
+    if (folder / "summary.json").is_file() and age_s > 5.0:
+        return "ended: see summary.json"
+    if age_s > 15.0:
+        return f"silent for {age_s:.0f} s; if nothing runs it, continue with: worldlm train --resume {folder}"
+    return "running"
+
+
+def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:
+    changes = [*overrides, f"run_dir={json.dumps(run_dir)}"] if run_dir is not None else overrides
+    return configuration.load(conf, changes)
+
+
+def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> None:
+    from worldlm_ray.report import final_table
+
+    console.print(final_table(summary, samples))
+    if summary["status"] == "stopped":
+        console.print(f"stopped early; continue with:  worldlm train --resume {run_dir}", highlight=False, soft_wrap=True)
+    console.print(f"look at it with:  tensorboard --logdir {run_dir / 'tensorboard'}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: one line for the user's errors, a traceback for ours or with --debug."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except WorldLMError as error:
+        if debug:
+            raise
+        errors.print(f"worldlm: {error}", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

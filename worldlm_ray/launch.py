@@ -1,0 +1,251 @@
+"""Run a plan on Ray: start the actors of the tree, watch them, gather the result.
+
+The only module of the package that imports Ray. It makes actors of the plain classes in `actors/`, a parent
+before its children, and hands each child its parent's handle; after that they talk without it. This process then
+only watches: it draws the progress, passes on a wish to stop, and measures the models at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from actors.client import ClientActor
+from actors.federation import FederationActor
+from actors.recorder import RecorderActor
+from actors.shared import RECORDER, Address, RunClock
+from actors.world import WorldActor
+from worldlm_ray.errors import RunError, WorldLMError
+from worldlm_ray.outcome import Outcome, combine
+from worldlm_ray.plan import Plan
+from worldlm_ray.records import Measure
+from worldlm_ray.tracking import STATUS
+from worldlm_ray.tree import NodeSpec
+
+Progress = Callable[[dict[str, Any]], None]
+POLL_S = 0.5
+"""How often progress is looked at."""
+ACTORS = {"world": WorldActor, "federation": FederationActor, "client": ClientActor}
+OBJECT_STORE_FLOOR_BYTES = 512 * 1024**2
+
+
+@dataclass
+class World:
+    """The actors of a run, by path."""
+
+    recorder: Any
+    inner: dict[str, Any] = field(default_factory=dict)
+    clients: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, path: str) -> Any:
+        return self.inner[path] if path in self.inner else self.clients[path]
+
+
+def train(
+    plan: Plan,
+    *,
+    address: str | None = None,
+    on_progress: Progress = lambda _: None,
+    on_phase: Callable[[str], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train a world on Ray. Nodes with a checkpoint in the run folder continue from it.
+
+    Args:
+        plan: the run; its folder exists (see worldlm_ray.rundir).
+        address: of a running Ray cluster; None starts a local one for this run.
+        on_progress: called about twice a second with a snapshot of the run.
+        on_phase: told what is being waited for.
+        should_stop: asked as often; True ends the run early, with checkpoints and a summary.
+
+    Raises:
+        RunError: the cluster cannot be reached or cannot hold the world, or an actor failed.
+        WorldLMError: whatever an actor raised on purpose.
+    """
+    on_phase("starting Ray" if address is None else f"connecting to {address}")
+    with _cluster(plan, address):
+        try:
+            return _train(plan, on_progress, on_phase, should_stop)
+        except RayTaskError as error:
+            raise _plain(error) from error
+        except ActorDiedError as error:
+            raise RunError(f"an actor died: {_first_line(error)}") from error
+        except RayError as error:
+            raise RunError(f"Ray failed: {_first_line(error)}") from error
+
+
+def _train(
+    plan: Plan, on_progress: Progress, on_phase: Callable[[str], None], should_stop: Callable[[], bool]
+) -> Outcome:
+    began = time.time()
+    clock = RunClock(began, _continued_from_s(plan))
+    on_phase(f"starting {len(plan.kinds)} nodes")
+    world = _create(plan, clock)
+    _wait_ready(world)
+    ray.get([actor.start.remote() for actor in world.inner.values()])
+    on_phase("training")
+    status = _watch(world, on_progress, should_stop)
+    on_phase("measuring the models" if status == "finished" else "writing checkpoints")
+    ray.get([actor.save.remote() for actor in world.inner.values()])
+    measures = _measure(plan, world) if status == "finished" else {}
+    samples = ray.get([actor.sample.remote() for actor in world.clients.values()]) if status == "finished" else []
+    [parameters] = ray.get(world["world"].parameters.remote())
+    summary = ray.get(
+        world.recorder.conclude.remote(
+            parameters,
+            measures=measures,
+            samples=dict(zip(world.clients, samples, strict=False)),
+            wall_s=clock.now_s(),
+            status=status,
+        )
+    )
+    return Outcome(summary=summary, samples=dict(zip(world.clients, samples, strict=False)))
+
+
+# ---- the cluster ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _cluster(plan: Plan, address: str | None) -> Iterator[None]:
+    """Connect to Ray, or start a local one and stop it afterwards."""
+    wanted_cpus = sum(spec.settings.resources.cpus for spec in plan.root.clients)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    with warnings.catch_warnings():
+        # Ray announces changes of its own defaults at every start; they concern nobody who runs a world.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            if address is None:
+                # Clients may outnumber the cores: on one machine they share them, as threads of one would.
+                cpus = max(os.cpu_count() or 1, wanted_cpus)
+                store = max(OBJECT_STORE_FLOOR_BYTES, 3 * len(plan.kinds) * plan.layout.nbytes)
+                ray.init("local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **quiet)
+            else:
+                ray.init(address, **quiet)
+        except Exception as error:  # noqa: BLE001 - Ray raises many kinds here; all mean that it could not start
+            where = "start Ray on this machine" if address is None else f"reach a Ray cluster at {address}"
+            raise RunError(f"cannot {where}: {_first_line(error)}") from error
+    try:
+        if address is not None:
+            _check_fits(plan, wanted_cpus)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_fits(plan: Plan, wanted_cpus: int) -> None:
+    """A label or a number of cores that no node has would make Ray wait for ever without a word."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
+    if cpus < wanted_cpus:
+        raise RunError(f"the clients want {wanted_cpus} cores, the cluster has {cpus:g}; add nodes or lower resources.cpus")
+    for spec in plan.root.walk():
+        labels = spec.settings.placement.labels
+        if labels and not any(labels.items() <= node.get("Labels", {}).items() for node in nodes):
+            wanted = ", ".join(f"{key}={value}" for key, value in labels.items())
+            raise RunError(f"{spec.key}.placement.labels: no node of the cluster carries {wanted}")
+
+
+def _continued_from_s(plan: Plan) -> float:
+    """Run time at which an earlier part of this run ended; 0 for a new run."""
+    try:
+        return float(json.loads((plan.run_dir / STATUS).read_text(encoding="utf-8"))["now_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+# ---- the actors ----------------------------------------------------------------------------------------------
+
+
+def _create(plan: Plan, clock: RunClock) -> World:
+    """Make an actor of every node, parents first: each finds its parent and the recorder by name."""
+    mapping, namespace = plan.to_mapping(), f"worldlm-{plan.config.name}-{secrets.token_hex(4)}"
+    recorder = ray.remote(RecorderActor).options(num_cpus=0, name=RECORDER, namespace=namespace).remote(mapping)
+    world = World(recorder)
+    for spec in plan.root.walk():
+        actors = world.clients if spec.kind == "client" else world.inner
+        actor = ray.remote(ACTORS[spec.kind]).options(name=spec.path, namespace=namespace, **_options(spec))
+        actors[spec.path] = actor.remote(Address(mapping, spec.path, clock, namespace))
+    return world
+
+
+def _options(spec: NodeSpec) -> dict[str, Any]:
+    settings = spec.settings
+    # An inner node is asynchronous: as many children as there are may wait in it.
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 10_000}
+    if spec.kind == "client":
+        # One thread for `run`, the others for calls beside it. A client that dies starts again from its
+        # checkpoint, and Ray calls `run` again.
+        options = {
+            "num_cpus": settings.resources.cpus,
+            "num_gpus": settings.resources.gpus,
+            "max_concurrency": 4,
+            "max_restarts": -1,
+            "max_task_retries": -1,
+        }
+    if settings.placement.labels:
+        options["label_selector"] = dict(settings.placement.labels)
+    return options
+
+
+def _wait_ready(world: World) -> None:
+    """Wait until every actor is up; the first that cannot start says why."""
+    for actor in [world.recorder, *world.inner.values(), *world.clients.values()]:
+        ray.get(actor.ready.remote())
+
+
+def _watch(world: World, on_progress: Progress, should_stop: Callable[[], bool]) -> str:
+    """Wait for the clients and then for the world; returns `finished` or `stopped`."""
+    waiting = [actor.run.remote() for actor in world.clients.values()]
+    ends = [actor.ended.remote() for actor in world.inner.values()]
+    stopping, results = False, []
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+        results += ray.get(ready)
+        broken, _ = ray.wait(ends, num_returns=len(ends), timeout=0)
+        ray.get(broken)  # raises what broke an inner node
+        with suppress(ray.exceptions.GetTimeoutError):
+            on_progress(ray.get(world.recorder.snapshot.remote(), timeout=5.0))
+        if should_stop() and not stopping:
+            stopping = True
+            for actor in world.clients.values():
+                actor.stop.remote()
+    if "stopped" in results:
+        return "stopped"
+    ray.get(ends)
+    on_progress(ray.get(world.recorder.snapshot.remote()))
+    return "finished"
+
+
+def _measure(plan: Plan, world: World) -> dict[str, Measure]:
+    """Every client's model on its own text, every inner node's model on the text of all clients below."""
+    own = {path: actor.measure.remote() for path, actor in world.clients.items()}
+    below = {}
+    for spec in plan.root.inner:
+        refs = ray.get(world[spec.path].parameters.remote())
+        below[spec.path] = [world[client.path].measure.remote(refs) for client in spec.clients]
+    measures = {path: ray.get(ref) for path, ref in own.items()}
+    return measures | {path: combine(ray.get(refs)) for path, refs in below.items()}
+
+
+def _plain(error: RayTaskError) -> WorldLMError:
+    """The error that an actor raised, without Ray's wrapping."""
+    cause = error.cause
+    if isinstance(cause, WorldLMError):
+        return cause
+    return RunError(f"an actor failed: {type(cause).__name__}: {_first_line(cause)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

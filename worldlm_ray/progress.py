@@ -1,0 +1,114 @@
+"""What a person sees while a run goes on, and how a person stops it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from worldlm_ray.report import amount, duration, live_table
+
+LINE_EVERY_S = 10.0
+"""Where the output is no terminal: seconds between two lines."""
+DRAW_EVERY_S = 0.5
+"""On a terminal: seconds between two drawings."""
+
+
+class Progress:
+    """A live table on a terminal, a line now and then elsewhere.
+
+    Args:
+        console: where to draw.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._shown_at = 0.0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        """Say what begins now."""
+        seconds = time.monotonic() - self._began
+        self.console.print(f"[{seconds:6.1f} s] {name}", markup=False, highlight=False)
+
+    def show_if_due(self, snapshot: Callable[[], dict[str, Any]]) -> None:
+        """Draw if enough time has passed since the last drawing; only then is the snapshot made."""
+        every_s = LINE_EVERY_S if self._live is None else DRAW_EVERY_S
+        if time.monotonic() - self._shown_at >= every_s:
+            self.show(snapshot())
+
+    def show(self, snapshot: dict[str, Any]) -> None:
+        """Draw a snapshot of the run."""
+        now = time.monotonic()
+        if self._live is not None:
+            self._live.update(live_table(snapshot), refresh=True)
+        elif now - self._shown_at < LINE_EVERY_S:
+            return
+        else:
+            self.console.print(_line(snapshot), markup=False, highlight=False)
+        self._shown_at = now
+
+
+def _line(snapshot: dict[str, Any]) -> str:
+    nodes = snapshot["nodes"]
+    world = next(iter(nodes.values()))
+    loss = f"loss {world['loss']:.3f}" if world["loss"] is not None else "loss not measured yet"
+    refused = sum(snapshot["refused"].values())
+    return (
+        f"{snapshot['progress']:4.0%}  {duration(snapshot['now_s'])}  {amount(snapshot['tokens'])} tokens  "
+        f"{amount(snapshot['tokens_per_s'])}/s  world version {world['version']}  {loss}  "
+        f"{snapshot['accepted']} updates accepted, {refused} refused"
+    )
+
+
+class Stop:
+    """Ctrl-C or SIGTERM: the first asks the run to end cleanly, the second ends the process.
+
+    Args:
+        console: where to say what happens.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stop:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Put the handlers in place (again)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def asked(self) -> bool:
+        """Whether the run should end."""
+        return self._asked
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self._asked:
+            os._exit(128 + number)
+        self._asked = True
+        self.console.print("stopping: writing checkpoints (once more to leave at once)", highlight=False)
