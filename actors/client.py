@@ -10,6 +10,7 @@ import ray
 from actors.shared import Address, carry
 from worldlm_ray import checkpoint
 from worldlm_ray.client import Client
+from worldlm_ray.errors import WorldLMError
 from worldlm_ray.messages import Model, Packed, pack, unpack_model
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import LifeRecord, Measure, PullRecord, PushRecord, Record
@@ -29,6 +30,14 @@ class ClientActor:
         self.plan = plan_from_mapping(address.mapping)
         self.spec = self.plan.node(address.path)
         self.clock, self.recorder, self.parent = address.clock, address.recorder, address.parent
+        self._broken: WorldLMError | None = None
+        """What kept the client from starting. Raised by `ready`: from here, Ray would bury it in a traceback."""
+        try:
+            self._set_up()
+        except WorldLMError as error:
+            self._broken = error
+
+    def _set_up(self) -> None:
         self.client = Client(self.plan, self.spec)
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self._stop = threading.Event()
@@ -44,7 +53,13 @@ class ClientActor:
     # ---- called by the launcher ------------------------------------------------------------------------------
 
     def ready(self) -> int:
-        """Local rounds done so far; also answers whether the actor is up."""
+        """Local rounds done so far.
+
+        Raises:
+            WorldLMError: what kept the client from starting.
+        """
+        if self._broken is not None:
+            raise self._broken
         return self.client.round
 
     def run(self) -> str:

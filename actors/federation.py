@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from actors.inner import InnerActor
-from actors.shared import Address, carry
-from worldlm_ray.aggregation.node import Exchange, ParentModel
-from worldlm_ray.messages import Packed, pack, unpack_model
+from actors.shared import Address
+from worldlm_ray.aggregation.node import ParentModel
+from worldlm_ray.messages import Packed, unpack_model
 from worldlm_ray.records import PullRecord, PushRecord
 
 
@@ -25,12 +27,16 @@ class FederationActor(InnerActor):
         await self.parent.join.remote(self.spec.name)
         await super().start()
 
-    async def _exchange(self, command: Exchange) -> None:
-        """Push, then pull, then merge; children are served from this actor's loop all the while."""
-        packed = pack(command.update, self.plan.layout)
-        header, refs = carry(packed)
-        pushed = PushRecord(node=self.spec.path, now_s=self.clock.now_s(), bytes=packed.nbytes)
-        await self.parent.push.remote(self.spec.name, header, refs)
+    async def _exchange(self, header: bytes, ref: Any, nbytes: int) -> None:
+        """Push, then pull, then merge; children are served from this actor's loop all the while.
+
+        Args:
+            header: of the update.
+            ref: its buffer in the object store.
+            nbytes: size of the buffer.
+        """
+        pushed = PushRecord(node=self.spec.path, now_s=self.clock.now_s(), bytes=len(header) + nbytes)
+        await self.parent.push.remote(self.spec.name, header, [ref])
         header, refs = await self.parent.pull.remote(self.spec.name, self.node.started_tokens)
         received = Packed(header, await refs[0])
         model = unpack_model(received, self.plan.layout)

@@ -5,8 +5,8 @@ lock. The order of one exchange, for concurrency's sake:
 
     1. a child's `push` awaits the buffer, then folds it in one go and answers
     2. its `pull` leaves a future; the machine's Serve command, at once or after a later event, resolves it
-    3. the pulled model is put into the object store once per version; the second and later children get the same
-       reference, and the machine then works on the shared copy instead of its own
+    3. the model is put into the object store once; the second and later children get the same reference, and the
+       machine then works on the shared copy instead of its own
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from worldlm_ray.aggregation.node import (
     Verdict,
     Wake,
 )
-from worldlm_ray.messages import Model, Packed, pack
+from worldlm_ray.messages import Packed, pack
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record
@@ -58,7 +58,7 @@ class InnerActor:
         self._began_s = self._saved_s = self.clock.now_s()
         self._busy_s = 0.0
         self._verdicts: dict[str, Verdict] = {}
-        self._pulls: dict[str, asyncio.Future[Model]] = {}
+        self._pulls: dict[str, asyncio.Future[Carried]] = {}
         self._published: tuple[Flat, Any] | None = None
         self._ended = asyncio.Event()
         self._error: Exception | None = None
@@ -85,11 +85,10 @@ class InnerActor:
 
     async def pull(self, child: str, started_tokens: int) -> Carried:
         """Give the model to a child, as soon as the child may go on."""
-        future: asyncio.Future[Model] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Carried] = asyncio.get_running_loop().create_future()
         self._pulls[child] = future
         self._handle(Pull(child=child, started_tokens=started_tokens, now_s=self.clock.now_s()))
-        model = await future
-        return pack(model, self.plan.layout).header, [await self._publish(model.values)]
+        return await future
 
     async def done(self, child: str) -> None:
         """A child will train no more."""
@@ -103,6 +102,7 @@ class InnerActor:
 
     async def start(self) -> None:
         """Begin: send again what was on its way when the last run of this node ended."""
+        self._publish()
         self._perform(self.node.resume())
 
     async def ended(self) -> None:
@@ -117,7 +117,7 @@ class InnerActor:
 
     async def parameters(self) -> list[Any]:
         """A reference to the published model, in a list."""
-        return [await self._publish(self.node.theta)]
+        return [self._publish()]
 
     async def save(self) -> int:
         """Write a checkpoint now; returns the version in it."""
@@ -143,9 +143,15 @@ class InnerActor:
             elif isinstance(command, Serve):
                 future = self._pulls.pop(command.child, None)
                 if future is not None and not future.done():
-                    future.set_result(command.model)
+                    header = pack(command.model, self.plan.layout).header
+                    future.set_result((header, [self._publish()]))
             elif isinstance(command, Exchange):
-                self._spawn(self._exchange(command))
+                self._publish()
+                update = self.node.begin_exchange()
+                ref, _ = self._share(update.values)
+                # Only the reference goes on: Ray keeps a coroutine's arguments alive until it returns.
+                self._spawn(self._exchange(pack(update, self.plan.layout).header, ref, update.values.nbytes))
+                del update
             elif isinstance(command, Wake):
                 self._spawn(self._wake(command.at_s))
             elif isinstance(command, Finish):
@@ -153,7 +159,7 @@ class InnerActor:
         if records:
             self.recorder.record.remote(records)
 
-    async def _exchange(self, command: Exchange) -> None:
+    async def _exchange(self, header: bytes, ref: Any, nbytes: int) -> None:
         raise NotImplementedError(f"{self.spec.path} has no parent")
 
     async def _finish(self) -> None:
@@ -164,16 +170,19 @@ class InnerActor:
         await asyncio.sleep(max(at_s - self.clock.now_s(), 0.0))
         self._handle(Clock(now_s=max(at_s, self.clock.now_s())))
 
-    async def _publish(self, values: Flat) -> Any:
-        """The one object-store reference of a model; the machine adopts the shared copy."""
-        if self._published is not None and self._published[0] is values:
-            return self._published[1]
+    def _publish(self) -> Any:
+        """The one object-store reference of the published model."""
+        if self._published is None or self._published[0] is not self.node.theta:
+            self._published = None  # an old version goes before the new one comes, unless a child still reads it
+            ref, view = self._share(self.node.theta)
+            self._published = (view, ref)
+        return self._published[1]
+
+    def _share(self, values: Flat) -> tuple[Any, Flat]:
+        """Move one of the machine's buffers into the object store; returns the reference and the shared copy."""
         ref = ray.put(values)
-        view = await ref
-        if self.node.theta is values:
-            self.node.republish(view)
-            self._published = (self.node.theta, ref)
-        return ref
+        # Blocking is right here: the object is on this machine already, and no event may come in between.
+        return ref, self.node.use_shared_copy(values, ray.get(ref))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(self._guard(work))

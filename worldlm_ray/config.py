@@ -9,8 +9,9 @@ dotted key. Settings of a node are inherited by everything below it and may be o
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -117,7 +118,9 @@ class ServerOptimizerConfig:
 
     name: ServerOptimizerName = "sgd"
     lr: float | None = None
-    """Sgd 1.0 (FedAvg), nesterov 0.7 (DiLoCo), adam 0.01 (FedOpt) unless given."""
+    """Unless given: sgd 1.0 (FedAvg), nesterov 0.7 (DiLoCo), adam 0.01 (FedOpt), times the share of the node's
+    children that are in the aggregation. In synchronous mode that share is 1; where updates come one by one, a round
+    of all children then moves the model as far as a synchronous one, and not as many times as far."""
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-3
@@ -199,7 +202,7 @@ class EvaluationConfig:
     """Local rounds between two measurements of a client; 0 measures at the start and the end only."""
     tokens: int = 8_192
     """Held-out tokens per measurement during training."""
-    final_tokens: int = 65_536
+    final_tokens: int = 32_768
     """Held-out tokens per measurement at the start and the end."""
 
 
@@ -469,20 +472,34 @@ def _override(raw: DictConfig, text: str) -> None:
 
 
 def _config_error(error: OmegaConfBaseException, prefix: str) -> ConfigError:
-    key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
-    dotted = ".".join(part for part in (prefix, str(key)) if part) or "config"
+    """OmegaConf's error as one of ours: the dotted key, what was got, what to write instead."""
+    key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
     message = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
-    name = type(error).__name__
-    if name in ("ConfigKeyError", "ConfigAttributeError"):
-        suggestion = _suggestion(error, str(key))
-        return ConfigError(dotted, "unknown key", suggestion)
-    return ConfigError(dotted, message, "see worldlm_ray/config.py for the type")
+    wrong_section = re.search(r"Merge error: (\w+) is not a subclass of (\w+)Config", message)
+    if wrong_section and not key:
+        key = re.sub(r"(?<!^)(?=[A-Z])", "_", wrong_section.group(2)).lower()
+    dotted = ".".join(part for part in (prefix, key) if part) or "config"
+    if type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
+        known = getattr(error, "object_type", None)
+        names = [f.name for f in fields(known)] if isinstance(known, type) and is_dataclass(known) else []
+        return ConfigError(dotted, "unknown key", one_of(key.rsplit(".", 1)[-1], names))
+    if "Missing mandatory value" in message:
+        return ConfigError(dotted, "has no value", f"give it one, such as {dotted}=... on the command line")
+    if wrong_section:
+        return ConfigError(dotted, f"got a {wrong_section.group(1)}", "expected a mapping of keys")
+    if converted := re.search(r"[Vv]alue '(.*)' of type '.*' could not be converted to (\w+)", message):
+        expected = _EXPECTED.get(converted.group(2), f"a value of type {converted.group(2)}")
+        return ConfigError(dotted, f"got {converted.group(1)!r}", f"expected {expected}")
+    if choice := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
+        return ConfigError(dotted, f"got {choice.group(1)!r}", "expected one of " + choice.group(2).replace("'", ""))
+    if "is not a ListConfig" in message:
+        return ConfigError(dotted, "got a single value", "expected a list, such as [a, b]")
+    if "Interpolation key" in message:
+        return ConfigError(dotted, message, "set that key")
+    return ConfigError(dotted, message, "see worldlm_ray/config.py")
 
 
-def _suggestion(error: OmegaConfBaseException, key: str) -> str:
-    known = getattr(error, "object_type", None)
-    names = [f.name for f in fields(known)] if hasattr(known, "__dataclass_fields__") else []
-    return one_of(key.rsplit(".", 1)[-1], names)
+_EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "text"}
 
 
 def one_of(got: str, known: Sequence[str]) -> str:

@@ -48,6 +48,11 @@ class World:
     inner: dict[str, Any] = field(default_factory=dict)
     clients: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def actors(self) -> list[Any]:
+        """All of them, parents first."""
+        return [self.recorder, *self.inner.values(), *self.clients.values()]
+
     def __getitem__(self, path: str) -> Any:
         return self.inner[path] if path in self.inner else self.clients[path]
 
@@ -88,11 +93,27 @@ def train(
 def _train(
     plan: Plan, on_progress: Progress, on_phase: Callable[[str], None], should_stop: Callable[[], bool]
 ) -> Outcome:
-    began = time.time()
-    clock = RunClock(began, _continued_from_s(plan))
+    clock = RunClock(time.time(), _continued_from_s(plan))
     on_phase(f"starting {len(plan.kinds)} nodes")
     world = _create(plan, clock)
-    _wait_ready(world)
+    try:
+        return _conduct(plan, world, clock, on_progress, on_phase, should_stop)
+    finally:
+        for actor in world.actors:
+            ray.kill(actor)
+
+
+def _conduct(
+    plan: Plan,
+    world: World,
+    clock: RunClock,
+    on_progress: Progress,
+    on_phase: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> Outcome:
+    """The life of a run whose actors exist: wait, watch, measure, conclude."""
+    for actor in world.actors:
+        ray.get(actor.ready.remote())  # the first that cannot start says why
     ray.get([actor.start.remote() for actor in world.inner.values()])
     on_phase("training")
     status = _watch(world, on_progress, should_stop)
@@ -118,7 +139,13 @@ def _train(
 
 @contextmanager
 def _cluster(plan: Plan, address: str | None) -> Iterator[None]:
-    """Connect to Ray, or start a local one and stop it afterwards."""
+    """Connect to Ray, or start a local one and stop it afterwards.
+
+    A process that is connected already keeps its connection, whatever `address` says.
+    """
+    if ray.is_initialized():
+        yield
+        return
     wanted_cpus = sum(spec.settings.resources.cpus for spec in plan.root.clients)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     with warnings.catch_warnings():
@@ -196,12 +223,6 @@ def _options(spec: NodeSpec) -> dict[str, Any]:
     if settings.placement.labels:
         options["label_selector"] = dict(settings.placement.labels)
     return options
-
-
-def _wait_ready(world: World) -> None:
-    """Wait until every actor is up; the first that cannot start says why."""
-    for actor in [world.recorder, *world.inner.values(), *world.clients.values()]:
-        ray.get(actor.ready.remote())
 
 
 def _watch(world: World, on_progress: Progress, should_stop: Callable[[], bool]) -> str:

@@ -164,7 +164,7 @@ class Simulation:
         elif isinstance(command, Serve):
             self._serve(f"{path}/{command.child}", command.model)
         elif isinstance(command, Exchange):
-            packed = pack(command.update, self.plan.layout)
+            packed = pack(self.nodes[path].begin_exchange(), self.plan.layout)
             parent, name = self._parent(path)
             self.tracker.record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
             self._send(

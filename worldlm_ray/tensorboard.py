@@ -1,27 +1,39 @@
-"""What a run shows in TensorBoard: one writer, one event folder, no torch and no TensorFlow.
+"""What a run shows in TensorBoard: every node is a TensorBoard run, with a colour and a toggle of its own.
 
-TensorBoard's own event writer is used instead of `torch.utils.tensorboard`: it imports in 0.2 s, not 1.3 s,
-and the process that tracks a run needs no torch. Tags are `GROUP/NODE`, where a node is its path in the tree:
+    tensorboard/world/                  its events, the layout of the first screen, the settings of HPARAMS
+    tensorboard/world/europe/           and so on: a node's folder is its path in the tree
 
-    loss_by_tokens loss_by_time perplexity_by_tokens perplexity_by_time    held-out; means at inner nodes
-    train_loss_by_tokens learning_rate_by_tokens epsilon                   clients
-    version tokens_per_s busy_fraction step_norm                           nodes
-    tau arrivals accepted bytes_up bytes_down, refused/CHILD/REASON        edges, named by the child
-    tau_histogram/CHILD, attention_up/NODE, attention_down/NODE            step is a version
+Tags name quantities, so that one chart shows the lines of all nodes. Where clients and inner nodes do not
+belong in one chart, the tag ends in the KIND of the node, `client` or `inner`:
 
-The step of `*_by_tokens` is tokens trained so far; of every other scalar, whole seconds of run time. The wall
-time of every event is the run's first start plus its run time, so the RELATIVE axis is run time too, in
-simulation and after a pause as well.
+    loss_by_tokens/KIND perplexity_by_tokens/KIND                           held-out; means at inner nodes
+    loss_by_time perplexity_by_time busy_fraction                           all nodes
+    tokens_per_s/KIND version/KIND                                          a client's is its parent's version
+    train_loss_by_tokens learning_rate_by_tokens epsilon                    clients
+    step_norm refused_strangers/REASON                                      inner nodes
+    tau tau_histogram arrivals accepted refused/REASON bytes_up bytes_down  edges, in the run of the child
+    attention_up attention_down                                             images
+
+The step of `*_by_tokens` is tokens trained so far, of histograms and images a version, and of every other tag
+whole seconds of run time. The wall time of every event is the run's first start plus its run time, so the
+RELATIVE axis is run time too, in simulation and after a pause as well.
+
+The files are written without torch and without TensorFlow: the process that tracks a run needs neither.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+import os
 import re
-from collections.abc import Iterable, Mapping
+import socket
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -30,20 +42,20 @@ from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.plugins.custom_scalar.metadata import PLUGIN_NAME as LAYOUT_PLUGIN
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from worldlm_ray.records import AttentionRecord
 
 Scalar = str | int | float | bool
 
-QUEUE_EVENTS = 1_000
-"""Events that may wait for the writer's thread before the tracker has to wait for it."""
 FLUSH_EVERY_S = 2.0
 """Longest time that an event stays in memory."""
+WAITING_BYTES = 4_000_000
+"""Events that may stay in memory: whoever adds more writes them itself."""
 CELLS_WITH_NUMBERS = 400
 """A heat map with more cells than this shows colours only."""
-NODES_PER_REGEX = 30
-"""The browser sends every regex in a URL: one that names 1000 clients would be too long."""
+
+_file_numbers = itertools.count()
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-/]")
 
@@ -53,22 +65,119 @@ def tag(group: str, *parts: str) -> str:
     return _UNSAFE.sub("_", "/".join((group, *parts)))
 
 
-class Board:
-    """Writes one event file; nobody else writes to its folder.
+class EventFiles:
+    """Event files of many TensorBoard runs.
+
+    TensorBoard's own writer takes a thread and an open file for each run, and a tree may have a thousand
+    nodes. Here one thread appends to all files in turn and holds none of them open.
 
     Args:
-        folder: where the event file is made; a resumed run makes another one beside the first.
+        folder: the folder above those of the runs. Nobody else writes below it. Files that are there stay:
+            a resumed run makes new ones beside them.
         started_at: wall time of the run's first start, seconds since 1970.
     """
 
     def __init__(self, folder: Path, *, started_at: float) -> None:
-        self._writer = EventFileWriter(str(folder), max_queue_size=QUEUE_EVENTS, flush_secs=FLUSH_EVERY_S)
-        self._started_at = started_at
+        self._folder, self._started_at = folder, started_at
+        self._waiting: dict[str, list[bytes]] = {}
+        self._waiting_bytes = 0
+        self._paths: dict[str, Path] = {}
+        self._adding, self._writing = threading.Lock(), threading.Lock()
+        self._closing = threading.Event()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._write_often, name="event-files", daemon=True)
+        self._thread.start()
 
-    def scalars(self, values: Mapping[str, float | None], *, now_s: float, step: int | None = None) -> None:
-        """Write several scalars that share a step as one event.
+    def add(self, run: str, event: Event) -> None:
+        """Have an event written within about `FLUSH_EVERY_S` seconds.
+
+        Raises:
+            OSError: events could not be written.
+        """
+        self._check()
+        data = event.SerializeToString()
+        with self._adding:
+            self._waiting.setdefault(run, []).append(data)
+            self._waiting_bytes += len(data)
+            full = self._waiting_bytes > WAITING_BYTES
+        if full:
+            self._write()
+
+    def flush(self) -> None:
+        """Return when everything added so far is in the files.
+
+        Raises:
+            OSError: events could not be written.
+        """
+        self._check()
+        self._write()
+
+    def close(self) -> None:
+        """Write what waits, and stop the thread; nothing can be added after this."""
+        self._closing.set()
+        self._thread.join()
+        self._write()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closing.is_set():
+            raise ValueError(f"the event files in {str(self._folder)!r} are closed")
+
+    def _write_often(self) -> None:
+        while not self._closing.wait(FLUSH_EVERY_S):
+            try:
+                self._write()
+            except OSError as error:
+                self._error = error  # For the next one who adds.
+                return
+
+    def _write(self) -> None:
+        with self._writing:
+            with self._adding:
+                waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
+            for run, events in waiting.items():
+                self._append(run, events)
+
+    def _append(self, run: str, events: list[bytes]) -> None:
+        path = self._paths.get(run)
+        if path is None:
+            # TensorBoard reads the files of a run in the order of their names, which begin with the time.
+            number = f"{os.getpid()}.{next(_file_numbers)}"
+            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{number}"
+            path = self._paths[run] = self._folder / run / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source = SourceMetadata(writer="worldlm_ray.tensorboard")
+            first = Event(wall_time=self._started_at, file_version="brain.Event:2", source_metadata=source)
+            events = [first.SerializeToString(), *events]
+        buffer = io.BytesIO()
+        records = RecordWriter(buffer)
+        for event in events:
+            records.write(event)
+        with path.open("ab") as file:
+            file.write(buffer.getvalue())
+
+
+class Board:
+    """Writes the charts of a whole tree.
+
+    Args:
+        folder: where the folders of the nodes are made.
+        root: path of the node that stands for the run: its folder has the layout and the settings too.
+        started_at: wall time of the run's first start, seconds since 1970.
+    """
+
+    def __init__(self, folder: Path, *, root: str, started_at: float) -> None:
+        self._files = EventFiles(folder, started_at=started_at)
+        self._root, self._started_at = root, started_at
+
+    def scalars(
+        self, node: str, values: Mapping[str, float | None], *, now_s: float, step: int | None = None
+    ) -> None:
+        """Write several scalars of a node that share a step as one event.
 
         Args:
+            node: its path.
             values: by tag; None is left out.
             now_s: run time in seconds, and the step unless `step` is given.
             step: tokens, for the tags that are drawn over tokens.
@@ -78,9 +187,9 @@ class Board:
             if value is not None:
                 summary.value.add(tag=name, simple_value=value)
         if summary.value:
-            self._add(summary, step=int(now_s) if step is None else step, now_s=now_s)
+            self._add(node, summary, step=int(now_s) if step is None else step, now_s=now_s)
 
-    def histogram(self, name: str, counts: Mapping[int, int], *, step: int, now_s: float) -> None:
+    def histogram(self, node: str, name: str, counts: Mapping[int, int], *, step: int, now_s: float) -> None:
         """Write the histogram of whole numbers: how often each was seen."""
         if not counts:
             return
@@ -98,31 +207,30 @@ class Board:
                 proto.bucket.append(0)
             proto.bucket_limit.append(value + 0.5)
             proto.bucket.append(counts[value])
-        self._add(Summary(value=[Summary.Value(tag=name, histo=proto)]), step=step, now_s=now_s)
+        self._add(node, Summary(value=[Summary.Value(tag=name, histo=proto)]), step=step, now_s=now_s)
 
     def attention(self, record: AttentionRecord) -> None:
         """Write attention weights as a heat map; the step is the node's version."""
         png, width, height = heat_map(record)
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-        name = tag(f"attention_{record.direction}", record.node)
-        self._add(
-            Summary(value=[Summary.Value(tag=name, image=image)]), step=record.version, now_s=record.now_s
-        )
+        summary = Summary(value=[Summary.Value(tag=tag(f"attention_{record.direction}"), image=image)])
+        self._add(record.node, summary, step=record.version, now_s=record.now_s)
 
     def hparams(self, values: Mapping[str, Scalar], *, metrics: Mapping[str, str], run: str) -> None:
         """Write what the HPARAMS tab shows: this run's settings beside the last values of its metrics.
 
         Args:
             values: settings by dotted key.
-            metrics: name shown, by tag of a scalar.
+            metrics: name shown, by tag of a scalar of the root.
             run: name of the run; TensorBoard groups sessions by it.
         """
         config = summary_v2.hparams_config_pb(
             hparams=[summary_v2.HParam(name) for name in values],
             metrics=[summary_v2.Metric(name, display_name=shown) for name, shown in metrics.items()],
         )
-        self._add(config)
-        self._add(summary_v2.hparams_pb(dict(values), trial_id=run, start_time_secs=self._started_at))
+        self._add(self._root, config)
+        start = summary_v2.hparams_pb(dict(values), trial_id=run, start_time_secs=self._started_at)
+        self._add(self._root, start)
 
     def finish(self, *, now_s: float) -> None:
         """Mark the run of the HPARAMS tab as ended."""
@@ -135,63 +243,61 @@ class Board:
             metadata=hparams_metadata.create_summary_metadata(data),
             tensor=hparams_metadata.NULL_TENSOR,
         )
-        self._add(Summary(value=[value]), now_s=now_s)
+        self._add(self._root, Summary(value=[value]), now_s=now_s)
 
-    def layout(self, kinds: Mapping[str, str], *, private: bool = False, now_s: float = 0.0) -> None:
+    def layout(self, *, private: bool = False, now_s: float = 0.0) -> None:
         """Write the first screen: the CUSTOM SCALARS tab."""
         value = Summary.Value(
             tag=CONFIG_SUMMARY_TAG,
             metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=LAYOUT_PLUGIN)),
             tensor=TensorProto(
                 dtype="DT_STRING",
-                string_val=[layout(kinds, private=private).SerializeToString()],
+                string_val=[layout(private=private).SerializeToString()],
                 tensor_shape=TensorShapeProto(),
             ),
         )
         # TensorBoard reads the layout of the highest step: one that shows privacy replaces one that does not.
-        self._add(Summary(value=[value]), step=int(private), now_s=now_s)
+        self._add(self._root, Summary(value=[value]), step=int(private), now_s=now_s)
 
     def flush(self) -> None:
-        """Return when everything written so far is in the file."""
-        self._writer.flush()
+        """Return when everything written so far is in the files."""
+        self._files.flush()
 
     def close(self) -> None:
-        """Flush and close the file."""
-        self._writer.close()
+        """Flush and close the files."""
+        self._files.close()
 
-    def _add(self, summary: Summary, *, step: int = 0, now_s: float = 0.0) -> None:
-        self._writer.add_event(Event(wall_time=self._started_at + now_s, step=step, summary=summary))
+    def _add(self, node: str, summary: Summary, *, step: int = 0, now_s: float = 0.0) -> None:
+        event = Event(wall_time=self._started_at + now_s, step=step, summary=summary)
+        self._files.add(_UNSAFE.sub("_", node), event)
 
 
-def layout(kinds: Mapping[str, str], *, private: bool = False) -> layout_pb2.Layout:
+def layout(*, private: bool = False) -> layout_pb2.Layout:
     """Charts of the CUSTOM SCALARS tab, in the order in which a run is understood.
 
     Args:
-        kinds: kind of every node by path.
         private: add the chart of privacy spent.
     """
-    clients = [path for path, kind in kinds.items() if kind == "client"]
-    inner = [path for path, kind in kinds.items() if kind != "client"]
     learning = [
-        _chart("Clients: loss (nats/byte) by tokens", _regexes("loss_by_tokens", clients)),
-        _chart("World, federations: loss by tokens", _regexes("loss_by_tokens", inner)),
-        _chart("Loss (nats/byte) by run time (s)", ["^loss_by_time/"]),
+        _chart("Clients: loss (nats/byte) by tokens", "^loss_by_tokens/client$"),
+        _chart("World, federations: loss by tokens", "^loss_by_tokens/inner$"),
+        _chart("Loss (nats/byte) by run time (s)", "^loss_by_time$"),
     ]
     asynchrony = [
-        _chart("Staleness per edge (versions behind)", ["^tau/"]),
-        _chart("Version by run time (s)", _regexes("version", inner)),
-        _chart("Clients: training speed (tokens/s)", _regexes("tokens_per_s", clients)),
-        _chart("Busy share of every node", ["^busy_fraction/"]),
-        _chart("Updates accepted per edge", ["^accepted/"]),
-        _chart("Updates refused per edge and reason", ["^refused/"]),
+        _chart("Staleness per edge (versions behind)", "^tau$"),
+        _chart("Version by run time (s)", "^version/inner$"),
+        _chart("Clients: training speed (tokens/s)", "^tokens_per_s/client$"),
+        _chart("Busy share of every node", "^busy_fraction$"),
+        _chart("Updates accepted per edge", "^accepted$"),
+        _chart("Updates refused per edge and reason", "^refused(_strangers)?/"),
     ]
     more = [
-        _chart("Perplexity by tokens", ["^perplexity_by_tokens/"]),
-        _chart("Bytes sent up per edge", ["^bytes_up/"]),
-        _chart("Bytes sent down per edge", ["^bytes_down/"]),
+        _chart("Clients: perplexity by tokens", "^perplexity_by_tokens/client$"),
+        _chart("Bytes sent up per edge", "^bytes_up$"),
+        _chart("Bytes sent down per edge", "^bytes_down$"),
     ]
     if private:
-        more.insert(0, _chart("Privacy spent (epsilon)", ["^epsilon/"]))
+        more.insert(0, _chart("Privacy spent (epsilon)", "^epsilon$"))
     return layout_pb2.Layout(
         category=[
             layout_pb2.Category(title="Learning", chart=learning),
@@ -201,14 +307,8 @@ def layout(kinds: Mapping[str, str], *, private: bool = False) -> layout_pb2.Lay
     )
 
 
-def _chart(title: str, regexes: Iterable[str]) -> layout_pb2.Chart:
-    return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=regexes))
-
-
-def _regexes(group: str, paths: list[str]) -> list[str]:
-    """Regexes that match the tags of exactly these nodes."""
-    chunks = [paths[i : i + NODES_PER_REGEX] for i in range(0, len(paths), NODES_PER_REGEX)]
-    return [f"^{group}/(?:{'|'.join(re.escape(tag(path)) for path in chunk)})$" for chunk in chunks]
+def _chart(title: str, regex: str) -> layout_pb2.Chart:
+    return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[regex]))
 
 
 def heat_map(record: AttentionRecord) -> tuple[bytes, int, int]:

@@ -37,8 +37,6 @@ from worldlm_ray.run_state import ACCEPTED, RunState, finite
 from worldlm_ray.tensorboard import Board, Scalar, tag
 
 AUDIT, STATUS, SUMMARY, TENSORBOARD = "audit.jsonl", "status.json", "summary.json", "tensorboard"
-STRANGER = "_stranger"
-"""Stands for the sender in tags where the sender is not a node of the tree."""
 STATUS_EVERY_S = 1.0
 """Wall seconds between two writes of status.json."""
 IMAGE_EVERY_S = 2.0
@@ -87,7 +85,8 @@ class Tracker:
         self._started_at: float = status.get("started_at", wall())
         self._private = any(node.epsilon is not None for node in self._state.nodes.values())
         self._audit = _open_audit(run_dir / AUDIT)
-        self._board = Board(run_dir / TENSORBOARD, started_at=self._started_at)
+        root = next(path for path, kind in kinds.items() if kind == "world")
+        self._board = Board(run_dir / TENSORBOARD, root=root, started_at=self._started_at)
         self._introduce(hparams)
         self._last_status = self._last_image = -math.inf
         self.flush()
@@ -146,14 +145,13 @@ class Tracker:
     # What each record shows in TensorBoard, after the state has taken it in.
 
     def _introduce(self, hparams: Mapping[str, Scalar]) -> None:
-        root = next(path for path, kind in self._kinds.items() if kind == "world")
         metrics = {
-            tag("loss_by_tokens", root): f"{root}: loss (nats/byte)",
-            tag("perplexity_by_tokens", root): f"{root}: perplexity",
-            tag("version", root): f"{root}: version",
+            "loss_by_tokens/inner": "World: loss (nats/byte)",
+            "perplexity_by_tokens/inner": "World: perplexity",
+            "version/inner": "World: version",
         }
         self._board.hparams(hparams, metrics=metrics, run=self.run_dir.name)
-        self._board.layout(self._kinds, private=self._private)
+        self._board.layout(private=self._private)
 
     def _show(self, record: Record) -> None:
         node, path, now_s = self._state.nodes[record.node], record.node, record.now_s
@@ -170,76 +168,75 @@ class Tracker:
                 # A newer one takes the place of one that still waits, so every node gets its turn.
                 self._images[path, record.direction] = record
             case PushRecord():
-                self._board.scalars({tag("bytes_up", path): node.bytes_up}, now_s=now_s)
+                self._board.scalars(path, {"bytes_up": node.bytes_up}, now_s=now_s)
             case PullRecord():
-                values = {tag("bytes_down", path): node.bytes_down}
+                values: dict[str, float | None] = {"bytes_down": node.bytes_down}
                 if node.kind == "client":
-                    values[tag("version", path)] = node.version
-                self._board.scalars(values, now_s=now_s)
+                    values["version/client"] = node.version
+                self._board.scalars(path, values, now_s=now_s)
 
     def _show_round(self, record: RoundRecord) -> None:
-        path, now_s, nodes = record.node, record.now_s, self._state.nodes
+        path, now_s = record.node, record.now_s
         if record.epsilon is not None and not self._private:
             self._private = True
-            self._board.layout(self._kinds, private=True, now_s=now_s)
-        speeds: dict[str, float | None] = {
-            tag("tokens_per_s", each): nodes[each].tokens_per_s for each in (path, *self._state.above[path])
+            self._board.layout(private=True, now_s=now_s)
+        by_time = {
+            "tokens_per_s/client": record.tokens_per_s,
+            "busy_fraction": record.busy_fraction,
+            "epsilon": record.epsilon,
         }
-        own = {tag("busy_fraction", path): record.busy_fraction, tag("epsilon", path): record.epsilon}
-        self._board.scalars(speeds | own, now_s=now_s)
-        trained = {
-            tag("train_loss_by_tokens", path): record.train_loss,
-            tag("learning_rate_by_tokens", path): record.learning_rate,
+        by_tokens = {
+            "train_loss_by_tokens": record.train_loss,
+            "learning_rate_by_tokens": record.learning_rate,
         }
-        self._board.scalars(trained, now_s=now_s, step=record.tokens)
+        self._board.scalars(path, by_time, now_s=now_s)
+        self._board.scalars(path, by_tokens, now_s=now_s, step=record.tokens)
+        for inner in self._state.above[path]:
+            speed = self._state.nodes[inner].tokens_per_s
+            self._board.scalars(inner, {"tokens_per_s/inner": speed}, now_s=now_s)
         if record.loss is not None:
             self._show_losses(path, now_s)
 
     def _show_losses(self, client: str, now_s: float) -> None:
         """The client's loss, and the means of every inner node above it."""
-        by_time: dict[str, float | None] = {}
         for path in (client, *self._state.above[client]):
             node = self._state.nodes[path]
-            by_tokens = {
-                tag("loss_by_tokens", path): node.loss,
-                tag("perplexity_by_tokens", path): node.perplexity,
-            }
-            self._board.scalars(by_tokens, now_s=now_s, step=node.tokens)
-            by_time[tag("loss_by_time", path)] = node.loss
-            by_time[tag("perplexity_by_time", path)] = node.perplexity
-        self._board.scalars(by_time, now_s=now_s)
+            kind = "client" if path == client else "inner"
+            by_tokens = {f"loss_by_tokens/{kind}": node.loss, f"perplexity_by_tokens/{kind}": node.perplexity}
+            by_time = {"loss_by_time": node.loss, "perplexity_by_time": node.perplexity}
+            self._board.scalars(path, by_tokens, now_s=now_s, step=node.tokens)
+            self._board.scalars(path, by_time, now_s=now_s)
 
     def _show_verdict(self, record: VerdictRecord) -> None:
         edge = self._state.edge(record.node, record.sender)
         if edge is None:
             count = self._state.nodes[record.node].strangers[record.verdict]
-            name = tag("refused", record.node, STRANGER, record.verdict)
-            self._board.scalars({name: count}, now_s=record.now_s)
+            name = tag("refused_strangers", record.verdict)
+            self._board.scalars(record.node, {name: count}, now_s=record.now_s)
             return
         node = self._state.nodes[edge]
         if record.tau >= 0:
             self._new_taus.setdefault(edge, []).append(record.tau)
         values: dict[str, float | None] = {
-            tag("arrivals", edge): node.accepted + sum(node.refused.values()),
-            tag("accepted", edge): node.accepted,
+            "arrivals": node.accepted + sum(node.refused.values()),
+            "accepted": node.accepted,
         }
         if record.verdict != ACCEPTED:
-            values[tag("refused", edge, record.verdict)] = node.refused[record.verdict]
-        self._board.scalars(values, now_s=record.now_s)
+            values[tag("refused", record.verdict)] = node.refused[record.verdict]
+        self._board.scalars(edge, values, now_s=record.now_s)
 
     def _show_aggregation(self, record: AggregationRecord) -> None:
-        path = record.node
-        values: dict[str, float | None] = {
-            tag("version", path): record.version,
-            tag("step_norm", path): record.step_norm,
-            tag("busy_fraction", path): record.busy_fraction,
+        path, now_s = record.node, record.now_s
+        values = {
+            "version/inner": record.version,
+            "step_norm": record.step_norm,
+            "busy_fraction": record.busy_fraction,
         }
+        self._board.scalars(path, values, now_s=now_s)
         for child in [child for child in self._new_taus if self._state.above[child][0] == path]:
-            taus = self._new_taus.pop(child)
-            values[tag("tau", child)] = sum(taus) / len(taus)
-            name = tag("tau_histogram", child)
-            self._board.histogram(name, self._state.taus[child], step=record.version, now_s=record.now_s)
-        self._board.scalars(values, now_s=record.now_s)
+            taus, counts = self._new_taus.pop(child), self._state.taus[child]
+            self._board.scalars(child, {"tau": sum(taus) / len(taus)}, now_s=now_s)
+            self._board.histogram(child, "tau_histogram", counts, step=record.version, now_s=now_s)
 
     def _draw_next(self) -> None:
         self._board.attention(self._images.pop(next(iter(self._images))))

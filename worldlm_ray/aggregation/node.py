@@ -21,7 +21,7 @@ children, each as soon as those before it are in, so that the result does not de
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -135,9 +135,11 @@ class Serve:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Push this update to the parent, then pull, and bring the model back as a ParentModel event."""
+    """Push what `Node.begin_exchange` gives to the parent, then pull, and bring the model back as a ParentModel.
 
-    update: Update
+    The update is not in the command: a shell may move the published model to shared memory first, so that the two
+    never stand in private memory together.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,17 +270,23 @@ class Node:
         commands += self._advance(event.now_s)
         return commands
 
-    def republish(self, view: Flat) -> None:
-        """Use another buffer with the same values as the published model.
+    def use_shared_copy(self, own: Flat, shared: Flat) -> Flat:
+        """Use another buffer with the same values in place of one of the node's own.
 
-        A shell that has put the model into shared memory hands the shared copy back here, so that the node
-        does not hold a second one.
+        A shell that has put the published model, or the update in flight, into shared memory hands the shared
+        copy back here, so that the node does not hold a second one.
+
+        Returns:
+            The buffer that the node uses from now on.
         """
-        if self.anchor is self.theta:
-            self.anchor = frozen(view)
-            self.theta = self.anchor
-        else:
-            self.theta = frozen(view)
+        view = frozen(shared)
+        if self.anchor is own:
+            self.anchor = view
+        if self.theta is own:
+            self.theta = view
+        if self.in_flight is not None and self.in_flight.values is own:
+            self.in_flight = replace(self.in_flight, values=view)
+        return view
 
     # ---- accepting updates -----------------------------------------------------------------------------------
 
@@ -403,7 +411,7 @@ class Node:
         if self._due(now_s):
             commands += self._aggregate(now_s)
         if self._exchange_due():
-            commands.append(self._exchange())
+            commands.append(Exchange())
         for name in [name for name in self._waiting if self._may_serve(name)]:
             commands.append(Serve(child=name, model=self._serve(name, now_s)))
         if self._all_ended() and not self.ended:
@@ -427,9 +435,15 @@ class Node:
         fold, split = self._fold, self.layout.backbone_size
         if fold is None or fold.tokens <= 0:
             raise AggregationError(f"{self.path}: nothing to aggregate")
-        weights = self._finish_keys(fold, split)
+        members = sum(not child.left for child in self.children.values())
+        absent = max(members - len(set(fold.contributors)), 0)
+        weights = self._finish_keys(fold, split, absent)
         # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
-        norm = self.optimizer.apply(fold.flat[:split], self.theta[:split], scale=1.0 / fold.tokens)
+        scale = 1.0 / fold.tokens
+        if self.aggregation.server_optimizer.lr is None:
+            # Updates that come one by one would otherwise add up to a step as many times too long.
+            scale *= 1.0 - absent / max(members, 1)
+        norm = self.optimizer.apply(fold.flat[:split], self.theta[:split], scale=scale)
         self.theta, self._fold = frozen(fold.flat), None
         self.version += 1
         self.tokens += fold.tokens
@@ -437,6 +451,7 @@ class Node:
         self.unpushed_aggregations += 1
         self.unpushed_tokens += fold.tokens
         if not self.has_parent:
+            self.anchor = self.theta  # nobody measures from it, and an old model must not be kept alive
             self._spend(now_s)
         record = AggregationRecord(
             node=self.path,
@@ -452,7 +467,7 @@ class Node:
             commands.append(Note(record=self._attention_record("up", now_s, fold.attention.names, weights)))
         return commands
 
-    def _finish_keys(self, fold: Fold, split: int) -> list[list[float]]:
+    def _finish_keys(self, fold: Fold, split: int, absent: int) -> list[list[float]]:
         """Add the node's own key layers as a candidate and normalise; returns the attention weights.
 
         The node's own key layers stand for the children that are not in this aggregation, with as much weight
@@ -461,8 +476,6 @@ class Node:
         """
         if not self.layout.key_layers:
             return []
-        members = sum(not child.left for child in self.children.values())
-        absent = max(members - len(set(fold.contributors)), 0)
         mass = fold.tokens / len(fold.contributors) * (absent + self.aggregation.attention.self_weight)
         own = self.theta[split:]
         fit = scores(self.aggregation.attention, self.layout.key_layers, own, own, self.origin)
@@ -493,7 +506,7 @@ class Node:
 
     def resume(self) -> list[Command]:
         """After `restore`: send an update again whose exchange had not come back (the parent drops duplicates)."""
-        return [Exchange(update=self.in_flight)] if self.in_flight is not None else []
+        return [Exchange()] if self.exchanging else []
 
     def _exchange_due(self) -> bool:
         if not self.has_parent or self.exchanging or not self.unpushed_aggregations:
@@ -501,22 +514,29 @@ class Node:
         drained = not any(child.active for child in self.children.values())
         return drained or self.unpushed_aggregations >= self.aggregation.push_every
 
-    def _exchange(self) -> Exchange:
+    def begin_exchange(self) -> Update:
+        """The update that an Exchange command asks to send; to be called before the next event.
+
+        Holds all work since the last one. After a restart that lost the answer it is the same update again.
+        """
+        if self.in_flight is not None:
+            return self.in_flight
         split = self.layout.backbone_size
-        values = self.theta.copy()
-        np.subtract(values[:split], self.anchor[:split], out=values[:split])
+        values = np.empty(self.layout.size, np.float32)
+        np.subtract(self.theta[:split], self.anchor[:split], out=values[:split])
+        values[split:] = self.theta[split:]
         self.seq += 1
-        update = Update(
+        self.in_flight = Update(
             sender=self.path.rsplit("/", 1)[-1],
             seq=self.seq,
             base_version=self.base_version,
             tokens=self.unpushed_tokens,
             started_tokens=self.started_tokens,
-            values=values,
+            values=frozen(values),
         )
-        self.anchor, self.in_flight = self.theta, update
+        self.anchor = self.theta
         self.unpushed_aggregations, self.unpushed_tokens = 0, 0
-        return Exchange(update=update)
+        return self.in_flight
 
     def _merge(self, event: ParentModel) -> list[Command]:
         """Move to the parent and keep whatever the children did meanwhile (design: section 4.5)."""

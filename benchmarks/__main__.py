@@ -1,0 +1,32 @@
+"""Run benchmarks by name, print a table for each and write JSON to benchmarks/out/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib import import_module
+from pathlib import Path
+
+NAMES = ("client_overhead", "node_memory", "busy")
+OUT = Path(__file__).parent / "out"
+
+
+def main() -> None:
+    """Run what was asked for, or everything."""
+    wanted = sys.argv[1:] or NAMES
+    for name in wanted:
+        if name not in NAMES:
+            sys.exit(f"there is no benchmark {name!r}; there are {', '.join(NAMES)}")
+    OUT.mkdir(exist_ok=True)
+    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
+    for name in wanted:
+        module = import_module(f"benchmarks.{name}")
+        print(f"\n{name}: {module.__doc__.splitlines()[0]}", flush=True)
+        result = module.run()
+        (OUT / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Busy share of clients when one of four is eight times slower than the others, on Ray."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from worldlm_ray import config, launch, rundir
+from worldlm_ray.plan import make_plan
+
+SECONDS = 45.0
+STEP_S = 0.02
+"""Every step of the three fast clients sleeps this long, so that two cores are not what limits them."""
+
+
+def run() -> dict[str, Any]:
+    """Train for a fixed time and print each client's share of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        children = [
+            {"client": f"fast{i}", "data": {"corpus": "python_reference"}, "training": {"step_delay_s": STEP_S}}
+            for i in range(3)
+        ]
+        # A nano step takes about as long as the fast clients' sleep: together 2 units, so 15 units more make 8 times.
+        slow = {"client": "slow", "data": {"corpus": "python_reference"}, "training": {"step_delay_s": 15 * STEP_S}}
+        raw = {
+            "run_dir": f"{folder}/run",
+            "model": {"preset": "nano"},
+            "budget": {"seconds": SECONDS},
+            "training": {"local_steps": 50},
+            "evaluation": {"every_rounds": 0, "final_tokens": 2048},
+            "world": {"children": [*children, slow]},
+        }
+        plan = rundir.create(make_plan(config.from_mapping(raw)))
+        summary = launch.train(plan).summary
+    clients = {path: node for path, node in summary["nodes"].items() if node["kind"] == "client"}
+    print(f"{'client':14} {'steps':>6} {'busy':>7} {'accepted':>9}")
+    for path, node in clients.items():
+        print(f"{path:14} {node['steps']:6} {node['busy_fraction']:7.1%} {node['accepted']:9}")
+    fast = [node["busy_fraction"] for path, node in clients.items() if "fast" in path]
+    speed = clients["world/fast0"]["steps"] / max(clients["world/slow"]["steps"], 1)
+    print(f"the slow one is {speed:.1f} times slower; least busy of the others: {min(fast):.1%}; target: >= 95 %")
+    return {"clients": clients, "least_busy_of_the_fast": min(fast), "slow_factor": speed}

@@ -1,0 +1,32 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import TINY_MODEL, two_levels
+
+from worldlm_ray import config, plan
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., plan.Plan]:
+    """Makes plans of tiny worlds: `tiny(children, budget=..., aggregation=...)`."""
+
+    def make(children: list[dict[str, Any]] | None = None, **changes: Any) -> plan.Plan:
+        raw: dict[str, Any] = {
+            "name": "tiny",
+            "run_dir": str(tmp_path / "run"),
+            "model": TINY_MODEL,
+            "budget": {"rounds": 2},
+            "training": {"local_steps": 4, "batch_size": 4},
+            "evaluation": {"tokens": 64, "final_tokens": 128},
+            "data": {"cache_dir": str(tmp_path / "cache")},
+            "world": {"children": children or two_levels(tmp_path)},
+        }
+        return plan.make_plan(config.from_mapping(raw | changes))
+
+    return make

@@ -1,0 +1,36 @@
+"""What the unit tests of the core share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from worldlm_ray.config import BudgetConfig
+from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.params import Layout, make_layout
+
+KEYS = ["model.embed.*", "head.*"]
+
+
+@pytest.fixture
+def layout() -> Layout:
+    """Seven numbers: a backbone of three, and two key layers of two each."""
+    shapes = [("model.embed.weight", (2,)), ("body.weight", (3,)), ("head.weight", (2,))]
+    return make_layout(shapes, KEYS, layers=0)
+
+
+@pytest.fixture
+def shape() -> ModelShape:
+    """A decoder of a few thousand parameters."""
+    return ModelShape(hidden_size=16, layers=2, heads=2, kv_heads=2, intermediate_size=32, context=16, vocab_size=64)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(7))
+
+
+@pytest.fixture
+def endless() -> BudgetConfig:
+    """A budget that a node never ends by itself."""
+    return BudgetConfig(rounds=1_000)

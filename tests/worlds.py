@@ -1,0 +1,35 @@
+"""Small worlds on text made on the spot."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+WORDS = "the of a river mountain law code table speaks runs under over many small great light dark water stone".split()
+TINY_MODEL = {"hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 32, "context": 16}
+
+
+def write_text(path: Path, *, seed: int, size: int = 16_000) -> Path:
+    """A file of random sentences, in documents separated by blank lines."""
+    rng = random.Random(seed)
+    documents: list[str] = []
+    while sum(map(len, documents)) < size:
+        sentences = [" ".join(rng.choices(WORDS, k=rng.randint(4, 12))) + "." for _ in range(rng.randint(2, 6))]
+        documents.append(" ".join(sentences))
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+    return path
+
+
+def client(name: str, folder: Path, seed: int, **settings: Any) -> dict[str, Any]:
+    """A client of a configuration, with text of its own."""
+    file = write_text(folder / f"{name}.txt", seed=seed)
+    return {"client": name, "data": {"files": [str(file)]}, **settings}
+
+
+def two_levels(folder: Path) -> list[dict[str, Any]]:
+    """Two federations of two clients."""
+    return [
+        {"federation": "north", "children": [client("a", folder, 1), client("b", folder, 2)]},
+        {"federation": "south", "children": [client("c", folder, 3), client("d", folder, 4)]},
+    ]
