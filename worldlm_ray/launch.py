@@ -112,8 +112,11 @@ def _conduct(
     should_stop: Callable[[], bool],
 ) -> Outcome:
     """The life of a run whose actors exist: wait, watch, measure, conclude."""
-    for actor in world.actors:
-        ray.get(actor.ready.remote())  # the first that cannot start says why
+    ray.get(world.recorder.ready.remote())
+    # The first that cannot start says why.
+    reached = {path: ray.get(actor.ready.remote()) for path, actor in (world.inner | world.clients).items()}
+    if any(reached.values()):
+        on_phase("continuing " + ", ".join(_reached(path, number, world) for path, number in reached.items()))
     ray.get([actor.start.remote() for actor in world.inner.values()])
     on_phase("training")
     status = _watch(world, on_progress, should_stop)
@@ -257,6 +260,10 @@ def _measure(plan: Plan, world: World) -> dict[str, Measure]:
         below[spec.path] = [world[client.path].measure.remote(refs) for client in spec.clients]
     measures = {path: ray.get(ref) for path, ref in own.items()}
     return measures | {path: combine(ray.get(refs)) for path, refs in below.items()}
+
+
+def _reached(path: str, number: int, world: World) -> str:
+    return f"{path} at version {number}" if path in world.inner else f"{path} after {number} rounds"
 
 
 def _plain(error: RayTaskError) -> WorldLMError:

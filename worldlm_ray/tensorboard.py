@@ -8,7 +8,7 @@ belong in one chart, the tag ends in the KIND of the node, `client` or `inner`:
 
     loss_by_tokens/KIND perplexity_by_tokens/KIND                           held-out; means at inner nodes
     loss_by_time perplexity_by_time busy_fraction                           all nodes
-    tokens_per_s/KIND version/KIND                                          a client's is its parent's version
+    tokens_per_s/KIND version/KIND                                          a client's version is its parent's
     train_loss_by_tokens learning_rate_by_tokens epsilon                    clients
     step_norm refused_strangers/REASON                                      inner nodes
     tau tau_histogram arrivals accepted refused/REASON bytes_up bytes_down  edges, in the run of the child
@@ -145,7 +145,7 @@ class EventFiles:
             # TensorBoard reads the files of a run in the order of their names, which begin with the time.
             number = f"{os.getpid()}.{next(_file_numbers)}"
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{number}"
-            path = self._paths[run] = self._folder / run / name
+            path = self._folder / run / name
             path.parent.mkdir(parents=True, exist_ok=True)
             source = SourceMetadata(writer="worldlm_ray.tensorboard")
             first = Event(wall_time=self._started_at, file_version="brain.Event:2", source_metadata=source)
@@ -156,6 +156,7 @@ class EventFiles:
             records.write(event)
         with path.open("ab") as file:
             file.write(buffer.getvalue())
+        self._paths[run] = path
 
 
 class Board:

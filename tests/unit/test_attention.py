@@ -31,7 +31,7 @@ def blend(
     temperature: float = 1.0,
     layers: tuple[KeyLayer, ...] = ONE,
 ) -> OnlineAttention:
-    config = AttentionConfig(score=name, temperature=temperature)  # type: ignore[arg-type]
+    config = AttentionConfig(score=name, temperature=temperature)
     zero = np.zeros_like(query)
     return attend(config, layers, query, candidates, zero, out=np.zeros_like(query))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from worldlm_ray import params
-from worldlm_ray.config import ConfigError
+from worldlm_ray.errors import ConfigError
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.params import (
     BLOCK,

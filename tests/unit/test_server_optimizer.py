@@ -61,7 +61,7 @@ def test_adam_with_its_defaults() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_scale_makes_the_sum_a_mean(name: str) -> None:
-    config = ServerOptimizerConfig(name=name)  # type: ignore[arg-type]
+    config = ServerOptimizerConfig(name=name)
     theta = np.array([1.0, -2.0], np.float32)
     mean, total = np.array([0.25, 0.5], np.float32), np.array([1.0, 2.0], np.float32)
     ServerOptimizer(config, 2).apply(mean, theta)
@@ -73,7 +73,7 @@ def test_scale_makes_the_sum_a_mean(name: str) -> None:
 def test_theta_is_not_changed(name: str, rng: np.random.Generator) -> None:
     theta = rng.standard_normal(100).astype(np.float32)
     before = theta.tobytes()
-    ServerOptimizer(ServerOptimizerConfig(name=name), 100).apply(  # type: ignore[arg-type]
+    ServerOptimizer(ServerOptimizerConfig(name=name), 100).apply(
         rng.standard_normal(100).astype(np.float32), theta
     )
     assert theta.tobytes() == before
@@ -95,7 +95,7 @@ def test_bits_do_not_depend_on_where_blocks_end(
     updates = [rng.standard_normal(size).astype(np.float32) for _ in range(2)]
 
     def run() -> list[Flat]:
-        optimizer = ServerOptimizer(ServerOptimizerConfig(name=name), size)  # type: ignore[arg-type]
+        optimizer = ServerOptimizer(ServerOptimizerConfig(name=name), size)
         now, found = theta, []
         for update in updates:
             successor = update.copy()
@@ -114,6 +114,6 @@ def test_bits_do_not_depend_on_where_blocks_end(
 
 @pytest.mark.parametrize(("name", "buffers"), [("sgd", 0), ("nesterov", 1), ("adam", 2)])
 def test_a_rule_keeps_no_more_buffers_than_it_needs(name: str, buffers: int) -> None:
-    config = ServerOptimizerConfig(name=name)  # type: ignore[arg-type]
+    config = ServerOptimizerConfig(name=name)
     assert len(state_buffers(config)) == buffers
     assert [b.shape for b in ServerOptimizer(config, 5).buffers.values()] == [(5,)] * buffers

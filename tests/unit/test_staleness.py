@@ -12,7 +12,7 @@ from worldlm_ray.config import StalenessConfig, StalenessName
 
 
 def s(fn: str, tau: int, *, a: float | None = None, b: float = 4.0) -> float:
-    return discount(StalenessConfig(fn=fn, a=a, b=b), tau)  # type: ignore[arg-type]
+    return discount(StalenessConfig(fn=fn, a=a, b=b), tau)
 
 
 @pytest.mark.parametrize(
