@@ -6,7 +6,7 @@ from typing import Any
 
 from actors.inner import InnerActor
 from actors.shared import Address
-from worldlm_ray.aggregation.node import ParentModel
+from worldlm_ray.aggregation.events import ParentModel
 from worldlm_ray.messages import Packed, unpack_model
 from worldlm_ray.records import PullRecord, PushRecord
 

@@ -20,7 +20,7 @@ import ray
 
 from actors.shared import Address, Carried
 from worldlm_ray import checkpoint
-from worldlm_ray.aggregation.node import (
+from worldlm_ray.aggregation.events import (
     Answer,
     Clock,
     Command,
@@ -210,6 +210,10 @@ class InnerActor:
 
     def _tell(self, event: str, detail: str = "") -> None:
         record = LifeRecord(
-            node=self.spec.path, now_s=self.clock.now_s(), event=event, version=self.node.version, detail=detail
+            node=self.spec.path,
+            now_s=self.clock.now_s(),
+            event=event,
+            version=self.node.version,
+            detail=detail,
         )
         self.recorder.record.remote([record])

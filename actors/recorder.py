@@ -22,7 +22,10 @@ class RecorderActor:
     def __init__(self, mapping: dict[str, Any]) -> None:
         self.plan = plan_from_mapping(mapping)
         self.tracker = Tracker(
-            self.plan.run_dir, kinds=self.plan.kinds, hparams=self.plan.hparams(), budget=self.plan.config.budget
+            self.plan.run_dir,
+            kinds=self.plan.kinds,
+            hparams=self.plan.hparams(),
+            budget=self.plan.config.budget,
         )
 
     def ready(self) -> bool:
@@ -38,7 +41,13 @@ class RecorderActor:
         return self.tracker.snapshot()
 
     def conclude(
-        self, world: Flat, *, measures: Mapping[str, Measure], samples: Mapping[str, str], wall_s: float, status: str
+        self,
+        world: Flat,
+        *,
+        measures: Mapping[str, Measure],
+        samples: Mapping[str, str],
+        wall_s: float,
+        status: str,
     ) -> dict[str, Any]:
         """Write summary.json, close every file, and return the summary."""
         outcome = finish(

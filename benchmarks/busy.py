@@ -17,11 +17,19 @@ def run() -> dict[str, Any]:
     """Train for a fixed time and print each client's share of it."""
     with tempfile.TemporaryDirectory() as folder:
         children = [
-            {"client": f"fast{i}", "data": {"corpus": "python_reference"}, "training": {"step_delay_s": STEP_S}}
+            {
+                "client": f"fast{i}",
+                "data": {"corpus": "python_reference"},
+                "training": {"step_delay_s": STEP_S},
+            }
             for i in range(3)
         ]
         # A nano step takes about as long as the fast clients' sleep: together 2 units, so 15 units more make 8 times.
-        slow = {"client": "slow", "data": {"corpus": "python_reference"}, "training": {"step_delay_s": 15 * STEP_S}}
+        slow = {
+            "client": "slow",
+            "data": {"corpus": "python_reference"},
+            "training": {"step_delay_s": 15 * STEP_S},
+        }
         raw = {
             "run_dir": f"{folder}/run",
             "model": {"preset": "nano"},

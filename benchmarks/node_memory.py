@@ -64,15 +64,16 @@ class Watched:
         self.sampler = Sampler(private_bytes)
 
     async def private_peak(self) -> int:
+        """Largest private memory so far, above what the process had before."""
         return self.sampler.peak - self.before
 
 
 class WatchedWorld(Watched, WorldActor):
-    pass
+    """A world that knows its own peak memory."""
 
 
 class WatchedFederation(Watched, FederationActor):
-    pass
+    """A federation that knows its own peak memory."""
 
 
 def store_bytes() -> int:
@@ -86,7 +87,13 @@ def plan_for(children: int, folder: str) -> Plan:
     clients = [{"client": f"c{i}", "data": {"corpus": "python_reference"}} for i in range(children)]
     raw = {
         "run_dir": folder,
-        "model": {"preset": "mini", "hidden_size": 512, "intermediate_size": 1408, "layers": 8, "context": 64},
+        "model": {
+            "preset": "mini",
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "layers": 8,
+            "context": 64,
+        },
         "budget": {"rounds": 100},
         "checkpoint": {"every_s": 1e9},
         "aggregation": {"buffer_size": children},
@@ -118,7 +125,12 @@ def measure(children: int) -> dict[str, Any]:
                 name = f"c{index}"
                 header, refs = ray.get(federation.pull.remote(name, seq * 100))
                 base = Update(
-                    sender=name, seq=seq, base_version=seq - 1, tokens=100, started_tokens=seq * 100, values=values
+                    sender=name,
+                    seq=seq,
+                    base_version=seq - 1,
+                    tokens=100,
+                    started_tokens=seq * 100,
+                    values=values,
                 )
                 del refs, header
                 header, refs = carry(pack(base, plan.layout))

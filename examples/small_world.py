@@ -17,7 +17,11 @@ def plan(name: str, run_dir: str | None = None) -> Plan:
                 "aggregation": {"buffer_size": 2},
                 "children": [
                     {"client": "python", "data": {"corpus": "python_stdlib"}},
-                    {"client": "cpp", "data": {"corpus": "cpp_headers"}, "simulation": {"tokens_per_s": 5_000}},
+                    {
+                        "client": "cpp",
+                        "data": {"corpus": "cpp_headers"},
+                        "simulation": {"tokens_per_s": 5_000},
+                    },
                 ],
             },
             {"client": "reference", "data": {"corpus": "python_reference"}},

@@ -6,7 +6,27 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = "the of a river mountain law code table speaks runs under over many small great light dark water stone".split()
+WORDS = [
+    "the",
+    "of",
+    "a",
+    "river",
+    "mountain",
+    "law",
+    "code",
+    "table",
+    "speaks",
+    "runs",
+    "under",
+    "over",
+    "many",
+    "small",
+    "great",
+    "light",
+    "dark",
+    "water",
+    "stone",
+]
 TINY_MODEL = {"hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 32, "context": 16}
 
 

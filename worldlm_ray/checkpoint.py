@@ -114,13 +114,18 @@ def _write_arrays(file: Path, arrays: Mapping[str, Flat]) -> str:
     """
     index, offset = {}, 0
     for name, values in arrays.items():
-        index[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [offset, offset + values.nbytes]}
+        index[name] = {
+            "dtype": "F32",
+            "shape": list(values.shape),
+            "data_offsets": [offset, offset + values.nbytes],
+        }
         offset += values.nbytes
     head = json.dumps(index).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with file.open("wb") as stream:
-        for piece in (struct.pack("<Q", len(head)), head, *(np.ascontiguousarray(v).data for v in arrays.values())):
+        pieces: list[Any] = [struct.pack("<Q", len(head)), head, *map(np.ascontiguousarray, arrays.values())]
+        for piece in pieces:
             stream.write(piece)
             digest.update(piece)
         stream.flush()

@@ -34,7 +34,8 @@ errors = Console(stderr=True, soft_wrap=True)
 
 Conf = Annotated[str, typer.Argument(help="a preset's name (see `worldlm presets`) or the path of a YAML file")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="changes, such as training.lr=1e-3 or world.children[0].training.local_steps=20")
+    list[str] | None,
+    typer.Argument(help="changes, such as training.lr=1e-3 or world.children[0].training.local_steps=20"),
 ]
 Run = Annotated[str, typer.Argument(help="a run's folder, or its name under runs/")]
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="folder of the run; runs/NAME unless given")]
@@ -55,7 +56,8 @@ def train(
     resume: Annotated[str | None, typer.Option(help="continue this run: its folder, or its name under runs/")] = None,
     run_dir: RunDir = None,
     address: Annotated[
-        str | None, typer.Option(help="of a Ray cluster, such as auto or ray://host:10001; none starts a local one")
+        str | None,
+        typer.Option(help="of a Ray cluster, such as auto or ray://host:10001; none starts a local one"),
     ] = None,
 ) -> None:
     """Train a world on Ray. Ctrl-C writes checkpoints and leaves; a second one leaves at once."""
@@ -82,9 +84,7 @@ def train(
             progress.phase(name)
             stop.install()  # Ray sets handlers of its own when it starts
 
-        outcome = launch.train(
-            plan, address=address, on_progress=progress.show, on_phase=phase, should_stop=stop.asked
-        )
+        outcome = launch.train(plan, address=address, on_progress=progress.show, on_phase=phase, should_stop=stop.asked)
     _report(plan.run_dir, outcome.summary, outcome.samples)
 
 
@@ -101,9 +101,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     with Stop(errors) as stop, Progress(console) as progress:
         progress.phase("simulating")
         stop.install()
-        outcome = run(
-            plan, on_progress=lambda tracker: progress.show_if_due(tracker.snapshot), should_stop=stop.asked
-        )
+        outcome = run(plan, on_progress=lambda tracker: progress.show_if_due(tracker.snapshot), should_stop=stop.asked)
     _report(plan.run_dir, outcome.summary, outcome.samples)
 
 
@@ -212,7 +210,11 @@ def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> 
 
     console.print(final_table(summary, samples))
     if summary["status"] == "stopped":
-        console.print(f"stopped early; continue with:  worldlm train --resume {run_dir}", highlight=False, soft_wrap=True)
+        console.print(
+            f"stopped early; continue with:  worldlm train --resume {run_dir}",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"look at it with:  tensorboard --logdir {run_dir / 'tensorboard'}", highlight=False, soft_wrap=True)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.attention import attend
+from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.messages import Model, Update
-from worldlm_ray.params import Flat, lerp
+from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import AttentionRecord, Measure, RoundRecord, StartRecord
 from worldlm_ray.seeds import derive
@@ -35,7 +35,9 @@ class Client:
         device: `cpu`, `cuda`, or None to choose.
     """
 
-    def __init__(self, plan: Plan, spec: NodeSpec, *, dataset: Dataset | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, plan: Plan, spec: NodeSpec, *, dataset: Dataset | None = None, device: str | None = None
+    ) -> None:
         self.plan, self.spec, self.training = plan, spec, spec.settings.training
         self.context = plan.shape.context
         self.dataset = dataset or prepare(spec.settings.data, context=self.context, key=f"{spec.key}.data")
@@ -45,7 +47,13 @@ class Client:
         self.base = np.array(plan.initial())
         """The merged model that the current local round began from."""
         self.trainer.write(self.base)
-        self.origin = self.base[plan.layout.backbone_size :].copy()
+        self.merger = Merger(
+            path=spec.path,
+            layout=plan.layout,
+            attention=spec.settings.aggregation.attention,
+            m=spec.settings.merge.client,
+            origin=self.base[plan.layout.backbone_size :].copy(),
+        )
         self.round = 0
         """Finished local rounds."""
         self.step = 0
@@ -83,16 +91,14 @@ class Client:
         Returns:
             The attention weights of the key layers, or None where nothing was blended.
         """
-        split, record = self.plan.layout.backbone_size, None
-        if model.version > 0:
+        record = None
+        if model.version > 0 and self.round == 0:
+            self.base[:] = model.values  # a newcomer has nothing of its own to keep
+            self.trainer.write(self.base)
+        elif model.version > 0:
             own = self.trainer.read()
-            newcomer = self.round == 0
-            weight = 1.0 if newcomer else self.spec.settings.merge.client
-            lerp(own[:split], model.values[:split], weight, out=self.base[:split])
-            if newcomer:
-                self.base[split:] = model.values[split:]
-            elif self.plan.layout.key_layers:
-                record = self._blend(own[split:], model, now_s)
+            self.merger.backbone(own, own, model.values, out=self.base)
+            record = self.merger.keys(own, model, own_tokens=float(self.round_tokens), now_s=now_s, out=self.base)
             self.trainer.write(self.base)
         else:
             self.trainer.read(self.base)
@@ -100,28 +106,6 @@ class Client:
         self.seq = max(self.seq, model.last_seq)
         self.step, self.loss_sum, self.began = 0, 0.0, True
         return record
-
-    def _blend(self, own: Flat, model: Model, now_s: float) -> AttentionRecord:
-        layout = self.plan.layout
-        out = self.base[layout.backbone_size :]
-        out.fill(0.0)
-        candidates = [
-            ("(own)", own, float(self.round_tokens)),
-            ("(parent)", model.values[layout.backbone_size :], model.tokens),
-        ]
-        rules = self.spec.settings.aggregation.attention
-        blend = attend(rules, layout.key_layers, own, candidates, self.origin, out=out)
-        weights = blend.weights()
-        blend.result()
-        return AttentionRecord(
-            node=self.spec.path,
-            now_s=now_s,
-            version=model.version,
-            direction="down",
-            layers=tuple(layer.name for layer in layout.key_layers),
-            candidates=tuple(blend.names),
-            weights=tuple(tuple(row) for row in weights),
-        )
 
     def train(self, should_stop: Any = lambda: False) -> float:
         """Train the round that is under way, or the rest of it.
@@ -259,7 +243,12 @@ class Client:
         """Text from the client's model, or the continuation of a prompt."""
         seed = derive(self.plan.config.seed, self.spec.path, "sample")
         return sample(
-            self.trainer.model, self.dataset.tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed
+            self.trainer.model,
+            self.dataset.tokenizer,
+            prompt,
+            tokens=tokens,
+            temperature=temperature,
+            seed=seed,
         )
 
     # ---- durability ------------------------------------------------------------------------------------------
@@ -287,7 +276,9 @@ class Client:
         self.base = np.array(arrays["base"])
         self.trainer.write(arrays["theta"])
         prefix = "optimizer."
-        self.trainer.load_optimizer_state({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
+        self.trainer.load_optimizer_state(
+            {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+        )
 
 
 _STATE = (

@@ -303,7 +303,7 @@ def load(conf: str, overrides: Sequence[str] = ()) -> RunConfig:
     path = find(conf)
     try:
         raw = OmegaConf.load(path)
-    except Exception as error:  # noqa: BLE001 - a YAML parser raises many kinds; all mean a broken file
+    except Exception as error:
         detail = " ".join(str(error).split())
         raise ConfigError(str(path), f"is not valid YAML ({detail})", "mend the file") from error
     if not isinstance(raw, DictConfig):
@@ -419,7 +419,9 @@ def check_settings(settings: NodeSettings, key: str) -> None:
     not_negative(settings.simulation.latency_s, f"{key}.simulation.latency_s")
     if not 0.0 < settings.data.heldout_fraction < 1.0:
         raise ConfigError(
-            f"{key}.data.heldout_fraction", f"got {settings.data.heldout_fraction}", "give a number between 0 and 1"
+            f"{key}.data.heldout_fraction",
+            f"got {settings.data.heldout_fraction}",
+            "give a number between 0 and 1",
         )
 
 

@@ -64,7 +64,9 @@ def theta(plan: Plan, spec: NodeSpec) -> Flat:
     """
     found = checkpoint.load(checkpoint.folder(plan.run_dir, spec.path))
     if found is None:
-        raise CheckpointError(f"{spec.path} has no checkpoint yet in {plan.run_dir}; wait for one or stop the run cleanly")
+        raise CheckpointError(
+            f"{spec.path} has no checkpoint yet in {plan.run_dir}; wait for one or stop the run cleanly"
+        )
     return found[1]["theta"]
 
 

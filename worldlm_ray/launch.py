@@ -150,7 +150,11 @@ def _cluster(plan: Plan, address: str | None) -> Iterator[None]:
         yield
         return
     wanted_cpus = sum(spec.settings.resources.cpus for spec in plan.root.clients)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
     with warnings.catch_warnings():
         # Ray announces changes of its own defaults at every start; they concern nobody who runs a world.
         warnings.simplefilter("ignore", FutureWarning)
@@ -162,7 +166,7 @@ def _cluster(plan: Plan, address: str | None) -> Iterator[None]:
                 ray.init("local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **quiet)
             else:
                 ray.init(address, **quiet)
-        except Exception as error:  # noqa: BLE001 - Ray raises many kinds here; all mean that it could not start
+        except Exception as error:
             where = "start Ray on this machine" if address is None else f"reach a Ray cluster at {address}"
             raise RunError(f"cannot {where}: {_first_line(error)}") from error
     try:
@@ -178,7 +182,9 @@ def _check_fits(plan: Plan, wanted_cpus: int) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
     if cpus < wanted_cpus:
-        raise RunError(f"the clients want {wanted_cpus} cores, the cluster has {cpus:g}; add nodes or lower resources.cpus")
+        raise RunError(
+            f"the clients want {wanted_cpus} cores, the cluster has {cpus:g}; add nodes or lower resources.cpus"
+        )
     for spec in plan.root.walk():
         labels = spec.settings.placement.labels
         if labels and not any(labels.items() <= node.get("Labels", {}).items() for node in nodes):

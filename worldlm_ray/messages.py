@@ -74,7 +74,14 @@ class Packed:
         return len(self.header) + int(self.values.nbytes)
 
 
-_UPDATE = {"sender": str, "seq": int, "base_version": int, "tokens": int, "started_tokens": int, "metrics": dict}
+_UPDATE = {
+    "sender": str,
+    "seq": int,
+    "base_version": int,
+    "tokens": int,
+    "started_tokens": int,
+    "metrics": dict,
+}
 _MODEL = {"version": int, "progress": float, "finished": bool, "tokens": float, "last_seq": int}
 
 
@@ -112,7 +119,7 @@ def read_header(header: bytes) -> dict[str, Any]:
     """
     try:
         fields = msgpack.unpackb(header)
-    except Exception as error:  # noqa: BLE001 - msgpack raises many kinds on damaged bytes; all mean the same
+    except Exception as error:
         raise MessageError("malformed", f"the header is not msgpack ({type(error).__name__})") from error
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise MessageError("malformed", "the header is not a mapping of names")
@@ -133,14 +140,19 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type])
         shape = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
         raise MessageError("wrong_shape", f"got {shape}, expected float32 [{layout.size}]")
     for name, kind_ in schema.items():
-        value = fields.get(name)
-        if kind_ is float and isinstance(value, int) and not isinstance(value, bool):
-            fields[name] = value = float(value)
-        if not isinstance(value, kind_) or (kind_ is int and isinstance(value, bool)):
-            raise MessageError("malformed", f"{name} is {value!r}, expected {kind_.__name__}")
-        if kind_ in (int, float) and not (value >= 0):
-            raise MessageError("malformed", f"{name} is {value!r}, expected a number that is not negative")
+        fields[name] = _field(name, fields.get(name), kind_)
     unknown = set(fields) - set(schema) - {"epsilon"}
     if unknown:
         raise MessageError("malformed", f"unknown fields {sorted(unknown)}")
     return fields
+
+
+def _field(name: str, value: Any, kind: type) -> Any:
+    """One header field, checked; whole numbers pass as floats."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise MessageError("malformed", f"{name} is {value!r}, expected {kind.__name__}")
+    if isinstance(value, int | float) and not value >= 0:
+        raise MessageError("malformed", f"{name} is {value!r}, expected a number that is not negative")
+    return value

@@ -93,9 +93,7 @@ class Layout:
         return {e.name: flat[e.offset : e.offset + e.size].reshape(e.shape) for e in self.entries}
 
 
-def make_layout(
-    shapes: Sequence[tuple[str, tuple[int, ...]]], key_patterns: Sequence[str], *, layers: int
-) -> Layout:
+def make_layout(shapes: Sequence[tuple[str, tuple[int, ...]]], key_patterns: Sequence[str], *, layers: int) -> Layout:
     """Lay parameters out: backbone first, key layers after it, each in model order.
 
     Args:
@@ -114,7 +112,9 @@ def make_layout(
         if not matched:
             groups = ", ".join(dict.fromkeys(f"{_group(name)}.*" for name in names))
             raise ConfigError(
-                f"model.key_layers[{index}]", f"the pattern {pattern!r} matches no parameter", f"there are {groups}"
+                f"model.key_layers[{index}]",
+                f"the pattern {pattern!r} matches no parameter",
+                f"there are {groups}",
             )
         keys |= matched
     ordered = [item for item in shapes if item[0] not in keys] + [item for item in shapes if item[0] in keys]

@@ -1,12 +1,12 @@
 """The run folder: made for a new run, found again for an old one.
 
-    runs/NAME/
-        config.yaml      the resolved configuration
-        summary.json     written at the end and on every clean stop
-        status.json      the newest snapshot while the run lives
-        audit.jsonl      one line per update accepted or refused
-        checkpoints/     one folder per node
-        tensorboard/
+runs/NAME/
+    config.yaml      the resolved configuration
+    summary.json     written at the end and on every clean stop
+    status.json      the newest snapshot while the run lives
+    audit.jsonl      one line per update accepted or refused
+    checkpoints/     one folder per node
+    tensorboard/
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def create(plan: Plan) -> Plan:
             number += 1
     elif (run_dir / CONFIG).exists():
         raise RunError(
-            f"{run_dir} already holds a run; continue it with `worldlm train --resume {run_dir}` or give another --run-dir"
+            f"{run_dir} already holds a run; continue it with `worldlm train --resume {run_dir}`, "
+            "or give another --run-dir"
         )
     plan = replace(plan, config=replace(plan.config, run_dir=str(run_dir)))
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import count
 
 from worldlm_ray import checkpoint
-from worldlm_ray.aggregation.node import (
+from worldlm_ray.aggregation.events import (
     Answer,
     Clock,
     Command,
@@ -21,7 +21,6 @@ from worldlm_ray.aggregation.node import (
     Event,
     Exchange,
     Finish,
-    Node,
     Note,
     ParentModel,
     Pull,
@@ -29,6 +28,7 @@ from worldlm_ray.aggregation.node import (
     Serve,
     Wake,
 )
+from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client import Client
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.messages import Model, pack
@@ -115,9 +115,7 @@ class Simulation:
             self.tracker.record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
             return
         started = client.started_tokens
-        self._send(
-            path, 0, lambda: self._deliver(parent, Pull(child=name, started_tokens=started, now_s=self.now_s))
-        )
+        self._send(path, 0, lambda: self._deliver(parent, Pull(child=name, started_tokens=started, now_s=self.now_s)))
 
     def _receive(self, path: str, model: Model) -> None:
         client = self.clients[path]
@@ -138,14 +136,14 @@ class Simulation:
         client = self.clients[path]
         measure = client.measure(self.plan.config.evaluation.tokens) if client.measure_is_due else None
         busy = self._busy_s[path] / self.now_s
-        self.tracker.record(
-            client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure)
-        )
+        self.tracker.record(client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure))
         packed = pack(client.update(), self.plan.layout)
         self.tracker.record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
         parent, name = self._parent(path)
         self._send(
-            path, packed.nbytes, lambda: self._deliver(parent, Push(sender=name, packed=packed, now_s=self.now_s))
+            path,
+            packed.nbytes,
+            lambda: self._deliver(parent, Push(sender=name, packed=packed, now_s=self.now_s)),
         )
 
     # ---- inner nodes -----------------------------------------------------------------------------------------
@@ -168,7 +166,9 @@ class Simulation:
             parent, name = self._parent(path)
             self.tracker.record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
             self._send(
-                path, packed.nbytes, lambda: self._deliver(parent, Push(sender=name, packed=packed, now_s=self.now_s))
+                path,
+                packed.nbytes,
+                lambda: self._deliver(parent, Push(sender=name, packed=packed, now_s=self.now_s)),
             )
         elif isinstance(command, Wake):
             self._at(command.at_s, lambda: self._deliver(path, Clock(now_s=self.now_s)))
@@ -178,9 +178,7 @@ class Simulation:
     def _pull_up(self, path: str) -> None:
         parent, name = self._parent(path)
         started = self.nodes[path].started_tokens
-        self._send(
-            path, 0, lambda: self._deliver(parent, Pull(child=name, started_tokens=started, now_s=self.now_s))
-        )
+        self._send(path, 0, lambda: self._deliver(parent, Pull(child=name, started_tokens=started, now_s=self.now_s)))
 
     def _serve(self, child: str, model: Model) -> None:
         size = pack(model, self.plan.layout).nbytes
@@ -191,9 +189,7 @@ class Simulation:
             self._send(child, size, lambda: self._deliver(child, ParentModel(model=model, now_s=self.now_s)))
 
     def _finish(self, path: str) -> None:
-        self.tracker.record(
-            LifeRecord(node=path, now_s=self.now_s, event="finished", version=self.nodes[path].version)
-        )
+        self.tracker.record(LifeRecord(node=path, now_s=self.now_s, event="finished", version=self.nodes[path].version))
         if path != "world":
             parent, name = self._parent(path)
             self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
@@ -236,9 +232,7 @@ def simulate(
     """
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams=plan.hparams(), budget=plan.config.budget)
     try:
-        simulation = Simulation(
-            plan, tracker, on_event=lambda: on_progress(tracker), should_stop=should_stop
-        )
+        simulation = Simulation(plan, tracker, on_event=lambda: on_progress(tracker), should_stop=should_stop)
         return simulation.conclude(simulation.run())
     finally:
         tracker.close()

@@ -172,9 +172,7 @@ class Board:
         self._files = EventFiles(folder, started_at=started_at)
         self._root, self._started_at = root, started_at
 
-    def scalars(
-        self, node: str, values: Mapping[str, float | None], *, now_s: float, step: int | None = None
-    ) -> None:
+    def scalars(self, node: str, values: Mapping[str, float | None], *, now_s: float, step: int | None = None) -> None:
         """Write several scalars of a node that share a step as one event.
 
         Args:
@@ -235,9 +233,7 @@ class Board:
 
     def finish(self, *, now_s: float) -> None:
         """Mark the run of the HPARAMS tab as ended."""
-        end = plugin_data_pb2.SessionEndInfo(
-            status=api_pb2.STATUS_SUCCESS, end_time_secs=self._started_at + now_s
-        )
+        end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=self._started_at + now_s)
         data = plugin_data_pb2.HParamsPluginData(session_end_info=end)
         value = Summary.Value(
             tag=hparams_metadata.SESSION_END_INFO_TAG,

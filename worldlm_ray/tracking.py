@@ -257,17 +257,11 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(
-            f"there is no run in {str(run_dir)!r}: it has no {STATUS}; give a run's folder"
-        ) from None
+        raise RunError(f"there is no run in {str(run_dir)!r}: it has no {STATUS}; give a run's folder") from None
     except ValueError as error:
-        raise RunError(
-            f"{str(path)!r} is not valid JSON ({error}); resume the run to write it again"
-        ) from error
+        raise RunError(f"{str(path)!r} is not valid JSON ({error}); resume the run to write it again") from error
     if not isinstance(status, dict):
-        raise RunError(
-            f"{str(path)!r} holds a {type(status).__name__}, not a mapping; resume the run to mend it"
-        )
+        raise RunError(f"{str(path)!r} holds a {type(status).__name__}, not a mapping; resume the run to mend it")
     return status
 
 

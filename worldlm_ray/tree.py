@@ -93,7 +93,12 @@ def _node(raw: dict[str, Any], *, kind: Kind, name: str, path: str, key: str, in
     if not isinstance(children, list) or not children:
         raise ConfigError(f"{key}.children", f"{kind} {name!r} has no children", "list federations or clients")
     return NodeSpec(
-        kind=kind, name=name, path=path, key=key, settings=settings, children=_children(children, path, key, settings)
+        kind=kind,
+        name=name,
+        path=path,
+        key=key,
+        settings=settings,
+        children=_children(children, path, key, settings),
     )
 
 
@@ -104,7 +109,9 @@ def _children(raw: list[Any], path: str, key: str, settings: NodeSettings) -> tu
         kind, name = _kind_and_name(item, place)
         if name in found:
             raise ConfigError(
-                f"{place}.{kind}", f"the name {name!r} is taken by {found[name].key}", "siblings need different names"
+                f"{place}.{kind}",
+                f"the name {name!r} is taken by {found[name].key}",
+                "siblings need different names",
             )
         found[name] = _node(item, kind=kind, name=name, path=f"{path}/{name}", key=place, inherited=settings)
     return tuple(found.values())
@@ -113,7 +120,7 @@ def _children(raw: list[Any], path: str, key: str, settings: NodeSettings) -> tu
 def _kind_and_name(item: Any, place: str) -> tuple[Kind, str]:
     if not isinstance(item, dict):
         raise ConfigError(place, f"got {item!r}", "write federation: NAME or client: NAME with its settings")
-    kinds: list[Kind] = [kind for kind in ("federation", "client") if item.get(kind) is not None]  # type: ignore[misc]
+    kinds: list[Kind] = [kind for kind in ("federation", "client") if item.get(kind) is not None]
     if len(kinds) != 1:
         raise ConfigError(place, "is neither a federation nor a client", "name it by one key, federation or client")
     name = str(item[kinds[0]])

@@ -76,9 +76,7 @@ def test_the_audit_has_a_line_for_every_update(cluster: None, tiny: Tiny, tmp_pa
 def test_a_stopped_run_continues_to_its_full_budget(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     plan = in_folder(tiny(budget={"rounds": 6}, checkpoint={"every_s": 0.0}), tmp_path / "run")
     seen: list[dict[str, Any]] = []
-    first = launch.train(
-        plan, on_progress=seen.append, should_stop=lambda: bool(seen and seen[-1]["tokens"])
-    ).summary
+    first = launch.train(plan, on_progress=seen.append, should_stop=lambda: bool(seen and seen[-1]["tokens"])).summary
     assert first["status"] == "stopped"
     second = launch.train(plan).summary
     assert second["status"] == "finished"

@@ -50,7 +50,9 @@ def test_cosine_at_the_ends_and_in_the_middle(candidate: tuple[float, float], ex
 
 
 @pytest.mark.parametrize(
-    ("query", "candidate"), [((1, 2), (1, 2)), ((1, 2), (5, 5)), ((5, 5), (1, 2))], ids=["both", "query", "candidate"]
+    ("query", "candidate"),
+    [((1, 2), (1, 2)), ((1, 2), (5, 5)), ((5, 5), (1, 2))],
+    ids=["both", "query", "candidate"],
 )
 def test_cosine_is_zero_where_one_has_not_moved(query: tuple[float, float], candidate: tuple[float, float]) -> None:
     assert score("cosine", vec(*query), vec(*candidate), vec(1, 2)) == 0.0

@@ -12,9 +12,7 @@ import pytest
 from worldlm_ray.data.corpora import CORPORA, Corpus, _docstrings_of, evenly, without_repeats
 from worldlm_ray.errors import DataError
 
-LICENCE = (
-    "# Licensed to whoever may want it, under terms that are long enough to count as a paragraph of text."
-)
+LICENCE = "# Licensed to whoever may want it, under terms that are long enough to count as a paragraph of text."
 
 
 def normal(paragraph: str) -> str:
@@ -96,7 +94,5 @@ def test_reading_a_corpus_imports_no_heavy_package() -> None:
         "print([m for m in ('torch', 'ray', 'pandas', 'pyarrow', 'tokenizers') if m in sys.modules])"
     )
     root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"

@@ -232,9 +232,7 @@ def test_a_cache_that_cannot_be_written_is_named(config: DataConfig, tmp_path: P
 
 def test_too_little_text_says_how_much(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Just a little text.")
-    with pytest.raises(
-        DataError, match=r"train part of world\.data .*: 0 tokens, but a context of 32 .* 34; give"
-    ):
+    with pytest.raises(DataError, match=r"train part of world\.data .*: 0 tokens, but a context of 32 .* 34; give"):
         make(config)
     (tmp_path / "a.txt").write_text("x" * 20 * BLOCK_CHARS)
     with pytest.raises(DataError, match=rf"heldout part .*: {BLOCK_CHARS} tokens.*heldout_fraction"):

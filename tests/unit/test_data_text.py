@@ -56,9 +56,7 @@ def test_parquet_reads_the_chosen_column_and_skips_nulls(tmp_path: Path) -> None
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"content": [TEXTS[0], None, TEXTS[1]], "n": [1, 2, 3]}), path)
     assert read(path, text_key="content") == TEXTS
-    with pytest.raises(
-        DataError, match=r"a\.parquet: has no column 'text' \(columns: content, n\).*text_key"
-    ):
+    with pytest.raises(DataError, match=r"a\.parquet: has no column 'text' \(columns: content, n\).*text_key"):
         read(path)
     with pytest.raises(DataError, match=r"row 1: 'n' is a int"):
         read(path, text_key="n")

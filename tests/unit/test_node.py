@@ -96,9 +96,7 @@ def update(
     values[:SPLIT] = change
     if keys is not None:
         values[SPLIT:] = keys
-    return Update(
-        sender=sender, seq=seq, base_version=base, tokens=tokens, started_tokens=started, values=values
-    )
+    return Update(sender=sender, seq=seq, base_version=base, tokens=tokens, started_tokens=started, values=values)
 
 
 def push(node: Node, sender: str, seq: int, *, now_s: float = 0.0, **fields: Any) -> list[Command]:
@@ -202,7 +200,12 @@ def test_staleness_is_in_the_prior_of_key_layers() -> None:
 @pytest.mark.parametrize("score", ["uniform", "cosine"])
 @pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
 def test_equal_fresh_children_reduce_to_the_plain_mean(score: str, trigger: str, rng: np.random.Generator) -> None:
-    node = make(trigger=trigger, buffer_size=3, attention=AttentionConfig(score=score), server_optimizer=ServerOptimizerConfig())
+    node = make(
+        trigger=trigger,
+        buffer_size=3,
+        attention=AttentionConfig(score=score),
+        server_optimizer=ServerOptimizerConfig(),
+    )
     changes, layers = rng.standard_normal((3, 3)), rng.standard_normal((3, 4))
     for name, change, layer in zip(NAMES, changes, layers, strict=True):
         push(node, name, 1, change=change, keys=layer)
@@ -311,7 +314,10 @@ REFUSALS: dict[str, tuple[str, Callable[[], Push]]] = {
     "cut header": ("malformed", packed_as(lambda p: Packed(p.header[:-3], p.values))),
     "no tokens": ("malformed", pushed(tokens=0)),
     "negative tokens": ("malformed", pushed(tokens=-5)),
-    "other schema": ("wrong_schema", packed_as(lambda p: Packed(p.header.replace(b"schema\x01", b"schema\x02"), p.values))),
+    "other schema": (
+        "wrong_schema",
+        packed_as(lambda p: Packed(p.header.replace(b"schema\x01", b"schema\x02"), p.values)),
+    ),
     "other layout": ("wrong_layout", wrong_layout),
     "one value too few": ("wrong_shape", packed_as(lambda p: Packed(p.header, p.values[:-1]))),
     "two dimensions": ("wrong_shape", packed_as(lambda p: Packed(p.header, p.values[None]))),
@@ -395,7 +401,13 @@ def test_every_refusal_leaves_a_node_with_any_trigger_as_it_was(trigger: str) ->
     node = make(trigger=trigger, buffer_size=2, quorum=2)
     push(node, "c", 1, change=1.0)
     before = fingerprint(node, counters=False)
-    for event in (pushed("c", base=0), pushed(base=1), poisoned(0, math.nan), wrong_layout, pushed("mallory")):
+    for event in (
+        pushed("c", base=0),
+        pushed(base=1),
+        poisoned(0, math.nan),
+        wrong_layout,
+        pushed("mallory"),
+    ):
         assert not of(Answer, node.handle(event()))[0].verdict.accepted
         assert fingerprint(node, counters=False) == before
 
@@ -408,7 +420,12 @@ def test_the_limits_themselves_are_accepted(busy: Node) -> None:
 
 def test_a_seq_may_skip_numbers() -> None:
     node = make()
-    assert [reason(push(node, "a", seq)) for seq in (2, 7, 5, 8)] == ["accepted", "accepted", "duplicate", "accepted"]
+    assert [reason(push(node, "a", seq)) for seq in (2, 7, 5, 8)] == [
+        "accepted",
+        "accepted",
+        "duplicate",
+        "accepted",
+    ]
 
 
 def test_a_refused_child_may_go_on_with_its_next_update(busy: Node) -> None:
@@ -947,7 +964,21 @@ def test_the_published_model_cannot_be_written() -> None:
 
 # ---- invariants over random histories --------------------------------------------------------------------------------
 
-OPERATIONS = ("push", "push", "push", "again", "late", "nan", "pull", "pull", "done", "left", "joined", "parent", "clock")
+OPERATIONS = (
+    "push",
+    "push",
+    "push",
+    "again",
+    "late",
+    "nan",
+    "pull",
+    "pull",
+    "done",
+    "left",
+    "joined",
+    "parent",
+    "clock",
+)
 Operation = tuple[str, int, int]
 
 
@@ -1049,7 +1080,9 @@ class Walk:
     trigger=st.sampled_from(["goal_achieved", "synchronous", "time_up"]),
     parent=st.booleans(),
     operations=st.lists(
-        st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2), st.integers(-4, 4)), min_size=10, max_size=50
+        st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2), st.integers(-4, 4)),
+        min_size=10,
+        max_size=50,
     ),
 )
 def test_invariants_hold_over_random_histories(trigger: str, parent: bool, operations: list[Operation]) -> None:

@@ -115,8 +115,15 @@ def test_views_are_the_buffer_itself() -> None:
 
 def test_the_decoder_splits_as_the_default_patterns_say(shape: ModelShape) -> None:
     layout = shape.layout(["model.embed_tokens.*", "model.layers.-1.*", "model.norm.*", "lm_head.*"])
-    assert [k.name for k in layout.key_layers] == ["model.embed_tokens", "model.layers.1", "model.norm", "lm_head"]
-    assert all(entry.name.startswith("model.layers.0.") for entry in layout.entries if entry.offset < layout.backbone_size)
+    assert [k.name for k in layout.key_layers] == [
+        "model.embed_tokens",
+        "model.layers.1",
+        "model.norm",
+        "lm_head",
+    ]
+    assert all(
+        entry.name.startswith("model.layers.0.") for entry in layout.entries if entry.offset < layout.backbone_size
+    )
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------------------------

@@ -73,9 +73,7 @@ def test_scale_makes_the_sum_a_mean(name: str) -> None:
 def test_theta_is_not_changed(name: str, rng: np.random.Generator) -> None:
     theta = rng.standard_normal(100).astype(np.float32)
     before = theta.tobytes()
-    ServerOptimizer(ServerOptimizerConfig(name=name), 100).apply(
-        rng.standard_normal(100).astype(np.float32), theta
-    )
+    ServerOptimizer(ServerOptimizerConfig(name=name), 100).apply(rng.standard_normal(100).astype(np.float32), theta)
     assert theta.tobytes() == before
 
 

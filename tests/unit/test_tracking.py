@@ -62,9 +62,7 @@ def tracker(folder: Path, *, clock: Clock | None = None, budget: BudgetConfig | 
 
 
 def start(node: str, *, loss: float = 5.0, heldout_bytes: int = 100) -> StartRecord:
-    return StartRecord(
-        node=node, now_s=0.0, loss=loss, perplexity=math.exp(loss), heldout_bytes=heldout_bytes
-    )
+    return StartRecord(node=node, now_s=0.0, loss=loss, perplexity=math.exp(loss), heldout_bytes=heldout_bytes)
 
 
 def round_of(
@@ -221,9 +219,7 @@ def test_a_round_without_a_measurement_draws_no_loss(tmp_path: Path) -> None:
 def test_verdicts_are_counted_by_edge_and_reason(tmp_path: Path) -> None:
     run = tracker(tmp_path)
     run.record(verdict("italy", tau=1), verdict("italy", "stale", tau=7, seq=2))
-    run.record(
-        verdict(ITALY, "stale", tau=7, seq=3), verdict("italy", "norm", seq=4), verdict("mars", "unknown")
-    )
+    run.record(verdict(ITALY, "stale", tau=7, seq=3), verdict("italy", "norm", seq=4), verdict("mars", "unknown"))
     node = run.snapshot()["nodes"][ITALY]
     totals = run.snapshot()
     run.close()
@@ -363,9 +359,7 @@ def test_a_diverged_loss_leaves_valid_json(tmp_path: Path) -> None:
 def test_a_second_tracker_continues_the_first(tmp_path: Path) -> None:
     first = tracker(tmp_path)
     first.record(start(ITALY), round_of(ITALY, tokens=100, loss=4.0), verdict("italy", tau=3))
-    first.record(
-        PushRecord(node=ITALY, now_s=12.0, bytes=10), LifeRecord(node=ITALY, now_s=12.0, event="started")
-    )
+    first.record(PushRecord(node=ITALY, now_s=12.0, bytes=10), LifeRecord(node=ITALY, now_s=12.0, event="started"))
     first.close()
     second = tracker(tmp_path)
     second.record(verdict("italy", "stale", tau=5, seq=2), PushRecord(node=ITALY, now_s=20.0, bytes=10))
@@ -471,8 +465,7 @@ def test_hparams_tab_shows_the_settings_the_metrics_and_the_end(tmp_path: Path) 
     run.close()
     read = events(tmp_path / "quick", "world")
     contents = {
-        name: HParamsPluginData.FromString(content)
-        for name, content in read.PluginTagToContent("hparams").items()
+        name: HParamsPluginData.FromString(content) for name, content in read.PluginTagToContent("hparams").items()
     }
     started = contents["_hparams_/session_start_info"].session_start_info
     assert started.hparams["training.lr"].number_value == 0.003

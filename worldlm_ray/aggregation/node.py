@@ -2,14 +2,7 @@
 
 `Node.handle(event)` returns commands for a shell to carry out. A node has no clock, does no input or output and
 knows nothing of Ray: time comes in with the events, and both shells (actors on Ray, the simulator) drive the
-same machine. The world is a node without a parent.
-
-    event                                  what may come back
-    Push(sender, packed)                   Answer(verdict), Note(records), Exchange, Serve, Wake
-    Pull(child, started_tokens)            Serve(child), now or once the child may go on
-    ParentModel(model)                     Serve, Exchange
-    Done(child), Left(child), Joined(...)  Serve, Exchange, Finish
-    Clock                                  as Push
+same machine. The world is a node without a parent. Events and commands: worldlm_ray/aggregation/events.py.
 
 Two things stand in memory besides the optimizer's state: the published model, which never changes in place (so
 children, a push in flight and a checkpoint can share it), and one buffer into which updates are folded as they
@@ -21,147 +14,38 @@ children, each as soon as those before it are in, so that the result does not de
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.attention import OnlineAttention, attend, scores, with_prior
+from worldlm_ray.aggregation.admission import judge, refuse_malformed
+from worldlm_ray.aggregation.events import (
+    Answer,
+    Command,
+    Done,
+    Event,
+    Exchange,
+    Finish,
+    Joined,
+    Left,
+    Note,
+    ParentModel,
+    Pull,
+    Push,
+    Serve,
+    Verdict,
+    Wake,
+)
+from worldlm_ray.aggregation.fold import Fold
+from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
-from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig, BudgetConfig
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError
-from worldlm_ray.messages import Model, Packed, Update, read_header, unpack_update
-from worldlm_ray.params import Flat, Layout, add_scaled, frozen, lerp, squared_norm
-from worldlm_ray.records import AggregationRecord, AttentionRecord, Record, VerdictRecord
-
-ACCEPTED = "accepted"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What a node decided about an update, and why."""
-
-    reason: str
-    """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_shape, unknown_sender, duplicate,
-    future_version, stale, not_finite, norm_exceeded."""
-    seq: int
-    base_version: int
-    version: int
-    tau: int
-    detail: str = ""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the update was folded in (or is held for its turn)."""
-        return self.reason == ACCEPTED
-
-
-@dataclass(frozen=True, kw_only=True)
-class Push:
-    """An update arrived from `sender`."""
-
-    sender: str
-    packed: Packed
-    now_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pull:
-    """A child asks for the model; `started_tokens` counts its local rounds including the one it is about to begin."""
-
-    child: str
-    started_tokens: int
-    now_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParentModel:
-    """The parent's model arrived: the end of an exchange."""
-
-    model: Model
-    now_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """A child will train no more in this run."""
-
-    child: str
-    now_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Left:
-    """A child is gone; what it had pushed stays."""
-
-    child: str
-    now_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Joined:
-    """A child is here: a new one, or one that had left or was done."""
-
-    child: str
-    now_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """Time has passed: asked for by a Wake command."""
-
-    now_s: float
-
-
-Event = Push | Pull | ParentModel | Done | Left | Joined | Clock
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Tell a child what became of its update."""
-
-    child: str
-    verdict: Verdict
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serve:
-    """Send this model to a child that pulled."""
-
-    child: str
-    model: Model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """Push what `Node.begin_exchange` gives to the parent, then pull, and bring the model back as a ParentModel.
-
-    The update is not in the command: a shell may move the published model to shared memory first, so that the two
-    never stand in private memory together.
-    """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wake:
-    """Send a Clock event at this time."""
-
-    at_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finish:
-    """Everything below has ended and nothing is left to pass on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Note:
-    """For tracking."""
-
-    record: Record
-
-
-Command = Answer | Serve | Exchange | Wake | Finish | Note
+from worldlm_ray.messages import Model, Update, unpack_update
+from worldlm_ray.params import Flat, Layout, frozen
+from worldlm_ray.records import AggregationRecord, AttentionRecord, VerdictRecord
 
 
 @dataclass
@@ -173,19 +57,6 @@ class Child:
     active: bool = True
     """False once the child is done or has left."""
     left: bool = False
-
-
-@dataclass
-class Fold:
-    """Updates on their way to becoming the next model."""
-
-    flat: Flat
-    """[sum of tokens * s(tau) * backbone change | unnormalised blend of key layers]."""
-    attention: OnlineAttention
-    tokens: int = 0
-    """Undiscounted weight."""
-    contributors: list[str] = field(default_factory=list)
-    first_s: float = 0.0
 
 
 class Node:
@@ -214,12 +85,13 @@ class Node:
         initial: Flat,
         budget: BudgetConfig,
     ) -> None:
-        self.path, self.aggregation, self.merge, self.layout, self.budget = path, aggregation, merge, layout, budget
-        self.has_parent = has_parent
+        self.path, self.aggregation, self.layout = path, aggregation, layout
+        self.budget, self.has_parent = budget, has_parent
         self.synchronous = aggregation.trigger == "synchronous"
         self.optimizer = ServerOptimizer(aggregation.server_optimizer, layout.backbone_size)
         self.origin = initial[layout.backbone_size :].copy()
         """The run's initial key layers: scores measure displacements from here."""
+        self.merger = Merger(path=path, layout=layout, attention=aggregation.attention, m=merge, origin=self.origin)
         self.theta = frozen(initial)
         """The published model. Never changed in place."""
         self.anchor = self.theta
@@ -262,11 +134,10 @@ class Node:
         elif isinstance(event, Joined):
             child = self.children.setdefault(event.child, Child())
             child.active, child.left, self.ended = True, False, False
-        elif isinstance(event, Done | Left):
-            if event.child in self.children:
-                child = self.children[event.child]
-                child.active, child.left = False, isinstance(event, Left)
-                self._waiting.pop(event.child, None)
+        elif isinstance(event, Done | Left) and event.child in self.children:
+            child = self.children[event.child]
+            child.active, child.left = False, isinstance(event, Left)
+            self._waiting.pop(event.child, None)
         commands += self._advance(event.now_s)
         return commands
 
@@ -297,7 +168,7 @@ class Node:
                 raise MessageError("unknown_sender", f"{event.sender!r} sent an update of {update.sender!r}")
             verdict = self._judge(update)
         except MessageError as error:
-            update, verdict = None, self._malformed(event.packed, error)
+            update, verdict = None, refuse_malformed(event.packed, error, version=self.version)
         record = VerdictRecord(
             node=self.path,
             now_s=event.now_s,
@@ -320,51 +191,13 @@ class Node:
         return commands
 
     def _judge(self, update: Update) -> Verdict:
-        """Decide about a well-formed update, changing nothing."""
-        tau = self.version - update.base_version
         child = self.children.get(update.sender)
-        rules = self.aggregation
-        reason, detail = ACCEPTED, ""
-        if child is None or child.left:
-            reason, detail = "unknown_sender", f"{self.path} has no child {update.sender!r}"
-        elif update.seq <= child.last_seq:
-            reason, detail = "duplicate", f"seq {update.seq} after {child.last_seq}"
-        elif tau < 0:
-            reason, detail = "future_version", f"from version {update.base_version}, this node is at {self.version}"
-        elif rules.max_staleness is not None and tau > rules.max_staleness:
-            reason, detail = "stale", f"tau {tau} is above max_staleness {rules.max_staleness}: pull again"
-        elif update.tokens == 0:
-            reason, detail = "malformed", "tokens is 0, expected the tokens that the update was trained on"
-        else:
-            split = self.layout.backbone_size
-            change = squared_norm(update.values[:split])
-            if not np.isfinite(change + squared_norm(update.values[split:])):
-                reason, detail = "not_finite", "nan or infinity in the values"
-            elif rules.max_update_norm is not None and change > rules.max_update_norm**2:
-                norm = float(np.sqrt(change))
-                reason, detail = "norm_exceeded", f"norm {norm:.4g} is above max_update_norm {rules.max_update_norm:g}"
-        return Verdict(
-            reason=reason,
-            seq=update.seq,
-            base_version=update.base_version,
+        return judge(
+            update,
+            rules=self.aggregation,
+            last_seq=None if child is None or child.left else child.last_seq,
             version=self.version,
-            tau=max(tau, 0),
-            detail=detail,
-        )
-
-    def _malformed(self, packed: Packed, error: MessageError) -> Verdict:
-        try:
-            fields = read_header(packed.header)
-        except MessageError:
-            fields = {}
-        seq, base = fields.get("seq"), fields.get("base_version")
-        return Verdict(
-            reason=error.reason,
-            seq=seq if isinstance(seq, int) else 0,
-            base_version=base if isinstance(base, int) else 0,
-            version=self.version,
-            tau=0,
-            detail=error.detail,
+            backbone_size=self.layout.backbone_size,
         )
 
     def _accept(self, update: Update, tau: int, now_s: float) -> None:
@@ -388,18 +221,11 @@ class Node:
 
     def _fold_in(self, update: Update, tau: int, now_s: float) -> None:
         if self._fold is None:
-            flat = np.zeros(self.layout.size, np.float32)
-            keys = OnlineAttention(self.layout.key_layers, flat[self.layout.backbone_size :])
-            self._fold = Fold(flat, keys, first_s=now_s)
-        fold, split = self._fold, self.layout.backbone_size
-        weight = update.tokens * discount(self.aggregation.staleness, tau)
-        add_scaled(fold.flat[:split], update.values[:split], weight)
-        if self.layout.key_layers:
-            keys, layers = update.values[split:], self.layout.key_layers
-            fit = scores(self.aggregation.attention, layers, self.theta[split:], keys, self.origin)
-            fold.attention.fold(update.sender, keys, with_prior(fit, weight))
-        fold.tokens += update.tokens
-        fold.contributors.append(update.sender)
+            self._fold = self._new_fold(now_s)
+        self._fold.add(update, tau)
+
+    def _new_fold(self, first_s: float) -> Fold:
+        return Fold(self.layout, self.aggregation, theta=self.theta, origin=self.origin, first_s=first_s)
 
     # ---- moving on -------------------------------------------------------------------------------------------
 
@@ -432,19 +258,12 @@ class Node:
 
     def _aggregate(self, now_s: float) -> list[Command]:
         """Make the folded updates the next version (design: sections 4.3 and 4.4)."""
-        fold, split = self._fold, self.layout.backbone_size
-        if fold is None or fold.tokens <= 0:
+        fold, self._fold = self._fold, None
+        if fold is None:
             raise AggregationError(f"{self.path}: nothing to aggregate")
         members = sum(not child.left for child in self.children.values())
-        absent = max(members - len(set(fold.contributors)), 0)
-        weights = self._finish_keys(fold, split, absent)
-        # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
-        scale = 1.0 / fold.tokens
-        if self.aggregation.server_optimizer.lr is None:
-            # Updates that come one by one would otherwise add up to a step as many times too long.
-            scale *= 1.0 - absent / max(members, 1)
-        norm = self.optimizer.apply(fold.flat[:split], self.theta[:split], scale=scale)
-        self.theta, self._fold = frozen(fold.flat), None
+        flat, norm, weights = fold.finish(self.theta, self.optimizer, members=members)
+        self.theta = frozen(flat)
         self.version += 1
         self.tokens += fold.tokens
         self.mean_tokens = fold.tokens / len(fold.contributors)
@@ -464,38 +283,17 @@ class Node:
         )
         commands: list[Command] = [Note(record=record)]
         if weights:
-            commands.append(Note(record=self._attention_record("up", now_s, fold.attention.names, weights)))
+            attention = AttentionRecord(
+                node=self.path,
+                now_s=now_s,
+                version=self.version,
+                direction="up",
+                layers=tuple(layer.name for layer in self.layout.key_layers),
+                candidates=tuple(fold.attention.names),
+                weights=tuple(tuple(row) for row in weights),
+            )
+            commands.append(Note(record=attention))
         return commands
-
-    def _finish_keys(self, fold: Fold, split: int, absent: int) -> list[list[float]]:
-        """Add the node's own key layers as a candidate and normalise; returns the attention weights.
-
-        The node's own key layers stand for the children that are not in this aggregation, with as much weight
-        as each of them would have had: alone in a full synchronous round they count for nothing (the blend of
-        equal children is their plain mean), and with a buffer of one they keep the others' share.
-        """
-        if not self.layout.key_layers:
-            return []
-        mass = fold.tokens / len(fold.contributors) * (absent + self.aggregation.attention.self_weight)
-        own = self.theta[split:]
-        fit = scores(self.aggregation.attention, self.layout.key_layers, own, own, self.origin)
-        fold.attention.fold("(own)", own, with_prior(fit, mass))
-        weights = fold.attention.weights()
-        fold.attention.result()
-        return weights
-
-    def _attention_record(
-        self, direction: str, now_s: float, names: list[str], weights: list[list[float]]
-    ) -> AttentionRecord:
-        return AttentionRecord(
-            node=self.path,
-            now_s=now_s,
-            version=self.version,
-            direction=direction,
-            layers=tuple(layer.name for layer in self.layout.key_layers),
-            candidates=tuple(names),
-            weights=tuple(tuple(row) for row in weights),
-        )
 
     # ---- the parent ------------------------------------------------------------------------------------------
 
@@ -540,35 +338,19 @@ class Node:
 
     def _merge(self, event: ParentModel) -> list[Command]:
         """Move to the parent and keep whatever the children did meanwhile (design: section 4.5)."""
-        model, split = event.model, self.layout.backbone_size
+        model = event.model
         self.in_flight = None
         self.base_version, self.progress = model.version, model.progress
         self.finished = self.finished or model.finished
         self.seq = max(self.seq, model.last_seq)
         if model.version == 0:
             return []  # the parent has aggregated nothing yet: it has nothing to say
-        merged = np.zeros(self.layout.size, np.float32)
-        if self.anchor is self.theta:
-            lerp(self.theta[:split], model.values[:split], self.merge, out=merged[:split])
-            anchor = None
-        else:
-            # theta has moved on since the push: shift it, and what it is measured from, by the same amount.
-            anchor = self.anchor.copy()
-            lerp(self.anchor[:split], model.values[:split], self.merge, out=anchor[:split])
-            np.subtract(anchor[:split], self.anchor[:split], out=merged[:split])
-            np.add(merged[:split], self.theta[:split], out=merged[:split])
-        commands: list[Command] = []
-        if self.layout.key_layers:
-            own = self.theta[split:]
-            candidates = [("(own)", own, self.mean_tokens), ("(parent)", model.values[split:], model.tokens)]
-            rules = self.aggregation.attention
-            blend = attend(rules, self.layout.key_layers, own, candidates, self.origin, out=merged[split:])
-            weights = blend.weights()
-            blend.result()
-            commands.append(Note(record=self._attention_record("down", event.now_s, blend.names, weights)))
+        merged = np.empty(self.layout.size, np.float32)
+        anchor = self.merger.backbone(self.theta, self.anchor, model.values, out=merged)
+        record = self.merger.keys(self.theta, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged)
         self.theta = frozen(merged)
         self.anchor = self.theta if anchor is None else frozen(anchor)
-        return commands
+        return [Note(record=record)] if record is not None else []
 
     # ---- the children ----------------------------------------------------------------------------------------
 
@@ -626,20 +408,12 @@ class Node:
         arrays = {"theta": self.theta, **{f"optimizer.{k}": v for k, v in self.optimizer.buffers.items()}}
         if self.anchor is not self.theta:
             arrays["anchor"] = self.anchor
-        meta: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
+        meta: dict[str, Any] = {name: copy(getattr(self, name)) for name in _STATE}
         meta["children"] = {name: vars(child).copy() for name, child in self.children.items()}
         meta["layout"] = self.layout.hash
         if self._fold is not None:
             arrays["fold"] = self._fold.flat
-            meta["fold"] = {
-                "tokens": self._fold.tokens,
-                "contributors": list(self._fold.contributors),
-                "first_s": self._fold.first_s,
-                "maximum": list(self._fold.attention.maximum),
-                "total": list(self._fold.attention.total),
-                "names": list(self._fold.attention.names),
-                "logits": [list(row) for row in self._fold.attention.logits],
-            }
+            meta["fold"] = self._fold.state()
         meta["held"] = {}
         for name, (update, tau) in self._held.items():
             arrays[f"held.{name}"] = update.values
@@ -669,11 +443,8 @@ class Node:
         if "in_flight" in meta:
             self.in_flight = Update(**meta["in_flight"], values=arrays["in_flight"])
         if "fold" in meta:
-            saved, flat = meta["fold"], np.array(arrays["fold"])
-            keys = OnlineAttention(self.layout.key_layers, flat[self.layout.backbone_size :])
-            keys.maximum, keys.total = saved["maximum"], saved["total"]
-            keys.names, keys.logits = saved["names"], saved["logits"]
-            self._fold = Fold(flat, keys, saved["tokens"], saved["contributors"], saved["first_s"])
+            self._fold = self._new_fold(0.0)
+            self._fold.restore(meta["fold"], arrays["fold"])
         for name, entry in meta["held"].items():
             self._held[name] = (Update(**entry["update"], values=arrays[f"held.{name}"]), entry["tau"])
 

@@ -73,9 +73,7 @@ class Corpus:
                 return
             yield document
         if not total:
-            raise DataError(
-                f"corpus {self.name}: this installation holds none of its text; choose another corpus"
-            )
+            raise DataError(f"corpus {self.name}: this installation holds none of its text; choose another corpus")
 
     def versions(self) -> str:
         """Everything the text depends on: the key under which its tokens may be cached."""

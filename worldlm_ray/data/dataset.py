@@ -301,9 +301,7 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, *, key: str) 
             meta_file.write(json.dumps({name: vars(part) for name, part in parts.items()}).encode())
     except OSError as error:
         problem = f"cannot write the token cache in {folder} ({error.strerror})"
-        raise DataError(
-            f"{key}.cache_dir: {problem}; set it to a folder with space that you may write"
-        ) from error
+        raise DataError(f"{key}.cache_dir: {problem}; set it to a folder with space that you may write") from error
     return parts
 
 

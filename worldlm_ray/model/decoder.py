@@ -96,7 +96,8 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC))
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        y_BTC: Tensor = x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        return y_BTC
 
 
 class Trunk(nn.Module):

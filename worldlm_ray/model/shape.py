@@ -106,7 +106,8 @@ def resolve_shape(config: ModelConfig, *, vocab_size: int) -> ModelShape:
         shape = replace(shape, kv_heads=shape.heads)
     if shape.hidden_size % (2 * shape.heads):
         raise ConfigError(
-            "model.heads", f"{shape.heads} heads do not divide hidden_size {shape.hidden_size} into even widths"
+            "model.heads",
+            f"{shape.heads} heads do not divide hidden_size {shape.hidden_size} into even widths",
         )
     if shape.heads % shape.kv_heads:
         raise ConfigError("model.kv_heads", f"{shape.kv_heads} does not divide {shape.heads} heads")

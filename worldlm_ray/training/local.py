@@ -51,7 +51,13 @@ class LocalTrainer:
     """
 
     def __init__(
-        self, shape: ModelShape, layout: Layout, training: TrainingConfig, *, threads: int, device: str | None = None
+        self,
+        shape: ModelShape,
+        layout: Layout,
+        training: TrainingConfig,
+        *,
+        threads: int,
+        device: str | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.training, self.layout, self.shape = training, layout, shape
@@ -68,7 +74,11 @@ class LocalTrainer:
         self._tensor.grad = self.gradient
         # Weight decay is applied by `step` to matrices alone: a flat tensor has no parameter groups.
         self.optimizer = torch.optim.AdamW(
-            [self._tensor], lr=training.lr, betas=(training.betas[0], training.betas[1]), weight_decay=0.0, fused=True
+            [self._tensor],
+            lr=training.lr,
+            betas=(training.betas[0], training.betas[1]),
+            weight_decay=0.0,
+            fused=True,
         )
 
     def read(self, out: Flat | None = None) -> Flat:
@@ -164,7 +174,9 @@ class LocalTrainer:
         state = self.optimizer.state.get(self._tensor, {})
         if not state:
             return {}
-        return {name: state[name].detach().cpu().numpy().reshape(-1).copy() for name in ("exp_avg", "exp_avg_sq", "step")}
+        return {
+            name: state[name].detach().cpu().numpy().reshape(-1).copy() for name in ("exp_avg", "exp_avg_sq", "step")
+        }
 
     def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
         """Restore what `optimizer_state` gave."""

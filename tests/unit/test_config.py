@@ -1,0 +1,515 @@
+"""Configurations: what a user gets wrong, what is inherited, and what survives a round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from worlds import TINY_MODEL, write_text
+
+from worldlm_ray import config, plan, tree
+from worldlm_ray.config import RunConfig
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.plan import Plan
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    return str(write_text(tmp_path / "text.txt", seed=1, size=12_500))
+
+
+@pytest.fixture
+def raw(text: str) -> dict[str, Any]:
+    """A configuration in order: europe with italy and germany, and japan directly under the world."""
+    return {
+        "model": dict(TINY_MODEL),
+        "budget": {"rounds": 2},
+        "data": {"files": [text]},
+        "world": {
+            "children": [
+                {"federation": "europe", "children": [{"client": "italy"}, {"client": "germany"}]},
+                {"client": "japan"},
+            ]
+        },
+    }
+
+
+def planned(folder: Path, raw: dict[str, Any] | str, overrides: Sequence[str] = ()) -> Plan:
+    file = folder / "mine.yaml"
+    file.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False))
+    return plan.make_plan(config.load(str(file), overrides))
+
+
+def problem(folder: Path, raw: dict[str, Any] | str, overrides: Sequence[str] = ()) -> str:
+    """The one line that the user sees."""
+    with pytest.raises(ConfigError) as caught:
+        planned(folder, raw, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert caught.value.cure, f"no cure: {line}"
+    return line
+
+
+def starts(line: str, key: str) -> bool:
+    return line.startswith(f"{key}: ")
+
+
+def italy(raw: dict[str, Any]) -> dict[str, Any]:
+    child: dict[str, Any] = raw["world"]["children"][0]["children"][0]
+    return child
+
+
+ITALY = "world.children[0].children[0]"
+
+
+def test_the_configuration_in_order_is_one(tmp_path: Path, raw: dict[str, Any]) -> None:
+    made = planned(tmp_path, raw)
+    assert list(made.kinds) == ["world", "world/europe", "world/europe/italy", "world/europe/germany", "world/japan"]
+    assert made.config.name == "mine"
+
+
+# ---- what a user gets wrong --------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_deep_in_the_tree(tmp_path: Path, raw: dict[str, Any]) -> None:
+    italy(raw)["training"] = {"locl_steps": 5}
+    line = problem(tmp_path, raw)
+    assert starts(line, f"{ITALY}.training.locl_steps")
+    assert "did you mean 'local_steps'?" in line
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "suggestion"),
+    [("trainin", "trainin", "training"), ("training.local_stps", "training.local_stps", "local_steps")],
+)
+def test_an_unknown_key_at_the_top(
+    tmp_path: Path, raw: dict[str, Any], section: str, key: str, suggestion: str
+) -> None:
+    above, _, below = section.partition(".")
+    raw[above] = {below: 5} if below else {"local_steps": 5}
+    line = problem(tmp_path, raw)
+    assert starts(line, key)
+    assert f"did you mean {suggestion!r}?" in line
+
+
+def test_an_unknown_key_of_a_node(tmp_path: Path, raw: dict[str, Any]) -> None:
+    italy(raw)["agregation"] = {}
+    line = problem(tmp_path, raw)
+    assert starts(line, f"{ITALY}.agregation")
+    assert "did you mean 'aggregation'?" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "expected"),
+    [
+        ({"training": {"local_steps": "many"}}, "training.local_steps", "a whole number"),
+        ({"training": {"local_steps": 2.5}}, "training.local_steps", "a whole number"),
+        ({"training": {"lr": "fast"}}, "training.lr", "a number"),
+        ({"training": {"lr": [1]}}, "training.lr", "a number"),
+        ({"training": "fast"}, "training", "a mapping"),
+        ({"training": [1, 2]}, "training", "a mapping"),
+        ({"training": {"betas": 0.9}}, "training.betas", "a list"),
+        ({"aggregation": {"trigger": "sometimes"}}, "aggregation.trigger", "goal_achieved"),
+        ({"aggregation": {"staleness": {"fn": "poly"}}}, "aggregation.staleness.fn", "polynomial"),
+        ({"aggregation": {"attention": "cosine"}}, "aggregation.attention", "a mapping"),
+        ({"data": {"files": "a.txt"}}, "data.files", "a list"),
+        ({"placement": {"labels": ["eu"]}}, "placement.labels", "a mapping"),
+    ],
+)
+def test_a_wrong_type(tmp_path: Path, raw: dict[str, Any], settings: dict[str, Any], key: str, expected: str) -> None:
+    italy(raw).update(settings)
+    line = problem(tmp_path, raw)
+    assert starts(line, f"{ITALY}.{key}")
+    assert expected in line
+
+
+def test_a_data_file_that_is_not_there(tmp_path: Path, raw: dict[str, Any]) -> None:
+    italy(raw)["data"] = {"files": ["no/such/file.txt"]}
+    line = problem(tmp_path, raw)
+    assert starts(line, f"{ITALY}.data.files[0]")
+    assert "'no/such/file.txt'" in line
+
+
+def test_a_data_file_that_is_empty(tmp_path: Path, raw: dict[str, Any]) -> None:
+    (tmp_path / "empty.txt").touch()
+    italy(raw)["data"] = {"files": [str(tmp_path / "empty.txt")]}
+    assert starts(problem(tmp_path, raw), f"{ITALY}.data.files[0]")
+
+
+def test_a_client_without_text(tmp_path: Path, raw: dict[str, Any]) -> None:
+    del raw["data"]
+    assert starts(problem(tmp_path, raw), f"{ITALY}.data.files")
+
+
+def test_a_corpus_that_does_not_exist(tmp_path: Path, raw: dict[str, Any]) -> None:
+    italy(raw)["data"] = {"corpus": "python_stdlb"}
+    line = problem(tmp_path, raw)
+    assert starts(line, f"{ITALY}.data.corpus")
+    assert "did you mean 'python_stdlib'?" in line
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "# nothing but a comment\n"])
+def test_an_empty_configuration_file(tmp_path: Path, content: str) -> None:
+    assert starts(problem(tmp_path, content), "budget")
+
+
+@pytest.mark.parametrize("content", ["just text", "- a\n- b\n", "training: {lr: 1", "a: b: c", "\tx: 1", "5"])
+def test_a_configuration_file_that_is_no_mapping(tmp_path: Path, content: str) -> None:
+    assert "mine.yaml: is not" in problem(tmp_path, content)
+
+
+@pytest.mark.parametrize(("name", "missing"), [("nowhere.yaml", "no file"), ("quickstrat", "no preset")])
+def test_a_configuration_that_is_not_there(name: str, missing: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.load(name)
+    assert f"there is {missing} '{name}'" in str(caught.value)
+    assert caught.value.cure
+
+
+def test_a_preset_with_a_typo_is_suggested() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+        config.load("quickstrat")
+
+
+@pytest.mark.parametrize("value", [-1, 0])
+def test_steps_that_are_not_positive(tmp_path: Path, raw: dict[str, Any], value: int) -> None:
+    italy(raw)["training"] = {"local_steps": value}
+    line = problem(tmp_path, raw)
+    assert starts(line, f"{ITALY}.training.local_steps")
+    assert f"got {value}" in line
+    assert "above 0" in line
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("training", "batch_size", 0),
+        ("training", "lr", 0.0),
+        ("training", "lr", float("nan")),
+        ("training", "weight_decay", -0.1),
+        ("training", "min_lr_ratio", 1.1),
+        ("training", "warmup_fraction", -0.1),
+        ("training", "betas", [0.9]),
+        ("training", "betas", [0.9, 1.0]),
+        ("training", "step_delay_s", -1.0),
+        ("aggregation", "buffer_size", 0),
+        ("aggregation", "quorum", 0),
+        ("aggregation", "push_every", 0),
+        ("aggregation", "time_up_s", 0.0),
+        ("aggregation", "max_staleness", -1),
+        ("aggregation", "max_update_norm", 0.0),
+        ("merge", "client", 1.5),
+        ("merge", "federation", -0.5),
+        ("resources", "cpus", 0),
+        ("resources", "gpus", -1.0),
+        ("simulation", "tokens_per_s", 0.0),
+        ("simulation", "bandwidth_gbps", 0.0),
+        ("simulation", "latency_s", -1.0),
+        ("data", "heldout_fraction", 1.0),
+    ],
+)
+def test_an_impossible_value(tmp_path: Path, raw: dict[str, Any], section: str, key: str, value: Any) -> None:
+    italy(raw)[section] = {key: value}
+    assert starts(problem(tmp_path, raw), f"{ITALY}.{section}.{key}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"attention": {"temperature": 0.0}}, "attention.temperature"),
+        ({"attention": {"self_weight": -1.0}}, "attention.self_weight"),
+        ({"staleness": {"a": 0.0}}, "staleness.a"),
+        ({"server_optimizer": {"betas": [1.0, 0.5]}}, "server_optimizer.betas"),
+        ({"server_optimizer": {"momentum": 2.0}}, "server_optimizer.momentum"),
+    ],
+)
+def test_an_impossible_value_of_a_rule(tmp_path: Path, raw: dict[str, Any], settings: dict[str, Any], key: str) -> None:
+    raw["world"]["children"][0]["aggregation"] = settings
+    assert starts(problem(tmp_path, raw), f"world.children[0].aggregation.{key}")
+
+
+def test_an_impossible_value_at_the_top_is_named(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"] = {"local_steps": -5}
+    assert "training.local_steps: got -5" in problem(tmp_path, raw)
+
+
+def test_two_siblings_of_one_name(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["world"]["children"][0]["children"][1]["client"] = "italy"
+    line = problem(tmp_path, raw)
+    assert starts(line, "world.children[0].children[1].client")
+    assert f"'italy' is taken by {ITALY}" in line
+
+
+def test_cousins_may_share_a_name(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["world"]["children"][1]["client"] = "italy"
+    assert {"world/italy", "world/europe/italy"} < set(planned(tmp_path, raw).kinds)
+
+
+def test_a_client_with_children(tmp_path: Path, raw: dict[str, Any]) -> None:
+    italy(raw)["children"] = [{"client": "rome"}]
+    line = problem(tmp_path, raw)
+    assert starts(line, f"{ITALY}.children")
+    assert "federation" in line
+
+
+@pytest.mark.parametrize("children", [None, [], {}, "italy"])
+def test_a_federation_without_children(tmp_path: Path, raw: dict[str, Any], children: Any) -> None:
+    raw["world"]["children"][0]["children"] = children
+    line = problem(tmp_path, raw)
+    assert starts(line, "world.children[0].children")
+    assert "'europe'" in line
+
+
+@pytest.mark.parametrize("world", [None, {}, [], "europe"])
+def test_a_run_without_a_tree(tmp_path: Path, raw: dict[str, Any], world: Any) -> None:
+    raw["world"] = world
+    assert starts(problem(tmp_path, raw), "world")
+
+
+@pytest.mark.parametrize("child", ["italy", 5, None, {}, {"client": "a", "federation": "b"}, {"training": {}}])
+def test_a_child_that_is_neither_client_nor_federation(tmp_path: Path, raw: dict[str, Any], child: Any) -> None:
+    raw["world"]["children"][1] = child
+    assert starts(problem(tmp_path, raw), "world.children[1]")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "with space", "-x"])
+def test_a_name_that_cannot_be_a_folder(tmp_path: Path, raw: dict[str, Any], name: str) -> None:
+    italy(raw)["client"] = name
+    assert problem(tmp_path, raw).startswith(ITALY)
+
+
+def test_an_unknown_model_preset(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["model"]["preset"] = "nanoo"
+    line = problem(tmp_path, raw)
+    assert starts(line, "model.preset")
+    assert "did you mean 'nano'?" in line
+
+
+# BUG (see report): "heads do not divide hidden_size" and "kv_heads does not divide" come without a cure.
+@pytest.mark.parametrize(
+    ("key", "value"), [("layers", 0), ("context", -1), ("heads", 3), ("kv_heads", 3), ("hidden_size", 0)]
+)
+def test_a_model_that_cannot_be_built(tmp_path: Path, raw: dict[str, Any], key: str, value: int) -> None:
+    raw["model"][key] = value
+    assert starts(problem(tmp_path, raw), f"model.{key}")
+
+
+def test_a_key_layer_pattern_that_matches_nothing(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["model"]["key_layers"] = ["lm_head.*", "model.layer.0.*"]
+    line = problem(tmp_path, raw)
+    assert starts(line, "model.key_layers[1]")
+    assert "model.layers.0.*" in line
+
+
+@pytest.mark.parametrize("budget", [None, {}, {"rounds": 2, "tokens": 5}, {"rounds": 1, "tokens": 1, "seconds": 1.0}])
+def test_exactly_one_budget(tmp_path: Path, raw: dict[str, Any], budget: Any) -> None:
+    raw["budget"] = budget
+    line = problem(tmp_path, raw)
+    assert starts(line, "budget")
+    assert "exactly one of tokens, rounds, seconds" in line
+
+
+@pytest.mark.parametrize("budget", [{"rounds": 0}, {"tokens": -1}, {"seconds": 0.0}])
+def test_a_budget_of_nothing(tmp_path: Path, raw: dict[str, Any], budget: dict[str, Any]) -> None:
+    raw["budget"] = budget
+    assert starts(problem(tmp_path, raw), f"budget.{next(iter(budget))}")
+
+
+@pytest.mark.parametrize("budget", [{"rounds": 1}, {"tokens": 1}, {"seconds": 0.5}])
+def test_each_budget_alone_is_one(tmp_path: Path, raw: dict[str, Any], budget: dict[str, Any]) -> None:
+    raw["budget"] = budget
+    name, value = next(iter(budget.items()))
+    assert getattr(planned(tmp_path, raw).config.budget, name) == value
+
+
+def test_two_tokenizers_in_one_world(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["world"]["children"][1]["data"] = {"tokenizer": "other.json"}
+    assert starts(problem(tmp_path, raw), "world.children[1].data.tokenizer")
+
+
+def test_a_placeholder_that_must_be_given(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw |= {"data_dir": "???"}
+    italy(raw)["data"] = {"files": ["${data_dir}/it.txt"]}
+    line = problem(tmp_path, raw)
+    assert starts(line, "data_dir") or "data_dir" in line
+    assert "data_dir=" in line
+
+
+# ---- inheritance -------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_inherited_down_the_tree_and_overridden_anywhere(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["training"] = {"local_steps": 5, "batch_size": 3}
+    raw["world"]["training"] = {"lr": 0.25}
+    raw["world"]["children"][0]["training"] = {"local_steps": 7}
+    italy(raw)["training"] = {"batch_size": 9}
+    made = planned(tmp_path, raw)
+
+    def at(path: str) -> tuple[int, int, float]:
+        training = made.node(path).settings.training
+        return training.local_steps, training.batch_size, training.lr
+
+    assert at("world") == (5, 3, 0.25)
+    assert at("world/europe") == (7, 3, 0.25)
+    assert at("world/europe/italy") == (7, 9, 0.25)
+    assert at("world/europe/germany") == (7, 3, 0.25)
+    assert at("world/japan") == (5, 3, 0.25)
+
+
+def test_every_section_can_be_overridden_at_a_node(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["world"]["children"][0] |= {
+        "aggregation": {"buffer_size": 3, "staleness": {"fn": "hinge"}},
+        "merge": {"client": 0.5},
+        "resources": {"cpus": 2},
+        "placement": {"labels": {"region": "eu"}},
+        "simulation": {"tokens_per_s": 5.0},
+    }
+    made = planned(tmp_path, raw)
+    ours, theirs = made.node("world/europe/italy").settings, made.node("world/japan").settings
+    assert (ours.aggregation.buffer_size, theirs.aggregation.buffer_size) == (3, 1)
+    assert (ours.aggregation.staleness.fn, theirs.aggregation.staleness.fn) == ("hinge", "polynomial")
+    assert (ours.merge.client, theirs.merge.client) == (0.5, 1.0)
+    assert (ours.resources.cpus, theirs.resources.cpus) == (2, 1)
+    assert (ours.placement.labels, theirs.placement.labels) == ({"region": "eu"}, {})
+    assert (ours.simulation.tokens_per_s, theirs.simulation.tokens_per_s) == (5.0, 20_000.0)
+
+
+def test_files_of_a_node_replace_an_inherited_corpus(tmp_path: Path, raw: dict[str, Any], text: str) -> None:
+    raw["data"] = {"corpus": "licenses", "max_bytes": 99_000}
+    italy(raw)["data"] = {"files": [text]}
+    made = planned(tmp_path, raw)
+    ours, theirs = made.node("world/europe/italy").settings.data, made.node("world/japan").settings.data
+    assert (ours.files, ours.corpus, ours.max_bytes) == ([text], None, 99_000)
+    assert (theirs.files, theirs.corpus) == ([], "licenses")
+
+
+def test_a_corpus_of_a_node_replaces_inherited_files(tmp_path: Path, raw: dict[str, Any]) -> None:
+    italy(raw)["data"] = {"corpus": "licenses"}
+    data = planned(tmp_path, raw).node("world/europe/italy").settings.data
+    assert (data.files, data.corpus) == ([], "licenses")
+
+
+def test_files_and_a_corpus_in_one_node_are_refused(tmp_path: Path, raw: dict[str, Any], text: str) -> None:
+    italy(raw)["data"] = {"files": [text], "corpus": "licenses"}
+    assert starts(problem(tmp_path, raw), f"{ITALY}.data.corpus")
+
+
+def test_a_world_of_four_levels_keeps_its_paths_and_keys(tmp_path: Path, raw: dict[str, Any]) -> None:
+    deep: dict[str, Any] = {"client": "rome"}
+    for name in ("lazio", "italy", "europe"):
+        deep = {"federation": name, "children": [deep]}
+    raw["world"]["children"] = [deep]
+    client = planned(tmp_path, raw).root.clients[0]
+    assert client.path == "world/europe/italy/lazio/rome"
+    assert client.key == "world.children[0].children[0].children[0].children[0]"
+    assert tree.parent_path(client.path) == "world/europe/italy/lazio"
+    assert tree.parent_path("world") is None
+
+
+# ---- overrides ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("training.lr=1e-4", "world/japan", 1e-4),
+        ("world.training.lr=2e-4", "world/europe/italy", 2e-4),
+        ("world.children[0].training.lr=1e-4", "world/europe/germany", 1e-4),
+        ("world.children[0].children[0].training.lr=0.5", "world/europe/italy", 0.5),
+        ("world.children[1].training={lr: 0.125}", "world/japan", 0.125),
+    ],
+)
+def test_an_override_reaches_any_node(
+    tmp_path: Path, raw: dict[str, Any], override: str, path: str, value: float
+) -> None:
+    assert planned(tmp_path, raw, [override]).node(path).settings.training.lr == value
+
+
+def test_an_override_touches_nothing_else(tmp_path: Path, raw: dict[str, Any]) -> None:
+    italy(raw)["training"] = {"batch_size": 9}
+    made = planned(tmp_path, raw, ["world.children[0].children[0].training.lr=0.5"])
+    assert made.node("world/europe/italy").settings.training.batch_size == 9
+    assert made.node("world/europe/germany").settings.training.lr == 3e-3
+
+
+def test_later_overrides_win(tmp_path: Path, raw: dict[str, Any]) -> None:
+    assert planned(tmp_path, raw, ["seed=1", "seed=2"]).config.seed == 2
+
+
+def test_an_override_may_change_the_kind_of_budget(tmp_path: Path, raw: dict[str, Any]) -> None:
+    budget = planned(tmp_path, raw, ["budget.rounds=null", "budget.tokens=4_000"]).config.budget
+    assert (budget.rounds, budget.tokens) == (None, 4_000)
+
+
+def test_an_override_may_hold_an_equals_sign_and_a_list(tmp_path: Path, raw: dict[str, Any]) -> None:
+    assert planned(tmp_path, raw, ["name=a=b"]).config.name == "a=b"
+    made = planned(tmp_path, raw, ["model.key_layers=[lm_head.*]"])
+    assert [layer.name for layer in made.layout.key_layers] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("trainin.lr=1e-4", "trainin"),
+        ("training.lrr=1e-4", "training.lrr"),
+        ("world.children[0].trainin.lr=1e-4", "world.children[0].trainin"),
+        ("world.children[0].training.lrr=1e-4", "world.children[0].training.lrr"),
+        ("world.children[0].children[1].training.lr=fast", "world.children[0].children[1].training.lr"),
+        ("world.children[7].training.lr=1e-4", "world.children[7]"),
+        ("world.children[x].training.lr=1e-4", "world.children[x]"),
+        ("seed.deep=1", "seed"),
+        ("training=5", "training"),
+        ("training.lr", "training.lr"),
+        ("=5", "=5"),
+        ("training.lr=[1", "training.lr"),
+    ],
+)
+def test_a_typo_in_an_override(tmp_path: Path, raw: dict[str, Any], override: str, key: str) -> None:
+    raw["seed"] = 3
+    assert problem(tmp_path, raw, [override]).startswith(key)
+
+
+# ---- round trips and presets -------------------------------------------------------------------------------------------
+
+
+def loaded(folder: Path, raw: dict[str, Any]) -> RunConfig:
+    raw["training"] = {"local_steps": 7, "betas": [0.8, 0.9]}
+    italy(raw)["aggregation"] = {"staleness": {"fn": "hinge", "a": 2.0}}
+    return planned(folder, raw).config
+
+
+def test_a_mapping_comes_back_equal(tmp_path: Path, raw: dict[str, Any]) -> None:
+    there = loaded(tmp_path, raw)
+    assert config.from_mapping(config.to_mapping(there)) == there
+
+
+def test_a_saved_configuration_comes_back_equal(tmp_path: Path, raw: dict[str, Any]) -> None:
+    there = loaded(tmp_path, raw)
+    config.save(there, tmp_path / "saved.yaml")
+    assert config.load(str(tmp_path / "saved.yaml")) == there
+
+
+def test_a_plan_is_the_same_in_another_process(tmp_path: Path, raw: dict[str, Any]) -> None:
+    there = planned(tmp_path, raw)
+    assert plan.plan_from_mapping(there.to_mapping()) == there
+
+
+def test_a_mapping_is_plain(tmp_path: Path, raw: dict[str, Any]) -> None:
+    assert yaml.safe_load(yaml.safe_dump(config.to_mapping(loaded(tmp_path, raw)))) == config.to_mapping(
+        loaded(tmp_path, raw)
+    )
+
+
+@pytest.mark.parametrize("name", list(config.presets()))
+def test_every_shipped_preset_is_in_order(name: str, tmp_path: Path) -> None:
+    overrides = [f"data_dir={tmp_path}"] if "data_dir: ???" in config.find(name).read_text() else []
+    made = plan.make_plan(config.load(name, overrides), check_data=False)
+    assert made.config.name == name
+    assert made.root.clients
+
+
+def test_the_quickstart_ships() -> None:
+    assert "quickstart" in config.presets()

@@ -1,0 +1,80 @@
+"""What a node accepts from its children (design: section 4.6). Decides, changes nothing."""
+
+from __future__ import annotations
+
+import math
+
+from worldlm_ray.aggregation.events import ACCEPTED, Verdict
+from worldlm_ray.config import AggregationConfig
+from worldlm_ray.errors import MessageError
+from worldlm_ray.messages import Packed, Update, read_header
+from worldlm_ray.params import squared_norm
+
+
+def judge(
+    update: Update, *, rules: AggregationConfig, last_seq: int | None, version: int, backbone_size: int
+) -> Verdict:
+    """Decide about a well-formed update.
+
+    Args:
+        update: the update.
+        rules: max_staleness and max_update_norm.
+        last_seq: highest seq accepted from this sender; None if it is not a child.
+        version: the node's version now.
+        backbone_size: elements of the backbone part.
+    """
+    tau = version - update.base_version
+    reason, detail = _standing(update, rules, last_seq, version)
+    if reason == ACCEPTED:
+        reason, detail = _values(update, rules, backbone_size)
+    return Verdict(
+        reason=reason,
+        seq=update.seq,
+        base_version=update.base_version,
+        version=version,
+        tau=max(tau, 0),
+        detail=detail,
+    )
+
+
+def _standing(update: Update, rules: AggregationConfig, last_seq: int | None, version: int) -> tuple[str, str]:
+    """Who sent it, whether it was seen before, and how old it is."""
+    tau = version - update.base_version
+    if last_seq is None:
+        return "unknown_sender", f"there is no child {update.sender!r}"
+    if update.seq <= last_seq:
+        return "duplicate", f"seq {update.seq} after {last_seq}"
+    if tau < 0:
+        return "future_version", f"from version {update.base_version}, this node is at {version}"
+    if rules.max_staleness is not None and tau > rules.max_staleness:
+        return "stale", f"tau {tau} is above max_staleness {rules.max_staleness}: pull again"
+    if update.tokens == 0:
+        return "malformed", "tokens is 0, expected the tokens that the update was trained on"
+    return ACCEPTED, ""
+
+
+def _values(update: Update, rules: AggregationConfig, backbone_size: int) -> tuple[str, str]:
+    """Finite, and not larger than allowed. One pass over the buffer."""
+    change = squared_norm(update.values[:backbone_size])
+    if not math.isfinite(change + squared_norm(update.values[backbone_size:])):
+        return "not_finite", "nan or infinity in the values"
+    if rules.max_update_norm is not None and change > rules.max_update_norm**2:
+        return "norm_exceeded", f"norm {math.sqrt(change):.4g} is above max_update_norm {rules.max_update_norm:g}"
+    return ACCEPTED, ""
+
+
+def refuse_malformed(packed: Packed, error: MessageError, *, version: int) -> Verdict:
+    """The verdict about a message that could not be read, with whatever its header still says."""
+    try:
+        fields = read_header(packed.header)
+    except MessageError:
+        fields = {}
+    seq, base = fields.get("seq"), fields.get("base_version")
+    return Verdict(
+        reason=error.reason,
+        seq=seq if isinstance(seq, int) else 0,
+        base_version=base if isinstance(base, int) else 0,
+        version=version,
+        tau=0,
+        detail=error.detail,
+    )

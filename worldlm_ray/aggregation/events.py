@@ -1,0 +1,144 @@
+"""What can happen to an inner node, what it may ask of its shell, and what it decides about an update.
+
+event                                  what may come back
+Push(sender, packed)                   Answer(verdict), Note(records), Exchange, Serve, Wake
+Pull(child, started_tokens)            Serve(child), now or once the child may go on
+ParentModel(model)                     Serve, Exchange
+Done(child), Left(child), Joined(...)  Serve, Exchange, Finish
+Clock                                  as Push
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worldlm_ray.messages import Model, Packed
+from worldlm_ray.records import Record
+
+ACCEPTED = "accepted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a node decided about an update, and why."""
+
+    reason: str
+    """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_shape, unknown_sender, duplicate,
+    future_version, stale, not_finite, norm_exceeded."""
+    seq: int
+    base_version: int
+    version: int
+    tau: int
+    detail: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the update was folded in (or is held for its turn)."""
+        return self.reason == ACCEPTED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """An update arrived from `sender`."""
+
+    sender: str
+    packed: Packed
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull:
+    """A child asks for the model; `started_tokens` counts its local rounds including the one it is about to begin."""
+
+    child: str
+    started_tokens: int
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentModel:
+    """The parent's model arrived: the end of an exchange."""
+
+    model: Model
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A child will train no more in this run."""
+
+    child: str
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """A child is gone; what it had pushed stays."""
+
+    child: str
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """A child is here: a new one, or one that had left or was done."""
+
+    child: str
+    now_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Time has passed: asked for by a Wake command."""
+
+    now_s: float
+
+
+Event = Push | Pull | ParentModel | Done | Left | Joined | Clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Tell a child what became of its update."""
+
+    child: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Send this model to a child that pulled."""
+
+    child: str
+    model: Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Push what `Node.begin_exchange` gives to the parent, then pull, and bring the model back as a ParentModel.
+
+    The update is not in the command: a shell may move the published model to shared memory first, so that the two
+    never stand in private memory together.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wake:
+    """Send a Clock event at this time."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """Everything below has ended and nothing is left to pass on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """For tracking."""
+
+    record: Record
+
+
+Command = Answer | Serve | Exchange | Wake | Finish | Note
