@@ -11,6 +11,8 @@ from worldlm_ray.plan import make_plan
 SECONDS = 45.0
 STEP_S = 0.02
 """Every step of the three fast clients sleeps this long, so that two cores are not what limits them."""
+SLOW_STEP_S = 0.55
+"""A step of the fast ones takes about 0.07 s with its sleep on two cores: this makes the slow one 8 times slower."""
 
 
 def run() -> dict[str, Any]:
@@ -34,7 +36,7 @@ def run() -> dict[str, Any]:
             "run_dir": f"{folder}/run",
             "model": {"preset": "nano"},
             "budget": {"seconds": SECONDS},
-            "training": {"local_steps": 50},
+            "training": {"local_steps": 25},
             "evaluation": {"every_rounds": 0, "final_tokens": 2048},
             "world": {"children": [*children, slow]},
         }

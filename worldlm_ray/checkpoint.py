@@ -59,7 +59,13 @@ def save(place: Path, meta: Mapping[str, Any], arrays: Mapping[str, Flat], *, ke
         temporary.mkdir()
         file = temporary / "arrays.safetensors"
         digest = _write_arrays(file, arrays)
-        manifest = {"format": FORMAT, "bytes": file.stat().st_size, "sha256": digest, "meta": dict(meta)}
+        manifest = {
+            "format": FORMAT,
+            "bytes": file.stat().st_size,
+            "sha256": digest,
+            "meta": dict(meta),
+            "meta_sha256": _sha256_of(meta),
+        }
         (temporary / "meta.json").write_text(json.dumps(manifest), encoding="utf-8")
         _sync(temporary / "meta.json")
         final = place / f"{number:06d}-{secrets.token_hex(2)}"
@@ -101,6 +107,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Flat]]:
             raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
         if file.stat().st_size != manifest["bytes"] or _sha256(file) != manifest["sha256"]:
             raise CheckpointError(f"{path}: the arrays are damaged")
+        if _sha256_of(manifest["meta"]) != manifest["meta_sha256"]:
+            raise CheckpointError(f"{path}: meta.json is damaged")
         return manifest["meta"], load_file(file)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
@@ -143,6 +151,10 @@ def _numbered(place: Path) -> list[tuple[int, Path]]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sha256_of(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(meta), sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -139,7 +139,7 @@ def evaluate(
     from worldlm_ray.evaluate import table
 
     configuration.positive(tokens, "--tokens")
-    with Progress(console) as progress:
+    with Progress(errors) as progress:  # stdout is for the result
         measures = measure(run, tokens=tokens, on_phase=progress.phase)
     if as_json:
         console.print_json(json.dumps({path: vars(value) for path, value in measures.items()}))

@@ -323,6 +323,9 @@ def from_mapping(raw: DictConfig | dict[str, Any]) -> RunConfig:
     """
     if not isinstance(raw, DictConfig):
         raw = OmegaConf.create(raw)
+    for key in raw:
+        if OmegaConf.is_missing(raw, key):
+            raise ConfigError(str(key), "has no value", f"give it one, such as {key}=... on the command line")
     try:
         resolved = OmegaConf.create(OmegaConf.to_container(raw, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
@@ -344,11 +347,12 @@ def merge_into(schema: T, overrides: Any, *, prefix: str) -> T:
     Raises:
         ConfigError: names `prefix` and the key.
     """
+    if OmegaConf.is_config(overrides):
+        overrides = OmegaConf.to_container(overrides)
     base = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(base, False)
     _unlock(base)
     try:
-        merged = OmegaConf.merge(base, overrides)
+        merged = OmegaConf.merge(base, OmegaConf.create(_containers(schema, overrides, prefix)))
         result = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _config_error(error, prefix) from error
@@ -448,6 +452,29 @@ def _two_betas(betas: list[float], key: str) -> None:
         raise ConfigError(key, f"got {betas}", "give two numbers from 0 to below 1")
 
 
+def _containers(schema: Any, overrides: Any, prefix: str) -> dict[str, Any]:
+    """Check that mappings and lists stand where the schema has them; an empty section is as good as none.
+
+    OmegaConf would say so too, but without the key.
+    """
+    if not isinstance(overrides, dict):
+        raise ConfigError(prefix or "config", f"got {overrides!r}", "expected a mapping of keys")
+    result: dict[str, Any] = {}
+    for key, value in overrides.items():
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        known = getattr(schema, str(key), None)
+        if is_dataclass(known):
+            if value is None:
+                continue
+            value = _containers(known, value, dotted)
+        elif isinstance(known, dict) and not isinstance(value, dict):
+            raise ConfigError(dotted, f"got {value!r}", "expected a mapping of keys")
+        elif isinstance(known, list) and not isinstance(value, list):
+            raise ConfigError(dotted, f"got {value!r}", "expected a list, such as [a, b]")
+        result[str(key)] = value
+    return result
+
+
 def _unlock(node: Any) -> None:
     """Frozen dataclasses make read-only nodes; merging needs them writable."""
     if isinstance(node, DictConfig):
@@ -468,7 +495,7 @@ def _override(raw: DictConfig, text: str) -> None:
         value = OmegaConf.to_container(parsed)
         assert isinstance(value, dict)
         OmegaConf.update(raw, key, value["x"], merge=True, force_add=True)
-    except (OmegaConfBaseException, IndexError, TypeError, ValueError) as error:
+    except Exception as error:
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(key, f"cannot be overridden ({detail})", "check the key with `worldlm show CONF`") from error
 
@@ -477,25 +504,16 @@ def _config_error(error: OmegaConfBaseException, prefix: str) -> ConfigError:
     """OmegaConf's error as one of ours: the dotted key, what was got, what to write instead."""
     key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
     message = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
-    wrong_section = re.search(r"Merge error: (\w+) is not a subclass of (\w+)Config", message)
-    if wrong_section and not key:
-        key = re.sub(r"(?<!^)(?=[A-Z])", "_", wrong_section.group(2)).lower()
     dotted = ".".join(part for part in (prefix, key) if part) or "config"
     if type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
         known = getattr(error, "object_type", None)
         names = [f.name for f in fields(known)] if isinstance(known, type) and is_dataclass(known) else []
         return ConfigError(dotted, "unknown key", one_of(key.rsplit(".", 1)[-1], names))
-    if "Missing mandatory value" in message:
-        return ConfigError(dotted, "has no value", f"give it one, such as {dotted}=... on the command line")
-    if wrong_section:
-        return ConfigError(dotted, f"got a {wrong_section.group(1)}", "expected a mapping of keys")
     if converted := re.search(r"[Vv]alue '(.*)' of type '.*' could not be converted to (\w+)", message):
         expected = _EXPECTED.get(converted.group(2), f"a value of type {converted.group(2)}")
         return ConfigError(dotted, f"got {converted.group(1)!r}", f"expected {expected}")
     if choice := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
         return ConfigError(dotted, f"got {choice.group(1)!r}", "expected one of " + choice.group(2).replace("'", ""))
-    if "is not a ListConfig" in message:
-        return ConfigError(dotted, "got a single value", "expected a list, such as [a, b]")
     if "Interpolation key" in message:
         return ConfigError(dotted, message, "set that key")
     return ConfigError(dotted, message, "see worldlm_ray/config.py")

@@ -9,6 +9,7 @@ never encoded, copied or pickled with the header. Whatever arrives is checked be
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,7 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes on the wire."""
-        return len(self.header) + int(self.values.nbytes)
+        return len(self.header) + int(getattr(self.values, "nbytes", 0))
 
 
 _UPDATE = {
@@ -141,7 +142,9 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type])
         raise MessageError("wrong_shape", f"got {shape}, expected float32 [{layout.size}]")
     for name, kind_ in schema.items():
         fields[name] = _field(name, fields.get(name), kind_)
-    unknown = set(fields) - set(schema) - {"epsilon"}
+    if fields.get("epsilon") is not None:
+        fields["epsilon"] = _field("epsilon", fields["epsilon"], float)
+    unknown = set(fields) - set(schema) - ({"epsilon"} if kind == "update" else set())
     if unknown:
         raise MessageError("malformed", f"unknown fields {sorted(unknown)}")
     return fields
@@ -153,6 +156,6 @@ def _field(name: str, value: Any, kind: type) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise MessageError("malformed", f"{name} is {value!r}, expected {kind.__name__}")
-    if isinstance(value, int | float) and not value >= 0:
-        raise MessageError("malformed", f"{name} is {value!r}, expected a number that is not negative")
+    if isinstance(value, int | float) and not 0 <= value < math.inf:
+        raise MessageError("malformed", f"{name} is {value!r}, expected a finite number that is not negative")
     return value

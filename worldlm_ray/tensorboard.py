@@ -331,7 +331,7 @@ def heat_map(record: AttentionRecord) -> tuple[bytes, int, int]:
     axes.tick_params(labelsize=9, length=0)
     verb = {"up": "blends its children", "down": "blends itself and its parent"}
     what = verb.get(record.direction, record.direction)
-    figure.suptitle(f"{record.node} {what}, version {record.version}", fontsize=9)
+    figure.suptitle(f"{what}, version {record.version}", fontsize=9)  # TensorBoard names the node
     if rows * columns <= CELLS_WITH_NUMBERS:
         for i, row in enumerate(record.weights):
             for j, weight in enumerate(row):

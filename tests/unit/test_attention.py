@@ -36,7 +36,7 @@ def blend(
     return attend(config, layers, query, candidates, zero, out=np.zeros_like(query))
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 def test_cosine_is_of_displacements_from_the_origin() -> None:
@@ -102,7 +102,7 @@ def test_distances_do_not_underflow_or_saturate_on_a_large_layer() -> None:
         assert all(0.2 < weight < 0.8 for weight in row), name
 
 
-# ---- temperature and prior ---------------------------------------------------------------------------------------
+# ---- temperature and prior ---------------------------------------------------------------------------------
 
 
 def test_temperature_divides_the_score() -> None:
@@ -140,7 +140,7 @@ def test_a_prior_of_zero_leaves_a_candidate_out() -> None:
     np.testing.assert_array_equal(online.result(), vec(1, 2))
 
 
-# ---- the online softmax --------------------------------------------------------------------------------------------
+# ---- the online softmax ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 17, 64])

@@ -71,7 +71,7 @@ def test_the_configuration_in_order_is_one(tmp_path: Path, raw: dict[str, Any]) 
     assert made.config.name == "mine"
 
 
-# ---- what a user gets wrong --------------------------------------------------------------------------------------------
+# ---- what a user gets wrong --------------------------------------------------------------------------------
 
 
 def test_an_unknown_key_deep_in_the_tree(tmp_path: Path, raw: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ def test_an_empty_configuration_file(tmp_path: Path, content: str) -> None:
     assert starts(problem(tmp_path, content), "budget")
 
 
-@pytest.mark.parametrize("content", ["just text", "- a\n- b\n", "training: {lr: 1", "a: b: c", "\tx: 1", "5"])
+@pytest.mark.parametrize("content", ["- a\n- b\n", "training: {lr: 1", "a: b: c", "\tx: 1", "5"])
 def test_a_configuration_file_that_is_no_mapping(tmp_path: Path, content: str) -> None:
     assert "mine.yaml: is not" in problem(tmp_path, content)
 
@@ -288,7 +288,6 @@ def test_an_unknown_model_preset(tmp_path: Path, raw: dict[str, Any]) -> None:
     assert "did you mean 'nano'?" in line
 
 
-# BUG (see report): "heads do not divide hidden_size" and "kv_heads does not divide" come without a cure.
 @pytest.mark.parametrize(
     ("key", "value"), [("layers", 0), ("context", -1), ("heads", 3), ("kv_heads", 3), ("hidden_size", 0)]
 )
@@ -334,11 +333,11 @@ def test_a_placeholder_that_must_be_given(tmp_path: Path, raw: dict[str, Any]) -
     raw |= {"data_dir": "???"}
     italy(raw)["data"] = {"files": ["${data_dir}/it.txt"]}
     line = problem(tmp_path, raw)
-    assert starts(line, "data_dir") or "data_dir" in line
+    assert starts(line, "data_dir")
     assert "data_dir=" in line
 
 
-# ---- inheritance -------------------------------------------------------------------------------------------------------
+# ---- inheritance -------------------------------------------------------------------------------------------
 
 
 def test_settings_are_inherited_down_the_tree_and_overridden_anywhere(tmp_path: Path, raw: dict[str, Any]) -> None:
@@ -409,7 +408,7 @@ def test_a_world_of_four_levels_keeps_its_paths_and_keys(tmp_path: Path, raw: di
     assert tree.parent_path("world") is None
 
 
-# ---- overrides ---------------------------------------------------------------------------------------------------------
+# ---- overrides ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -472,7 +471,7 @@ def test_a_typo_in_an_override(tmp_path: Path, raw: dict[str, Any], override: st
     assert problem(tmp_path, raw, [override]).startswith(key)
 
 
-# ---- round trips and presets -------------------------------------------------------------------------------------------
+# ---- round trips and presets -------------------------------------------------------------------------------
 
 
 def loaded(folder: Path, raw: dict[str, Any]) -> RunConfig:

@@ -62,7 +62,7 @@ def refusal(packed: Packed, layout: Layout) -> str:
     return caught.value.reason
 
 
-# ---- what is packed comes back ---------------------------------------------------------------------------------------
+# ---- what is packed comes back -----------------------------------------------------------------------------
 
 
 def test_an_update_comes_back_equal(layout: Layout) -> None:
@@ -110,7 +110,7 @@ def test_the_header_names_its_schema_kind_and_layout(layout: Layout) -> None:
     assert (fields["schema"], fields["kind"], fields["layout"]) == (SCHEMA, "update", layout.hash)
 
 
-# ---- damage ------------------------------------------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,6 @@ def test_a_count_that_is_none_is_malformed(layout: Layout, field: str, value: An
     assert refusal(with_header(pack(update(layout), layout), **{field: value}), layout) == "malformed"
 
 
-# BUG (see report): inf passes the check `value >= 0`; a model with tokens=inf makes log(inf) and then nan weights.
 @pytest.mark.parametrize("field", ["progress", "tokens"])
 @pytest.mark.parametrize("value", [-0.5, math.nan, math.inf, "1"])
 def test_a_models_number_that_is_none_is_malformed(layout: Layout, field: str, value: Any) -> None:
@@ -188,7 +187,6 @@ def test_an_unknown_field_is_malformed(layout: Layout, changes: dict[str, Any]) 
     assert refusal(with_header(pack(update(layout), layout), **changes), layout) == "malformed"
 
 
-# BUG (see report): nothing checks epsilon: text or a list gets through as the privacy that was spent.
 @pytest.mark.parametrize("value", ["a lot", [1], -1.0, math.nan])
 def test_an_epsilon_that_is_no_number_is_malformed(layout: Layout, value: Any) -> None:
     assert refusal(with_header(pack(update(layout), layout), epsilon=value), layout) == "malformed"
@@ -200,7 +198,7 @@ def test_random_damage_is_refused_or_harmless(layout: Layout) -> None:
     A header carries no checksum (links do), so a changed digit of a count is another valid message.
     """
     rng, packed = random.Random(1), pack(update(layout), layout)
-    refused = 0
+    reasons = []
     for _ in range(2_000):
         damaged = bytearray(packed.header)
         for _ in range(rng.randint(1, 4)):
@@ -217,8 +215,7 @@ def test_random_damage_is_refused_or_harmless(layout: Layout) -> None:
         try:
             received = unpack_update(Packed(bytes(damaged), packed.values), layout)
         except MessageError as error:
-            assert error.reason in REASONS
-            refused += 1
+            reasons.append(error.reason)
             continue
         assert received.values is packed.values
         assert isinstance(received.sender, str)
@@ -226,7 +223,8 @@ def test_random_damage_is_refused_or_harmless(layout: Layout) -> None:
         for count in (received.seq, received.base_version, received.tokens, received.started_tokens):
             assert isinstance(count, int)
             assert count >= 0
-    assert refused > 1_000
+    assert set(reasons) <= REASONS
+    assert len(reasons) > 1_000
 
 
 def test_every_cut_of_a_header_is_malformed(layout: Layout) -> None:

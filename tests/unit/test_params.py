@@ -37,7 +37,7 @@ def lay(*patterns: str) -> Layout:
     return make_layout(SHAPES, patterns, layers=2)
 
 
-# ---- layout ------------------------------------------------------------------------------------------------------
+# ---- layout ------------------------------------------------------------------------------------------------
 
 
 def test_backbone_comes_first_and_both_parts_keep_the_models_order() -> None:
@@ -126,7 +126,7 @@ def test_the_decoder_splits_as_the_default_patterns_say(shape: ModelShape) -> No
     )
 
 
-# ---- arithmetic ----------------------------------------------------------------------------------------------------
+# ---- arithmetic --------------------------------------------------------------------------------------------
 
 
 def test_blocks_cover_everything_once() -> None:

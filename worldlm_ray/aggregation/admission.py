@@ -10,9 +10,18 @@ from worldlm_ray.errors import MessageError
 from worldlm_ray.messages import Packed, Update, read_header
 from worldlm_ray.params import squared_norm
 
+LARGEST_SUM = 1e30
+"""Of a norm times tokens: far below where a sum of many such updates would leave fp32."""
+
 
 def judge(
-    update: Update, *, rules: AggregationConfig, last_seq: int | None, version: int, backbone_size: int
+    update: Update,
+    *,
+    rules: AggregationConfig,
+    last_seq: int | None,
+    version: int,
+    backbone_size: int,
+    out_of_turn: bool = False,
 ) -> Verdict:
     """Decide about a well-formed update.
 
@@ -22,9 +31,10 @@ def judge(
         last_seq: highest seq accepted from this sender; None if it is not a child.
         version: the node's version now.
         backbone_size: elements of the backbone part.
+        out_of_turn: whether the sender may not push now, since its last update is not in a version yet.
     """
     tau = version - update.base_version
-    reason, detail = _standing(update, rules, last_seq, version)
+    reason, detail = _standing(update, rules, last_seq, version, out_of_turn)
     if reason == ACCEPTED:
         reason, detail = _values(update, rules, backbone_size)
     return Verdict(
@@ -37,13 +47,17 @@ def judge(
     )
 
 
-def _standing(update: Update, rules: AggregationConfig, last_seq: int | None, version: int) -> tuple[str, str]:
+def _standing(
+    update: Update, rules: AggregationConfig, last_seq: int | None, version: int, out_of_turn: bool
+) -> tuple[str, str]:
     """Who sent it, whether it was seen before, and how old it is."""
     tau = version - update.base_version
     if last_seq is None:
         return "unknown_sender", f"there is no child {update.sender!r}"
     if update.seq <= last_seq:
         return "duplicate", f"seq {update.seq} after {last_seq}"
+    if out_of_turn:
+        return "out_of_turn", "a synchronous round takes one update of each child"
     if tau < 0:
         return "future_version", f"from version {update.base_version}, this node is at {version}"
     if rules.max_staleness is not None and tau > rules.max_staleness:
@@ -58,6 +72,8 @@ def _values(update: Update, rules: AggregationConfig, backbone_size: int) -> tup
     change = squared_norm(update.values[:backbone_size])
     if not math.isfinite(change + squared_norm(update.values[backbone_size:])):
         return "not_finite", "nan or infinity in the values"
+    if math.sqrt(change) * update.tokens > LARGEST_SUM:
+        return "not_finite", f"norm {math.sqrt(change):.4g} times {update.tokens} tokens cannot be summed in fp32"
     if rules.max_update_norm is not None and change > rules.max_update_norm**2:
         return "norm_exceeded", f"norm {math.sqrt(change):.4g} is above max_update_norm {rules.max_update_norm:g}"
     return ACCEPTED, ""

@@ -110,18 +110,27 @@ class OnlineAttention:
         Raises:
             AggregationError: no candidate had any weight.
         """
+        self._require_weight()
         for layer, total in zip(self.layers, self.total, strict=True):
-            if total <= 0.0:
-                raise AggregationError(f"key layer {layer.name}: no candidate to attend to")
             self.blend[layer.start : layer.stop] *= np.float32(1.0 / total)
         return self.blend
 
     def weights(self) -> list[list[float]]:
-        """The attention weights so far, [key layers][candidates]."""
+        """The attention weights so far, [key layers][candidates].
+
+        Raises:
+            AggregationError: no candidate had any weight.
+        """
+        self._require_weight()
         return [
             [math.exp(row[index] - self.maximum[index]) / self.total[index] for row in self.logits]
             for index in range(len(self.layers))
         ]
+
+    def _require_weight(self) -> None:
+        for layer, total in zip(self.layers, self.total, strict=True):
+            if total <= 0.0:
+                raise AggregationError(f"key layer {layer.name}: no candidate to attend to")
 
 
 def attend(

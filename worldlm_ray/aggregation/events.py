@@ -24,7 +24,7 @@ class Verdict:
 
     reason: str
     """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_shape, unknown_sender, duplicate,
-    future_version, stale, not_finite, norm_exceeded."""
+    out_of_turn, future_version, stale, not_finite, norm_exceeded."""
     seq: int
     base_version: int
     version: int

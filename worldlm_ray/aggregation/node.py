@@ -112,6 +112,7 @@ class Node:
         self.ended = False
         self.in_flight: Update | None = None
         """The update of an exchange that has not come back yet."""
+        self._exchange_asked = False
         self.accepted = 0
         self.refused: dict[str, int] = {}
         self._fold: Fold | None = None
@@ -198,6 +199,7 @@ class Node:
             last_seq=None if child is None or child.left else child.last_seq,
             version=self.version,
             backbone_size=self.layout.backbone_size,
+            out_of_turn=self.synchronous and self._contributed(update.sender),
         )
 
     def _accept(self, update: Update, tau: int, now_s: float) -> None:
@@ -237,6 +239,7 @@ class Node:
         if self._due(now_s):
             commands += self._aggregate(now_s)
         if self._exchange_due():
+            self._exchange_asked = True
             commands.append(Exchange())
         for name in [name for name in self._waiting if self._may_serve(name)]:
             commands.append(Serve(child=name, model=self._serve(name, now_s)))
@@ -299,8 +302,8 @@ class Node:
 
     @property
     def exchanging(self) -> bool:
-        """Whether an exchange with the parent is under way."""
-        return self.in_flight is not None
+        """Whether an exchange with the parent is under way, from the command on."""
+        return self._exchange_asked or self.in_flight is not None
 
     def resume(self) -> list[Command]:
         """After `restore`: send an update again whose exchange had not come back (the parent drops duplicates)."""
@@ -317,6 +320,7 @@ class Node:
 
         Holds all work since the last one. After a restart that lost the answer it is the same update again.
         """
+        self._exchange_asked = False
         if self.in_flight is not None:
             return self.in_flight
         split = self.layout.backbone_size
@@ -363,8 +367,11 @@ class Node:
         """Synchronous children wait until their last update is in a version and that version is exchanged."""
         if not self.synchronous:
             return True
-        contributed = name in self._held or (self._fold is not None and name in self._fold.contributors)
-        return not contributed and not self.exchanging
+        return not self._contributed(name) and not self.exchanging
+
+    def _contributed(self, name: str) -> bool:
+        """Whether a child's update waits in the aggregation that is being made."""
+        return name in self._held or (self._fold is not None and name in self._fold.contributors)
 
     def _serve(self, name: str, now_s: float) -> Model:
         child, started = self.children[name], self._waiting.pop(name)

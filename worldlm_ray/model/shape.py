@@ -108,7 +108,8 @@ def resolve_shape(config: ModelConfig, *, vocab_size: int) -> ModelShape:
         raise ConfigError(
             "model.heads",
             f"{shape.heads} heads do not divide hidden_size {shape.hidden_size} into even widths",
+            "choose a multiple of twice the heads",
         )
     if shape.heads % shape.kv_heads:
-        raise ConfigError("model.kv_heads", f"{shape.kv_heads} does not divide {shape.heads} heads")
+        raise ConfigError("model.kv_heads", f"{shape.kv_heads} does not divide {shape.heads} heads", "choose a divisor")
     return shape

@@ -1,0 +1,77 @@
+"""Who may import whom: the core runs without Ray, and inner nodes run without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worldlm_ray import errors
+
+PACKAGE = Path(errors.__file__).parent
+BLOCK = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused!r}:
+            raise ImportError(name + " must not be imported here")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def modules() -> list[str]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return found
+
+
+def imports_without(refused: tuple[str, ...], names: list[str]) -> subprocess.CompletedProcess[str]:
+    code = (
+        BLOCK.format(refused=refused)
+        + "import importlib\n"
+        + "".join(f"importlib.import_module({name!r})\n" for name in names)
+    )
+    code += f"assert not set({refused!r}) & set(sys.modules)\n"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=PACKAGE.parent,
+    )
+
+
+def test_the_whole_core_imports_with_ray_out_of_reach() -> None:
+    names = [name for name in modules() if name != "worldlm_ray.launch"]
+    assert len(names) > 20
+    done = imports_without(("ray", "actors"), names)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_inner_node_needs_no_torch() -> None:
+    names = ["worldlm_ray.plan", "worldlm_ray.aggregation.node", "worldlm_ray.checkpoint", "worldlm_ray.describe"]
+    done = imports_without(("torch", "ray", "actors"), names)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_hook_does_refuse() -> None:
+    done = imports_without(("ray",), ["worldlm_ray.launch"])
+    assert done.returncode != 0
+    assert "ray must not be imported here" in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name != "worldlm_ray.launch"])
+def test_no_module_of_the_core_names_ray_anywhere(name: str) -> None:
+    path = PACKAGE.parent / Path(*name.split("."))
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            assert not {alias.name.partition(".")[0] for alias in node.names} & {"ray", "actors"}
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").partition(".")[0] not in ("ray", "actors")
