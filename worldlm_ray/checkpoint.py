@@ -73,6 +73,8 @@ def save(place: Path, meta: Mapping[str, Any], arrays: Mapping[str, Flat], *, ke
         _sync(place)
     except OSError as error:
         raise CheckpointError(f"cannot write a checkpoint to {place}: {error}; free the storage") from error
+    for unfinished in place.glob(".writing-*"):  # of a writer that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     for _, stale in old[: max(len(old) + 1 - keep, 0)]:
         shutil.rmtree(stale, ignore_errors=True)
     return final

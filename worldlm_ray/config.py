@@ -323,9 +323,10 @@ def from_mapping(raw: DictConfig | dict[str, Any]) -> RunConfig:
     """
     if not isinstance(raw, DictConfig):
         raw = OmegaConf.create(raw)
-    for key in raw:
-        if OmegaConf.is_missing(raw, key):
-            raise ConfigError(str(key), "has no value", f"give it one, such as {key}=... on the command line")
+    for name in raw:
+        if OmegaConf.is_missing(raw, name):
+            key = str(name)
+            raise ConfigError(key, "has no value", f"give it one, such as {key}=... on the command line")
     try:
         resolved = OmegaConf.create(OmegaConf.to_container(raw, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
@@ -391,39 +392,40 @@ def check_settings(settings: NodeSettings, key: str) -> None:
 
     Args:
         settings: the settings in force at the node.
-        key: dotted key of the node, for messages.
+        key: dotted key of the node, for messages; empty at top level.
     """
+    at = f"{key}." if key else ""
     training, aggregation = settings.training, settings.aggregation
     for name in ("local_steps", "batch_size", "lr"):
-        positive(getattr(training, name), f"{key}.training.{name}")
+        positive(getattr(training, name), f"{at}training.{name}")
     for name in ("weight_decay", "grad_clip", "step_delay_s"):
-        not_negative(getattr(training, name), f"{key}.training.{name}")
+        not_negative(getattr(training, name), f"{at}training.{name}")
     for name in ("min_lr_ratio", "warmup_fraction"):
-        fraction(getattr(training, name), f"{key}.training.{name}")
-    _two_betas(training.betas, f"{key}.training.betas")
+        fraction(getattr(training, name), f"{at}training.{name}")
+    _two_betas(training.betas, f"{at}training.betas")
     for name in ("buffer_size", "quorum", "push_every", "time_up_s"):
-        positive(getattr(aggregation, name), f"{key}.aggregation.{name}")
+        positive(getattr(aggregation, name), f"{at}aggregation.{name}")
     if aggregation.max_staleness is not None:
-        not_negative(aggregation.max_staleness, f"{key}.aggregation.max_staleness")
+        not_negative(aggregation.max_staleness, f"{at}aggregation.max_staleness")
     if aggregation.max_update_norm is not None:
-        positive(aggregation.max_update_norm, f"{key}.aggregation.max_update_norm")
-    positive(aggregation.attention.temperature, f"{key}.aggregation.attention.temperature")
-    not_negative(aggregation.attention.self_weight, f"{key}.aggregation.attention.self_weight")
+        positive(aggregation.max_update_norm, f"{at}aggregation.max_update_norm")
+    positive(aggregation.attention.temperature, f"{at}aggregation.attention.temperature")
+    not_negative(aggregation.attention.self_weight, f"{at}aggregation.attention.self_weight")
     if aggregation.staleness.a is not None:
-        positive(aggregation.staleness.a, f"{key}.aggregation.staleness.a")
-    not_negative(aggregation.staleness.b, f"{key}.aggregation.staleness.b")
-    _two_betas(aggregation.server_optimizer.betas, f"{key}.aggregation.server_optimizer.betas")
-    fraction(aggregation.server_optimizer.momentum, f"{key}.aggregation.server_optimizer.momentum")
-    fraction(settings.merge.client, f"{key}.merge.client")
-    fraction(settings.merge.federation, f"{key}.merge.federation")
-    positive(settings.resources.cpus, f"{key}.resources.cpus")
-    not_negative(settings.resources.gpus, f"{key}.resources.gpus")
-    positive(settings.simulation.tokens_per_s, f"{key}.simulation.tokens_per_s")
-    positive(settings.simulation.bandwidth_gbps, f"{key}.simulation.bandwidth_gbps")
-    not_negative(settings.simulation.latency_s, f"{key}.simulation.latency_s")
+        positive(aggregation.staleness.a, f"{at}aggregation.staleness.a")
+    not_negative(aggregation.staleness.b, f"{at}aggregation.staleness.b")
+    _two_betas(aggregation.server_optimizer.betas, f"{at}aggregation.server_optimizer.betas")
+    fraction(aggregation.server_optimizer.momentum, f"{at}aggregation.server_optimizer.momentum")
+    fraction(settings.merge.client, f"{at}merge.client")
+    fraction(settings.merge.federation, f"{at}merge.federation")
+    positive(settings.resources.cpus, f"{at}resources.cpus")
+    not_negative(settings.resources.gpus, f"{at}resources.gpus")
+    positive(settings.simulation.tokens_per_s, f"{at}simulation.tokens_per_s")
+    positive(settings.simulation.bandwidth_gbps, f"{at}simulation.bandwidth_gbps")
+    not_negative(settings.simulation.latency_s, f"{at}simulation.latency_s")
     if not 0.0 < settings.data.heldout_fraction < 1.0:
         raise ConfigError(
-            f"{key}.data.heldout_fraction",
+            f"{at}data.heldout_fraction",
             f"got {settings.data.heldout_fraction}",
             "give a number between 0 and 1",
         )
@@ -460,9 +462,10 @@ def _containers(schema: Any, overrides: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(overrides, dict):
         raise ConfigError(prefix or "config", f"got {overrides!r}", "expected a mapping of keys")
     result: dict[str, Any] = {}
-    for key, value in overrides.items():
-        dotted = f"{prefix}.{key}" if prefix else str(key)
-        known = getattr(schema, str(key), None)
+    for name, value in overrides.items():
+        key = str(name)
+        dotted = f"{prefix}.{key}" if prefix else key
+        known = getattr(schema, key, None)
         if is_dataclass(known):
             if value is None:
                 continue
@@ -471,7 +474,7 @@ def _containers(schema: Any, overrides: Any, prefix: str) -> dict[str, Any]:
             raise ConfigError(dotted, f"got {value!r}", "expected a mapping of keys")
         elif isinstance(known, list) and not isinstance(value, list):
             raise ConfigError(dotted, f"got {value!r}", "expected a list, such as [a, b]")
-        result[str(key)] = value
+        result[key] = value
     return result
 
 

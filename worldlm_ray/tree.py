@@ -72,6 +72,7 @@ def build(config: RunConfig) -> NodeSpec:
     if not isinstance(config.world, dict) or not config.world:
         raise ConfigError("world", "the tree is missing", "write world: {children: [...]}")
     base = NodeSettings(**{name: getattr(config, name) for name in INHERITED})
+    check_settings(base, "")
     return _node(config.world, kind="world", name="world", path="world", key="world", inherited=base)
 
 

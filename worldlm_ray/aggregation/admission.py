@@ -10,8 +10,8 @@ from worldlm_ray.errors import MessageError
 from worldlm_ray.messages import Packed, Update, read_header
 from worldlm_ray.params import squared_norm
 
-LARGEST_SUM = 1e30
-"""Of a norm times tokens: far below where a sum of many such updates would leave fp32."""
+LARGEST_NORM = 1e15
+"""Of an update: its square, and sums of it over tokens and children, stay far inside fp32."""
 
 
 def judge(
@@ -70,10 +70,11 @@ def _standing(
 def _values(update: Update, rules: AggregationConfig, backbone_size: int) -> tuple[str, str]:
     """Finite, and not larger than allowed. One pass over the buffer."""
     change = squared_norm(update.values[:backbone_size])
-    if not math.isfinite(change + squared_norm(update.values[backbone_size:])):
+    size = change + squared_norm(update.values[backbone_size:])
+    if not math.isfinite(size):
         return "not_finite", "nan or infinity in the values"
-    if math.sqrt(change) * update.tokens > LARGEST_SUM:
-        return "not_finite", f"norm {math.sqrt(change):.4g} times {update.tokens} tokens cannot be summed in fp32"
+    if math.sqrt(size) > LARGEST_NORM:
+        return "not_finite", f"norm {math.sqrt(size):.4g} is too large to be summed in fp32"
     if rules.max_update_norm is not None and change > rules.max_update_norm**2:
         return "norm_exceeded", f"norm {math.sqrt(change):.4g} is above max_update_norm {rules.max_update_norm:g}"
     return ACCEPTED, ""

@@ -30,26 +30,30 @@ class Fold:
     Args:
         layout: the model's layout.
         rules: staleness and attention.
-        theta: the node's model, which scores and steps are measured from; must not change while this lives.
         origin: the run's initial key layers.
         first_s: when the first update arrived.
     """
 
-    def __init__(self, layout: Layout, rules: AggregationConfig, *, theta: Flat, origin: Flat, first_s: float) -> None:
+    def __init__(self, layout: Layout, rules: AggregationConfig, *, origin: Flat, first_s: float) -> None:
         self.layout, self.rules, self.origin, self.first_s = layout, rules, origin, first_s
-        self.own_keys = theta[layout.backbone_size :]
         self.flat = np.zeros(layout.size, np.float32)
         self.attention = OnlineAttention(layout.key_layers, self.flat[layout.backbone_size :])
         self.tokens = 0
         """Undiscounted weight."""
         self.contributors: list[str] = []
 
-    def add(self, update: Update, tau: int) -> None:
-        """Fold an update in: one pass over each of its parts."""
+    def add(self, update: Update, tau: int, theta: Flat) -> None:
+        """Fold an update in: one pass over each of its parts.
+
+        Args:
+            update: a child's update.
+            tau: its staleness.
+            theta: the node's model now; its key layers are the query.
+        """
         split = self.layout.backbone_size
         weight = update.tokens * discount(self.rules.staleness, tau)
         add_scaled(self.flat[:split], update.values[:split], weight)
-        self._attend(update.sender, update.values[split:], weight)
+        self._attend(update.sender, update.values[split:], weight, query=theta[split:])
         self.tokens += update.tokens
         self.contributors.append(update.sender)
 
@@ -79,7 +83,8 @@ class Fold:
         mean_tokens = self.tokens / len(self.contributors)
         weights: list[list[float]] = []
         if self.layout.key_layers:
-            self._attend(OWN, theta[split:], mean_tokens * (absent + self.rules.attention.self_weight))
+            own, mass = theta[split:], mean_tokens * (absent + self.rules.attention.self_weight)
+            self._attend(OWN, own, mass, query=own)
             weights = self.attention.weights()
             self.attention.result()
         # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
@@ -90,9 +95,9 @@ class Fold:
         norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale)
         return self.flat, norm, weights
 
-    def _attend(self, name: str, keys: Flat, prior: float) -> None:
+    def _attend(self, name: str, keys: Flat, prior: float, *, query: Flat) -> None:
         if self.layout.key_layers:
-            fit = scores(self.rules.attention, self.layout.key_layers, self.own_keys, keys, self.origin)
+            fit = scores(self.rules.attention, self.layout.key_layers, query, keys, self.origin)
             self.attention.fold(name, keys, with_prior(fit, prior))
 
     def state(self) -> dict[str, Any]:

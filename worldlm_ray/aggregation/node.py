@@ -187,9 +187,13 @@ class Node:
         else:
             self._accept(update, verdict.tau, event.now_s)
         commands: list[Command] = [Answer(child=event.sender, verdict=verdict), Note(record=record)]
-        if verdict.accepted and self.aggregation.trigger == "time_up" and self._fold is not None:
-            commands.append(Wake(at_s=self._fold.first_s + self.aggregation.time_up_s))
-        return commands
+        return commands + (self._wake() if verdict.accepted else [])
+
+    def _wake(self) -> list[Command]:
+        """A call for the time at which the fold that is open may be aggregated."""
+        if self.aggregation.trigger != "time_up" or self._fold is None:
+            return []
+        return [Wake(at_s=self._fold.first_s + self.aggregation.time_up_s)]
 
     def _judge(self, update: Update) -> Verdict:
         child = self.children.get(update.sender)
@@ -224,10 +228,10 @@ class Node:
     def _fold_in(self, update: Update, tau: int, now_s: float) -> None:
         if self._fold is None:
             self._fold = self._new_fold(now_s)
-        self._fold.add(update, tau)
+        self._fold.add(update, tau, self.theta)
 
     def _new_fold(self, first_s: float) -> Fold:
-        return Fold(self.layout, self.aggregation, theta=self.theta, origin=self.origin, first_s=first_s)
+        return Fold(self.layout, self.aggregation, origin=self.origin, first_s=first_s)
 
     # ---- moving on -------------------------------------------------------------------------------------------
 
@@ -307,7 +311,7 @@ class Node:
 
     def resume(self) -> list[Command]:
         """After `restore`: send an update again whose exchange had not come back (the parent drops duplicates)."""
-        return [Exchange()] if self.exchanging else []
+        return ([Exchange()] if self.exchanging else []) + self._wake()
 
     def _exchange_due(self) -> bool:
         if not self.has_parent or self.exchanging or not self.unpushed_aggregations:
