@@ -441,7 +441,7 @@ def test_finite_values_that_overflow_the_sum_are_refused() -> None:
 
 
 def test_finite_key_layers_that_overflow_the_blend_never_reach_theta() -> None:
-    # 3e38 + 3e38 is infinite before the blend is normalised; only the backbone's size is checked.
+    # 3e38 + 3e38 is infinite before the blend is normalised: the key part has a bound too.
     node = make(("a", "b"), buffer_size=2)
     for name in ("a", "b"):
         push(node, name, 1, keys=3e38)
@@ -449,7 +449,7 @@ def test_finite_key_layers_that_overflow_the_blend_never_reach_theta() -> None:
 
 
 def test_a_huge_update_does_not_poison_adam() -> None:
-    # the square of 1e25 is infinite in fp32, and a variance of infinity never comes down again.
+    # The square of 1e25 is infinite in fp32, and a variance of infinity would never come down again.
     node = make(("a",), server_optimizer=ServerOptimizerConfig(name="adam"))
     push(node, "a", 1, tokens=1, change=1e25)
     assert np.isfinite(node.optimizer.buffers["variance"]).all()
@@ -869,7 +869,7 @@ def test_a_restored_node_continues_to_the_same_bits(name: str, tmp_path: Path) -
 
 
 def test_a_fold_that_outlives_a_merge_survives_a_restart(tmp_path: Path) -> None:
-    # a fold scores by the key layers that it began with; a restored one by those after the merge.
+    # Every update is scored by the key layers that the node has when it arrives, restored or not.
     rules: dict[str, Any] = {"buffer_size": 2, "attention": AttentionConfig()}
     node = federation(**rules)
     push(node, "a", 1, keys=START[SPLIT:] + [1, 0, 0, 1])
