@@ -71,7 +71,7 @@ def train(
     from worldlm_ray.plan import make_plan
 
     if resume is not None:
-        plan = rundir.reopen(resume, changes)
+        plan = rundir.resume(resume, changes)
     else:
         assert conf is not None
         plan = rundir.create(make_plan(_load(conf, changes, run_dir)))

@@ -11,6 +11,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,3 +78,28 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
     run_dir = find(run)
     config = configuration.load(str(run_dir / CONFIG), [*(overrides or []), f"run_dir={run_dir}"])
     return make_plan(config, check_data=check_data)
+
+
+def resume(run: str, overrides: list[str]) -> Plan:
+    """The plan of a run that is to go on; changes are written to its config.yaml.
+
+    Raises:
+        RunError: the run has ended at its full budget, and the budget is not changed.
+    """
+    plan = reopen(run, overrides)
+    if not overrides and _status(plan.run_dir) == "finished":
+        raise RunError(
+            f"{plan.run_dir} has ended at its full budget; to train on, give a larger one, "
+            "such as budget.tokens=... or budget.rounds=..."
+        )
+    if overrides:
+        configuration.save(plan.config, plan.run_dir / CONFIG)
+    return plan
+
+
+def _status(run_dir: Path) -> str | None:
+    try:
+        status = json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError):
+        return None
+    return str(status)

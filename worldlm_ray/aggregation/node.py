@@ -349,7 +349,7 @@ class Node:
         model = event.model
         self.in_flight = None
         self.base_version, self.progress = model.version, model.progress
-        self.finished = self.finished or model.finished
+        self.finished = model.finished
         self.seq = max(self.seq, model.last_seq)
         if model.version == 0:
             return []  # the parent has aggregated nothing yet: it has nothing to say
@@ -446,6 +446,8 @@ class Node:
         self.ended = False
         for name, fields in meta["children"].items():
             self.children[name] = Child(**fields)
+        if self.budget.tokens is not None and not self.has_parent:
+            self._spend(0.0)  # the budget may be larger than it was
         self.theta = frozen(arrays["theta"])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.theta
         for name in self.optimizer.buffers:
