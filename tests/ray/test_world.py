@@ -74,7 +74,9 @@ def test_the_audit_has_a_line_for_every_update(cluster: None, tiny: Tiny, tmp_pa
 
 
 def test_a_stopped_run_continues_to_its_full_budget(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
-    plan = in_folder(tiny(budget={"rounds": 6}, checkpoint={"every_s": 0.0}), tmp_path / "run")
+    # Steps that sleep leave time to stop the run before it has ended by itself.
+    training = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25}
+    plan = in_folder(tiny(budget={"rounds": 6}, training=training, checkpoint={"every_s": 0.0}), tmp_path / "run")
     seen: list[dict[str, Any]] = []
     first = launch.train(plan, on_progress=seen.append, should_stop=lambda: bool(seen and seen[-1]["tokens"])).summary
     assert first["status"] == "stopped"
