@@ -106,6 +106,41 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
 
 
 @app.command()
+def compare(
+    conf: Conf,
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="names with commas; `all` for every method")] = "fedavg,local,worldlm",
+    seeds: Annotated[int, typer.Option(help="runs per method: seeds 0, 1, ...")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
+    out: Annotated[str | None, typer.Option(help="folder of the comparison; runs/NAME-comparison unless given")] = None,
+) -> None:
+    """Compare methods on one world at equal steps: simulated runs, a table, plots, an HTML report. Can be continued."""
+    from worldlm_ray.compare import compare as run
+    from worldlm_ray.methods import METHODS
+
+    config = _load(conf, overrides or [], None)
+    names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
+    configuration.positive(seeds, "--seeds")
+    configuration.positive(jobs, "--jobs")
+    folder = Path(out or f"runs/{config.name}-comparison").absolute()
+    total, done = len(names) * seeds, 0
+    console.print(f"{total} runs in {folder}", highlight=False, soft_wrap=True)
+
+    def on_done(method: str, seed: int, own: float) -> None:
+        nonlocal done
+        done += 1
+        console.print(f"[{done}/{total}] {method}, seed {seed}: {own:.4f}", markup=False, highlight=False)
+
+    run(config, names, range(seeds), out=folder, jobs=jobs, on_done=on_done)
+    from worldlm_ray.comparison_report import markdown, summarize, write
+
+    page = write(folder)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    console.print(markdown(summarize(results)), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def show(conf: Conf, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print what a configuration means: the tree, the parameter split, bytes per push, memory per node."""
     from worldlm_ray.describe import describe, tables

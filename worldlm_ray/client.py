@@ -116,9 +116,9 @@ class Client:
         Returns:
             Seconds of training.
         """
-        settings, path = self.training, self.spec.path
+        settings, order = self.training, self.spec.settings.data.order or self.spec.path
         batches = self.dataset.batches(
-            derive(self.plan.config.seed, path, "batches", self.round),
+            derive(self.plan.config.seed, order, "batches", self.round),
             steps=settings.local_steps,
             batch_size=settings.batch_size,
             context=self.context,

@@ -26,7 +26,7 @@ T = TypeVar("T")
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
 StalenessName = Literal["constant", "polynomial", "hinge", "exponential", "harmonic"]
 ScoreName = Literal["cosine", "dot", "fedamp", "fedatt", "uniform"]
-ServerOptimizerName = Literal["sgd", "nesterov", "adam"]
+ServerOptimizerName = Literal["sgd", "nesterov", "delayed_nesterov", "adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,9 @@ class DataConfig:
     """Field or column that holds the text in .jsonl and .parquet files."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a Hugging Face tokenizer.json. The same for the whole world."""
+    order: str | None = None
+    """Names the random order in which text is drawn; the client's path unless given. Clients of two runs with the
+    same seed and order see the same batches, wherever they hang in the tree."""
     heldout_fraction: float = 0.05
     """Share of a client's text that is never trained on."""
     max_bytes: int | None = None
@@ -108,6 +111,8 @@ class AttentionConfig:
 
     score: ScoreName = "cosine"
     temperature: float = 0.1
+    personal: bool = False
+    """Key layers are never taken from the parent: a client's stay its own (FedPer)."""
     self_weight: float = 0.0
     """A node's own key layer counts as this many children, besides standing for those absent."""
 
@@ -118,10 +123,13 @@ class ServerOptimizerConfig:
 
     name: ServerOptimizerName = "sgd"
     lr: float | None = None
-    """Unless given: sgd 1.0 (FedAvg), nesterov 0.7 (DiLoCo), adam 0.01 (FedOpt), times the share of the node's
-    children that are in the aggregation. In synchronous mode that share is 1; where updates come one by one, a round
-    of all children then moves the model as far as a synchronous one, and not as many times as far."""
+    """Unless given: sgd 1.0 (FedAvg), nesterov 0.7 (DiLoCo), delayed_nesterov 0.2 x delay (HALoS), adam 0.01
+    (FedOpt), times the share of the node's children that are in the aggregation. In synchronous mode that share is
+    1; where updates come one by one, a round of all children then moves the model as far as a synchronous one, and
+    not as many times as far."""
     momentum: float = 0.9
+    delay: int = 16
+    """Delayed_nesterov: aggregations per step of the momentum (N)."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     eps: float = 1e-3
 
@@ -415,6 +423,9 @@ def check_settings(settings: NodeSettings, key: str) -> None:
         positive(aggregation.staleness.a, f"{at}aggregation.staleness.a")
     not_negative(aggregation.staleness.b, f"{at}aggregation.staleness.b")
     _two_betas(aggregation.server_optimizer.betas, f"{at}aggregation.server_optimizer.betas")
+    positive(aggregation.server_optimizer.delay, f"{at}aggregation.server_optimizer.delay")
+    if aggregation.server_optimizer.lr is not None:
+        positive(aggregation.server_optimizer.lr, f"{at}aggregation.server_optimizer.lr")
     fraction(aggregation.server_optimizer.momentum, f"{at}aggregation.server_optimizer.momentum")
     fraction(settings.merge.client, f"{at}merge.client")
     fraction(settings.merge.federation, f"{at}merge.federation")

@@ -115,3 +115,34 @@ def test_a_rule_keeps_no_more_buffers_than_it_needs(name: str, buffers: int) -> 
     config = ServerOptimizerConfig(name=name)
     assert len(state_buffers(config)) == buffers
     assert [b.shape for b in ServerOptimizer(config, 5).buffers.values()] == [(5,)] * buffers
+
+
+def test_delayed_nesterov_steps_its_momentum_once_in_n() -> None:
+    # N = 2, lr = 1, mu = 0.5, updates 1, 3, 2, 2 (Async Local-SGD, arXiv 2401.09135, c = 0):
+    #   t=1  theta = 1/2                                  d = 1
+    #   t=2  d = 4, m = 4/2 = 2, theta += 3/2 + 0.5 * 2   -> 3
+    #   t=3  theta += 2/2                                 -> 4,   d = 2
+    #   t=4  d = 4, m = 0.5 * 2 + 4/2 = 3, theta += 2/2 + 0.5 * 3 -> 6.5
+    rule = ServerOptimizer(ServerOptimizerConfig(name="delayed_nesterov", lr=1.0, momentum=0.5, delay=2), 1)
+    theta, seen = np.zeros(1, np.float32), []
+    for update in (1.0, 3.0, 2.0, 2.0):
+        step = np.array([update], np.float32)
+        rule.apply(step, theta)
+        theta = step
+        seen.append(float(theta[0]))
+    assert seen == pytest.approx([0.5, 3.0, 4.0, 6.5])
+
+
+def test_delayed_nesterov_with_a_delay_of_one_is_nesterov() -> None:
+    rules = [
+        ServerOptimizer(ServerOptimizerConfig(name=name, lr=0.7, momentum=0.9, delay=1), 3)
+        for name in ("nesterov", "delayed_nesterov")
+    ]
+    thetas = [np.zeros(3, np.float32), np.zeros(3, np.float32)]
+    for seed in range(5):
+        update = np.random.default_rng(seed).standard_normal(3).astype(np.float32)
+        for index, rule in enumerate(rules):
+            step = update.copy()
+            rule.apply(step, thetas[index])
+            thetas[index] = step
+    np.testing.assert_allclose(thetas[0], thetas[1], rtol=1e-6)

@@ -70,10 +70,13 @@ class Merger:
             out: the merged model; its key part is overwritten.
 
         Returns:
-            The weights, or None where the model has no key layers.
+            The weights, or None where there are no key layers or they are personal.
         """
         layout, part = self.layout, slice(self.layout.backbone_size, None)
         if not layout.key_layers:
+            return None
+        if self.attention.personal:
+            out[part] = own[part]
             return None
         out[part] = 0.0
         candidates = [(OWN, own[part], own_tokens), (PARENT, model.values[part], model.tokens)]

@@ -421,7 +421,7 @@ class Node:
             arrays["anchor"] = self.anchor
         meta: dict[str, Any] = {name: copy(getattr(self, name)) for name in _STATE}
         meta["children"] = {name: vars(child).copy() for name, child in self.children.items()}
-        meta["layout"] = self.layout.hash
+        meta["layout"], meta["optimizer_steps"] = self.layout.hash, self.optimizer.steps
         if self._fold is not None:
             arrays["fold"] = self._fold.flat
             meta["fold"] = self._fold.state()
@@ -450,6 +450,7 @@ class Node:
             self._spend(0.0)  # the budget may be larger than it was
         self.theta = frozen(arrays["theta"])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.theta
+        self.optimizer.steps = meta["optimizer_steps"]
         for name in self.optimizer.buffers:
             self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
         self._fold, self._held, self._waiting, self.in_flight = None, {}, {}, None

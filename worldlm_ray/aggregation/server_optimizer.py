@@ -6,6 +6,9 @@ updated in place, a cache-sized block at a time; nothing as large as the model i
     name       rule, g the mean update                                       source
     sgd        theta += lr g                                lr 1              FedAvg, arXiv 1602.05629
     nesterov   m = mu m + g; theta += lr (g + mu m)         lr 0.7, mu 0.9    DiLoCo, arXiv 2311.08105
+    delayed_nesterov, N = delay, t-th aggregation:          lr 0.2 N, mu 0.9  Async Local-SGD, arXiv 2401.09135
+               d += g; theta += lr g / N, and                                 (c = 0); rates: HALoS (ICML 2025)
+               if N divides t: m = mu m + d / N; d = 0; theta += lr mu m
     adam       m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;  lr 0.01           FedAdam, arXiv 2003.00295, alg. 2
                theta += lr m / (sqrt(v) + eps)              eps 1e-3
 """
@@ -17,8 +20,17 @@ import numpy as np
 from worldlm_ray.config import ServerOptimizerConfig
 from worldlm_ray.params import BLOCK, Flat, blocks
 
-DEFAULT_LR = {"sgd": 1.0, "nesterov": 0.7, "adam": 0.01}
-_BUFFERS = {"sgd": (), "nesterov": ("momentum",), "adam": ("momentum", "variance")}
+_BUFFERS = {
+    "sgd": (),
+    "nesterov": ("momentum",),
+    "delayed_nesterov": ("momentum", "delayed"),
+    "adam": ("momentum", "variance"),
+}
+
+
+def default_lr(config: ServerOptimizerConfig) -> float:
+    """The rate of a rule whose rate was not set."""
+    return {"sgd": 1.0, "nesterov": 0.7, "delayed_nesterov": 0.2 * config.delay, "adam": 0.01}[config.name]
 
 
 def state_buffers(config: ServerOptimizerConfig) -> tuple[str, ...]:
@@ -36,7 +48,9 @@ class ServerOptimizer:
 
     def __init__(self, config: ServerOptimizerConfig, size: int) -> None:
         self.config = config
-        self.lr = DEFAULT_LR[config.name] if config.lr is None else config.lr
+        self.lr = default_lr(config) if config.lr is None else config.lr
+        self.steps = 0
+        """Aggregations applied so far."""
         self.buffers: dict[str, Flat] = {name: np.zeros(size, np.float32) for name in state_buffers(config)}
 
     def apply(self, update: Flat, theta: Flat, *, scale: float = 1.0) -> float:
@@ -50,6 +64,7 @@ class ServerOptimizer:
         Returns:
             L2 norm of the step taken.
         """
+        self.steps += 1
         temporary = np.empty(min(BLOCK, update.size), np.float32)
         squared = 0.0
         for part in blocks(update.size):
@@ -69,6 +84,8 @@ class ServerOptimizer:
             momentum += g
             np.multiply(momentum, mu, out=temporary)
             g += temporary
+        elif config.name == "delayed_nesterov":
+            self._delayed(g, part, temporary)
         elif config.name == "adam":
             momentum, variance = self.buffers["momentum"][part], self.buffers["variance"][part]
             beta1, beta2 = np.float32(config.betas[0]), np.float32(config.betas[1])
@@ -83,3 +100,16 @@ class ServerOptimizer:
             temporary += np.float32(config.eps)
             np.divide(momentum, temporary, out=g)
         g *= lr
+
+    def _delayed(self, g: Flat, part: slice, temporary: Flat) -> None:
+        momentum, delayed = self.buffers["momentum"][part], self.buffers["delayed"][part]
+        mu, share = np.float32(self.config.momentum), np.float32(1.0 / self.config.delay)
+        delayed += g
+        g *= share
+        if self.steps % self.config.delay == 0:
+            np.multiply(delayed, share, out=temporary)
+            momentum *= mu
+            momentum += temporary
+            np.multiply(momentum, mu, out=temporary)
+            g += temporary
+            delayed.fill(0.0)

@@ -1,0 +1,203 @@
+"""`worldlm compare`: several methods on one world, at equal optimizer steps, with the same seeds.
+
+Every (method, seed) is a simulated run in a folder of its own, with the same initial weights and the same order of text
+for all methods. Afterwards every model is measured on every client's held-out text:
+
+    OUT/runs/METHOD-SEED/    the run folder, and measures.json when it is done (a comparison can be continued)
+    OUT/results.json         one row per method, seed and client
+    OUT/report/              tables, plots and one HTML page: see worldlm_ray/comparison_report.py
+
+Losses are nats per byte. `own` is a client's own model on its own text; `world` the world's model on that text.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from worldlm_ray import checkpoint, rundir, tree
+from worldlm_ray.config import RunConfig, from_mapping, to_mapping
+from worldlm_ray.data import prepare
+from worldlm_ray.errors import RunError
+from worldlm_ray.methods import configure, flat_name
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.simulate import simulate
+from worldlm_ray.tracking import Tracker
+from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.tree import NodeSpec
+
+MEASURES, CURVE = "measures.json", "curve.json"
+
+
+class _Curve:
+    """Mean held-out loss of the clients' own models over the run."""
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+
+    def look(self, tracker: Tracker) -> None:
+        """Add a point whenever the loss has changed."""
+        snapshot = tracker.snapshot()
+        loss = snapshot["nodes"]["world"]["loss"]
+        if loss is not None and (not self.points or loss != self.points[-1]["loss"]):
+            self.points.append({"tokens": snapshot["tokens"], "virtual_s": snapshot["now_s"], "loss": loss})
+
+
+def compare(
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    out: Path,
+    jobs: int = 1,
+    on_done: Callable[[str, int, float], None] = lambda method, seed, own: None,
+) -> list[dict[str, Any]]:
+    """Run what is missing and gather all results.
+
+    Args:
+        config: the world; its budget must be in rounds or tokens.
+        methods: names of methods, see worldlm_ray/methods.py.
+        seeds: one run per method and seed.
+        out: folder of the comparison.
+        jobs: processes to run at a time.
+        on_done: told about every finished run: method, seed, mean own loss.
+
+    Returns:
+        Rows of results.json.
+
+    Raises:
+        ConfigError: a method is unknown or impossible on this world.
+        RunError: `out` holds a comparison of another configuration.
+    """
+    for method in methods:  # every error of the configuration shows before the first run
+        make_plan(configure(config, method))
+    _same_configuration(config, out)
+    wanted = [(method, seed) for seed in seeds for method in methods]
+    mapping = to_mapping(config)
+    # Fresh processes: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = {pool.submit(run_one, mapping, method, seed, str(out)): (method, seed) for method, seed in wanted}
+        for task in as_completed(tasks):
+            measured = task.result()
+            on_done(*tasks[task], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
+    found = [_read(out, method, seed) for method, seed in wanted]
+    rows = [{"method": entry["method"], "seed": entry["seed"], **row} for entry in found for row in entry["clients"]]
+    (out / "results.json").write_text(json.dumps({"rows": rows, "runs": found}, indent=1), encoding="utf-8")
+    return rows
+
+
+def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[str, Any]:
+    """One method with one seed: simulate and measure, unless that was done before."""
+    folder = Path(out) / "runs" / f"{method}-{seed}"
+    if (folder / MEASURES).is_file():
+        return _read(Path(out), method, seed)
+    world = from_mapping(mapping)
+    config = replace(configure(world, method), seed=seed, run_dir=str(folder))
+    plan = make_plan(config)
+    if not (folder / CURVE).is_file():
+        if folder.exists():
+            shutil.rmtree(folder)  # of a run that was interrupted: a simulation starts over
+        plan = rundir.create(plan)
+        curve = _Curve()
+        simulate(plan, on_progress=curve.look)
+        (folder / CURVE).write_text(json.dumps(curve.points), encoding="utf-8")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    measured = {
+        "method": method,
+        "seed": seed,
+        "virtual_s": summary["wall_s"],
+        "tokens": summary["tokens"],
+        "clients": _measure(tree.build(world).clients, plan, summary),
+        "levels": _levels(summary),
+        "curve": json.loads((folder / CURVE).read_text(encoding="utf-8")),
+    }
+    temporary = folder / f".{MEASURES}"
+    temporary.write_text(json.dumps(measured), encoding="utf-8")
+    temporary.replace(folder / MEASURES)
+    return measured
+
+
+def _measure(originals: list[NodeSpec], plan: Plan, summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every client's own model, the world's, and every client's model on every client's text."""
+    tokens = plan.config.evaluation.final_tokens
+    world = _theta(plan, "world")
+    nodes = {spec.path: _node_of(spec, plan) for spec in originals}
+    models = {path: _theta(plan, node) if node else world for path, node in nodes.items()}
+    trainer = LocalTrainer(plan.shape, plan.layout, originals[0].settings.training, threads=1)
+    rows = []
+    for spec in originals:
+        dataset = prepare(spec.settings.data, context=plan.shape.context, key=f"{spec.key}.data")
+
+        def loss(parameters: Flat, limit: int, dataset: Any = dataset) -> float:
+            windows = dataset.heldout_windows(limit, context=plan.shape.context, batch_size=16)
+            nats, count = trainer.evaluate(windows, parameters=parameters)
+            return float(nats / count / dataset.heldout_bytes_per_token())
+
+        node = nodes[spec.path]
+        counted = summary["nodes"][node] if node else {}
+        rows.append(
+            {
+                "client": spec.path,
+                "own": loss(models[spec.path], tokens),
+                "world": loss(world, tokens),
+                "by_model": {path: loss(theta, tokens // 4) for path, theta in models.items()},
+                "steps": counted.get("steps", 0),
+                "busy_fraction": counted.get("busy_fraction"),
+                "bytes_up": counted.get("bytes_up", 0),
+                "bytes_down": counted.get("bytes_down", 0),
+            }
+        )
+    return rows
+
+
+def _node_of(spec: NodeSpec, plan: Plan) -> str | None:
+    """Path of a client of the original tree in a method's tree; None where the method has no such client."""
+    kinds = plan.kinds
+    for path in (spec.path, f"world/{flat_name(spec)}"):
+        if kinds.get(path) == "client":
+            return path
+    return None
+
+
+def _theta(plan: Plan, path: str) -> Flat:
+    found = checkpoint.load(checkpoint.folder(plan.run_dir, path))
+    if found is None:
+        raise RunError(f"{plan.run_dir} has no checkpoint of {path}; delete the folder and compare again")
+    return found[1]["theta"]
+
+
+def _levels(summary: dict[str, Any]) -> list[dict[str, int]]:
+    """Bytes that cross each level of the tree: the edges below the world first."""
+    levels: dict[int, dict[str, int]] = {}
+    for path, node in summary["nodes"].items():
+        depth = path.count("/")
+        if depth:
+            level = levels.setdefault(depth, {"level": depth, "bytes_up": 0, "bytes_down": 0})
+            level["bytes_up"] += node["bytes_up"]
+            level["bytes_down"] += node["bytes_down"]
+    return [levels[depth] for depth in sorted(levels)]
+
+
+def _read(out: Path, method: str, seed: int) -> dict[str, Any]:
+    found = json.loads((out / "runs" / f"{method}-{seed}" / MEASURES).read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+def _same_configuration(config: RunConfig, out: Path) -> None:
+    """A folder holds one comparison: adding methods or seeds is welcome, changing the world is not."""
+    file = out / "world.json"
+    mapping = json.loads(json.dumps(to_mapping(replace(config, run_dir=None, seed=0))))
+    if file.is_file():
+        if json.loads(file.read_text(encoding="utf-8")) != mapping:
+            raise RunError(f"{out} holds a comparison of another configuration; give another --out")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(mapping, indent=1), encoding="utf-8")

@@ -1,0 +1,198 @@
+"""Published methods as configurations of the same code, so that a comparison differs in nothing but the method.
+
+    method        tree    when                 key layers        server                        source
+    worldlm       as is   as configured        as configured     as configured                 this package
+    fedavg        flat    synchronous          none              sgd 1.0                       arXiv 1602.05629
+    hierfavg      as is   synchronous          none              sgd 1.0, push_every 2         arXiv 1905.06641
+    fedper        flat    synchronous          personal          sgd 1.0                       arXiv 1912.00818
+    fedbuff       flat    half the clients     none              sgd 1.0, 1/sqrt(1 + tau)      AISTATS 2022
+    diloco        flat    synchronous          none              nesterov 0.7, 0.9             arXiv 2311.08105
+    halos         as is   each update          none              delayed_nesterov, merge 0.25  HALoS, ICML 2025
+    local         flat    synchronous          none              nobody takes from another
+    centralized   one     synchronous          none              one client with all the text
+
+Flat: every client hangs directly under the world, over a link as slow as the slowest on its way and with the delays of
+all of them. A method's settings replace those of the configuration at every node; what concerns the clients'
+training, data and machines stays. Clients draw their text in the same order in every method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from worldlm_ray import tree
+from worldlm_ray.config import RunConfig, from_mapping, one_of, to_mapping
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.tree import NodeSpec
+
+_KEEP = ("training", "data", "resources", "placement", "simulation")
+"""Settings of a node that no method touches."""
+
+
+def configure(config: RunConfig, method: str) -> RunConfig:
+    """The configuration of a method on the world of `config`.
+
+    Args:
+        config: gives the tree, the model, the data, the training and the budget.
+        method: a key of `METHODS`.
+
+    Raises:
+        ConfigError: an unknown method, or one that this world cannot have.
+    """
+    if method not in METHODS:
+        raise ConfigError("--methods", f"unknown method {method!r}", one_of(method, list(METHODS)))
+    root = tree.build(config)
+    mapping = to_mapping(config) | {"method": method, "name": f"{config.name}-{method}"}
+    METHODS[method](mapping, root)
+    return from_mapping(mapping)
+
+
+def _flat(mapping: dict[str, Any], root: NodeSpec) -> None:
+    """Every client directly under the world."""
+    mapping["world"] = {"children": [_client(spec, root, name=flat_name(spec)) for spec in root.clients]}
+
+
+def flat_name(spec: NodeSpec) -> str:
+    """Name of a client in a flat tree: its path below the world, with dots."""
+    return spec.path.split("/", 1)[1].replace("/", ".")
+
+
+def _client(spec: NodeSpec, root: NodeSpec, *, name: str) -> dict[str, Any]:
+    settings = {key: asdict(getattr(spec.settings, key)) for key in _KEEP}
+    settings["data"]["order"] = spec.settings.data.order or spec.path
+    links = [
+        node.settings.simulation
+        for node in root.walk()
+        if node.kind != "world" and f"{spec.path}/".startswith(f"{node.path}/")
+    ]
+    settings["simulation"] |= {
+        "bandwidth_gbps": min(link.bandwidth_gbps for link in links),
+        "latency_s": math.fsum(link.latency_s for link in links),
+    }
+    return {"client": name, **settings}
+
+
+def _plain_tree(spec: NodeSpec, *, keep_rules: bool) -> dict[str, Any]:
+    """The tree with every setting written out at every node; without aggregation rules unless they are kept."""
+    keys = (*_KEEP, "aggregation", "merge") if keep_rules else _KEEP
+    settings = {key: asdict(getattr(spec.settings, key)) for key in keys}
+    if spec.kind == "client":
+        settings["data"]["order"] = spec.settings.data.order or spec.path
+        return {"client": spec.name, **settings}
+    named: dict[str, Any] = {} if spec.kind == "world" else {spec.kind: spec.name}
+    children = [_plain_tree(child, keep_rules=keep_rules) for child in spec.children]
+    return {**named, **settings, "children": children}
+
+
+def _rules(mapping: dict[str, Any], **rules: Any) -> None:
+    """Replace the aggregation rules, and take the parent's model whole."""
+    mapping["aggregation"], mapping["merge"] = rules, {"client": 1.0, "federation": 1.0}
+
+
+def _no_keys(mapping: dict[str, Any]) -> None:
+    mapping["model"] = mapping["model"] | {"key_layers": []}
+
+
+def _fedavg(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _flat(mapping, root)
+    _no_keys(mapping)
+    _rules(mapping, trigger="synchronous", server_optimizer={"name": "sgd", "lr": 1.0})
+
+
+def _hierfavg(mapping: dict[str, Any], root: NodeSpec) -> None:
+    mapping["world"] = _plain_tree(root, keep_rules=False)
+    _no_keys(mapping)
+    _rules(mapping, trigger="synchronous", push_every=2, server_optimizer={"name": "sgd", "lr": 1.0})
+
+
+def _fedper(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _flat(mapping, root)
+    _rules(
+        mapping,
+        trigger="synchronous",
+        server_optimizer={"name": "sgd", "lr": 1.0},
+        attention={"score": "uniform", "personal": True},
+    )
+
+
+def _fedbuff(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _flat(mapping, root)
+    _no_keys(mapping)
+    _rules(
+        mapping,
+        trigger="goal_achieved",
+        buffer_size=max(len(root.clients) // 2, 1),
+        staleness={"fn": "polynomial", "a": 0.5},
+        server_optimizer={"name": "sgd", "lr": 1.0},
+    )
+
+
+def _diloco(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _flat(mapping, root)
+    _no_keys(mapping)
+    _rules(mapping, trigger="synchronous", server_optimizer={"name": "nesterov", "lr": 0.7, "momentum": 0.9})
+
+
+def _halos(mapping: dict[str, Any], root: NodeSpec) -> None:
+    # Published: local servers lr 0.2 x 16, beta 0.9, delay 16, one exchange in 32 updates; global server lr 0.15 x 2,
+    # beta 0.5, delay 2; merge weight 0.25. A region here exchanges once per 8 updates of each of its workers.
+    mapping["world"] = _plain_tree(root, keep_rules=False)
+    _no_keys(mapping)
+    local = {"name": "delayed_nesterov", "lr": 3.2, "momentum": 0.9, "delay": 16}
+    _rules(
+        mapping,
+        trigger="goal_achieved",
+        buffer_size=1,
+        staleness={"fn": "constant"},
+        server_optimizer={"name": "delayed_nesterov", "lr": 0.3, "momentum": 0.5, "delay": 2},
+    )
+    mapping["merge"] = {"client": 1.0, "federation": 0.25}
+    for child in mapping["world"]["children"]:
+        if "federation" in child:
+            child["aggregation"] = {"server_optimizer": local, "push_every": 8 * len(child["children"])}
+
+
+def _local(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _flat(mapping, root)
+    _no_keys(mapping)
+    _rules(mapping, trigger="synchronous", server_optimizer={"name": "sgd", "lr": 1.0})
+    mapping["merge"] = {"client": 0.0, "federation": 0.0}
+
+
+def _centralized(mapping: dict[str, Any], root: NodeSpec) -> None:
+    clients = root.clients
+    with_corpus = [spec for spec in clients if spec.settings.data.corpus is not None]
+    if with_corpus:
+        raise ConfigError(
+            f"{with_corpus[0].key}.data.corpus", "centralized training wants files", "leave it out of --methods"
+        )
+    budget = mapping["budget"]
+    if budget["rounds"] is not None:
+        mapping["budget"] = budget | {"rounds": budget["rounds"] * len(clients)}
+    only = _client(clients[0], root, name="all")
+    only["data"] |= {"files": [file for spec in clients for file in spec.settings.data.files], "order": "world/all"}
+    only["simulation"] |= {"tokens_per_s": math.fsum(s.settings.simulation.tokens_per_s for s in clients)}
+    mapping["world"] = {"children": [only]}
+    _no_keys(mapping)
+    _rules(mapping, trigger="synchronous", server_optimizer={"name": "sgd", "lr": 1.0})
+
+
+def _worldlm(mapping: dict[str, Any], root: NodeSpec) -> None:
+    mapping["world"] = _plain_tree(root, keep_rules=True)
+
+
+METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
+    "worldlm": _worldlm,
+    "fedavg": _fedavg,
+    "hierfavg": _hierfavg,
+    "fedper": _fedper,
+    "fedbuff": _fedbuff,
+    "diloco": _diloco,
+    "halos": _halos,
+    "local": _local,
+    "centralized": _centralized,
+}
+"""Every method by name."""
