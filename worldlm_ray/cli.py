@@ -201,6 +201,23 @@ def sample(
 
 
 @app.command()
+def export(
+    run: Run,
+    folder: Annotated[str, typer.Argument(help="folder to write")],
+    node: Annotated[str, typer.Option(help="path of the node, such as world/code/python")] = "world",
+) -> None:
+    """Write a node's model as a folder that Hugging Face's AutoModelForCausalLM loads."""
+    from worldlm_ray import huggingface, rundir
+    from worldlm_ray.evaluate import theta
+
+    plan = rundir.reopen(run, check_data=False)
+    spec = plan.node(node)
+    tokenizer = plan.root.clients[0].settings.data.tokenizer
+    huggingface.export(theta(plan, spec), plan.shape, plan.layout, Path(folder), tokenizer=tokenizer)
+    console.print(f"{node} is in {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def status(
     run: Run,
     watch: Annotated[bool, typer.Option("--watch", help="refresh until Ctrl-C")] = False,

@@ -39,6 +39,8 @@ class ModelConfig:
     )
     """Name patterns of the key layers; `layers.-1` is the last block. Everything else is backbone.
     An empty list makes the whole model backbone: plain federated averaging."""
+    initial_from: str | None = None
+    """Folder of a Llama-shaped Hugging Face model: its shape and weights, in place of a preset and random weights."""
     hidden_size: int | None = None
     layers: int | None = None
     heads: int | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import tree
+from worldlm_ray import huggingface, tree
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.config import RunConfig, from_mapping, to_mapping
 from worldlm_ray.data import check_sources, load_tokenizer
@@ -52,7 +52,10 @@ class Plan:
         raise ConfigError("node", f"there is no node {path!r}", "expected one of " + ", ".join(self.kinds))
 
     def initial(self) -> Flat:
-        """The run's initial parameters: every node computes the same ones from the seed."""
+        """The run's initial parameters: every node computes or reads the same ones."""
+        folder = self.config.model.initial_from
+        if folder is not None:
+            return frozen(huggingface.read_weights(Path(folder).expanduser(), self.layout))
         return frozen(initial_parameters(self.shape, self.layout, seed=self.config.seed))
 
     def inner_node(self, spec: NodeSpec, initial: Flat) -> Node:
@@ -120,12 +123,30 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         vocab_size = load_tokenizer(next(iter(tokenizers))).vocab_size
     except DataError as error:
         raise ConfigError("data.tokenizer", str(error), "give `bytes` or the path of a tokenizer.json") from error
-    shape = resolve_shape(config.model, vocab_size=vocab_size)
+    shape = _shape(config, vocab_size)
     layout = shape.layout(config.model.key_layers)
     if check_data:
         for client in root.clients:
             check_sources(client.settings.data, f"{client.key}.data")
     return Plan(config=config, root=root, shape=shape, layout=layout)
+
+
+def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
+    """The model's shape: a preset with the config's numbers, or that of a model on disk."""
+    shape = resolve_shape(config.model, vocab_size=vocab_size)
+    if config.model.initial_from is None:
+        return shape
+    try:
+        found = huggingface.read_shape(Path(config.model.initial_from).expanduser(), context=shape.context)
+    except DataError as error:
+        raise ConfigError("model.initial_from", str(error)) from error
+    if found.vocab_size < vocab_size:
+        raise ConfigError(
+            "model.initial_from",
+            f"the model knows {found.vocab_size} tokens, the tokenizer makes {vocab_size}",
+            "set data.tokenizer to the model's own tokenizer.json",
+        )
+    return found
 
 
 def plan_from_mapping(mapping: dict[str, Any]) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,38 @@ def test_no_module_of_the_core_names_ray_anywhere(name: str) -> None:
             assert not {alias.name.partition(".")[0] for alias in node.names} & {"ray", "actors"}
         elif isinstance(node, ast.ImportFrom):
             assert (node.module or "").partition(".")[0] not in ("ray", "actors")
+
+
+def layer_table() -> dict[str, int]:
+    """Rank of every module by the table in CONTRIBUTING.md; higher may import lower."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    found: dict[str, int] = {}
+    for rank, row in enumerate(reversed(rows)):
+        found |= {module.rstrip("/"): rank for module in re.findall(r"`([a-z_/]+)`", row)}
+    return found
+
+
+def imported(file: Path) -> set[str]:
+    """Top modules of ours that a file imports anywhere, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "worldlm_ray":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            package, _, rest = node.module.partition(".")
+            found |= {"actors"} if package == "actors" else {rest.split(".")[0]} if package == "worldlm_ray" else set()
+    return found
+
+
+def test_the_layers_are_those_of_the_contributing_guide() -> None:
+    ranks = layer_table()
+    modules = {
+        p.stem if p.suffix else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert files | folders == set(ranks) - {"actors"}
+    for module in sorted(set(ranks) - {"actors"}):
+        place = PACKAGE / module
+        for file in place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
+            for other in imported(file) - {module, ""}:
+                assert ranks[other] <= ranks[module], f"{file.name} of {module} imports {other}, which lies above it"

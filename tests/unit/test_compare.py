@@ -1,0 +1,51 @@
+"""A comparison from the command line: runs, results, report, continuation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from worldlm_ray.compare import compare
+from worldlm_ray.comparison_report import markdown, summarize, write
+from worldlm_ray.errors import RunError
+from worldlm_ray.plan import Plan
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_reports_and_continues(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    config = tiny(budget={"rounds": 2}, evaluation={"tokens": 64, "final_tokens": 128, "every_rounds": 1}).config
+    out, done = tmp_path / "comparison", []
+    rows = compare(config, ["fedavg", "local"], [0], out=out, on_done=lambda method, *_: done.append(method))
+    assert len(rows) == 2 * 4
+    assert {row["steps"] for row in rows} == {2 * config.training.local_steps}
+    again = compare(config, ["fedavg", "local", "worldlm"], [0], out=out)
+    assert again[:8] == rows
+    page = write(out).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 5
+    assert "http" not in page.replace("http-equiv", "")
+    assert (out / "report" / "table.csv").read_text(encoding="utf-8").count("\n") == 4
+    table = {row["method"]: row for row in summarize(json.loads((out / "results.json").read_text(encoding="utf-8")))}
+    assert table["local"]["gap_closed"] == pytest.approx(1.0)
+    assert table["fedavg"]["gap_closed"] == pytest.approx(0.0)
+    assert table["local"]["worst_vs_local"] == 0.0
+    with pytest.raises(RunError, match="another configuration"):
+        compare(replace(config, name="other"), ["local"], [0], out=out)
+
+
+def test_the_table_of_known_losses() -> None:
+    def run(method: str, own: list[float], world: float) -> dict[str, object]:
+        clients = [{"client": f"c{i}", "own": loss, "world": world} for i, loss in enumerate(own)]
+        level = {"level": 1, "bytes_up": 1000, "bytes_down": 2000}
+        return {"method": method, "seed": 0, "virtual_s": 5.0, "clients": clients, "levels": [level]}
+
+    runs = [run("fedavg", [2.5, 2.5], 3.0), run("local", [2.0, 2.0], 4.0), run("worldlm", [1.9, 2.2], 2.9)]
+    rows = {row["method"]: row for row in summarize({"runs": runs})}
+    # FedAvg is judged by its global model: (3.0 - 2.05) / (3.0 - 2.0)
+    assert rows["worldlm"]["gap_closed"] == pytest.approx(0.95)
+    assert rows["fedavg"]["gap_closed"] == 0.0
+    assert rows["worldlm"]["worst_vs_local"] == pytest.approx(0.1)
+    assert "| worldlm | 2.0500 |" in markdown(list(rows.values()))

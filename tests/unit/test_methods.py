@@ -1,0 +1,199 @@
+"""Published methods, pinned to their update rules on numbers computed by hand, through the real node and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worlds import client
+
+from worldlm_ray import config as configuration
+from worldlm_ray.aggregation.events import Push
+from worldlm_ray.aggregation.merge import Merger
+from worldlm_ray.aggregation.node import Node
+from worldlm_ray.config import RunConfig
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.messages import Model, Update, pack
+from worldlm_ray.methods import METHODS, configure
+from worldlm_ray.params import make_layout
+from worldlm_ray.plan import Plan, make_plan
+
+SHAPES = [("body.weight", (2,)), ("head.weight", (2,))]
+
+
+@pytest.fixture
+def world(tiny: Callable[..., Plan], tmp_path: Path) -> RunConfig:
+    """Three clients in two federations; links and speeds differ."""
+    children: list[dict[str, Any]] = [
+        {
+            "federation": "north",
+            "simulation": {"bandwidth_gbps": 0.5, "latency_s": 0.25},
+            "aggregation": {"buffer_size": 2},
+            "children": [
+                client("a", tmp_path, 1, simulation={"bandwidth_gbps": 10.0, "latency_s": 0.5}),
+                client("b", tmp_path, 2, training={"lr": 0.5}),
+            ],
+        },
+        {"federation": "south", "children": [client("c", tmp_path, 3)]},
+    ]
+    return tiny(children).config
+
+
+def node_of(config: RunConfig, path: str = "world") -> Node:
+    """The inner node that a method gives, on a model of two backbone and two head numbers."""
+    plan = make_plan(config)
+    spec = plan.node(path)
+    keys = ["head.*"] if config.model.key_layers else []
+    layout = make_layout(SHAPES, keys, layers=1)
+    return Node(
+        path=path,
+        children=tuple(child.name for child in spec.children),
+        aggregation=spec.settings.aggregation,
+        merge=spec.settings.merge.federation,
+        has_parent=path != "world",
+        layout=layout,
+        initial=np.zeros(4, np.float32),
+        budget=config.budget,
+    )
+
+
+def push(node: Node, name: str, values: list[float], *, tokens: int = 10, base: int = 0) -> None:
+    child = node.children[name]
+    update = Update(
+        sender=name,
+        seq=child.last_seq + 1,
+        base_version=base,
+        tokens=tokens,
+        started_tokens=0,
+        values=np.array(values, np.float32),
+    )
+    node.handle(Push(sender=name, packed=pack(update, node.layout), now_s=0.0))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_gives_a_world_that_can_run(world: RunConfig, method: str) -> None:
+    config = configure(world, method)
+    plan = make_plan(config)
+    assert config.method == method
+    assert len(plan.root.clients) == (1 if method == "centralized" else 3)
+    flat = method in ("fedavg", "fedper", "fedbuff", "diloco", "local")
+    assert (len(plan.root.inner) == 1) == (flat or method == "centralized")
+
+
+def test_fedavg_is_the_token_weighted_mean(world: RunConfig) -> None:
+    node = node_of(configure(world, "fedavg"))
+    push(node, "north.a", [1, 2, 3, 4], tokens=10)
+    push(node, "north.b", [5, 6, 7, 8], tokens=30)
+    assert node.version == 0
+    push(node, "south.c", [0, 0, 0, 0], tokens=40)
+    # (10 * 1 + 30 * 5) / 80 = 2, (10 * 2 + 30 * 6) / 80 = 2.5, ...
+    assert node.theta.tolist() == [2.0, 2.5, 3.0, 3.5]
+
+
+def test_diloco_is_nesterov_on_the_mean(world: RunConfig) -> None:
+    node = node_of(configure(world, "diloco"))
+    for _ in range(2):
+        for name in list(node.children):
+            push(node, name, [1, 0, 0, 0], base=node.version)
+    # m1 = 1, step 0.7 (1 + 0.9) = 1.33; m2 = 1.9, step 0.7 (1 + 0.9 * 1.9) = 1.897
+    assert node.theta[0] == pytest.approx(1.33 + 1.897)
+
+
+def test_fedbuff_divides_by_the_number_of_updates_and_discounts_by_one_over_the_root(world: RunConfig) -> None:
+    config = configure(world, "fedbuff")
+    assert make_plan(config).root.settings.aggregation.buffer_size == 1  # half of three clients
+    node = node_of(config)
+    push(node, "north.a", [1, 0, 0, 0])
+    push(node, "north.b", [1, 0, 0, 0])  # tau = 1
+    assert node.theta[0] == pytest.approx(1.0 + 2**-0.5)
+
+
+def test_hierfavg_exchanges_once_in_two_rounds_of_a_federation(world: RunConfig) -> None:
+    node = node_of(configure(world, "hierfavg"), "world/north")
+    for round_ in range(2):
+        assert not node.exchanging
+        push(node, "a", [1, 0, 0, 0], base=round_)
+        push(node, "b", [3, 0, 0, 0], base=round_)
+    assert node.theta[0] == 4.0
+    assert node.exchanging
+
+
+def test_halos_delays_momentum_at_both_levels_and_merges_a_quarter(world: RunConfig) -> None:
+    plan = make_plan(configure(world, "halos"))
+    north, root = plan.node("world/north").settings, plan.root.settings
+    assert (north.aggregation.server_optimizer.name, root.aggregation.server_optimizer.name) == (
+        "delayed_nesterov",
+    ) * 2
+    node = node_of(configure(world, "halos"), "world/north")
+    push(node, "a", [1, 0, 0, 0])
+    # lr g / N = 3.2 / 16 = 0.2; the momentum steps at the 16th update only.
+    assert node.theta[0] == pytest.approx(0.2)
+    assert north.merge.federation == 0.25
+    assert north.merge.client == 1.0
+
+
+@pytest.mark.parametrize(("method", "expected"), [("fedavg", [1, 1, 1, 1]), ("local", [5, 5, 5, 5])])
+def test_what_a_client_takes_on_a_pull(world: RunConfig, method: str, expected: list[float]) -> None:
+    assert merged(configure(world, method)) == expected
+
+
+def test_fedper_takes_the_backbone_and_keeps_its_head(world: RunConfig) -> None:
+    config = configure(world, "fedper")
+    assert config.model.key_layers
+    assert merged(config) == [1, 1, 5, 5]
+
+
+def merged(config: RunConfig) -> list[float]:
+    """A client's model of fives after a pull of its parent's model of ones."""
+    settings = make_plan(config).root.clients[0].settings
+    layout = make_layout(SHAPES, ["head.*"] if config.model.key_layers else [], layers=1)
+    own, out = np.full(4, 5, np.float32), np.zeros(4, np.float32)
+    parent = Model(version=1, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=np.ones(4, np.float32))
+    merger = Merger(
+        path="world/a",
+        layout=layout,
+        attention=settings.aggregation.attention,
+        m=settings.merge.client,
+        origin=np.zeros(layout.key_size, np.float32),
+    )
+    merger.backbone(own, own, parent.values, out=out)
+    merger.keys(own, parent, own_tokens=1.0, now_s=0.0, out=out)
+    return out.tolist()
+
+
+def test_a_flat_tree_keeps_what_concerns_the_client(world: RunConfig) -> None:
+    plan = make_plan(configure(world, "fedavg"))
+    a, b, c = plan.root.clients
+    assert [spec.name for spec in (a, b, c)] == ["north.a", "north.b", "south.c"]
+    assert b.settings.training.lr == 0.5
+    assert a.settings.simulation.bandwidth_gbps == 0.5
+    assert a.settings.simulation.latency_s == 0.75
+    assert a.settings.data.order == "world/north/a"
+
+
+def test_centralized_does_the_work_of_all(world: RunConfig) -> None:
+    config = configure(world, "centralized")
+    assert config.budget.rounds == 3 * (world.budget.rounds or 0)
+    assert len(make_plan(config).root.clients[0].settings.data.files) == 3
+
+
+def test_centralized_wants_files(tiny: Callable[..., Plan]) -> None:
+    plan = tiny([{"client": "x", "data": {"corpus": "python_reference"}}])
+    with pytest.raises(ConfigError, match=r"data\.corpus"):
+        configure(plan.config, "centralized")
+
+
+def test_an_unknown_method_is_named_with_the_closest(world: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="'fedavg'"):
+        configure(world, "fedavgg")
+
+
+def test_worldlm_is_the_configuration_itself(world: RunConfig) -> None:
+    before, after = make_plan(world), make_plan(configure(world, "worldlm"))
+    assert before.kinds == after.kinds
+    for spec in before.root.walk():
+        assert after.node(spec.path).settings.aggregation == spec.settings.aggregation
+    assert configuration.to_mapping(world)["budget"] == configuration.to_mapping(configure(world, "worldlm"))["budget"]
