@@ -102,9 +102,8 @@ def imported(file: Path) -> set[str]:
 
 def test_the_layers_are_those_of_the_contributing_guide() -> None:
     ranks = layer_table()
-    modules = {
-        p.stem if p.suffix else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
-    }
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert files | folders == set(ranks) - {"actors"}
     for module in sorted(set(ranks) - {"actors"}):
         place = PACKAGE / module
