@@ -64,9 +64,10 @@ class ClientActor:
 
     def run(self) -> str:
         """Live until the budget is spent (`finished`) or `stop` is called (`stopped`)."""
+        self.ready()  # after a restart nobody else asks what kept the client from starting
         last_seq = self._call(self.parent.join.remote(self.spec.name))
-        # A parent may know of more updates than the checkpoint that this client came back from.
-        self.client.seq = max(self.client.seq, last_seq or 0)
+        if last_seq is not None:
+            self.client.catch_up(last_seq)
         if self.client.steps == 0:
             self._tell(self.client.start_record(now_s=self.clock.now_s()))
         self._began_s = self._saved_s = self.clock.now_s()
@@ -151,7 +152,9 @@ class ClientActor:
         header, refs = carry(packed)
         self._tell(PushRecord(node=self.spec.path, now_s=self.clock.now_s(), bytes=packed.nbytes))
         # Waited for without an eye on `stop`: the work is done and deserves to arrive.
-        ray.get(self.parent.push.remote(self.spec.name, header, refs))
+        verdict = ray.get(self.parent.push.remote(self.spec.name, header, refs))
+        if not verdict.accepted:
+            self.client.refused(verdict.reason)
 
     def _finish(self) -> str:
         self.save()

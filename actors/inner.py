@@ -121,8 +121,7 @@ class InnerActor:
 
     async def save(self) -> int:
         """Write a checkpoint now; returns the version in it."""
-        checkpoint.save(self._place, *self.node.state(), keep=self.plan.config.checkpoint.keep)
-        self._saved_s = self.clock.now_s()
+        self._save()
         return self.node.version
 
     # ---- the machine -----------------------------------------------------------------------------------------
@@ -149,6 +148,8 @@ class InnerActor:
                 self._publish()
                 update = self.node.begin_exchange()
                 ref, _ = self._share(update.values)
+                # Saved before it is sent: after a crash the same update goes out again under the same seq.
+                self._save()
                 # Only the reference goes on: Ray keeps a coroutine's arguments alive until it returns.
                 self._spawn(self._exchange(pack(update, self.plan.layout).header, ref, update.values.nbytes))
                 del update
@@ -199,8 +200,11 @@ class InnerActor:
     def _save_if_due(self) -> None:
         every_s = self.plan.config.checkpoint.every_s
         if self.clock.now_s() - self._saved_s >= every_s:
-            self._saved_s = self.clock.now_s()
-            checkpoint.save(self._place, *self.node.state(), keep=self.plan.config.checkpoint.keep)
+            self._save()
+
+    def _save(self) -> None:
+        checkpoint.save(self._place, *self.node.state(), keep=self.plan.config.checkpoint.keep)
+        self._saved_s = self.clock.now_s()
 
     def _with_busy(self, record: Record) -> Record:
         if isinstance(record, AggregationRecord):

@@ -58,6 +58,7 @@ class RecorderActor:
             samples=samples,
             wall_s=wall_s,
             status=status,
+            shell="ray",
         )
         self.tracker.close()
         return outcome.summary

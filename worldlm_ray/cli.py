@@ -65,6 +65,8 @@ def train(
     if resume is not None and conf is not None:
         # With --resume there is no CONF: what stands in its place is the first override.
         changes.insert(0, conf)
+    if resume is not None and run_dir is not None:
+        raise ConfigError("--run-dir", "cannot be given with --resume", "the run stays in its folder")
     if resume is None and conf is None:
         raise ConfigError("CONF", "nothing to train", "name a preset, a YAML file, or --resume RUN")
     from worldlm_ray import rundir
@@ -261,7 +263,7 @@ def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> 
     from worldlm_ray.report import final_table
 
     console.print(final_table(summary, samples))
-    if summary["status"] == "stopped":
+    if summary["status"] == "stopped" and summary["shell"] == "ray":
         console.print(
             f"stopped early; continue with:  worldlm train --resume {run_dir}",
             highlight=False,

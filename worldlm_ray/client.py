@@ -66,6 +66,10 @@ class Client:
         self.learning_rate = 0.0
         self.began = False
         """Whether a round is under way: begun and not yet turned into an update."""
+        self.start_over = False
+        """Whether the next pull replaces the model and the optimizer's state."""
+        self._stretch_steps = 0
+        """Steps of the last call of `train`."""
 
     # ---- the cycle -------------------------------------------------------------------------------------------
 
@@ -85,6 +89,23 @@ class Client:
         rounds = self.plan.config.budget.rounds
         return rounds is not None and self.round >= rounds
 
+    def catch_up(self, last_seq: int) -> None:
+        """Count the rounds that the parent has accepted since the checkpoint that this client came back from.
+
+        Every push is one round. Without this a restarted client would train and push them again, and they would
+        count twice.
+        """
+        missed = last_seq - self.seq
+        if missed > 0:
+            self.seq, self.began, self.step = last_seq, False, 0
+            self.round += missed
+            self.steps = self.round * self.training.local_steps
+            self.tokens = self.round * self.round_tokens
+
+    def refused(self, reason: str) -> None:
+        """Hear that an update was refused: a model that has diverged is given up for the parent's."""
+        self.start_over = reason in ("not_finite", "norm_exceeded")
+
     def begin(self, model: Model, *, now_s: float) -> AttentionRecord | None:
         """Merge the parent's model and begin a local round from the result (design: section 4.5).
 
@@ -92,9 +113,13 @@ class Client:
             The attention weights of the key layers, or None where nothing was blended.
         """
         record = None
-        if model.version > 0 and self.round == 0:
-            self.base[:] = model.values  # a newcomer has nothing of its own to keep
+        if self.start_over or (model.version > 0 and self.round == 0):
+            # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
+            self.base[:] = model.values
             self.trainer.write(self.base)
+            if self.start_over:
+                self.trainer.forget()
+                self.start_over = False
         elif model.version > 0:
             own = self.trainer.read()
             self.merger.backbone(own, own, model.values, out=self.base)
@@ -127,6 +152,7 @@ class Client:
         result = self.trainer.run(
             islice(batches, first, None), lambda step: self._rate(first + step), should_stop=should_stop
         )
+        self._stretch_steps = result.steps
         self.step += result.steps
         self.steps += result.steps
         self.tokens += result.tokens
@@ -144,7 +170,9 @@ class Client:
             world_step = settings.batch_size * self.context * len(self.plan.root.clients)
             progress = self.progress + step * world_step / budget.tokens
         else:
-            progress = self.progress
+            # Time within a round is not known beforehand: the first round is the warm-up at least.
+            trained = (self.round * settings.local_steps + step + 0.5) / settings.local_steps
+            return learning_rate(settings, max(self.progress, settings.warmup_fraction * min(trained, 1.0)))
         # Half a step on, so that the first step of a warm-up does not train at a rate of zero.
         return learning_rate(settings, progress + self._half_step())
 
@@ -152,9 +180,8 @@ class Client:
         budget, settings = self.plan.config.budget, self.training
         if budget.rounds is not None:
             return 0.5 / (settings.local_steps * budget.rounds)
-        if budget.tokens is not None:
-            return 0.5 * settings.batch_size * self.context * len(self.plan.root.clients) / budget.tokens
-        return 0.5 * settings.warmup_fraction / settings.local_steps
+        assert budget.tokens is not None
+        return 0.5 * settings.batch_size * self.context * len(self.plan.root.clients) / budget.tokens
 
     @property
     def train_loss(self) -> float:
@@ -189,7 +216,7 @@ class Client:
             busy_fraction: share of the client's life spent on training and measuring.
             measure: held-out quality after the round, where it was measured.
         """
-        tokens = self.step * self.training.batch_size * self.context
+        tokens = self._stretch_steps * self.training.batch_size * self.context
         return RoundRecord(
             node=self.spec.path,
             now_s=now_s,
@@ -273,6 +300,9 @@ class Client:
             )
         for name in _STATE:
             setattr(self, name, meta[name])
+        if self.began:
+            # A round may have been shortened by a change of local_steps: it ends with one more step.
+            self.step = min(self.step, self.training.local_steps - 1)
         self.base = np.array(arrays["base"])
         self.trainer.write(arrays["theta"])
         prefix = "optimizer."
@@ -292,4 +322,5 @@ _STATE = (
     "progress",
     "learning_rate",
     "began",
+    "start_over",
 )

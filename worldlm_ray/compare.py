@@ -24,7 +24,7 @@ from typing import Any
 from worldlm_ray import checkpoint, rundir, tree
 from worldlm_ray.config import RunConfig, from_mapping, to_mapping
 from worldlm_ray.data import prepare
-from worldlm_ray.errors import RunError
+from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.methods import configure, flat_name
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan, make_plan
@@ -62,7 +62,7 @@ def compare(
     """Run what is missing and gather all results.
 
     Args:
-        config: the world; its budget must be in rounds or tokens.
+        config: the world; its budget must be in rounds.
         methods: names of methods, see worldlm_ray/methods.py.
         seeds: one run per method and seed.
         out: folder of the comparison.
@@ -73,9 +73,12 @@ def compare(
         Rows of results.json.
 
     Raises:
-        ConfigError: a method is unknown or impossible on this world.
-        RunError: `out` holds a comparison of another configuration.
+        ConfigError: a method is unknown or impossible on this world, or the budget is not in rounds.
+        RunError: `out` holds a comparison of another configuration, or cannot be written.
     """
+    if config.budget.rounds is None:
+        raise ConfigError("budget", "not in rounds", "a comparison at equal steps wants budget.rounds alone")
+    methods = list(dict.fromkeys(methods))
     for method in methods:  # every error of the configuration shows before the first run
         make_plan(configure(config, method))
     _same_configuration(config, out)
@@ -84,9 +87,13 @@ def compare(
     # Fresh processes: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = {pool.submit(run_one, mapping, method, seed, str(out)): (method, seed) for method, seed in wanted}
-        for task in as_completed(tasks):
-            measured = task.result()
-            on_done(*tasks[task], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
+        try:
+            for task in as_completed(tasks):
+                measured = task.result()
+                on_done(*tasks[task], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the first failure is shown now, not after all others
+            raise
     found = [_read(out, method, seed) for method, seed in wanted]
     rows = [{"method": entry["method"], "seed": entry["seed"], **row} for entry in found for row in entry["clients"]]
     (out / "results.json").write_text(json.dumps({"rows": rows, "runs": found}, indent=1), encoding="utf-8")
@@ -199,5 +206,8 @@ def _same_configuration(config: RunConfig, out: Path) -> None:
         if json.loads(file.read_text(encoding="utf-8")) != mapping:
             raise RunError(f"{out} holds a comparison of another configuration; give another --out")
         return
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(mapping, indent=1), encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(mapping, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}; give another --out") from error

@@ -238,7 +238,7 @@ def _watch(world: World, on_progress: Progress, should_stop: Callable[[], bool])
     """Wait for the clients and then for the world; returns `finished` or `stopped`."""
     waiting = [actor.run.remote() for actor in world.clients.values()]
     ends = [actor.ended.remote() for actor in world.inner.values()]
-    stopping, results = False, []
+    results: list[str] = []
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
         results += ray.get(ready)
@@ -246,8 +246,8 @@ def _watch(world: World, on_progress: Progress, should_stop: Callable[[], bool])
         ray.get(broken)  # raises what broke an inner node
         with suppress(ray.exceptions.GetTimeoutError):
             on_progress(ray.get(world.recorder.snapshot.remote(), timeout=5.0))
-        if should_stop() and not stopping:
-            stopping = True
+        if should_stop():
+            # At every look: a client that has been restarted since would not know.
             for actor in world.clients.values():
                 actor.stop.remote()
     if "stopped" in results:

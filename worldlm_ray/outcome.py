@@ -44,6 +44,7 @@ def finish(
     samples: Mapping[str, str],
     wall_s: float,
     status: str,
+    shell: str,
 ) -> Outcome:
     """Write summary.json.
 
@@ -56,6 +57,7 @@ def finish(
         samples: generated text by client.
         wall_s: seconds of the run, virtual ones in simulation.
         status: `finished`, or `stopped` for a run that was left early.
+        shell: `ray` or `simulate`.
     """
     nodes = {}
     for path, node in tracker.summaries().items():
@@ -73,6 +75,6 @@ def finish(
         params_sha256=params_sha256(world),
         nodes=nodes,
         staleness=tracker.staleness(),
-        extra={"status": status},
+        extra={"status": status, "shell": shell},
     )
     return Outcome(summary=summary, samples=dict(samples))

@@ -6,7 +6,7 @@ configuration costs a second and one line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,3 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
 def plan_from_mapping(mapping: dict[str, Any]) -> Plan:
     """The plan that `Plan.to_mapping` describes, in another process; data is checked where it is read."""
     return make_plan(from_mapping(mapping), check_data=False)
-
-
-def with_run_dir(plan: Plan, run_dir: Path) -> Plan:
-    """The same plan in another folder."""
-    return replace(plan, config=replace(plan.config, run_dir=str(run_dir)))

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from worldlm_ray import config as configuration
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan, make_plan
 
-CONFIG = "config.yaml"
+CONFIG, SUMMARY = "config.yaml", "summary.json"
 
 
 def create(plan: Plan) -> Plan:
@@ -76,7 +77,7 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
         check_data: False where the run's text is not needed.
     """
     run_dir = find(run)
-    config = configuration.load(str(run_dir / CONFIG), [*(overrides or []), f"run_dir={run_dir}"])
+    config = configuration.load(str(run_dir / CONFIG), [*(overrides or []), f"run_dir={json.dumps(str(run_dir))}"])
     return make_plan(config, check_data=check_data)
 
 
@@ -84,22 +85,26 @@ def resume(run: str, overrides: list[str]) -> Plan:
     """The plan of a run that is to go on; changes are written to its config.yaml.
 
     Raises:
-        RunError: the run has ended at its full budget, and the budget is not changed.
+        RunError: the run has ended at its full budget, and the budget is not changed; or it is a simulation.
     """
     plan = reopen(run, overrides)
-    if not overrides and _status(plan.run_dir) == "finished":
+    summary = _summary(plan.run_dir)
+    if summary.get("shell") == "simulate":
+        raise RunError(f"{plan.run_dir} is a simulation, which is not continued; start it again")
+    if not overrides and summary.get("status") == "finished":
         raise RunError(
             f"{plan.run_dir} has ended at its full budget; to train on, give a larger one, "
             "such as budget.tokens=... or budget.rounds=..."
         )
     if overrides:
         configuration.save(plan.config, plan.run_dir / CONFIG)
+    (plan.run_dir / SUMMARY).unlink(missing_ok=True)  # of the part before: this run is no longer at its end
     return plan
 
 
-def _status(run_dir: Path) -> str | None:
+def _summary(run_dir: Path) -> dict[str, Any]:
     try:
-        status = json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("status")
+        found = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return str(status)
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -103,6 +103,7 @@ class Simulation:
             samples={path: client.sample() for path, client in self.clients.items()},
             wall_s=self.now_s,
             status=status,
+            shell="simulate",
         )
 
     # ---- clients ---------------------------------------------------------------------------------------------
@@ -158,6 +159,8 @@ class Simulation:
             self.tracker.record(command.record)
         elif isinstance(command, Answer):
             child = f"{path}/{command.child}"
+            if child in self.clients and not command.verdict.accepted:
+                self.clients[child].refused(command.verdict.reason)
             self._send(child, 0, lambda: self._pull(child) if child in self.clients else self._pull_up(child))
         elif isinstance(command, Serve):
             self._serve(f"{path}/{command.child}", command.model)

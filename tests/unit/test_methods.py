@@ -78,9 +78,9 @@ def test_every_method_gives_a_world_that_can_run(world: RunConfig, method: str) 
     config = configure(world, method)
     plan = make_plan(config)
     assert config.method == method
-    assert len(plan.root.clients) == (1 if method == "centralized" else 3)
+    assert len(plan.root.clients) == 3
     flat = method in ("fedavg", "fedper", "fedbuff", "diloco", "local")
-    assert (len(plan.root.inner) == 1) == (flat or method == "centralized")
+    assert (len(plan.root.inner) == 1) == flat
 
 
 def test_fedavg_is_the_token_weighted_mean(world: RunConfig) -> None:
@@ -172,18 +172,6 @@ def test_a_flat_tree_keeps_what_concerns_the_client(world: RunConfig) -> None:
     assert a.settings.simulation.bandwidth_gbps == 0.5
     assert a.settings.simulation.latency_s == 0.75
     assert a.settings.data.order == "world/north/a"
-
-
-def test_centralized_does_the_work_of_all(world: RunConfig) -> None:
-    config = configure(world, "centralized")
-    assert config.budget.rounds == 3 * (world.budget.rounds or 0)
-    assert len(make_plan(config).root.clients[0].settings.data.files) == 3
-
-
-def test_centralized_wants_files(tiny: Callable[..., Plan]) -> None:
-    plan = tiny([{"client": "x", "data": {"corpus": "python_reference"}}])
-    with pytest.raises(ConfigError, match=r"data\.corpus"):
-        configure(plan.config, "centralized")
 
 
 def test_an_unknown_method_is_named_with_the_closest(world: RunConfig) -> None:

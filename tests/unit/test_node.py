@@ -790,9 +790,12 @@ def test_progress_is_the_share_of_tokens_that_were_aggregated() -> None:
 
 
 def test_a_budget_of_seconds_is_finished_at_its_time() -> None:
+    # Time counts from the first pull: starting the actors and reading the text is not training.
     node = make(("a",), budget=BudgetConfig(seconds=10.0))
-    [early] = of(Serve, pull(node, "a", now_s=9.9))
-    [late] = of(Serve, pull(node, "a", now_s=10.0))
+    [first] = of(Serve, pull(node, "a", now_s=30.0))
+    [early] = of(Serve, pull(node, "a", now_s=39.9))
+    [late] = of(Serve, pull(node, "a", now_s=40.0))
+    assert (first.model.finished, first.model.progress) == (False, 0.0)
     assert (early.model.finished, early.model.progress) == (False, pytest.approx(0.99))
     assert (late.model.finished, late.model.progress) == (True, 1.0)
 
@@ -1131,3 +1134,24 @@ def test_the_staleness_function_of_the_config_is_used() -> None:
     to_version(node, 3)
     push(node, "a", 1, base=0, change=4.0)  # 1/(1 + 3)
     assert body(node) == pytest.approx([2, 3, 4])
+
+
+def test_a_federation_that_had_finished_trains_again_when_its_run_goes_on() -> None:
+    node = federation()
+    node.finished = True
+    other = federation()
+    other.restore(*node.state())
+    [serve] = of(Serve, pull(other, "a"))
+    assert not serve.model.finished
+
+
+def test_a_world_with_a_larger_budget_goes_on() -> None:
+    small = make(("a",), budget=BudgetConfig(tokens=50))
+    pull(small, "a", started=50)
+    push(small, "a", 1, tokens=50, started=50)
+    [last] = of(Serve, pull(small, "a", started=100))
+    assert last.model.finished
+    large = make(("a",), budget=BudgetConfig(tokens=500))
+    large.restore(*small.state())
+    [again] = of(Serve, pull(large, "a", started=100))
+    assert (again.model.finished, again.model.progress) == (False, 0.1)

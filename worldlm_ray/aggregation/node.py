@@ -110,6 +110,8 @@ class Node:
         self.finished = False
         """No new local round should begin."""
         self.ended = False
+        self.began_s: float | None = None
+        """When the first child began: a budget of seconds counts from here."""
         self.in_flight: Update | None = None
         """The update of an exchange that has not come back yet."""
         self._exchange_asked = False
@@ -129,6 +131,7 @@ class Node:
         elif isinstance(event, Pull):
             if event.child not in self.children:
                 raise MessageError("unknown_sender", f"{self.path} has no child {event.child!r}")
+            self.began_s = event.now_s if self.began_s is None else self.began_s
             self._waiting[event.child] = event.started_tokens
         elif isinstance(event, ParentModel):
             commands += self._merge(event)
@@ -404,8 +407,9 @@ class Node:
             self.progress = min(self.tokens / self.budget.tokens, 1.0)
             self.finished = self.started_tokens >= self.budget.tokens
         elif self.budget.seconds is not None:
-            self.progress = min(now_s / self.budget.seconds, 1.0)
-            self.finished = now_s >= self.budget.seconds
+            trained_s = now_s - (now_s if self.began_s is None else self.began_s)
+            self.progress = min(trained_s / self.budget.seconds, 1.0)
+            self.finished = trained_s >= self.budget.seconds
 
     def _all_ended(self) -> bool:
         idle = self._fold is None and not self._held and not self.exchanging
@@ -446,8 +450,10 @@ class Node:
         self.ended = False
         for name, fields in meta["children"].items():
             self.children[name] = Child(**fields)
+        # The budget may be larger than it was: a federation hears from its parent, the world counts again.
+        self.finished = False
         if self.budget.tokens is not None and not self.has_parent:
-            self._spend(0.0)  # the budget may be larger than it was
+            self._spend(0.0)
         self.theta = frozen(arrays["theta"])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.theta
         self.optimizer.steps = meta["optimizer_steps"]
@@ -473,6 +479,7 @@ _STATE = (
     "unpushed_tokens",
     "progress",
     "finished",
+    "began_s",
     "accepted",
     "refused",
 )

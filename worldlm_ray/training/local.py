@@ -178,6 +178,10 @@ class LocalTrainer:
             name: state[name].detach().cpu().numpy().reshape(-1).copy() for name in ("exp_avg", "exp_avg_sq", "step")
         }
 
+    def forget(self) -> None:
+        """Drop the moments and the step count."""
+        self.optimizer.state.clear()
+
     def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
         """Restore what `optimizer_state` gave."""
         if not saved:
