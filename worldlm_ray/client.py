@@ -107,7 +107,7 @@ class Client:
         self.start_over = reason in ("not_finite", "norm_exceeded")
 
     def begin(self, model: Model, *, now_s: float) -> AttentionRecord | None:
-        """Merge the parent's model and begin a local round from the result (design: section 4.5).
+        """Merge the parent's model and begin a local round from the result.
 
         Returns:
             The attention weights of the key layers, or None where nothing was blended.

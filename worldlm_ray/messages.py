@@ -25,7 +25,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """A child's work since its last exchange, on its way to the parent (design: section 4.1)."""
+    """A child's work since its last exchange, on its way to the parent."""
 
     sender: str
     """Name of the child among its siblings."""

@@ -92,7 +92,7 @@ def test_fedamp_prefers_the_closer_and_fedatt_the_farther() -> None:
 
 
 def test_distances_do_not_underflow_or_saturate_on_a_large_layer() -> None:
-    # exp(-d^2) of these raw distances is exactly 0 and a softmax of d is one-hot (design, section 12).
+    # exp(-d^2) of these raw distances is exactly 0 and a softmax of d is one-hot.
     size = 1_000_000
     query = np.full(size, 0.5, np.float32)
     layer = (KeyLayer("big", 0, size),)

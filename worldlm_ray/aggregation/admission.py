@@ -1,4 +1,4 @@
-"""What a node accepts from its children (design: section 4.6). Decides, changes nothing."""
+"""What a node accepts from its children. Decides, changes nothing."""
 
 from __future__ import annotations
 

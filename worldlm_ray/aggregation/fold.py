@@ -3,7 +3,7 @@
     flat = [ sum_i tokens_i s(tau_i) backbone change_i  |  unnormalised softmax blend of key layers ]
 
 A node's memory therefore does not grow with its number of children, and when the fold is finished the same buffer
-*is* the next model (design: sections 4.1, 4.3, 4.4).
+*is* the next model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a node moves to its parent on a pull (design: section 4.5); the same for clients and federations.
+"""How a node moves to its parent on a pull; the same for clients and federations.
 
     backbone   theta <- theta + m (parent - anchor)
     keys       attention over the node's own and the parent's

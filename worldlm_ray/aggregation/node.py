@@ -267,7 +267,7 @@ class Node:
         return len(fold.contributors) >= rules.quorum and now_s >= fold.first_s + rules.time_up_s
 
     def _aggregate(self, now_s: float) -> list[Command]:
-        """Make the folded updates the next version (design: sections 4.3 and 4.4)."""
+        """Make the folded updates the next version."""
         fold, self._fold = self._fold, None
         if fold is None:
             raise AggregationError(f"{self.path}: nothing to aggregate")
@@ -348,7 +348,7 @@ class Node:
         return self.in_flight
 
     def _merge(self, event: ParentModel) -> list[Command]:
-        """Move to the parent and keep whatever the children did meanwhile (design: section 4.5)."""
+        """Move to the parent and keep whatever the children did meanwhile."""
         model = event.model
         self.in_flight = None
         self.base_version, self.progress = model.version, model.progress
