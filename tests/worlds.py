@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +55,13 @@ def two_levels(folder: Path) -> list[dict[str, Any]]:
         {"federation": "north", "children": [client("a", folder, 1), client("b", folder, 2)]},
         {"federation": "south", "children": [client("c", folder, 3), client("d", folder, 4)]},
     ]
+
+
+def run_example(name: str, *arguments: str) -> str:
+    """What an example prints, run as a user runs it."""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}", *arguments], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -163,25 +163,18 @@ class Client:
         return result.train_s
 
     def _rate(self, step: int) -> float:
-        budget, settings = self.plan.config.budget, self.training
+        """Learning rate of a step of the round, taken in its middle: a warm-up's first step trains too."""
+        budget, settings, middle = self.plan.config.budget, self.training, step + 0.5
+        rounds = self.round + middle / settings.local_steps
         if budget.rounds is not None:
-            progress = (self.round + step / settings.local_steps) / budget.rounds
+            progress = rounds / budget.rounds
         elif budget.tokens is not None:
             world_step = settings.batch_size * self.context * len(self.plan.root.clients)
-            progress = self.progress + step * world_step / budget.tokens
+            progress = self.progress + middle * world_step / budget.tokens
         else:
             # Time within a round is not known beforehand: the first round is the warm-up at least.
-            trained = (self.round * settings.local_steps + step + 0.5) / settings.local_steps
-            return learning_rate(settings, max(self.progress, settings.warmup_fraction * min(trained, 1.0)))
-        # Half a step on, so that the first step of a warm-up does not train at a rate of zero.
-        return learning_rate(settings, progress + self._half_step())
-
-    def _half_step(self) -> float:
-        budget, settings = self.plan.config.budget, self.training
-        if budget.rounds is not None:
-            return 0.5 / (settings.local_steps * budget.rounds)
-        assert budget.tokens is not None
-        return 0.5 * settings.batch_size * self.context * len(self.plan.root.clients) / budget.tokens
+            progress = max(self.progress, settings.warmup_fraction * min(rounds, 1.0))
+        return learning_rate(settings, progress)
 
     @property
     def train_loss(self) -> float:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from worlds import run_example
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,21 +63,9 @@ def test_links_to_files_lead_somewhere(document: str) -> None:
 
 
 def test_one_federation_agrees_with_the_fast_code() -> None:
-    done = subprocess.run(
-        [sys.executable, "examples/one_federation.py"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "largest difference" in done.stdout
+    assert "largest difference" in run_example("one_federation.py")
 
 
 @pytest.mark.slow
 def test_the_simulated_example_runs(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "examples/two_levels_simulated.py", str(tmp_path / "run")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "world/code/cpp" in done.stdout
+    assert "world/code/cpp" in run_example("two_levels_simulated.py", str(tmp_path / "run"))
