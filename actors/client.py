@@ -125,8 +125,7 @@ class ClientActor:
         return model
 
     def _begin(self, model: Model) -> None:
-        record = self.client.begin(model, now_s=self.clock.now_s())
-        if record is not None:
+        for record in self.client.begin(model, now_s=self.clock.now_s()):
             self._tell(record)
 
     def _train(self) -> bool:

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from worldlm_ray.aggregation.node import Node, Push
-from worldlm_ray.config import AggregationConfig, BudgetConfig
+from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.messages import Update, pack
 from worldlm_ray.params import make_layout
 
@@ -79,7 +79,7 @@ def main() -> None:
         path="world",
         children=("a", "b", "c"),
         aggregation=AggregationConfig(buffer_size=3),
-        merge=1.0,
+        merge=MergeConfig(),
         has_parent=False,
         layout=layout,
         initial=flat,

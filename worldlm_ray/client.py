@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.merge import Merger
+from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.messages import Model, Update
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import AttentionRecord, Measure, RoundRecord, StartRecord
+from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord
 from worldlm_ray.seeds import derive
 from worldlm_ray.training.local import LocalTrainer, perplexity
 from worldlm_ray.training.sampling import sample
@@ -40,7 +40,9 @@ class Client:
     ) -> None:
         self.plan, self.spec, self.training = plan, spec, spec.settings.training
         self.context = plan.shape.context
-        self.dataset = dataset or prepare(spec.settings.data, context=self.context, key=f"{spec.key}.data")
+        self.dataset = dataset or prepare(
+            spec.settings.data, context=self.context, key=f"{spec.key}.data", order=spec.path
+        )
         self.trainer = LocalTrainer(
             plan.shape, plan.layout, self.training, threads=spec.settings.resources.cpus, device=device
         )
@@ -52,7 +54,8 @@ class Client:
             layout=plan.layout,
             attention=spec.settings.aggregation.attention,
             m=spec.settings.merge.client,
-            origin=self.base[plan.layout.backbone_size :].copy(),
+            agreement=spec.settings.merge.agreement,
+            initial=plan.initial(),
         )
         self.round = 0
         """Finished local rounds."""
@@ -76,7 +79,12 @@ class Client:
     @property
     def round_tokens(self) -> int:
         """Tokens of one local round."""
-        return self.training.local_steps * self.training.batch_size * self.context
+        return self.training.local_steps * self.step_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.training.batch_size * self.dataset.parts * self.context
 
     @property
     def started_tokens(self) -> int:
@@ -106,15 +114,16 @@ class Client:
         """Hear that an update was refused: a model that has diverged is given up for the parent's."""
         self.start_over = reason in ("not_finite", "norm_exceeded")
 
-    def begin(self, model: Model, *, now_s: float) -> AttentionRecord | None:
+    def begin(self, model: Model, *, now_s: float) -> list[Record]:
         """Merge the parent's model and begin a local round from the result.
 
         Returns:
-            The attention weights of the key layers, or None where nothing was blended.
+            What tracking is told: how far the client followed, and the attention weights of the key layers.
         """
-        record = None
+        records: list[Record] = []
         if self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
+            self.merger.judge(model, None, now_s=now_s)
             self.base[:] = model.values
             self.trainer.write(self.base)
             if self.start_over:
@@ -122,15 +131,17 @@ class Client:
                 self.start_over = False
         elif model.version > 0:
             own = self.trainer.read()
-            self.merger.backbone(own, own, model.values, out=self.base)
-            record = self.merger.keys(own, model, own_tokens=float(self.round_tokens), now_s=now_s, out=self.base)
+            m, judged = self.merger.judge(model, Moved(now=own, since=self.base), now_s=now_s)
+            self.merger.backbone(m, own, own, model.values, out=self.base)
+            weights = self.merger.keys(m, own, model, own_tokens=float(self.round_tokens), now_s=now_s, out=self.base)
+            records = [judged] if weights is None else [judged, weights]
             self.trainer.write(self.base)
         else:
             self.trainer.read(self.base)
         self.base_version, self.progress = model.version, model.progress
         self.seq = max(self.seq, model.last_seq)
         self.step, self.loss_sum, self.began = 0, 0.0, True
-        return record
+        return records
 
     def train(self, should_stop: Any = lambda: False) -> float:
         """Train the round that is under way, or the rest of it.
@@ -141,9 +152,10 @@ class Client:
         Returns:
             Seconds of training.
         """
-        settings, order = self.training, self.spec.settings.data.order or self.spec.path
+        settings = self.training
         batches = self.dataset.batches(
-            derive(self.plan.config.seed, order, "batches", self.round),
+            self.plan.config.seed,
+            self.round,
             steps=settings.local_steps,
             batch_size=settings.batch_size,
             context=self.context,
@@ -169,7 +181,7 @@ class Client:
         if budget.rounds is not None:
             progress = rounds / budget.rounds
         elif budget.tokens is not None:
-            world_step = settings.batch_size * self.context * len(self.plan.root.clients)
+            world_step = self.step_tokens * len(self.plan.root.clients)
             progress = self.progress + middle * world_step / budget.tokens
         else:
             # Time within a round is not known beforehand: the first round is the warm-up at least.
@@ -192,7 +204,7 @@ class Client:
             sender=self.spec.name,
             seq=self.seq,
             base_version=self.base_version,
-            tokens=self.step * self.training.batch_size * self.context,
+            tokens=self.step * self.step_tokens,
             started_tokens=self.round * self.round_tokens,
             values=values,
             metrics={"train_loss": self.train_loss},
@@ -209,7 +221,7 @@ class Client:
             busy_fraction: share of the client's life spent on training and measuring.
             measure: held-out quality after the round, where it was measured.
         """
-        tokens = self._stretch_steps * self.training.batch_size * self.context
+        tokens = self._stretch_steps * self.step_tokens
         return RoundRecord(
             node=self.spec.path,
             now_s=now_s,
@@ -278,6 +290,8 @@ class Client:
         meta = {name: getattr(self, name) for name in _STATE}
         meta["layout"] = self.plan.layout.hash
         arrays = {"theta": self.trainer.read(), "base": self.base}
+        if self.merger.heard is not None:
+            arrays["heard"] = self.merger.heard
         arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
         return meta, arrays
 
@@ -297,6 +311,8 @@ class Client:
             # A round may have been shortened by a change of local_steps: it ends with one more step.
             self.step = min(self.step, self.training.local_steps - 1)
         self.base = np.array(arrays["base"])
+        if self.merger.heard is not None and "heard" in arrays:
+            self.merger.heard = arrays["heard"]
         self.trainer.write(arrays["theta"])
         prefix = "optimizer."
         self.trainer.load_optimizer_state(

@@ -147,25 +147,24 @@ def _measure(originals: list[NodeSpec], plan: Plan, summary: dict[str, Any]) -> 
             nats, count = trainer.evaluate(windows, parameters=parameters)
             return float(nats / count / dataset.heldout_bytes_per_token())
 
-        node = nodes[spec.path]
-        counted = summary["nodes"][node] if node else {}
+        counted = summary["nodes"][nodes[spec.path] or plan.root.clients[0].path]
         rows.append(
             {
                 "client": spec.path,
                 "own": loss(models[spec.path], tokens),
                 "world": loss(world, tokens),
                 "by_model": {path: loss(theta, tokens // 4) for path, theta in models.items()},
-                "steps": counted.get("steps", 0),
-                "busy_fraction": counted.get("busy_fraction"),
-                "bytes_up": counted.get("bytes_up", 0),
-                "bytes_down": counted.get("bytes_down", 0),
+                "steps": counted["steps"],
+                "busy_fraction": counted["busy_fraction"],
+                "bytes_up": counted["bytes_up"],
+                "bytes_down": counted["bytes_down"],
             }
         )
     return rows
 
 
 def _node_of(spec: NodeSpec, plan: Plan) -> str | None:
-    """Path of a client of the original tree in a method's tree; None where the method has no such client."""
+    """Path of a client of the original tree in a method's tree; None in centralized training."""
     kinds = plan.kinds
     for path in (spec.path, f"world/{flat_name(spec)}"):
         if kinds.get(path) == "client":

@@ -65,6 +65,13 @@ class DataConfig:
     order: str | None = None
     """Names the random order in which text is drawn; the client's path unless given. Clients of two runs with the
     same seed and order see the same batches, wherever they hang in the tree."""
+    pool: list[Any] = field(default_factory=list)
+    """Data sections to train on together, in place of files or a corpus: every step takes `batch_size` sequences of
+    each. Centralized training (`worldlm compare --methods centralized`) is one client with everybody's sections."""
+    shard: str | None = None
+    """`2/4`: only the second of four parts of the text, dealt out block by block, so that the parts are alike."""
+    train_fraction: float = 1.0
+    """Share of the training part that is used, spread evenly over it; the held-out part stays whole."""
     heldout_fraction: float = 0.05
     """Share of a client's text that is never trained on."""
     max_bytes: int | None = None
@@ -162,8 +169,12 @@ class AggregationConfig:
 class MergeConfig:
     """How far a node moves to its parent on a pull: theta = (1 - m) own + m parent, for the backbone."""
 
-    client: float = 1.0
-    federation: float = 1.0
+    client: float | str = 1.0
+    """A number from 0 to 1, or `adaptive`: see worldlm_ray/aggregation/merge.py."""
+    federation: float | str = 1.0
+    """The same for federations."""
+    agreement: float = 0.6
+    """`adaptive`: a node follows its parent while the cosine of its own movement and the others' is at least this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,8 +440,15 @@ def check_settings(settings: NodeSettings, key: str) -> None:
     if aggregation.server_optimizer.lr is not None:
         positive(aggregation.server_optimizer.lr, f"{at}aggregation.server_optimizer.lr")
     fraction(aggregation.server_optimizer.momentum, f"{at}aggregation.server_optimizer.momentum")
-    fraction(settings.merge.client, f"{at}merge.client")
-    fraction(settings.merge.federation, f"{at}merge.federation")
+    for name in ("client", "federation"):
+        m = getattr(settings.merge, name)
+        if isinstance(m, str) and m != "adaptive":
+            raise ConfigError(f"{at}merge.{name}", f"got {m!r}", "write a number from 0 to 1, or adaptive")
+        if not isinstance(m, str):
+            fraction(m, f"{at}merge.{name}")
+    if not -1.0 <= settings.merge.agreement <= 1.0:
+        got = f"got {settings.merge.agreement}"
+        raise ConfigError(f"{at}merge.agreement", got, "give a cosine, from -1 to 1")
     positive(settings.resources.cpus, f"{at}resources.cpus")
     not_negative(settings.resources.gpus, f"{at}resources.gpus")
     positive(settings.simulation.tokens_per_s, f"{at}simulation.tokens_per_s")
@@ -442,6 +460,9 @@ def check_settings(settings: NodeSettings, key: str) -> None:
             f"got {settings.data.heldout_fraction}",
             "give a number between 0 and 1",
         )
+    if not 0.0 < settings.data.train_fraction <= 1.0:
+        got = f"got {settings.data.train_fraction}"
+        raise ConfigError(f"{at}data.train_fraction", got, "give a number above 0, at most 1")
 
 
 def positive(value: float, key: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from worldlm_ray.errors import MessageError
 from worldlm_ray.params import Flat, Layout
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the message schema; a receiver refuses any other."""
 
 
@@ -59,6 +59,8 @@ class Model:
     """Highest seq that the parent has accepted from this child."""
     values: Flat
     """[backbone | key layers], read-only."""
+    share: float = 0.0
+    """How much of the child's own last work is in what the parent moved since the child's last pull, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ _UPDATE = {
     "started_tokens": int,
     "metrics": dict,
 }
-_MODEL = {"version": int, "progress": float, "finished": bool, "tokens": float, "last_seq": int}
+_MODEL = {"version": int, "progress": float, "finished": bool, "tokens": float, "last_seq": int, "share": float}
 
 
 def pack(message: Update | Model, layout: Layout) -> Packed:

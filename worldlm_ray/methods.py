@@ -9,6 +9,7 @@
     diloco        flat    synchronous          none              nesterov 0.7, 0.9             arXiv 2311.08105
     halos         as is   each update          none              delayed_nesterov, merge 0.25  HALoS, ICML 2025
     local         flat    synchronous          none              nobody takes from another
+    centralized   one     -                    none              one client; a step takes a batch of every client's text
 
 Flat: every client hangs directly under the world, over a link as slow as the slowest on its way and with the delays of
 all of them. A method's settings replace those of the configuration at every node; what concerns the clients'
@@ -161,6 +162,17 @@ def _local(mapping: dict[str, Any], root: NodeSpec) -> None:
     mapping["merge"] = {"client": 0.0, "federation": 0.0}
 
 
+def _centralized(mapping: dict[str, Any], root: NodeSpec) -> None:
+    clients = root.clients
+    only = _client(clients[0], root, name="all")
+    pool = [asdict(spec.settings.data) | {"order": spec.settings.data.order or spec.path} for spec in clients]
+    only["data"] |= {"files": [], "corpus": None, "shard": None, "train_fraction": 1.0, "order": None, "pool": pool}
+    only["simulation"] |= {"tokens_per_s": math.fsum(s.settings.simulation.tokens_per_s for s in clients)}
+    mapping["world"] = {"children": [only]}
+    _no_keys(mapping)
+    _rules(mapping, trigger="synchronous", server_optimizer={"name": "sgd", "lr": 1.0})
+
+
 def _worldlm(mapping: dict[str, Any], root: NodeSpec) -> None:
     mapping["world"] = _plain_tree(root, keep_rules=True)
 
@@ -174,5 +186,6 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "diloco": _diloco,
     "halos": _halos,
     "local": _local,
+    "centralized": _centralized,
 }
 """Every method by name."""

@@ -64,7 +64,7 @@ class Plan:
             path=spec.path,
             children=tuple(child.name for child in spec.children),
             aggregation=spec.settings.aggregation,
-            merge=spec.settings.merge.federation,
+            merge=spec.settings.merge,
             has_parent=spec.kind != "world",
             layout=self.layout,
             initial=initial,

@@ -106,6 +106,20 @@ class AttentionRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeRecord:
+    """A node moved to its parent's model, or did not."""
+
+    node: str
+    now_s: float
+    version: int
+    """The parent's."""
+    m: float
+    """How far the backbone moved: 0 not at all, 1 all the way."""
+    agreement: float | None = None
+    """Cosine of the node's own movement and the others'; None where the node does not ask."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PullRecord:
     """A child took its parent's model."""
 
@@ -143,6 +157,7 @@ Record = (
     | VerdictRecord
     | AggregationRecord
     | AttentionRecord
+    | MergeRecord
     | PullRecord
     | PushRecord
     | LifeRecord

@@ -30,13 +30,12 @@ from worldlm_ray.aggregation.events import (
 )
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client import Client
-from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.messages import Model, pack
 from worldlm_ray.outcome import Outcome, combine, finish
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord
 from worldlm_ray.tracking import Tracker
-from worldlm_ray.tree import NodeSpec, parent_path
+from worldlm_ray.tree import parent_path
 
 BITS_PER_GBIT = 1e9
 
@@ -67,7 +66,7 @@ class Simulation:
         self.initial = plan.initial()
         self.specs = {spec.path: spec for spec in plan.root.walk()}
         self.nodes: dict[str, Node] = {s.path: plan.inner_node(s, self.initial) for s in plan.root.inner}
-        self.clients = {spec.path: Client(plan, spec, dataset=self._dataset(spec)) for spec in plan.root.clients}
+        self.clients = {spec.path: Client(plan, spec) for spec in plan.root.clients}
         self._busy_s = dict.fromkeys(self.clients, 0.0)
 
     def run(self) -> str:
@@ -125,8 +124,7 @@ class Simulation:
             self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
             self.tracker.record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
             return
-        record = client.begin(model, now_s=self.now_s)
-        if record is not None:
+        for record in client.begin(model, now_s=self.now_s):
             self.tracker.record(record)
         client.train()
         train_s = client.round_tokens / self.specs[path].settings.simulation.tokens_per_s
@@ -211,9 +209,6 @@ class Simulation:
         parent = parent_path(path)
         assert parent is not None
         return parent, self.specs[path].name
-
-    def _dataset(self, spec: NodeSpec) -> Dataset:
-        return prepare(spec.settings.data, context=self.plan.shape.context, key=f"{spec.key}.data")
 
     @property
     def _final_tokens(self) -> int:

@@ -12,6 +12,7 @@ belong in one chart, the tag ends in the KIND of the node, `client` or `inner`:
     train_loss_by_tokens learning_rate_by_tokens epsilon                    clients
     step_norm refused_strangers/REASON                                      inner nodes
     tau tau_histogram arrivals accepted refused/REASON bytes_up bytes_down  edges, in the run of the child
+    merge agreement                                                         all nodes below the world
     attention_up attention_down                                             images
 
 The step of `*_by_tokens` is tokens trained so far, of histograms and images a version, and of every other tag

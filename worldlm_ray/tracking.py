@@ -25,6 +25,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
     AggregationRecord,
     AttentionRecord,
+    MergeRecord,
     NodeSummary,
     PullRecord,
     PushRecord,
@@ -167,6 +168,8 @@ class Tracker:
             case AttentionRecord():
                 # A newer one takes the place of one that still waits, so every node gets its turn.
                 self._images[path, record.direction] = record
+            case MergeRecord():
+                self._board.scalars(path, {"merge": record.m, "agreement": record.agreement}, now_s=now_s)
             case PushRecord():
                 self._board.scalars(path, {"bytes_up": node.bytes_up}, now_s=now_s)
             case PullRecord():

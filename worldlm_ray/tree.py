@@ -81,9 +81,13 @@ def _node(raw: dict[str, Any], *, kind: Kind, name: str, path: str, key: str, in
         if given not in NODE_KEYS:
             raise ConfigError(f"{key}.{given}", "unknown key", one_of(str(given), NODE_KEYS))
     overrides = {name: raw[name] for name in INHERITED if raw.get(name) is not None}
-    if "data" in overrides and isinstance(overrides["data"], dict) and {"files", "corpus"} & set(overrides["data"]):
+    if (
+        "data" in overrides
+        and isinstance(overrides["data"], dict)
+        and {"files", "corpus", "pool"} & set(overrides["data"])
+    ):
         # A node's own source replaces an inherited one: files here must not add up with a corpus from above.
-        overrides["data"] = {"files": [], "corpus": None, **overrides["data"]}
+        overrides["data"] = {"files": [], "corpus": None, "pool": [], **overrides["data"]}
     settings = merge_into(inherited, overrides, prefix=key)
     check_settings(settings, key)
     children = raw.get("children")

@@ -259,9 +259,9 @@ def with_tokens(train: int, heldout: int) -> Dataset:
 
 def test_batches_are_windows_that_depend_on_the_seed_alone() -> None:
     data = with_tokens(500, 100)
-    first = list(data.batches(7, steps=5, batch_size=4, context=16))
-    again = list(data.batches(7, steps=5, batch_size=4, context=16))
-    other = list(data.batches(8, steps=5, batch_size=4, context=16))
+    first = list(data.batches(7, 0, steps=5, batch_size=4, context=16))
+    again = list(data.batches(7, 0, steps=5, batch_size=4, context=16))
+    other = list(data.batches(8, 0, steps=5, batch_size=4, context=16))
     assert len(first) == 5
     for (inputs, targets), (same, _), (different, _) in zip(first, again, other, strict=True):
         assert inputs.shape == targets.shape == (4, 16)
@@ -275,7 +275,7 @@ def test_batches_are_windows_that_depend_on_the_seed_alone() -> None:
 
 
 def test_batches_reach_the_first_and_the_last_token() -> None:
-    batches = list(with_tokens(20, 20).batches(0, steps=50, batch_size=4, context=16))
+    batches = list(with_tokens(20, 20).batches(0, 0, steps=50, batch_size=4, context=16))
     assert min(inputs.min() for inputs, _ in batches) == 0
     assert max(targets.max() for _, targets in batches) == 19
 
@@ -294,7 +294,7 @@ def test_heldout_windows_do_not_overlap_and_spread_out() -> None:
 def test_windows_longer_than_the_text_are_refused() -> None:
     data = with_tokens(100, 100)
     with pytest.raises(DataError, match="training: 100 tokens"):
-        next(data.batches(0, steps=1, batch_size=1, context=200))
+        next(data.batches(0, 0, steps=1, batch_size=1, context=200))
     with pytest.raises(DataError, match="held-out: 100 tokens"):
         next(data.heldout_windows(1, context=200, batch_size=1))
 
@@ -303,3 +303,49 @@ def test_bytes_per_token_with_a_real_tokenizer(config: DataConfig, tmp_path: Pat
     data = make(changed(config, tokenizer=str(train_bpe(tmp_path / "t.json"))))
     assert data.heldout_bytes_per_token() > 2.0
     assert data.tokenizer.token_bytes[np.asarray(data.heldout)].sum() == data.heldout_bytes
+
+
+# ------------------------------------------------------------------------------------ parts and wholes
+
+
+def test_shards_are_alike_and_share_nothing(config: DataConfig, tmp_path: Path) -> None:
+    lines = numbered(4_000)
+    (tmp_path / "a.txt").write_text("\n\n".join(lines))
+    whole = make(config)
+    shards = [make(changed(config, shard=f"{index}/3")) for index in (1, 2, 3)]
+    decode = whole.tokenizer.decode
+    found = [
+        {line for part in (s.train, s.heldout) for line in decode(np.asarray(part)).split("\n\n") if line in lines}
+        for s in shards
+    ]
+    assert sum(map(len, found)) == len(lines)
+    assert set.union(*found) == set(lines)
+    assert max(s.train_bytes for s in shards) - min(s.train_bytes for s in shards) <= 2 * BLOCK_CHARS
+    for bad in ("0/3", "4/3", "x", "1"):
+        with pytest.raises(ConfigError, match=r"world\.data\.shard: got .*write 2/4"):
+            make(changed(config, shard=bad))
+
+
+def test_a_fraction_of_the_training_text_leaves_the_heldout_part_whole(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(numbered(8_000)))
+    whole, tenth = make(config), make(changed(config, train_fraction=0.1))
+    assert np.array_equal(whole.heldout, tenth.heldout)
+    assert tenth.train_bytes == pytest.approx(whole.train_bytes / 10, abs=2 * BLOCK_CHARS)
+
+
+def test_a_pool_draws_from_every_member_what_it_would_draw_alone(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("\n\n".join(f"other {n}" for n in range(4_000)))
+    members = [{"files": [str(tmp_path / name)], "order": name} for name in ("a.txt", "b.txt")]
+    pool = make(changed(config, files=[], pool=members))
+    alone = [make(changed(config, **member)) for member in members]
+    assert pool.parts == 2
+    assert pool.heldout_bytes == sum(data.heldout_bytes for data in alone)
+    [(inputs, _)] = pool.batches(5, 2, steps=1, batch_size=3, context=16)
+    drawn = [next(data.batches(5, 2, steps=1, batch_size=3, context=16))[0] for data in alone]
+    assert np.array_equal(inputs, np.concatenate(drawn))
+    windows = sum(len(inputs) for inputs, _ in pool.heldout_windows(320, context=16, batch_size=4))
+    assert windows == 20
+    with pytest.raises(ConfigError, match=r"world\.data\.pool: set together with files"):
+        make(changed(config, pool=members))
+    with pytest.raises(ConfigError, match=r"world\.data\.pool\[0\]\.filez: unknown key"):
+        make(changed(config, files=[], pool=[{"filez": []}]))

@@ -14,6 +14,7 @@ from worldlm_ray import config as configuration
 from worldlm_ray.aggregation.events import Push
 from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.client import Client
 from worldlm_ray.config import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model, Update, pack
@@ -52,7 +53,7 @@ def node_of(config: RunConfig, path: str = "world") -> Node:
         path=path,
         children=tuple(child.name for child in spec.children),
         aggregation=spec.settings.aggregation,
-        merge=spec.settings.merge.federation,
+        merge=spec.settings.merge,
         has_parent=path != "world",
         layout=layout,
         initial=np.zeros(4, np.float32),
@@ -78,8 +79,8 @@ def test_every_method_gives_a_world_that_can_run(world: RunConfig, method: str) 
     config = configure(world, method)
     plan = make_plan(config)
     assert config.method == method
-    assert len(plan.root.clients) == 3
-    flat = method in ("fedavg", "fedper", "fedbuff", "diloco", "local")
+    assert len(plan.root.clients) == (1 if method == "centralized" else 3)
+    flat = method in ("fedavg", "fedper", "fedbuff", "diloco", "local", "centralized")
     assert (len(plan.root.inner) == 1) == flat
 
 
@@ -157,10 +158,12 @@ def merged(config: RunConfig) -> list[float]:
         layout=layout,
         attention=settings.aggregation.attention,
         m=settings.merge.client,
-        origin=np.zeros(layout.key_size, np.float32),
+        agreement=settings.merge.agreement,
+        initial=np.zeros(4, np.float32),
     )
-    merger.backbone(own, own, parent.values, out=out)
-    merger.keys(own, parent, own_tokens=1.0, now_s=0.0, out=out)
+    m, _ = merger.judge(parent, None, now_s=0.0)
+    merger.backbone(m, own, own, parent.values, out=out)
+    merger.keys(m, own, parent, own_tokens=1.0, now_s=0.0, out=out)
     return out.tolist()
 
 
@@ -172,6 +175,21 @@ def test_a_flat_tree_keeps_what_concerns_the_client(world: RunConfig) -> None:
     assert a.settings.simulation.bandwidth_gbps == 0.5
     assert a.settings.simulation.latency_s == 0.75
     assert a.settings.data.order == "world/north/a"
+
+
+def test_centralized_is_one_client_whose_steps_take_everybodys_batch(world: RunConfig) -> None:
+    central, apart = make_plan(configure(world, "centralized")), make_plan(configure(world, "local"))
+    [one] = [Client(central, spec) for spec in central.root.clients]
+    each = [Client(apart, spec) for spec in apart.root.clients]
+    assert one.round_tokens == sum(client.round_tokens for client in each)
+
+    def drawn(client: Client) -> list[Any]:
+        return list(client.dataset.batches(0, 3, steps=2, batch_size=4, context=16))
+
+    together, alone = drawn(one), [drawn(client) for client in each]
+    for step in range(2):
+        for part in (0, 1):
+            assert np.array_equal(together[step][part], np.concatenate([mine[step][part] for mine in alone]))
 
 
 def test_an_unknown_method_is_named_with_the_closest(world: RunConfig) -> None:

@@ -36,13 +36,14 @@ from worldlm_ray.config import (
     AggregationConfig,
     AttentionConfig,
     BudgetConfig,
+    MergeConfig,
     ServerOptimizerConfig,
     StalenessConfig,
 )
 from worldlm_ray.errors import CheckpointError, MessageError
 from worldlm_ray.messages import Model, Packed, Update, pack
 from worldlm_ray.params import Flat, Layout, make_layout
-from worldlm_ray.records import AttentionRecord, VerdictRecord
+from worldlm_ray.records import AttentionRecord, MergeRecord, VerdictRecord
 
 C = TypeVar("C")
 SHAPES = [("model.embed.weight", (2,)), ("body.weight", (3,)), ("head.weight", (2,))]
@@ -63,7 +64,7 @@ def make(
     children: Iterable[str] = NAMES,
     *,
     parent: bool = False,
-    merge: float = 1.0,
+    merge: float | str = 1.0,
     budget: BudgetConfig | None = None,
     layout: Layout = LAYOUT,
     initial: Flat = START,
@@ -74,7 +75,7 @@ def make(
         path="world/europe" if parent else "world",
         children=tuple(children),
         aggregation=AggregationConfig(**rules),
-        merge=merge,
+        merge=MergeConfig(federation=merge),
         has_parent=parent,
         layout=layout,
         initial=initial.copy(),
@@ -316,7 +317,7 @@ REFUSALS: dict[str, tuple[str, Callable[[], Push]]] = {
     "negative tokens": ("malformed", pushed(tokens=-5)),
     "other schema": (
         "wrong_schema",
-        packed_as(lambda p: Packed(p.header.replace(b"schema\x01", b"schema\x02"), p.values)),
+        packed_as(lambda p: Packed(p.header.replace(b"schema\x02", b"schema\x03"), p.values)),
     ),
     "other layout": ("wrong_layout", wrong_layout),
     "one value too few": ("wrong_shape", packed_as(lambda p: Packed(p.header, p.values[:-1]))),
@@ -701,7 +702,7 @@ def test_key_layers_attend_to_the_parent_by_tokens() -> None:
     exchange(node, push(node, "a", 1, tokens=10, keys=4.0))
     commands = answer(node, parent_model(1, 0.0, keys=8.0, tokens=30.0))
     assert keys(node) == pytest.approx([7, 7, 7, 7])
-    [record] = [note.record for note in of(Note, commands)]
+    [record] = [n.record for n in of(Note, commands) if isinstance(n.record, AttentionRecord)]
     assert isinstance(record, AttentionRecord)
     assert (record.direction, record.candidates) == ("down", ("(own)", "(parent)"))
     assert record.weights[0] == pytest.approx([0.25, 0.75])
@@ -1155,3 +1156,60 @@ def test_a_world_with_a_larger_budget_goes_on() -> None:
     large.restore(*small.state())
     [again] = of(Serve, pull(large, "a", started=100))
     assert (again.model.finished, again.model.progress) == (False, 0.1)
+
+
+# ---- what a child is told of its own work in the model -------------------------------------------------------
+
+
+def served(node: Node, child: str) -> Model:
+    [command] = [command for command in of(Serve, pull(node, child)) if command.child == child]
+    return command.model
+
+
+def test_a_child_is_told_its_share_of_the_movement_since_its_last_pull() -> None:
+    node = make(buffer_size=1, server_optimizer=ServerOptimizerConfig())  # the rate is a child's share: a third
+    push(node, "a", 1, change=1.0)
+    push(node, "b", 1, change=1.0)
+    assert served(node, "a").share == pytest.approx(1 / 3)
+    assert served(node, "a").share == 0.0  # it has moved no more
+    assert served(node, "c").share == 0.0
+    push(node, "b", 2, base=2, change=1.0)
+    assert served(node, "b").share == pytest.approx((1 / math.sqrt(2) + 1) / 3)  # the first was one version old
+
+
+def test_in_a_synchronous_round_the_share_is_that_of_the_tokens() -> None:
+    node = make(("a", "b"), trigger="synchronous")
+    push(node, "a", 1, tokens=10)
+    push(node, "b", 1, tokens=30)
+    assert (served(node, "a").share, served(node, "b").share) == (0.25, 0.75)
+
+
+@pytest.mark.parametrize(("merge", "expected"), [(0.0, 0.5), (0.5, 0.3125), (1.0, 0.125)])
+def test_the_share_follows_the_work_through_the_parent(merge: float, expected: float) -> None:
+    # Half of the federation's movement is the child's; a quarter of the parent's movement is the federation's.
+    node = federation(children=("a", "b"), merge=merge, trigger="synchronous")
+    push(node, "a", 1, change=1.0)
+    exchange(node, push(node, "b", 1, change=1.0))
+    answer(node, parent_model(1, 3.0, share=0.25))
+    assert served(node, "a").share == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("lead", "m"), [([2.0, 2.0, 2.0], 1.0), ([-1.0, -1.0, 2.0], 0.0)])
+def test_a_federation_follows_its_parent_while_both_go_the_same_way(lead: list[float], m: float) -> None:
+    node = federation(merge="adaptive")
+    exchange(node, push(node, "a", 1, change=1.0))
+    before = body(node)
+    commands = answer(node, parent_model(1, START[:SPLIT] + np.array(lead, np.float32)))
+    [record] = [n.record for n in of(Note, commands) if isinstance(n.record, MergeRecord)]
+    assert (record.m, record.agreement) == (m, pytest.approx(sum(lead) / math.sqrt(3 * sum(x * x for x in lead))))
+    assert body(node) == ([a + b for a, b in zip(START[:SPLIT].tolist(), lead, strict=True)] if m else before)
+
+
+def test_what_an_adaptive_federation_heard_survives_a_restart() -> None:
+    node, again = federation(merge="adaptive"), federation(merge="adaptive")
+    exchange(node, push(node, "a", 1, change=1.0))
+    answer(node, parent_model(1, 5.0))
+    meta, arrays = node.state()
+    again.restore(meta, arrays)
+    assert again.merger.heard is not None
+    assert again.merger.heard[:SPLIT].tolist() == [5.0, 5.0, 5.0]

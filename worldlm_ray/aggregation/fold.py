@@ -41,6 +41,8 @@ class Fold:
         self.tokens = 0
         """Undiscounted weight."""
         self.contributors: list[str] = []
+        self.shares: dict[str, float] = {}
+        """Weight of every child's work in the sum; after `finish`, in the mean."""
 
     def add(self, update: Update, tau: int, theta: Flat) -> None:
         """Fold an update in: one pass over each of its parts.
@@ -56,6 +58,7 @@ class Fold:
         self._attend(update.sender, update.values[split:], weight, query=theta[split:])
         self.tokens += update.tokens
         self.contributors.append(update.sender)
+        self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
 
     def finish(self, theta: Flat, optimizer: ServerOptimizer, *, members: int) -> tuple[Flat, float, list[list[float]]]:
         """Turn the sums into the next model. The fold must not be used afterwards.
@@ -92,6 +95,7 @@ class Fold:
         if self.rules.server_optimizer.lr is None:
             # Updates that come one by one would otherwise add up to a step as many times too long.
             scale *= 1.0 - absent / max(members, 1)
+        self.shares = {name: weight * scale for name, weight in self.shares.items()}
         norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale)
         return self.flat, norm, weights
 
@@ -106,6 +110,7 @@ class Fold:
         return {
             "tokens": self.tokens,
             "contributors": list(self.contributors),
+            "shares": dict(self.shares),
             "first_s": self.first_s,
             "maximum": list(attention.maximum),
             "total": list(attention.total),
@@ -117,6 +122,7 @@ class Fold:
         """Become what `state` and the buffer described."""
         self.flat[:] = flat
         self.tokens, self.contributors = saved["tokens"], list(saved["contributors"])
+        self.shares = dict(saved["shares"])
         self.first_s = saved["first_s"]
         self.attention.maximum, self.attention.total = list(saved["maximum"]), list(saved["total"])
         self.attention.names, self.attention.logits = list(saved["names"]), [list(row) for row in saved["logits"]]

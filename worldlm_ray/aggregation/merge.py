@@ -6,10 +6,24 @@
 The anchor is the node's backbone as it was when it last pushed. Where nothing happened since, anchor and theta are one
 and the rule reads theta = (1 - m) own + m parent. Where children went on meanwhile, their progress theta - anchor is
 kept whole, whatever m is.
+
+m is a number, or `adaptive`: all (1) while the node and the others go the same way, nothing (0) when they part.
+
+    d      where the node is, seen from the parent's model at the node's last pull
+    D      how the parent's model moved since then, less the node's own share in that
+    m      1 if cos(d, D) >= merge.agreement, else 0
+
+For a node that followed last time, d is the change that its last round made: the direction in which its loss falls, as
+far as a round of training can tell. D is where the parent leads. To first order the node gains by following as long as
+the two agree. For one that did not, d is mostly the way it has gone alone; it comes back only if the parent comes its
+way, since the mean of models that have parted is worse than either. (Judging a blend by its loss at the moment of the
+pull always picks the node's own model: a blend has to be trained before it is better.) The test needs no pass over
+text, and it looks at nothing that has not been pushed: under differential privacy it costs nothing.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +32,27 @@ from worldlm_ray.aggregation.attention import attend
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.config import AttentionConfig
 from worldlm_ray.messages import Model
-from worldlm_ray.params import Flat, Layout, lerp
-from worldlm_ray.records import AttentionRecord
+from worldlm_ray.params import Flat, Layout, blocks, frozen, lerp
+from worldlm_ray.records import AttentionRecord, MergeRecord
 
 PARENT = "(parent)"
 """The parent, among the candidates of attention."""
+_NOTHING = 1e-10
+"""Squared movements below this share of the whole are rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moved:
+    """What a node has to say of itself: where it was when it last pushed, and its work before that."""
+
+    now: Flat
+    """The whole model, or its backbone."""
+    since: Flat | None = None
+    """The same before the work that was pushed ..."""
+    change: Flat | None = None
+    """... or the change that the work made."""
+
+
 class Merger:
     """The rule of one node.
 
@@ -33,17 +60,55 @@ class Merger:
         path: the node's path, for the record.
         layout: the model's layout.
         attention: how key layers are blended.
-        m: how far the backbone moves to the parent, 0 to 1.
-        origin: the run's initial key layers.
+        m: how far the backbone moves to the parent, 0 to 1, or `adaptive`.
+        agreement: the least cosine at which an adaptive node follows.
+        initial: the run's initial parameters; not copied, must not change.
     """
 
-    path: str
-    layout: Layout
-    attention: AttentionConfig
-    m: float
-    origin: Flat
+    def __init__(
+        self,
+        *,
+        path: str,
+        layout: Layout,
+        attention: AttentionConfig,
+        m: float | str,
+        agreement: float,
+        initial: Flat,
+    ) -> None:
+        self.path, self.layout, self.attention = path, layout, attention
+        self.m, self.agreement = m, agreement
+        self.origin = initial[layout.backbone_size :].copy()
+        """The run's initial key layers: scores measure displacements from here."""
+        self.heard = frozen(initial) if self.adaptive else None
+        """The parent's model at the last pull; kept only where m is adaptive."""
 
-    def backbone(self, theta: Flat, anchor: Flat, parent: Flat, *, out: Flat) -> Flat | None:
+    @property
+    def adaptive(self) -> bool:
+        """Whether the node decides on every pull anew."""
+        return self.m == "adaptive"
+
+    def judge(self, model: Model, moved: Moved | None, *, now_s: float) -> tuple[float, MergeRecord]:
+        """How far to move to this model of the parent; remembers the model for the next time.
+
+        Args:
+            model: the parent's.
+            moved: the node's own movement; None where it has pushed nothing.
+            now_s: run time, for the record.
+
+        Returns:
+            m, and what tracking is told.
+        """
+        m, cosine = self.m, None
+        if self.heard is not None:
+            m = 1.0
+            if moved is not None:
+                cosine = agreement(moved, model.values, self.heard, share=model.share, size=self.layout.backbone_size)
+                m = float(cosine >= self.agreement)
+            self.heard = frozen(model.values)
+        record = MergeRecord(node=self.path, now_s=now_s, version=model.version, m=float(m), agreement=cosine)
+        return float(m), record
+
+    def backbone(self, m: float, theta: Flat, anchor: Flat, parent: Flat, *, out: Flat) -> Flat | None:
         """Merge the backbone parts of whole buffers into `out`.
 
         Returns:
@@ -51,18 +116,21 @@ class Merger:
         """
         part = slice(0, self.layout.backbone_size)
         if anchor is theta:
-            lerp(theta[part], parent[part], self.m, out=out[part])
+            lerp(theta[part], parent[part], m, out=out[part])
             return None
         moved = anchor.copy()
-        lerp(anchor[part], parent[part], self.m, out=moved[part])
+        lerp(anchor[part], parent[part], m, out=moved[part])
         np.subtract(moved[part], anchor[part], out=out[part])
         np.add(out[part], theta[part], out=out[part])
         return moved
 
-    def keys(self, own: Flat, model: Model, *, own_tokens: float, now_s: float, out: Flat) -> AttentionRecord | None:
+    def keys(
+        self, m: float, own: Flat, model: Model, *, own_tokens: float, now_s: float, out: Flat
+    ) -> AttentionRecord | None:
         """Blend the key parts of whole buffers into `out`.
 
         Args:
+            m: what `judge` said: a node that does not follow keeps its key layers, too.
             own: the node's model.
             model: the parent's.
             own_tokens: tokens per update of the node's own work, beside the parent's `model.tokens`.
@@ -70,12 +138,13 @@ class Merger:
             out: the merged model; its key part is overwritten.
 
         Returns:
-            The weights, or None where there are no key layers or they are personal.
+            The weights, or None where nothing was blended: there are no key layers, they are personal, or the node
+            does not follow.
         """
         layout, part = self.layout, slice(self.layout.backbone_size, None)
         if not layout.key_layers:
             return None
-        if self.attention.personal:
+        if self.attention.personal or (self.adaptive and m == 0.0):
             out[part] = own[part]
             return None
         out[part] = 0.0
@@ -92,3 +161,37 @@ class Merger:
             candidates=tuple(blend.names),
             weights=tuple(tuple(row) for row in weights),
         )
+
+
+def agreement(moved: Moved, parent: Flat, heard: Flat, *, share: float, size: int) -> float:
+    """Cosine of where a node went and where its parent went, without what the node itself put into the parent's.
+
+    Args:
+        moved: the node's own movement.
+        parent: the parent's model now.
+        heard: the parent's model at the last pull.
+        share: the multiple of the node's own work that is in the parent's movement.
+        size: elements to look at, from the beginning of the buffers.
+
+    Returns:
+        -1 to 1; 0 where either has not moved, so that nothing can be said.
+    """
+    product = mine = others = whole = 0.0
+    for part in blocks(size):
+        before = heard[part].astype(np.float64)
+        d = moved.now[part] - before
+        if moved.change is not None:
+            work = moved.change[part].astype(np.float64)
+        elif moved.since is not None:
+            work = moved.now[part].astype(np.float64) - moved.since[part]
+        else:
+            work = d
+        lead = parent[part] - before
+        whole += float(np.dot(lead, lead))
+        lead -= share * work
+        product += float(np.dot(d, lead))
+        mine += float(np.dot(d, d))
+        others += float(np.dot(lead, lead))
+    if mine == 0.0 or others <= _NOTHING * whole:
+        return 0.0
+    return product / math.sqrt(mine * others)

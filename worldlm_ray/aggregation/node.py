@@ -39,9 +39,9 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.fold import Fold
-from worldlm_ray.aggregation.merge import Merger
+from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
-from worldlm_ray.config import AggregationConfig, BudgetConfig
+from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError
 from worldlm_ray.messages import Model, Update, unpack_update
 from worldlm_ray.params import Flat, Layout, frozen
@@ -57,6 +57,8 @@ class Child:
     active: bool = True
     """False once the child is done or has left."""
     left: bool = False
+    share: float = 0.0
+    """How much of its work since its last pull is in the model that it will pull next."""
 
 
 class Node:
@@ -66,7 +68,7 @@ class Node:
         path: the node's path, such as `world/europe`.
         children: names of the children, in the order of the tree.
         aggregation: what to accept, when to aggregate and how.
-        merge: m in theta = (1 - m) own + m parent, for the backbone.
+        merge: how to move to the parent's model.
         has_parent: False for the world.
         layout: the model's layout.
         initial: the run's initial parameters [layout.size]; not copied, must not change.
@@ -79,7 +81,7 @@ class Node:
         path: str,
         children: tuple[str, ...],
         aggregation: AggregationConfig,
-        merge: float,
+        merge: MergeConfig,
         has_parent: bool,
         layout: Layout,
         initial: Flat,
@@ -89,9 +91,14 @@ class Node:
         self.budget, self.has_parent = budget, has_parent
         self.synchronous = aggregation.trigger == "synchronous"
         self.optimizer = ServerOptimizer(aggregation.server_optimizer, layout.backbone_size)
-        self.origin = initial[layout.backbone_size :].copy()
-        """The run's initial key layers: scores measure displacements from here."""
-        self.merger = Merger(path=path, layout=layout, attention=aggregation.attention, m=merge, origin=self.origin)
+        self.merger = Merger(
+            path=path,
+            layout=layout,
+            attention=aggregation.attention,
+            m=merge.federation if has_parent else 0.0,
+            agreement=merge.agreement,
+            initial=initial,
+        )
         self.theta = frozen(initial)
         """The published model. Never changed in place."""
         self.anchor = self.theta
@@ -234,7 +241,7 @@ class Node:
         self._fold.add(update, tau, self.theta)
 
     def _new_fold(self, first_s: float) -> Fold:
-        return Fold(self.layout, self.aggregation, origin=self.origin, first_s=first_s)
+        return Fold(self.layout, self.aggregation, origin=self.merger.origin, first_s=first_s)
 
     # ---- moving on -------------------------------------------------------------------------------------------
 
@@ -274,6 +281,9 @@ class Node:
         members = sum(not child.left for child in self.children.values())
         flat, norm, weights = fold.finish(self.theta, self.optimizer, members=members)
         self.theta = frozen(flat)
+        for name, share in fold.shares.items():
+            if name in self.children:
+                self.children[name].share += share * self.optimizer.rate
         self.version += 1
         self.tokens += fold.tokens
         self.mean_tokens = fold.tokens / len(fold.contributors)
@@ -349,19 +359,23 @@ class Node:
 
     def _merge(self, event: ParentModel) -> list[Command]:
         """Move to the parent and keep whatever the children did meanwhile."""
-        model = event.model
+        model, pushed = event.model, self.in_flight
         self.in_flight = None
         self.base_version, self.progress = model.version, model.progress
         self.finished = model.finished
         self.seq = max(self.seq, model.last_seq)
         if model.version == 0:
             return []  # the parent has aggregated nothing yet: it has nothing to say
+        moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
+        m, judged = self.merger.judge(model, moved, now_s=event.now_s)
         merged = np.empty(self.layout.size, np.float32)
-        anchor = self.merger.backbone(self.theta, self.anchor, model.values, out=merged)
-        record = self.merger.keys(self.theta, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged)
+        anchor = self.merger.backbone(m, self.theta, self.anchor, model.values, out=merged)
+        record = self.merger.keys(m, self.theta, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged)
+        for child in self.children.values():  # of their work, this part has come back in the parent's model
+            child.share *= 1.0 - m + m * model.share
         self.theta = frozen(merged)
         self.anchor = self.theta if anchor is None else frozen(anchor)
-        return [Note(record=record)] if record is not None else []
+        return [Note(record=judged), *([Note(record=record)] if record is not None else [])]
 
     # ---- the children ----------------------------------------------------------------------------------------
 
@@ -387,7 +401,9 @@ class Node:
             self._spend(now_s)
         if not self.finished:
             child.started_tokens = max(child.started_tokens, started)
-        return self.model(name)
+        model = self.model(name)
+        child.share = 0.0
+        return model
 
     def model(self, child: str) -> Model:
         """The published model as this child would get it."""
@@ -398,6 +414,7 @@ class Node:
             finished=self.finished,
             tokens=self.mean_tokens,
             last_seq=known.last_seq,
+            share=known.share,
             values=self.theta,
         )
 
@@ -423,6 +440,8 @@ class Node:
         arrays = {"theta": self.theta, **{f"optimizer.{k}": v for k, v in self.optimizer.buffers.items()}}
         if self.anchor is not self.theta:
             arrays["anchor"] = self.anchor
+        if self.merger.heard is not None:
+            arrays["heard"] = self.merger.heard
         meta: dict[str, Any] = {name: copy(getattr(self, name)) for name in _STATE}
         meta["children"] = {name: vars(child).copy() for name, child in self.children.items()}
         meta["layout"], meta["optimizer_steps"] = self.layout.hash, self.optimizer.steps
@@ -456,6 +475,8 @@ class Node:
             self._spend(0.0)
         self.theta = frozen(arrays["theta"])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.theta
+        if self.merger.heard is not None and "heard" in arrays:
+            self.merger.heard = frozen(arrays["heard"])
         self.optimizer.steps = meta["optimizer_steps"]
         for name in self.optimizer.buffers:
             self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])

@@ -53,6 +53,11 @@ class ServerOptimizer:
         """Aggregations applied so far."""
         self.buffers: dict[str, Flat] = {name: np.zeros(size, np.float32) for name in state_buffers(config)}
 
+    @property
+    def rate(self) -> float:
+        """How far a mean update moves the backbone at once, in multiples of it; momentum and adam: about 1."""
+        return self.lr if self.config.name == "sgd" else 1.0
+
     def apply(self, update: Flat, theta: Flat, *, scale: float = 1.0) -> float:
         """Turn a mean update into the new backbone: afterwards `update` holds theta's successor.
 

@@ -18,9 +18,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from worldlm_ray.config import DataConfig
 from worldlm_ray.data.corpora import CORPORA
-from worldlm_ray.data.text import check_sources, describe, read_documents
+from worldlm_ray.data.text import check_sources, describe, members_of, read_documents, shard_of
 from worldlm_ray.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.seeds import derive
@@ -58,12 +58,18 @@ class Dataset:
     tokenizer: Tokenizer
     fingerprint: str
     """Changes whenever the text, the tokenizer or the split changes."""
+    order: str = ""
+    """Names the random order in which text is drawn."""
 
-    def batches(self, seed: int, *, steps: int, batch_size: int, context: int) -> Iterator[Batch]:
-        """Draw random training windows; the same seed gives the same batches.
+    parts = 1
+    """Sequences per step are `batch_size` times this."""
+
+    def batches(self, seed: int, round: int, *, steps: int, batch_size: int, context: int) -> Iterator[Batch]:
+        """Draw random training windows; the same seed, order and round give the same batches.
 
         Args:
-            seed: of this stream alone; derive it from the run, the client and the round.
+            seed: of the run.
+            round: of the client, from 0.
             steps: number of batches.
             batch_size: B.
             context: T.
@@ -77,7 +83,7 @@ class Dataset:
         _require(len(self.train), "training", context)
         # A plain view: fancy indexing of np.memmap itself is several times slower.
         tokens = np.asarray(self.train)
-        generator = np.random.Generator(np.random.PCG64(seed))
+        generator = np.random.Generator(np.random.PCG64(derive(seed, self.order, "batches", round)))
         for _ in range(steps):
             starts = generator.integers(0, len(tokens) - context, size=batch_size)
             yield _windows(tokens, starts, context=context)
@@ -108,13 +114,44 @@ class Dataset:
         return self.heldout_bytes / len(self.heldout)
 
 
-def prepare(config: DataConfig, *, context: int, key: str) -> Dataset:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pool(Dataset):
+    """Several datasets trained on together: every step takes as many sequences of each.
+
+    The text of each part is drawn in that part's own order: a client of its own would see the same.
+    """
+
+    members: tuple[Dataset, ...]
+
+    @property
+    def parts(self) -> int:  # type: ignore[override]
+        """Sequences per step are `batch_size` times this."""
+        return len(self.members)
+
+    def batches(self, seed: int, round: int, *, steps: int, batch_size: int, context: int) -> Iterator[Batch]:
+        """As those of the parts, one after the other: [parts * B, T]."""
+        drawn = (m.batches(seed, round, steps=steps, batch_size=batch_size, context=context) for m in self.members)
+        for step in zip(*drawn, strict=True):
+            yield np.concatenate([inputs for inputs, _ in step]), np.concatenate([targets for _, targets in step])
+
+    def heldout_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
+        """As those of the parts, an equal number of tokens each."""
+        for member in self.members:
+            yield from member.heldout_windows(tokens // self.parts, context=context, batch_size=batch_size)
+
+    def heldout_bytes_per_token(self) -> float:
+        """Mean over the parts."""
+        return math.fsum(member.heldout_bytes_per_token() for member in self.members) / self.parts
+
+
+def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> Dataset:
     """Tokenize and split a client's text, or map what an earlier call cached.
 
     Args:
         config: the data section.
         context: tokens per sequence; both parts must hold at least one window.
         key: dotted key of the section, such as `world.children[0].data`, for messages.
+        order: names the random order of the text unless the section does.
 
     Raises:
         ConfigError: a value of the section cannot be used.
@@ -124,6 +161,12 @@ def prepare(config: DataConfig, *, context: int, key: str) -> Dataset:
         got = f"got {config.heldout_fraction}"
         raise ConfigError(f"{key}.heldout_fraction", got, "give a number between 0 and 1")
     paths = check_sources(config, key)
+    if config.pool:
+        members = [
+            prepare(member, context=context, key=f"{key}.pool[{index}]", order=f"{order}/{index}")
+            for index, member in enumerate(members_of(config, key))
+        ]
+        return _pool(members)
     tokenizer = load_tokenizer(config.tokenizer)
     fingerprint = _fingerprint(config, paths, tokenizer)
     folder = Path(config.cache_dir).expanduser() / fingerprint
@@ -141,6 +184,21 @@ def prepare(config: DataConfig, *, context: int, key: str) -> Dataset:
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer,
         fingerprint=fingerprint,
+        order=config.order or order,
+    )
+
+
+def _pool(members: Sequence[Dataset]) -> Pool:
+    first = members[0]
+    return Pool(
+        members=tuple(members),
+        train=first.train,
+        heldout=first.heldout,
+        train_bytes=sum(member.train_bytes for member in members),
+        heldout_bytes=sum(member.heldout_bytes for member in members),
+        vocab_size=first.vocab_size,
+        tokenizer=first.tokenizer,
+        fingerprint="+".join(member.fingerprint for member in members),
     )
 
 
@@ -168,6 +226,8 @@ def _fingerprint(config: DataConfig, paths: list[Path], tokenizer: Tokenizer) ->
         "text_key": config.text_key,
         "max_bytes": config.max_bytes,
         "heldout_fraction": config.heldout_fraction,
+        "shard": config.shard,
+        "train_fraction": config.train_fraction,
         "tokenizer": tokenizer.fingerprint,
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -209,6 +269,16 @@ def blocks(documents: Iterable[str]) -> Iterator[Block]:
                 yield Block(piece, continues=index > 0)
     if pending:
         yield Block("\n\n".join(pending))
+
+
+def deal(stream: Iterable[Block], config: DataConfig) -> Iterator[Block]:
+    """The blocks of this shard: every n-th of the stream."""
+    if config.shard is None:
+        yield from stream
+        return
+    shard, shards = shard_of(config.shard)
+    for block in islice(stream, shard - 1, None, shards):
+        yield replace(block, continues=False) if shards > 1 else block
 
 
 def _pieces(document: str) -> Iterator[str]:
@@ -294,8 +364,13 @@ def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, *, key: str) 
             _replacing(folder / "heldout.bin") as heldout_file,
         ):
             train, heldout = _Writer(train_file, tokenizer), _Writer(heldout_file, tokenizer)
-            for index, (block, is_heldout) in enumerate(split(blocks(documents), config.heldout_fraction)):
-                (heldout if is_heldout else train).add(block, index=index)
+            for index, (block, is_heldout) in enumerate(
+                split(deal(blocks(documents), config), config.heldout_fraction)
+            ):
+                if is_heldout:
+                    heldout.add(block, index=index)
+                elif int((index + 1) * config.train_fraction) > int(index * config.train_fraction):
+                    train.add(block, index=index)
         parts = {"train": train.part(), "heldout": heldout.part()}
         with _replacing(folder / "meta.json") as meta_file:
             meta_file.write(json.dumps({name: vars(part) for name, part in parts.items()}).encode())

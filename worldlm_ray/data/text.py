@@ -22,10 +22,11 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from worldlm_ray.config import DataConfig, positive
+from worldlm_ray.config import DataConfig, merge_into, positive
 from worldlm_ray.data.corpora import CORPORA
 from worldlm_ray.errors import ConfigError, DataError
 
@@ -49,6 +50,16 @@ def check_sources(config: DataConfig, key: str) -> list[Path]:
     if config.max_bytes is not None:
         positive(config.max_bytes, f"{key}.max_bytes")
     _check_tokenizer(config.tokenizer, f"{key}.tokenizer")
+    if config.shard is not None:
+        try:
+            shard_of(config.shard)
+        except ValueError as error:
+            raise ConfigError(f"{key}.shard", f"got {config.shard!r}", "write 2/4 for the second of four") from error
+    if config.pool:
+        if config.files or config.corpus is not None:
+            raise ConfigError(f"{key}.pool", "set together with files or a corpus", "keep only one of them")
+        found_in = [check_sources(m, f"{key}.pool[{index}]") for index, m in enumerate(members_of(config, key))]
+        return [path for paths in found_in for path in paths]
     if config.corpus is not None:
         if config.files:
             raise ConfigError(f"{key}.corpus", "set together with files", "keep only one of corpus and files")
@@ -66,6 +77,28 @@ def check_sources(config: DataConfig, key: str) -> list[Path]:
         for path in _expand(entry, f"{key}.files[{index}]"):
             found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def members_of(config: DataConfig, key: str) -> list[DataConfig]:
+    """The data sections of a pool; what they leave out is the pool's own.
+
+    Raises:
+        ConfigError: one of them is not a data section.
+    """
+    own = replace(config, pool=[], files=[], corpus=None, order=None)
+    return [merge_into(own, member, prefix=f"{key}.pool[{index}]") for index, member in enumerate(config.pool)]
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """`2/4` as (2, 4).
+
+    Raises:
+        ValueError: it is nothing of the kind.
+    """
+    shard, _, shards = text.partition("/")
+    if not 1 <= int(shard) <= int(shards):
+        raise ValueError(text)
+    return int(shard), int(shards)
 
 
 def read_documents(config: DataConfig, key: str) -> Iterator[str]:
@@ -89,6 +122,8 @@ def read_documents(config: DataConfig, key: str) -> Iterator[str]:
 
 def describe(config: DataConfig) -> str:
     """The source in a few words, such as `corpus python_stdlib` or `a.txt and 2 more`."""
+    if config.pool:
+        return f"a pool of {len(config.pool)}"
     if config.corpus is not None:
         return f"corpus {config.corpus}"
     if not config.files:
