@@ -103,7 +103,11 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     with Stop(errors) as stop, Progress(console) as progress:
         progress.phase("simulating")
         stop.install()
-        outcome = run(plan, on_progress=lambda tracker: progress.show_if_due(tracker.snapshot), should_stop=stop.asked)
+        outcome = run(
+            plan,
+            on_progress=lambda simulation: progress.show_if_due(simulation.tracker.snapshot),
+            should_stop=stop.asked,
+        )
     _report(plan.run_dir, outcome.summary, outcome.samples)
 
 
@@ -111,7 +115,10 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
 def compare(
     conf: Conf,
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="names with commas; `all` for every method")] = "fedavg,local,worldlm",
+    methods: Annotated[
+        str,
+        typer.Option(help="names with commas, `all` for every method; +VARIANT changes one, such as worldlm+merge_all"),
+    ] = "fedavg,local,worldlm",
     seeds: Annotated[int, typer.Option(help="runs per method: seeds 0, 1, ...")] = 1,
     jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
     out: Annotated[str | None, typer.Option(help="folder of the comparison; runs/NAME-comparison unless given")] = None,

@@ -1,7 +1,9 @@
-"""`worldlm compare`: several methods on one world, at equal optimizer steps, with the same seeds.
+"""`worldlm compare`: several methods on one world, at equal work, with the same seeds.
 
 Every (method, seed) is a simulated run in a folder of its own, with the same initial weights and the same order of text
-for all methods. Afterwards every model is measured on every client's held-out text:
+for all methods. With a budget in rounds every client takes equally many optimizer steps in every method; with one in
+tokens all clients together do, and in asynchronous methods fast ones take more of them. Afterwards every model is
+measured on every client's held-out text:
 
     OUT/runs/METHOD-SEED/    the run folder, and measures.json when it is done (a comparison can be continued)
     OUT/results.json         one row per method, seed and client
@@ -22,32 +24,82 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray import checkpoint, rundir, tree
+from worldlm_ray.aggregation.fold import OWN
+from worldlm_ray.aggregation.merge import PARENT
 from worldlm_ray.config import RunConfig, from_mapping, to_mapping
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.methods import configure, flat_name
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan, make_plan
-from worldlm_ray.simulate import simulate
-from worldlm_ray.tracking import Tracker
+from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord, Record, RoundRecord
+from worldlm_ray.simulate import Simulation, simulate
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.tree import NodeSpec
 
 MEASURES, CURVE = "measures.json", "curve.json"
 
 
+WORLD_POINTS = 24
+"""Measurements of the world's model on the way, on a quarter of `evaluation.tokens` of each client's text."""
+
+
 class _Curve:
-    """Mean held-out loss of the clients' own models over the run."""
+    """Held-out losses over the run: of the clients' own models, in the mean, and of the world's on all texts."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.points: list[dict[str, float]] = []
+        self.world: list[dict[str, float]] = []
+        budget = plan.config.budget
+        self._total = budget.tokens or (budget.rounds or 0) * sum(
+            spec.settings.training.local_steps * spec.settings.training.batch_size * plan.shape.context
+            for spec in plan.root.clients
+        )
+        self._tokens = plan.config.evaluation.tokens // 4
+        self._version = 0
+        self._changed = False
+        self._weights: dict[str, dict[str, list[float]]] = {}
 
-    def look(self, tracker: Tracker) -> None:
-        """Add a point whenever the loss has changed."""
-        snapshot = tracker.snapshot()
-        loss = snapshot["nodes"]["world"]["loss"]
+    def hear(self, record: Record) -> None:
+        """Take in how nodes blend: attention over key layers, and how far a backbone follows the parent's."""
+        parent = record.node.rpartition("/")[0]
+        if isinstance(record, AttentionRecord):
+            names = {OWN: record.node, PARENT: parent}
+            for index, candidate in enumerate(record.candidates):
+                weight = sum(row[index] for row in record.weights) / len(record.weights)
+                self._add(record.node, names.get(candidate, f"{record.node}/{candidate}"), weight)
+        elif isinstance(record, MergeRecord):
+            self._add(record.node, f"backbone of {parent}", record.m)
+        elif isinstance(record, RoundRecord | AggregationRecord):
+            self._changed = True
+
+    def _add(self, node: str, source: str, weight: float) -> None:
+        self._weights.setdefault(node, {}).setdefault(source, []).append(weight)
+
+    @property
+    def taken(self) -> dict[str, dict[str, float]]:
+        """Mean weight of each source in a node's blends."""
+        return {
+            node: {source: sum(found) / len(found) for source, found in sources.items()}
+            for node, sources in self._weights.items()
+        }
+
+    def look(self, simulation: Simulation) -> None:
+        """Add a point whenever the clients' loss has changed, and one of the world's model now and then."""
+        if not self._changed:
+            return
+        self._changed = False
+        snapshot = simulation.tracker.snapshot()
+        loss, at = snapshot["nodes"]["world"]["loss"], {"tokens": snapshot["tokens"], "virtual_s": snapshot["now_s"]}
         if loss is not None and (not self.points or loss != self.points[-1]["loss"]):
-            self.points.append({"tokens": snapshot["tokens"], "virtual_s": snapshot["now_s"], "loss": loss})
+            self.points.append(at | {"loss": loss})
+        node = simulation.nodes["world"]
+        if node.version > self._version and node.tokens >= len(self.world) * self._total / WORLD_POINTS:
+            self._version = node.version
+            losses = [
+                client.measure(self._tokens, parameters=node.theta).loss for client in simulation.clients.values()
+            ]
+            self.world.append(at | {"loss": sum(losses) / len(losses)})
 
 
 def compare(
@@ -62,7 +114,7 @@ def compare(
     """Run what is missing and gather all results.
 
     Args:
-        config: the world; its budget must be in rounds.
+        config: the world; its budget must be in rounds or in tokens.
         methods: names of methods, see worldlm_ray/methods.py.
         seeds: one run per method and seed.
         out: folder of the comparison.
@@ -73,11 +125,11 @@ def compare(
         Rows of results.json.
 
     Raises:
-        ConfigError: a method is unknown or impossible on this world, or the budget is not in rounds.
+        ConfigError: a method is unknown or impossible on this world, or the budget is in seconds.
         RunError: `out` holds a comparison of another configuration, or cannot be written.
     """
-    if config.budget.rounds is None:
-        raise ConfigError("budget", "not in rounds", "a comparison at equal steps wants budget.rounds alone")
+    if config.budget.seconds is not None:
+        raise ConfigError("budget", "in seconds", "a comparison at equal work wants budget.rounds or budget.tokens")
     methods = list(dict.fromkeys(methods))
     for method in methods:  # every error of the configuration shows before the first run
         make_plan(configure(config, method))
@@ -112,9 +164,10 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
         if folder.exists():
             shutil.rmtree(folder)  # of a run that was interrupted: a simulation starts over
         plan = rundir.create(plan)
-        curve = _Curve()
-        simulate(plan, on_progress=curve.look)
-        (folder / CURVE).write_text(json.dumps(curve.points), encoding="utf-8")
+        curve = _Curve(plan)
+        simulate(plan, on_progress=curve.look, on_record=curve.hear)
+        found = {"curve": curve.points, "world_curve": curve.world, "taken": curve.taken}
+        (folder / CURVE).write_text(json.dumps(found), encoding="utf-8")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     measured = {
         "method": method,
@@ -123,7 +176,7 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
         "tokens": summary["tokens"],
         "clients": _measure(tree.build(world).clients, plan, summary),
         "levels": _levels(summary),
-        "curve": json.loads((folder / CURVE).read_text(encoding="utf-8")),
+        **json.loads((folder / CURVE).read_text(encoding="utf-8")),
     }
     temporary = folder / f".{MEASURES}"
     temporary.write_text(json.dumps(measured), encoding="utf-8")

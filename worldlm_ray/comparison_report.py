@@ -3,6 +3,9 @@
     gap closed = (L_fedavg - L_method) / (L_fedavg - L_local)
 
 with FedAvg judged by its global model and every other method by its clients' own models, each on the client's own text.
+
+`sooner` is how many times earlier, in virtual time, the world's model is as good as that of the synchronous method at
+its end: of worldlm+synchronous where it was run, of fedavg elsewhere.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ COLUMNS = {
     "bytes_up": "bytes up",
     "bytes_down": "bytes down",
     "virtual_s": "virtual time (s)",
+    "sooner": "as good as synchronous, times sooner",
 }
 
 
@@ -46,6 +50,7 @@ def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
     by_method = {method: [run for run in results["runs"] if run["method"] == method] for method in methods}
     fedavg = _mean_loss(by_method.get("fedavg", []), "world")
     local = _mean_loss(by_method.get("local", []), "own")
+    reference = by_method.get("worldlm+synchronous") or by_method.get("fedavg") or []
     local_by_client = _by_client(by_method.get("local", []))
     rows = []
     for method, runs in by_method.items():
@@ -67,9 +72,24 @@ def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "bytes_up": statistics.fmean(sum(level["bytes_up"] for level in run["levels"]) for run in runs),
                 "bytes_down": statistics.fmean(sum(level["bytes_down"] for level in run["levels"]) for run in runs),
                 "virtual_s": statistics.fmean(run["virtual_s"] for run in runs),
+                "sooner": _sooner(runs, reference),
             }
         )
     return rows
+
+
+def _sooner(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> float | None:
+    """Mean over seeds of the time that the reference took over the time in which the method's world was as good."""
+    ratios = []
+    for run, other in ((run, other) for run in runs for other in reference if run["seed"] == other["seed"]):
+        if not run["world_curve"] or not other["world_curve"]:
+            return None
+        end = other["world_curve"][-1]
+        reached = [point["virtual_s"] for point in run["world_curve"] if point["loss"] <= end["loss"]]
+        if not reached:
+            return None
+        ratios.append(end["virtual_s"] / reached[0])
+    return statistics.fmean(ratios) if ratios else None
 
 
 def _mean_loss(runs: Sequence[dict[str, Any]], which: str) -> float | None:
@@ -92,7 +112,7 @@ def cell(name: str, value: Any) -> str:
         return "-"
     if name in ("own", "world", "spread"):
         return f"{value:.4f}"
-    if name == "gap_closed":
+    if name in ("gap_closed", "sooner"):
         return f"{value:.2f}"
     if name == "worst_vs_local":
         return f"{value:+.1%}"
@@ -122,8 +142,11 @@ def write(out: Path) -> Path:
     plots = {
         "loss_by_tokens": ("Clients' own models, mean held-out loss by tokens of all clients", _by("tokens")),
         "loss_by_time": ("The same by virtual time", _by("virtual_s")),
+        "world_by_tokens": ("The world's model on all texts, by tokens", _by("tokens", "world_curve")),
+        "world_by_time": ("The same by virtual time", _by("virtual_s", "world_curve")),
         "clients": ("Every client's own model on its own text", _bars),
         "texts": ("Every model on every text (first seed)", _matrix),
+        "attention": ("What nodes take from each other (first seed): mean weights of their blends", _taken),
         "staleness": ("Staleness of accepted updates", lambda figure, found: _staleness(figure, found, out)),
     }
     for name, (_, draw) in plots.items():
@@ -136,18 +159,18 @@ def write(out: Path) -> Path:
     return page
 
 
-def _by(axis: str) -> Callable[[Figure, list[dict[str, Any]]], None]:
+def _by(axis: str, curve: str = "curve") -> Callable[[Figure, list[dict[str, Any]]], None]:
     def draw(figure: Figure, runs: list[dict[str, Any]]) -> None:
         axes = figure.add_subplot()
         for method in dict.fromkeys(run["method"] for run in runs):
             for index, run in enumerate(run for run in runs if run["method"] == method):
-                xs = [point[axis] for point in run["curve"]]
-                ys = [point["loss"] for point in run["curve"]]
+                xs = [point[axis] for point in run[curve]]
+                ys = [point["loss"] for point in run[curve]]
                 colour = f"C{_position(method, runs)}"
                 axes.plot(xs, ys, color=colour, alpha=0.8, label=method if index == 0 else None)
         axes.set_xlabel("tokens" if axis == "tokens" else "virtual seconds")
         axes.set_ylabel("nats per byte")
-        lowest = min(point["loss"] for run in runs for point in run["curve"])
+        lowest = min((point["loss"] for run in runs for point in run[curve]), default=1.0)
         axes.set_ylim(lowest * 0.97, lowest * 1.8)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -176,18 +199,45 @@ def _bars(figure: Figure, runs: list[dict[str, Any]]) -> None:
 
 
 def _matrix(figure: Figure, runs: list[dict[str, Any]]) -> None:
-    first = [run for run in runs if run["seed"] == runs[0]["seed"]][:4]
+    first = [run for run in runs if run["seed"] == runs[0]["seed"]][:6]
+    lowest = min(loss for run in first for client in run["clients"] for loss in client["by_model"].values())
     for index, run in enumerate(first):
         axes: Axes = figure.add_subplot(1, len(first), index + 1)
         names = [client["client"].split("/")[-1] for client in run["clients"]]
         values = [[client["by_model"][path] for path in client["by_model"]] for client in run["clients"]]
-        axes.imshow(values, cmap="Blues_r", vmin=1.5, vmax=4.0)
-        axes.set_title(run["method"])
+        axes.imshow(values, cmap="Blues_r", vmin=lowest, vmax=2.5 * lowest)
+        axes.set_title(run["method"], fontsize=9)
         axes.set_xticks(range(len(names)), labels=names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), labels=names if index == 0 else [""] * len(names), fontsize=7)
         axes.set_xlabel("model of")
         if index == 0:
             axes.set_ylabel("text of")
+
+
+def _taken(figure: Figure, runs: list[dict[str, Any]]) -> None:
+    """One heat map per method: rows take, columns give."""
+    first = [run for run in runs if run["seed"] == runs[0]["seed"] and run["taken"]]
+    first.sort(key=lambda run: not run["method"].startswith("worldlm"))
+    if not first:
+        figure.text(0.5, 0.5, "no method of this comparison blends", ha="center")
+        return
+    for index, run in enumerate(first[:3]):
+        axes: Axes = figure.add_subplot(1, min(len(first), 3), index + 1)
+        takers = sorted(run["taken"])
+        givers = sorted({giver for taken in run["taken"].values() for giver in taken})
+        values = [[run["taken"][taker].get(giver, float("nan")) for giver in givers] for taker in takers]
+        axes.imshow(values, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+        for row, weights in enumerate(values):
+            for column, weight in enumerate(weights):
+                if weight == weight:
+                    axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=5)
+        axes.set_title(run["method"], fontsize=9)
+        axes.set_xticks(range(len(givers)), labels=[_short(giver) for giver in givers], rotation=90, fontsize=6)
+        axes.set_yticks(range(len(takers)), labels=[_short(taker) for taker in takers], fontsize=6)
+
+
+def _short(name: str) -> str:
+    return name.replace("world/", "")
 
 
 def _staleness(figure: Figure, runs: list[dict[str, Any]], out: Path) -> None:

@@ -11,6 +11,9 @@
     local         flat    synchronous          none              nobody takes from another
     centralized   one     -                    none              one client; a step takes a batch of every client's text
 
+A name may carry variants, such as `worldlm+keys+uniform`: see `VARIANTS`. They change single settings, so that a
+comparison shows what each is good for.
+
 Flat: every client hangs directly under the world, over a link as slow as the slowest on its way and with the delays of
 all of them. A method's settings replace those of the configuration at every node; what concerns the clients'
 training, data and machines stays. Clients draw their text in the same order in every method.
@@ -19,12 +22,12 @@ training, data and machines stays. Clients draw their text in the same order in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from worldlm_ray import tree
-from worldlm_ray.config import RunConfig, from_mapping, one_of, to_mapping
+from worldlm_ray.config import INHERITED, RunConfig, from_mapping, one_of, to_mapping
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.tree import NodeSpec
 
@@ -37,17 +40,43 @@ def configure(config: RunConfig, method: str) -> RunConfig:
 
     Args:
         config: gives the tree, the model, the data, the training and the budget.
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, with variants of `VARIANTS` after plus signs.
 
     Raises:
-        ConfigError: an unknown method, or one that this world cannot have.
+        ConfigError: an unknown method or variant, or one that this world cannot have.
     """
-    if method not in METHODS:
-        raise ConfigError("--methods", f"unknown method {method!r}", one_of(method, list(METHODS)))
+    base, *variants = method.split("+")
+    if base not in METHODS:
+        raise ConfigError("--methods", f"unknown method {base!r}", one_of(base, list(METHODS)))
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ConfigError("--methods", f"unknown variant {variant!r}", one_of(variant, list(VARIANTS)))
     root = tree.build(config)
     mapping = to_mapping(config) | {"method": method, "name": f"{config.name}-{method}"}
-    METHODS[method](mapping, root)
+    METHODS[base](mapping, root)
+    for variant in variants:
+        for key, value in VARIANTS[variant].items():
+            _set_everywhere(mapping, key.split("."), value)
     return from_mapping(mapping)
+
+
+def _set_everywhere(mapping: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set a dotted key at the top, and wherever a node of the tree sets the same section."""
+    holders = [mapping, *(_nodes(mapping["world"]) if path[0] in INHERITED else [])]
+    for holder in holders:
+        if holder is not mapping and path[0] not in holder:
+            continue
+        inner = holder
+        for name in path[:-1]:
+            inner[name] = dict(inner.get(name) or {})
+            inner = inner[name]
+        inner[path[-1]] = value
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("children", []):
+        yield from _nodes(child)
 
 
 def _flat(mapping: dict[str, Any], root: NodeSpec) -> None:
@@ -189,3 +218,23 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "centralized": _centralized,
 }
 """Every method by name."""
+
+_KEYS = ["model.embed_tokens.*", "model.layers.-1.*", "model.norm.*", "lm_head.*"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "synchronous": {"aggregation.trigger": "synchronous"},
+    "asynchronous": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 1},
+    "buffered": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 4},
+    "undiscounted": {"aggregation.staleness.fn": "constant"},
+    "merge_all": {"merge.client": 1.0},
+    "merge_quarter": {"merge.client": 0.25},
+    "merge_adaptive": {"merge.client": "adaptive"},
+    "federations_adaptive": {"merge.federation": "adaptive"},
+    "eager": {"merge.agreement": 0.5},
+    "wary": {"merge.agreement": 0.7},
+    "keys": {"model.key_layers": _KEYS},
+    "all_keys": {"model.key_layers": ["*"]},
+    "uniform": {"aggregation.attention.score": "uniform"},
+    "dot": {"aggregation.attention.score": "dot"},
+    "personal": {"aggregation.attention.personal": True},
+}
+"""Settings that a variant changes, by name."""

@@ -33,7 +33,7 @@ from worldlm_ray.client import Client
 from worldlm_ray.messages import Model, pack
 from worldlm_ray.outcome import Outcome, combine, finish
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import LifeRecord, PullRecord, PushRecord
+from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
 from worldlm_ray.tracking import Tracker
 from worldlm_ray.tree import parent_path
 
@@ -47,6 +47,7 @@ class Simulation:
         plan: the run.
         tracker: where to record what happens.
         on_event: called after every event, for a progress display.
+        on_record: called with whatever is recorded.
         should_stop: asked between events; True ends the run early.
     """
 
@@ -56,10 +57,11 @@ class Simulation:
         tracker: Tracker,
         *,
         on_event: Callable[[], None] = lambda: None,
+        on_record: Callable[[Record], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.plan, self.tracker = plan, tracker
-        self.on_event, self.should_stop = on_event, should_stop
+        self.on_event, self.on_record, self.should_stop = on_event, on_record, should_stop
         self.now_s = 0.0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
@@ -76,7 +78,7 @@ class Simulation:
             `finished`, or `stopped` if `should_stop` said so.
         """
         for path, client in self.clients.items():
-            self.tracker.record(client.start_record(now_s=self.now_s))
+            self._record(client.start_record(now_s=self.now_s))
             self._pull(path)
         while self._queue:
             if self.should_stop():
@@ -112,7 +114,7 @@ class Simulation:
         parent, name = self._parent(path)
         if client.rounds_are_done:
             self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
-            self.tracker.record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
+            self._record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
             return
         started = client.started_tokens
         self._send(path, 0, lambda: self._deliver(parent, Pull(child=name, started_tokens=started, now_s=self.now_s)))
@@ -122,10 +124,10 @@ class Simulation:
         parent, name = self._parent(path)
         if model.finished:
             self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
-            self.tracker.record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
+            self._record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
             return
         for record in client.begin(model, now_s=self.now_s):
-            self.tracker.record(record)
+            self._record(record)
         client.train()
         train_s = client.round_tokens / self.specs[path].settings.simulation.tokens_per_s
         self._busy_s[path] += train_s
@@ -135,9 +137,9 @@ class Simulation:
         client = self.clients[path]
         measure = client.measure(self.plan.config.evaluation.tokens) if client.measure_is_due else None
         busy = self._busy_s[path] / self.now_s
-        self.tracker.record(client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure))
+        self._record(client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure))
         packed = pack(client.update(), self.plan.layout)
-        self.tracker.record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
+        self._record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
         parent, name = self._parent(path)
         self._send(
             path,
@@ -154,7 +156,7 @@ class Simulation:
 
     def _perform(self, path: str, command: Command) -> None:
         if isinstance(command, Note):
-            self.tracker.record(command.record)
+            self._record(command.record)
         elif isinstance(command, Answer):
             child = f"{path}/{command.child}"
             if child in self.clients and not command.verdict.accepted:
@@ -165,7 +167,7 @@ class Simulation:
         elif isinstance(command, Exchange):
             packed = pack(self.nodes[path].begin_exchange(), self.plan.layout)
             parent, name = self._parent(path)
-            self.tracker.record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
+            self._record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
             self._send(
                 path,
                 packed.nbytes,
@@ -183,17 +185,21 @@ class Simulation:
 
     def _serve(self, child: str, model: Model) -> None:
         size = pack(model, self.plan.layout).nbytes
-        self.tracker.record(PullRecord(node=child, now_s=self.now_s, version=model.version, bytes=size))
+        self._record(PullRecord(node=child, now_s=self.now_s, version=model.version, bytes=size))
         if child in self.clients:
             self._send(child, size, lambda: self._receive(child, model))
         else:
             self._send(child, size, lambda: self._deliver(child, ParentModel(model=model, now_s=self.now_s)))
 
     def _finish(self, path: str) -> None:
-        self.tracker.record(LifeRecord(node=path, now_s=self.now_s, event="finished", version=self.nodes[path].version))
+        self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", version=self.nodes[path].version))
         if path != "world":
             parent, name = self._parent(path)
             self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
+
+    def _record(self, record: Record) -> None:
+        self.tracker.record(record)
+        self.on_record(record)
 
     # ---- the network and the clock -----------------------------------------------------------------------------
 
@@ -218,19 +224,27 @@ class Simulation:
 def simulate(
     plan: Plan,
     *,
-    on_progress: Callable[[Tracker], None] = lambda _: None,
+    on_progress: Callable[[Simulation], None] = lambda _: None,
+    on_record: Callable[[Record], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Simulate a run and write its run folder (which must be new: see worldlm_ray.rundir).
 
     Args:
         plan: the run.
-        on_progress: called with the tracker after every event.
+        on_progress: called after every event.
+        on_record: called with whatever is recorded.
         should_stop: asked between events; True ends the run early and cleanly.
     """
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams=plan.hparams(), budget=plan.config.budget)
     try:
-        simulation = Simulation(plan, tracker, on_event=lambda: on_progress(tracker), should_stop=should_stop)
+        simulation = Simulation(
+            plan,
+            tracker,
+            on_event=lambda: on_progress(simulation),
+            on_record=on_record,
+            should_stop=should_stop,
+        )
         return simulation.conclude(simulation.run())
     finally:
         tracker.close()

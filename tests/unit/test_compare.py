@@ -25,7 +25,7 @@ def test_a_comparison_runs_reports_and_continues(tiny: Callable[..., Plan], tmp_
     again = compare(config, ["fedavg", "local", "worldlm"], [0], out=out)
     assert again[:8] == rows
     page = write(out).read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 8
     assert "http" not in page.replace("http-equiv", "")
     assert (out / "report" / "table.csv").read_text(encoding="utf-8").count("\n") == 4
     table = {row["method"]: row for row in summarize(json.loads((out / "results.json").read_text(encoding="utf-8")))}
@@ -40,12 +40,21 @@ def test_the_table_of_known_losses() -> None:
     def run(method: str, own: list[float], world: float) -> dict[str, object]:
         clients = [{"client": f"c{i}", "own": loss, "world": world} for i, loss in enumerate(own)]
         level = {"level": 1, "bytes_up": 1000, "bytes_down": 2000}
-        return {"method": method, "seed": 0, "virtual_s": 5.0, "clients": clients, "levels": [level]}
+        curve = [{"virtual_s": 1.0, "tokens": 1, "loss": world + 0.5}, {"virtual_s": 5.0, "tokens": 2, "loss": world}]
+        return {
+            "method": method,
+            "seed": 0,
+            "virtual_s": 5.0,
+            "clients": clients,
+            "levels": [level],
+            "world_curve": curve,
+        }
 
     runs = [run("fedavg", [2.5, 2.5], 3.0), run("local", [2.0, 2.0], 4.0), run("worldlm", [1.9, 2.2], 2.9)]
     rows = {row["method"]: row for row in summarize({"runs": runs})}
     # FedAvg is judged by its global model: (3.0 - 2.05) / (3.0 - 2.0)
     assert rows["worldlm"]["gap_closed"] == pytest.approx(0.95)
     assert rows["fedavg"]["gap_closed"] == 0.0
+    assert (rows["fedavg"]["sooner"], rows["local"]["sooner"], rows["worldlm"]["sooner"]) == (1.0, None, 1.0)
     assert rows["worldlm"]["worst_vs_local"] == pytest.approx(0.1)
     assert "| worldlm | 2.0500 |" in markdown(list(rows.values()))
