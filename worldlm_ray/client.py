@@ -52,7 +52,7 @@ class Client:
         self.merger = Merger(
             path=spec.path,
             layout=plan.layout,
-            attention=spec.settings.aggregation.attention,
+            rules=spec.settings.aggregation,
             m=spec.settings.merge.client,
             agreement=spec.settings.merge.agreement,
             initial=plan.initial(),

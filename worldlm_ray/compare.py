@@ -25,7 +25,7 @@ from typing import Any
 
 from worldlm_ray import checkpoint, rundir, tree
 from worldlm_ray.aggregation.fold import OWN
-from worldlm_ray.aggregation.merge import PARENT
+from worldlm_ray.aggregation.merge import PARENT, RESIDUAL
 from worldlm_ray.config import RunConfig, from_mapping, to_mapping
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
@@ -67,7 +67,10 @@ class _Curve:
             names = {OWN: record.node, PARENT: parent}
             for index, candidate in enumerate(record.candidates):
                 weight = sum(row[index] for row in record.weights) / len(record.weights)
-                self._add(record.node, names.get(candidate, f"{record.node}/{candidate}"), weight)
+                source = names.get(candidate) or (
+                    candidate if candidate.startswith(RESIDUAL) else f"{record.node}/{candidate}"
+                )
+                self._add(record.node, source, weight)
         elif isinstance(record, MergeRecord):
             self._add(record.node, f"backbone of {parent}", record.m)
         elif isinstance(record, RoundRecord | AggregationRecord):

@@ -127,6 +127,22 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResidualsConfig:
+    """Key layers that fit nowhere, and where they are sent: see worldlm_ray/aggregation/residuals.py."""
+
+    per_round: int = 0
+    """Key layers that may become residuals at one aggregation; 0 switches residual routing off."""
+    threshold: float = 0.0
+    """A key layer whose score is below this does not fit."""
+    pool: int = 8
+    """Residuals that a node keeps."""
+    max_age: int = 8
+    """Aggregations for which it keeps them."""
+    offers: int = 2
+    """Residuals that a pulling child is offered."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerOptimizerConfig:
     """How an inner node applies the mean update to its backbone."""
 
@@ -161,6 +177,7 @@ class AggregationConfig:
     """Updates whose backbone change has a larger L2 norm are refused."""
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    residuals: ResidualsConfig = field(default_factory=ResidualsConfig)
     push_every: int = 1
     """Aggregations between two exchanges with the parent."""
 
@@ -432,6 +449,9 @@ def check_settings(settings: NodeSettings, key: str) -> None:
         positive(aggregation.max_update_norm, f"{at}aggregation.max_update_norm")
     positive(aggregation.attention.temperature, f"{at}aggregation.attention.temperature")
     not_negative(aggregation.attention.self_weight, f"{at}aggregation.attention.self_weight")
+    not_negative(aggregation.residuals.per_round, f"{at}aggregation.residuals.per_round")
+    for name in ("pool", "max_age", "offers"):
+        positive(getattr(aggregation.residuals, name), f"{at}aggregation.residuals.{name}")
     if aggregation.staleness.a is not None:
         positive(aggregation.staleness.a, f"{at}aggregation.staleness.a")
     not_negative(aggregation.staleness.b, f"{at}aggregation.staleness.b")

@@ -24,6 +24,27 @@ SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
+class Residual:
+    """A key layer that did not fit where it was sent (see worldlm_ray/aggregation/residuals.py)."""
+
+    origin: str
+    """Path of the node that made it."""
+    layer: str
+    """Name of the key layer."""
+    tokens: float
+    """Of the update that it came with: its weight."""
+    age: int
+    """Aggregations since then."""
+    values: Flat
+    """The key layer itself, read-only."""
+
+    @property
+    def name(self) -> str:
+        """Unlike that of any other residual of the same age."""
+        return f"{self.layer} of {self.origin}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Update:
     """A child's work since its last exchange, on its way to the parent."""
 
@@ -41,6 +62,8 @@ class Update:
     """[backbone change | key layers]."""
     metrics: dict[str, float] = field(default_factory=dict)
     epsilon: float | None = None
+    residuals: tuple[Residual, ...] = ()
+    """What fitted nobody below the sender."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +82,8 @@ class Model:
     """Highest seq that the parent has accepted from this child."""
     values: Flat
     """[backbone | key layers], read-only."""
+    residuals: tuple[Residual, ...] = ()
+    """What may fit the child."""
     share: float = 0.0
     """How much of the child's own last work is in what the parent moved since the child's last pull, 0 to 1."""
 
@@ -91,6 +116,8 @@ _MODEL = {"version": int, "progress": float, "finished": bool, "tokens": float, 
 def pack(message: Update | Model, layout: Layout) -> Packed:
     """Put a message into its travelling form, without copying the buffer."""
     fields = {name: value for name, value in vars(message).items() if name != "values"}
+    # Few and small: they travel in the header, as bytes.
+    fields["residuals"] = [vars(residual) | {"values": residual.values.tobytes()} for residual in message.residuals]
     kind = type(message).__name__.lower()
     header = {"schema": SCHEMA, "kind": kind, "layout": layout.hash, **fields}
     return Packed(msgpack.packb(header), message.values)
@@ -100,7 +127,7 @@ def unpack_update(packed: Packed, layout: Layout) -> Update:
     """Check a travelling update and give it back.
 
     Raises:
-        MessageError: malformed, wrong_schema, wrong_layout or wrong_shape.
+        MessageError: malformed, wrong_schema, wrong_layout, wrong_shape or not_finite.
     """
     return Update(**_checked(packed, layout, "update", _UPDATE), values=packed.values)
 
@@ -142,14 +169,29 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type])
     if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != (layout.size,):
         shape = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
         raise MessageError("wrong_shape", f"got {shape}, expected float32 [{layout.size}]")
+    fields["residuals"] = tuple(_residual(each, layout) for each in _field("residuals", fields.get("residuals"), list))
     for name, kind_ in schema.items():
         fields[name] = _field(name, fields.get(name), kind_)
     if fields.get("epsilon") is not None:
         fields["epsilon"] = _field("epsilon", fields["epsilon"], float)
-    unknown = set(fields) - set(schema) - ({"epsilon"} if kind == "update" else set())
+    unknown = set(fields) - set(schema) - {"residuals"} - ({"epsilon"} if kind == "update" else set())
     if unknown:
         raise MessageError("malformed", f"unknown fields {sorted(unknown)}")
     return fields
+
+
+def _residual(raw: Any, layout: Layout) -> Residual:
+    sizes = {layer.name: layer.stop - layer.start for layer in layout.key_layers}
+    if not isinstance(raw, dict) or set(raw) != {"origin", "layer", "tokens", "age", "values"}:
+        raise MessageError("malformed", "a residual is not a mapping of its five fields")
+    kinds = {"origin": str, "layer": str, "tokens": float, "age": int, "values": bytes}
+    fields = {name: _field(f"residual.{name}", raw[name], kind) for name, kind in kinds.items()}
+    if len(fields["values"]) != 4 * sizes.get(fields["layer"], -1):
+        raise MessageError("wrong_shape", f"a residual of {fields['layer']!r} has {len(fields['values'])} bytes")
+    values = np.frombuffer(fields["values"], np.float32)
+    if not np.isfinite(values).all():
+        raise MessageError("not_finite", f"nan or infinity in a residual of {fields['layer']!r}")
+    return Residual(**(fields | {"values": values}))
 
 
 def _field(name: str, value: Any, kind: type) -> Any:

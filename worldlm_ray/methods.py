@@ -235,6 +235,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all_keys": {"model.key_layers": ["*"]},
     "uniform": {"aggregation.attention.score": "uniform"},
     "dot": {"aggregation.attention.score": "dot"},
+    "residuals": {"aggregation.residuals.per_round": 2},
     "personal": {"aggregation.attention.personal": True},
 }
 """Settings that a variant changes, by name."""

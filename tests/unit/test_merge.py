@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from worldlm_ray.aggregation.merge import Merger, Moved, agreement
-from worldlm_ray.config import AttentionConfig
+from worldlm_ray.config import AggregationConfig, AttentionConfig
 from worldlm_ray.messages import Model
 from worldlm_ray.params import Flat, make_layout
 
@@ -29,7 +29,7 @@ def merger(m: float | str = "adaptive", **changes: Any) -> Merger:
     settings: dict[str, Any] = {
         "path": "world/a",
         "layout": LAYOUT,
-        "attention": AttentionConfig(score="uniform"),
+        "rules": AggregationConfig(attention=AttentionConfig(score="uniform")),
         "m": m,
         "agreement": 0.6,
         "initial": flat(0, 0, 0, 0),

@@ -156,7 +156,7 @@ def merged(config: RunConfig) -> list[float]:
     merger = Merger(
         path="world/a",
         layout=layout,
-        attention=settings.aggregation.attention,
+        rules=settings.aggregation,
         m=settings.merge.client,
         agreement=settings.merge.agreement,
         initial=np.zeros(4, np.float32),

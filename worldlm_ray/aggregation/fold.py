@@ -44,21 +44,25 @@ class Fold:
         self.shares: dict[str, float] = {}
         """Weight of every child's work in the sum; after `finish`, in the mean."""
 
-    def add(self, update: Update, tau: int, theta: Flat) -> None:
+    def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
         """Fold an update in: one pass over each of its parts.
 
         Args:
             update: a child's update.
             tau: its staleness.
             theta: the node's model now; its key layers are the query.
+
+        Returns:
+            The scores of the update's key layers against the node's own.
         """
         split = self.layout.backbone_size
         weight = update.tokens * discount(self.rules.staleness, tau)
         add_scaled(self.flat[:split], update.values[:split], weight)
-        self._attend(update.sender, update.values[split:], weight, query=theta[split:])
+        fit = self._attend(update.sender, update.values[split:], weight, query=theta[split:])
         self.tokens += update.tokens
         self.contributors.append(update.sender)
         self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
+        return [value * self.rules.attention.temperature for value in fit]
 
     def finish(self, theta: Flat, optimizer: ServerOptimizer, *, members: int) -> tuple[Flat, float, list[list[float]]]:
         """Turn the sums into the next model. The fold must not be used afterwards.
@@ -99,10 +103,12 @@ class Fold:
         norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale)
         return self.flat, norm, weights
 
-    def _attend(self, name: str, keys: Flat, prior: float, *, query: Flat) -> None:
-        if self.layout.key_layers:
-            fit = scores(self.rules.attention, self.layout.key_layers, query, keys, self.origin)
-            self.attention.fold(name, keys, with_prior(fit, prior))
+    def _attend(self, name: str, keys: Flat, prior: float, *, query: Flat) -> list[float]:
+        if not self.layout.key_layers:
+            return []
+        fit = scores(self.rules.attention, self.layout.key_layers, query, keys, self.origin)
+        self.attention.fold(name, keys, with_prior(fit, prior))
+        return fit
 
     def state(self) -> dict[str, Any]:
         """Everything but the buffer, as JSON values."""

@@ -28,15 +28,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from worldlm_ray.aggregation.attention import attend
+from worldlm_ray.aggregation.attention import OnlineAttention, attend, scores, with_prior
 from worldlm_ray.aggregation.fold import OWN
-from worldlm_ray.config import AttentionConfig
-from worldlm_ray.messages import Model
+from worldlm_ray.aggregation.staleness import discount
+from worldlm_ray.config import AggregationConfig
+from worldlm_ray.messages import Model, Residual
 from worldlm_ray.params import Flat, Layout, blocks, frozen, lerp
 from worldlm_ray.records import AttentionRecord, MergeRecord
 
 PARENT = "(parent)"
 """The parent, among the candidates of attention."""
+RESIDUAL = "residual of "
+"""A residual, among the candidates of attention; its origin follows."""
 _NOTHING = 1e-10
 """Squared movements below this share of the whole are rounding."""
 
@@ -59,7 +62,7 @@ class Merger:
     Args:
         path: the node's path, for the record.
         layout: the model's layout.
-        attention: how key layers are blended.
+        rules: how key layers are blended, and how old residuals are discounted.
         m: how far the backbone moves to the parent, 0 to 1, or `adaptive`.
         agreement: the least cosine at which an adaptive node follows.
         initial: the run's initial parameters; not copied, must not change.
@@ -70,12 +73,12 @@ class Merger:
         *,
         path: str,
         layout: Layout,
-        attention: AttentionConfig,
+        rules: AggregationConfig,
         m: float | str,
         agreement: float,
         initial: Flat,
     ) -> None:
-        self.path, self.layout, self.attention = path, layout, attention
+        self.path, self.layout, self.rules = path, layout, rules
         self.m, self.agreement = m, agreement
         self.origin = initial[layout.backbone_size :].copy()
         """The run's initial key layers: scores measure displacements from here."""
@@ -144,12 +147,14 @@ class Merger:
         layout, part = self.layout, slice(self.layout.backbone_size, None)
         if not layout.key_layers:
             return None
-        if self.attention.personal or (self.adaptive and m == 0.0):
+        if self.rules.attention.personal or (self.adaptive and m == 0.0):
             out[part] = own[part]
             return None
         out[part] = 0.0
         candidates = [(OWN, own[part], own_tokens), (PARENT, model.values[part], model.tokens)]
-        blend = attend(self.attention, layout.key_layers, own[part], candidates, self.origin, out=out[part])
+        blend = attend(self.rules.attention, layout.key_layers, own[part], candidates, self.origin, out=out[part])
+        for residual in model.residuals:
+            self._fold_residual(blend, residual, own[part])
         weights = blend.weights()
         blend.result()
         return AttentionRecord(
@@ -161,6 +166,18 @@ class Merger:
             candidates=tuple(blend.names),
             weights=tuple(tuple(row) for row in weights),
         )
+
+    def _fold_residual(self, blend: OnlineAttention, residual: Residual, own: Flat) -> None:
+        """One more candidate for one key layer, discounted by its age."""
+        fit = [-math.inf] * len(self.layout.key_layers)
+        values = np.zeros_like(own)
+        for index, layer in enumerate(self.layout.key_layers):
+            if layer.name == residual.layer:
+                here = slice(layer.start, layer.stop)
+                values[here] = residual.values
+                [found] = scores(self.rules.attention, [layer], own, values, self.origin)
+                [fit[index]] = with_prior([found], residual.tokens * discount(self.rules.staleness, residual.age))
+        blend.fold(f"{RESIDUAL}{residual.origin}", values, fit)
 
 
 def agreement(moved: Moved, parent: Flat, heard: Flat, *, share: float, size: int) -> float:

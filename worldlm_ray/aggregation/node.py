@@ -40,6 +40,7 @@ from worldlm_ray.aggregation.events import (
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
+from worldlm_ray.aggregation.residuals import Pool
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError
@@ -94,10 +95,17 @@ class Node:
         self.merger = Merger(
             path=path,
             layout=layout,
-            attention=aggregation.attention,
+            rules=aggregation,
             m=merge.federation if has_parent else 0.0,
             agreement=merge.agreement,
             initial=initial,
+        )
+        self.residuals = Pool(
+            path=path,
+            config=aggregation.residuals,
+            attention=aggregation.attention,
+            layers=layout.key_layers,
+            origin=self.merger.origin,
         )
         self.theta = frozen(initial)
         """The published model. Never changed in place."""
@@ -238,7 +246,9 @@ class Node:
     def _fold_in(self, update: Update, tau: int, now_s: float) -> None:
         if self._fold is None:
             self._fold = self._new_fold(now_s)
-        self._fold.add(update, tau, self.theta)
+        fit = self._fold.add(update, tau, self.theta)
+        keys = update.values[self.layout.backbone_size :]
+        self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
     def _new_fold(self, first_s: float) -> Fold:
         return Fold(self.layout, self.aggregation, origin=self.merger.origin, first_s=first_s)
@@ -284,6 +294,7 @@ class Node:
         for name, share in fold.shares.items():
             if name in self.children:
                 self.children[name].share += share * self.optimizer.rate
+        self.residuals.settle()
         self.version += 1
         self.tokens += fold.tokens
         self.mean_tokens = fold.tokens / len(fold.contributors)
@@ -352,6 +363,7 @@ class Node:
             tokens=self.unpushed_tokens,
             started_tokens=self.started_tokens,
             values=frozen(values),
+            residuals=self.residuals.rise(),
         )
         self.anchor = self.theta
         self.unpushed_aggregations, self.unpushed_tokens = 0, 0
@@ -415,6 +427,7 @@ class Node:
             tokens=self.mean_tokens,
             last_seq=known.last_seq,
             share=known.share,
+            residuals=self.residuals.offer(child),
             values=self.theta,
         )
 
@@ -448,6 +461,8 @@ class Node:
         if self._fold is not None:
             arrays["fold"] = self._fold.flat
             meta["fold"] = self._fold.state()
+        meta["residuals"], residuals = self.residuals.state()
+        arrays |= residuals
         meta["held"] = {}
         for name, (update, tau) in self._held.items():
             arrays[f"held.{name}"] = update.values
@@ -480,6 +495,7 @@ class Node:
         self.optimizer.steps = meta["optimizer_steps"]
         for name in self.optimizer.buffers:
             self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
+        self.residuals.restore(meta["residuals"], arrays)
         self._fold, self._held, self._waiting, self.in_flight = None, {}, {}, None
         if "in_flight" in meta:
             self.in_flight = Update(**meta["in_flight"], values=arrays["in_flight"])
@@ -507,4 +523,5 @@ _STATE = (
 
 
 def _fields(update: Update) -> dict[str, Any]:
-    return {key: value for key, value in vars(update).items() if key != "values"}
+    # Residuals are an extra: an update that is sent again after a crash goes without.
+    return {key: value for key, value in vars(update).items() if key not in ("values", "residuals")}

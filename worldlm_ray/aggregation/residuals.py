@@ -1,0 +1,138 @@
+"""Residual routing: key layers that do not fit where they were sent, on their way to where they do.
+
+At an aggregation, a child's key layer whose score against the node's own is below `residuals.threshold` has next to no
+weight in the blend: what its owner learned would be lost. Up to `per_round` of them become residuals. The node keeps
+them in a bounded pool, offers each pulling child those that its own key layers fit best (and that do not come from it),
+and passes on to its parent those that fitted nobody in half of their time. At a child they are candidates of attention
+beside its own and its parent's, discounted by age as stale updates are.
+
+Source: WorldLM (arXiv 2405.14446), section on residual embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from worldlm_ray.aggregation.attention import score
+from worldlm_ray.config import AttentionConfig, ResidualsConfig
+from worldlm_ray.messages import Residual
+from worldlm_ray.params import Flat, KeyLayer, frozen
+
+
+class Pool:
+    """The residuals of one node.
+
+    Args:
+        path: the node's path.
+        config: how many, how long, from which score.
+        attention: the score.
+        layers: the key layers.
+        origin: the run's initial key layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        config: ResidualsConfig,
+        attention: AttentionConfig,
+        layers: Sequence[KeyLayer],
+        origin: Flat,
+    ) -> None:
+        self.path, self.config, self.attention, self.origin = path, config, attention, origin
+        self.layers = {layer.name: layer for layer in layers}
+        self.held: list[Residual] = []
+        """The oldest first."""
+        self.fits: dict[str, dict[str, float]] = {}
+        """Score of each child's own key layer against each residual, by child and residual."""
+        self._found: list[tuple[float, Residual]] = []
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anything to do."""
+        return self.config.per_round > 0 and bool(self.layers)
+
+    def look(
+        self, child: str, keys: Flat, scores: Sequence[float], *, tokens: float, passed: Sequence[Residual]
+    ) -> None:
+        """Take in the key layers of an update: which of them are outliers, and which residuals fit them.
+
+        Args:
+            child: its name.
+            keys: its key part.
+            scores: of its key layers against the node's own, in the order of the layers.
+            tokens: the update's.
+            passed: residuals that the child passes on.
+        """
+        if not self.on:
+            return
+        source = f"{self.path}/{child}"
+        for layer, value in zip(self.layers.values(), scores, strict=True):
+            if value < self.config.threshold:
+                copied = frozen(keys[layer.start : layer.stop].copy())
+                found = Residual(origin=source, layer=layer.name, tokens=tokens, age=0, values=copied)
+                self._found.append((value, found))
+        self._found.sort(key=lambda pair: pair[0])
+        del self._found[self.config.per_round :]
+        self._keep(passed)
+        mine = self.fits.setdefault(child, {})
+        for residual in self.held:
+            if not self._is_from(residual, child):
+                layer = self.layers[residual.layer]
+                part = slice(layer.start, layer.stop)
+                mine[residual.name] = score(self.attention.score, keys[part], residual.values, self.origin[part])
+
+    def settle(self) -> None:
+        """An aggregation is done: everything is older, and the outliers of this one are new."""
+        self.held = [replace(r, age=r.age + 1) for r in self.held if r.age < self.config.max_age]
+        self._keep([residual for _, residual in self._found])
+        self._found = []
+
+    def offer(self, child: str) -> tuple[Residual, ...]:
+        """The residuals that this child's key layers fit best, and well enough."""
+        fits = self.fits.get(child, {})
+        fitting = [r for r in self.held if fits.get(r.name, self.config.threshold - 1.0) >= self.config.threshold]
+        fitting.sort(key=lambda residual: -fits[residual.name])
+        return tuple(fitting[: self.config.offers])
+
+    def rise(self) -> tuple[Residual, ...]:
+        """Give up those that fitted no child in half of their time: they go to the parent."""
+        best = {r.name: max((fits.get(r.name, -1.0) for fits in self.fits.values()), default=-1.0) for r in self.held}
+        late = [r for r in self.held if 2 * r.age >= self.config.max_age and best[r.name] < self.config.threshold]
+        rising = late[: self.config.per_round]
+        self._drop({residual.name for residual in rising})
+        return tuple(rising)
+
+    def _is_from(self, residual: Residual, child: str) -> bool:
+        return f"{residual.origin}/".startswith(f"{self.path}/{child}/")
+
+    def _keep(self, residuals: Sequence[Residual]) -> None:
+        """A newer residual replaces an older one of the same layer and origin; the oldest make room."""
+        self._drop({residual.name for residual in residuals})
+        self.held = [*self.held, *(residual for residual in residuals if residual.layer in self.layers)]
+        self._drop({residual.name for residual in self.held[: -self.config.pool]})
+
+    def _drop(self, names: set[str]) -> None:
+        self.held = [residual for residual in self.held if residual.name not in names]
+        for fits in self.fits.values():
+            for name in names:
+                fits.pop(name, None)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
+        """What a restart needs."""
+        residuals = [*self.held, *(residual for _, residual in self._found)]
+        meta = {
+            "held": [{k: v for k, v in vars(residual).items() if k != "values"} for residual in residuals],
+            "found": [value for value, _ in self._found],
+            "fits": {child: dict(fits) for child, fits in self.fits.items()},
+        }
+        return meta, {f"residual.{index}": residual.values for index, residual in enumerate(residuals)}
+
+    def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
+        """Become what `state` described."""
+        residuals = [Residual(**fields, values=arrays[f"residual.{i}"]) for i, fields in enumerate(meta["held"])]
+        count = len(residuals) - len(meta["found"])
+        self.held, self.fits = residuals[:count], {child: dict(fits) for child, fits in meta["fits"].items()}
+        self._found = list(zip(meta["found"], residuals[count:], strict=True))
