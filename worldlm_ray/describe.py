@@ -48,11 +48,13 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
             "tokens_per_round": training.local_steps * training.batch_size * plan.shape.context,
             "local_steps": training.local_steps,
             "lr": training.lr,
-            "memory_bytes": CLIENT_BUFFERS * size,
+            "memory_bytes": (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size,
         }
     rules = settings.aggregation
     # The published model, the fold, and for a federation the anchor that the next push is measured from.
     buffers = (2 if spec.kind == "world" else 3) * size
+    if spec.kind == "federation" and settings.merge.federation == "adaptive":
+        buffers += size  # what the parent said last
     buffers += 4 * plan.layout.backbone_size * len(state_buffers(rules.server_optimizer))
     return {
         "kind": spec.kind,

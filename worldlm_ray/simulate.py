@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 from worldlm_ray import checkpoint
@@ -70,6 +71,7 @@ class Simulation:
         self.nodes: dict[str, Node] = {s.path: plan.inner_node(s, self.initial) for s in plan.root.inner}
         self.clients = {spec.path: Client(plan, spec) for spec in plan.root.clients}
         self._busy_s = dict.fromkeys(self.clients, 0.0)
+        self._begun_tokens = self._trained_tokens = 0
 
     def run(self) -> str:
         """Run to the end of the budget.
@@ -122,19 +124,34 @@ class Simulation:
     def _receive(self, path: str, model: Model) -> None:
         client = self.clients[path]
         parent, name = self._parent(path)
+        model = self._budgeted(model)
         if model.finished:
             self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
             self._record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
             return
         for record in client.begin(model, now_s=self.now_s):
             self._record(record)
+        self._begun_tokens += client.round_tokens
         client.train()
         train_s = client.round_tokens / self.specs[path].settings.simulation.tokens_per_s
         self._busy_s[path] += train_s
         self._at(self.now_s + train_s, lambda: self._end_round(path, train_s))
 
+    def _budgeted(self, model: Model) -> Model:
+        """Spend a budget in tokens to the round, however late the world would hear of it.
+
+        Here all tokens are known at once. On Ray the world counts them, from what its children tell in their exchanges,
+        and overshoots by what is begun meanwhile: methods that exchange seldom would train more than others.
+        """
+        budget = self.plan.config.budget.tokens
+        if budget is None:
+            return model
+        progress = max(model.progress, min(self._trained_tokens / budget, 1.0))
+        return replace(model, progress=progress, finished=model.finished or self._begun_tokens >= budget)
+
     def _end_round(self, path: str, train_s: float) -> None:
         client = self.clients[path]
+        self._trained_tokens += client.round_tokens
         measure = client.measure(self.plan.config.evaluation.tokens) if client.measure_is_due else None
         busy = self._busy_s[path] / self.now_s
         self._record(client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure))

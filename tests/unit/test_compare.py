@@ -11,8 +11,9 @@ import pytest
 
 from worldlm_ray.compare import compare
 from worldlm_ray.comparison_report import markdown, summarize, write
-from worldlm_ray.errors import RunError
-from worldlm_ray.plan import Plan
+from worldlm_ray.config import BudgetConfig
+from worldlm_ray.errors import ConfigError, RunError
+from worldlm_ray.plan import Plan, make_plan
 
 
 @pytest.mark.slow
@@ -34,6 +35,22 @@ def test_a_comparison_runs_reports_and_continues(tiny: Callable[..., Plan], tmp_
     assert table["local"]["worst_vs_local"] == 0.0
     with pytest.raises(RunError, match="another configuration"):
         compare(replace(config, name="other"), ["local"], [0], out=out)
+
+
+@pytest.mark.slow
+def test_a_budget_in_tokens_is_the_same_for_all_methods(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    tokens = 4_000
+    settings = {"tokens": 64, "final_tokens": 128, "every_rounds": 1}
+    config = tiny(budget={"tokens": tokens}, evaluation=settings).config
+    compare(config, ["worldlm", "worldlm+synchronous", "centralized"], [0], out=tmp_path)
+    runs = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["runs"]
+    round_tokens = config.training.local_steps * config.training.batch_size * make_plan(config).shape.context
+    for run in runs:
+        assert tokens <= run["tokens"] <= tokens + round_tokens * (4 if run["method"] == "centralized" else 1)
+        assert run["world_curve"][-1]["tokens"] > tokens / 2
+    assert runs[0]["taken"]
+    with pytest.raises(ConfigError, match="budget: in seconds"):
+        compare(replace(config, budget=BudgetConfig(seconds=1.0)), ["local"], [0], out=tmp_path)
 
 
 def test_the_table_of_known_losses() -> None:

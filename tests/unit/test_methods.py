@@ -18,7 +18,7 @@ from worldlm_ray.client import Client
 from worldlm_ray.config import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model, Update, pack
-from worldlm_ray.methods import METHODS, configure
+from worldlm_ray.methods import METHODS, VARIANTS, configure
 from worldlm_ray.params import make_layout
 from worldlm_ray.plan import Plan, make_plan
 
@@ -195,6 +195,27 @@ def test_centralized_is_one_client_whose_steps_take_everybodys_batch(world: RunC
 def test_an_unknown_method_is_named_with_the_closest(world: RunConfig) -> None:
     with pytest.raises(ConfigError, match="'fedavg'"):
         configure(world, "fedavgg")
+
+
+def test_variants_change_single_settings_at_every_node(world: RunConfig) -> None:
+    plain, changed = (make_plan(configure(world, m)) for m in ("worldlm", "worldlm+buffered+undiscounted+keys"))
+    for spec in plain.root.walk():
+        before, after = spec.settings, changed.node(spec.path).settings
+        assert after.aggregation.buffer_size == 4
+        assert after.aggregation.staleness.fn == "constant"
+        assert (after.training, after.merge, after.data) == (before.training, before.merge, before.data)
+    assert changed.layout.key_layers
+    assert changed.config.method == "worldlm+buffered+undiscounted+keys"
+
+
+def test_every_variant_is_a_setting_that_exists(world: RunConfig) -> None:
+    for variant in VARIANTS:
+        make_plan(configure(world, f"worldlm+{variant}"))
+
+
+def test_an_unknown_variant_is_named_with_the_closest(world: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="unknown variant 'unifrom'; did you mean 'uniform'"):
+        configure(world, "worldlm+unifrom")
 
 
 def test_worldlm_is_the_configuration_itself(world: RunConfig) -> None:
