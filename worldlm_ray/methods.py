@@ -27,7 +27,7 @@ from dataclasses import asdict
 from typing import Any
 
 from worldlm_ray import tree
-from worldlm_ray.config import INHERITED, RunConfig, from_mapping, one_of, to_mapping
+from worldlm_ray.config import INHERITED, ModelConfig, RunConfig, from_mapping, one_of, to_mapping
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.tree import NodeSpec
 
@@ -139,6 +139,8 @@ def _hierfavg(mapping: dict[str, Any], root: NodeSpec) -> None:
 
 def _fedper(mapping: dict[str, Any], root: NodeSpec) -> None:
     _flat(mapping, root)
+    if not mapping["model"]["key_layers"]:
+        mapping["model"] = mapping["model"] | {"key_layers": ModelConfig().key_layers}
     _rules(
         mapping,
         trigger="synchronous",
@@ -219,7 +221,6 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
 }
 """Every method by name."""
 
-_KEYS = ["model.embed_tokens.*", "model.layers.-1.*", "model.norm.*", "lm_head.*"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "synchronous": {"aggregation.trigger": "synchronous"},
     "asynchronous": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 1},
@@ -233,7 +234,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "federations_adaptive": {"merge.federation": "adaptive"},
     "eager": {"merge.agreement": 0.5},
     "wary": {"merge.agreement": 0.7},
-    "keys": {"model.key_layers": _KEYS},
+    "keys": {"model.key_layers": ModelConfig().key_layers},
     "all_keys": {"model.key_layers": ["*"]},
     "uniform": {"aggregation.attention.score": "uniform"},
     "dot": {"aggregation.attention.score": "dot"},

@@ -284,6 +284,8 @@ def layout(*, private: bool = False) -> layout_pb2.Layout:
     asynchrony = [
         _chart("Staleness per edge (versions behind)", "^tau$"),
         _chart("Version by run time (s)", "^version/inner$"),
+        _chart("How far a node followed its parent (0 to 1)", "^merge$"),
+        _chart("Agreement with the others' movement (cosine)", "^agreement$"),
         _chart("Clients: training speed (tokens/s)", "^tokens_per_s/client$"),
         _chart("Busy share of every node", "^busy_fraction$"),
         _chart("Updates accepted per edge", "^accepted$"),
