@@ -31,8 +31,15 @@ def deep(folder: Path) -> list[dict[str, Any]]:
     return inner
 
 
-def test_synchronous_mode_gives_the_same_bits_in_both_shells(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
-    plan = tiny(aggregation={"trigger": "synchronous"}, budget={"rounds": 3})
+ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.9}
+RESIDUALS = {"residuals": {"per_round": 2, "threshold": 0.99, "max_age": 2}}
+
+
+@pytest.mark.parametrize(("merge", "rules"), [({}, {}), (ADAPTIVE, RESIDUALS)], ids=["plain", "adaptive"])
+def test_synchronous_mode_gives_the_same_bits_in_both_shells(
+    cluster: None, tiny: Tiny, tmp_path: Path, merge: dict[str, Any], rules: dict[str, Any]
+) -> None:
+    plan = tiny(aggregation={"trigger": "synchronous", **rules}, merge=merge, budget={"rounds": 3})
     simulated = simulate(in_folder(plan, tmp_path / "simulated")).summary
     real = launch.train(in_folder(plan, tmp_path / "real")).summary
     assert real["params_sha256"] == simulated["params_sha256"]

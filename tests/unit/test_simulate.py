@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import client
+from worlds import TINY_MODEL, client
 
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.params import params_sha256
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import LifeRecord, NodeSummary, Record, RoundRecord, VerdictRecord
+from worldlm_ray.records import LifeRecord, MergeRecord, NodeSummary, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation, simulate
 
 Tiny = Callable[..., Plan]
@@ -277,3 +277,42 @@ def test_stale_updates_come_from_slow_clients(tiny: Tiny, tmp_path: Path) -> Non
     taus = {name: [v.tau for v in records.of(VerdictRecord, "world") if v.sender == name] for name in ("fast", "slow")}
     assert max(taus["slow"]) >= 4
     assert max(taus["fast"]) <= 1
+
+
+def test_a_client_unlike_the_others_goes_its_own_way_and_they_go_together(tiny: Tiny, tmp_path: Path) -> None:
+    children = [client(name, tmp_path, seed) for seed, name in enumerate("abc", start=1)]
+    odd = tmp_path / "odd.txt"
+    odd.write_text("\n\n".join("0123456789"[n % 10] * 60 + "~" * (n % 7) for n in range(400)))
+    children.append({"client": "odd", "data": {"files": [str(odd)]}})
+    plan = tiny(
+        children,
+        aggregation={"trigger": "synchronous"},
+        model=TINY_MODEL | {"key_layers": []},
+        merge={"client": "adaptive", "agreement": 0.3},
+        training={"local_steps": 20, "batch_size": 8},
+        budget={"rounds": 4},
+    )
+    simulation, records = run(plan)
+    followed = {name: [r.m for r in records.of(MergeRecord, f"world/{name}")] for name in ("a", "b", "c", "odd")}
+    assert followed["a"][0] == followed["b"][0] == followed["c"][0] == 1.0
+    assert followed["odd"] == [0.0, 0.0, 0.0]
+    # Its model is what it would have become alone.
+    alone, _ = run(
+        tiny(
+            [{"client": "odd", "data": {"files": [str(odd)]}}],
+            aggregation={"trigger": "synchronous"},
+            model=TINY_MODEL | {"key_layers": []},
+            merge={"client": 0.0},
+            training={"local_steps": 20, "batch_size": 8},
+            budget={"rounds": 4},
+        )
+    )
+    mine, its = (s.clients["world/odd"].trainer.read() for s in (simulation, alone))
+    assert params_sha256(mine) == params_sha256(its)
+
+
+def test_a_budget_in_tokens_is_spent_to_the_round(tiny: Tiny, tmp_path: Path) -> None:
+    plan = tiny(pair(tmp_path, fast=1.0, slow=3.0), budget={"tokens": 10 * ROUND_TOKENS + 1})
+    simulation, _ = run(plan)
+    assert sum(each.tokens for each in simulation.clients.values()) == 11 * ROUND_TOKENS
+    assert simulation.clients["world/fast"].tokens > 2 * simulation.clients["world/slow"].tokens
