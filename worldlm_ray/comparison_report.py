@@ -230,7 +230,8 @@ def _taken(figure: Figure, runs: list[dict[str, Any]]) -> None:
         for row, weights in enumerate(values):
             for column, weight in enumerate(weights):
                 if weight == weight:
-                    axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=5)
+                    ink = "white" if weight > 0.6 else "black"
+                    axes.text(column, row, f"{weight:.2f}", ha="center", va="center", fontsize=5, color=ink)
         axes.set_title(run["method"], fontsize=9)
         axes.set_xticks(range(len(givers)), labels=[_short(giver) for giver in givers], rotation=90, fontsize=6)
         axes.set_yticks(range(len(takers)), labels=[_short(taker) for taker in takers], fontsize=6)

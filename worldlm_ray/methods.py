@@ -225,6 +225,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "synchronous": {"aggregation.trigger": "synchronous"},
     "asynchronous": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 1},
     "buffered": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 4},
+    "often": {"aggregation.push_every": 4},
     "discounted": {"aggregation.staleness.fn": "polynomial"},
     "undiscounted": {"aggregation.staleness.fn": "constant"},
     "merge_all": {"merge.client": 1.0},
