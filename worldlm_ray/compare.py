@@ -100,7 +100,8 @@ class _Curve:
         if node.version > self._version and node.tokens >= len(self.world) * self._total / WORLD_POINTS:
             self._version = node.version
             losses = [
-                client.measure(self._tokens, parameters=node.theta).loss for client in simulation.clients.values()
+                client.measure(self._tokens * client.dataset.parts, parameters=node.theta).loss
+                for client in simulation.clients.values()
             ]
             self.world.append(at | {"loss": sum(losses) / len(losses)})
 

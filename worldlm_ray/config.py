@@ -186,9 +186,9 @@ class AggregationConfig:
 class MergeConfig:
     """How far a node moves to its parent on a pull: theta = (1 - m) own + m parent, for the backbone."""
 
-    client: float | str = 1.0
+    client: float | int | str = 1.0
     """A number from 0 to 1, or `adaptive`: see worldlm_ray/aggregation/merge.py."""
-    federation: float | str = 1.0
+    federation: float | int | str = 1.0
     """The same for federations."""
     agreement: float = 0.6
     """`adaptive`: a node follows its parent while the cosine of its own movement and the others' is at least this."""
@@ -480,9 +480,6 @@ def check_settings(settings: NodeSettings, key: str) -> None:
             f"got {settings.data.heldout_fraction}",
             "give a number between 0 and 1",
         )
-    if not 0.0 < settings.data.train_fraction <= 1.0:
-        got = f"got {settings.data.train_fraction}"
-        raise ConfigError(f"{at}data.train_fraction", got, "give a number above 0, at most 1")
 
 
 def positive(value: float, key: str) -> None:

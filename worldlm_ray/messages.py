@@ -85,7 +85,8 @@ class Model:
     residuals: tuple[Residual, ...] = ()
     """What may fit the child."""
     share: float = 0.0
-    """How much of the child's own last work is in what the parent moved since the child's last pull, 0 to 1."""
+    """How much of the child's own work is in what the parent moved since the child's last pull, in multiples of one
+    update of the child."""
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,13 @@ def _local(mapping: dict[str, Any], root: NodeSpec) -> None:
 
 def _centralized(mapping: dict[str, Any], root: NodeSpec) -> None:
     clients = root.clients
+    for spec in clients:
+        if spec.settings.training != clients[0].settings.training:
+            raise ConfigError(
+                "--methods",
+                f"centralized has one training for all, but that of {spec.path} is not that of {clients[0].path}",
+                "leave centralized out, or train all clients alike",
+            )
     only = _client(clients[0], root, name="all")
     pool = [asdict(spec.settings.data) | {"order": spec.settings.data.order or spec.path} for spec in clients]
     only["data"] |= {"files": [], "corpus": None, "shard": None, "train_fraction": 1.0, "order": None, "pool": pool}
@@ -236,10 +243,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eager": {"merge.agreement": 0.5},
     "wary": {"merge.agreement": 0.7},
     "keys": {"model.key_layers": ModelConfig().key_layers},
-    "all_keys": {"model.key_layers": ["*"]},
     "uniform": {"aggregation.attention.score": "uniform"},
     "dot": {"aggregation.attention.score": "dot"},
     "residuals": {"aggregation.residuals.per_round": 2},
     "personal": {"aggregation.attention.personal": True},
 }
-"""Settings that a variant changes, by name."""
+"""What a variant changes, by name."""

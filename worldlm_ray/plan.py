@@ -125,6 +125,10 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         raise ConfigError("data.tokenizer", str(error), "give `bytes` or the path of a tokenizer.json") from error
     shape = _shape(config, vocab_size)
     layout = shape.layout(config.model.key_layers)
+    for node in root.walk():
+        if layout.backbone_size == 0 and "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
+            got = "adaptive, but every layer is a key layer: there is no backbone to judge by"
+            raise ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
     if check_data:
         for client in root.clients:
             check_sources(client.settings.data, f"{client.key}.data")

@@ -141,10 +141,10 @@ class Simulation:
         """Spend a budget in tokens to the round, however late the world would hear of it.
 
         Here all tokens are known at once. On Ray the world counts them, from what its children tell in their exchanges,
-        and overshoots by what is begun meanwhile: methods that exchange seldom would train more than others.
+        and overshoots by what is begun meanwhile: asynchronous methods that exchange seldom would train most.
         """
         budget = self.plan.config.budget.tokens
-        if budget is None:
+        if budget is None or self.nodes["world"].synchronous:  # synchronous children all hear the same
             return model
         progress = max(model.progress, min(self._trained_tokens / budget, 1.0))
         return replace(model, progress=progress, finished=model.finished or self._begun_tokens >= budget)

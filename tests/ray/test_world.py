@@ -31,7 +31,7 @@ def deep(folder: Path) -> list[dict[str, Any]]:
     return inner
 
 
-ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.9}
+ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.6}
 RESIDUALS = {"residuals": {"per_round": 2, "threshold": 0.99, "max_age": 2}}
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from worldlm_ray.aggregation.merge import Merger, Moved, agreement
-from worldlm_ray.config import AggregationConfig, AttentionConfig
+from worldlm_ray.config import AggregationConfig, AttentionConfig, MergeConfig, NodeSettings, check_settings, merge_into
+from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model
 from worldlm_ray.params import Flat, make_layout
 
@@ -100,6 +101,18 @@ def test_each_pull_is_judged_from_the_one_before() -> None:
 def test_a_node_without_work_of_its_own_takes_the_parents() -> None:
     m, record = merger().judge(model(1, 1, 1, 1), None, now_s=0.0)
     assert (m, record.agreement) == (1.0, None)
+
+
+@pytest.mark.parametrize("m", [0, 1, 0.25, "adaptive"])
+def test_whole_numbers_are_numbers(m: float | str) -> None:
+    merge = merge_into(MergeConfig(), {"client": m, "federation": m}, prefix="merge")
+    assert (merge.client, merge.federation) == (m, m)
+
+
+@pytest.mark.parametrize("m", ["all", 1.5, -1, [1]])
+def test_anything_else_is_refused(m: Any) -> None:
+    with pytest.raises(ConfigError, match=r"merge\.client"):
+        check_settings(merge_into(NodeSettings(), {"merge": {"client": m}}, prefix=""), "")
 
 
 def test_a_number_is_taken_as_it_is_and_nothing_is_remembered() -> None:

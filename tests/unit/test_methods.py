@@ -77,7 +77,7 @@ def push(node: Node, name: str, values: list[float], *, tokens: int = 10, base: 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_gives_a_world_that_can_run(world: RunConfig, method: str) -> None:
-    config = configure(world, method)
+    config = configure(alike(world), method)
     plan = make_plan(config)
     assert config.method == method
     assert len(plan.root.clients) == (1 if method == "centralized" else 3)
@@ -178,8 +178,15 @@ def test_a_flat_tree_keeps_what_concerns_the_client(world: RunConfig) -> None:
     assert a.settings.data.order == "world/north/a"
 
 
+def alike(world: RunConfig) -> RunConfig:
+    """The world with one training for all."""
+    mapping = configuration.to_mapping(world)
+    mapping["world"]["children"][0]["children"][1].pop("training")
+    return configuration.from_mapping(mapping)
+
+
 def test_centralized_is_one_client_whose_steps_take_everybodys_batch(world: RunConfig) -> None:
-    central, apart = make_plan(configure(world, "centralized")), make_plan(configure(world, "local"))
+    central, apart = (make_plan(configure(alike(world), method)) for method in ("centralized", "local"))
     [one] = [Client(central, spec) for spec in central.root.clients]
     each = [Client(apart, spec) for spec in apart.root.clients]
     assert one.round_tokens == sum(client.round_tokens for client in each)
@@ -212,6 +219,11 @@ def test_variants_change_single_settings_at_every_node(world: RunConfig) -> None
 def test_every_variant_is_a_setting_that_exists(world: RunConfig) -> None:
     for variant in VARIANTS:
         make_plan(configure(world, f"worldlm+{variant}"))
+
+
+def test_centralized_wants_one_training_for_all(world: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"that of world/north/b is not that of world/north/a; leave centralized out"):
+        configure(world, "centralized")
 
 
 def test_an_unknown_variant_is_named_with_the_closest(world: RunConfig) -> None:

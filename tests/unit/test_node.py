@@ -1194,6 +1194,15 @@ def test_the_share_follows_the_work_through_the_parent(merge: float, expected: f
     assert served(node, "a").share == pytest.approx(expected)
 
 
+def test_work_done_during_an_exchange_keeps_its_share() -> None:
+    node = federation(children=("a", "b"), buffer_size=1, server_optimizer=ServerOptimizerConfig())
+    exchange(node, push(node, "a", 1, change=1.0))
+    push(node, "b", 1, base=1, change=1.0)
+    answer(node, parent_model(1, 3.0, share=0.25))
+    # Half of each one's work is in the federation's model; of a's, a quarter of that has come back through the parent.
+    assert (served(node, "a").share, served(node, "b").share) == (0.125, 0.5)
+
+
 @pytest.mark.parametrize(("lead", "m"), [([2.0, 2.0, 2.0], 1.0), ([-1.0, -1.0, 2.0], 0.0)])
 def test_a_federation_follows_its_parent_while_both_go_the_same_way(lead: list[float], m: float) -> None:
     node = federation(merge="adaptive")

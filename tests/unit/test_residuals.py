@@ -88,6 +88,14 @@ def test_what_fits_nobody_in_half_of_its_time_rises() -> None:
     assert [r.origin for r in ours.held] == ["world/asia/x"]
 
 
+def test_one_child_twice_in_a_fold_leaves_one_residual() -> None:
+    ours = pool(pool=1)
+    look(ours, "a", flat(0, 0, 1, 0), (1.0, -0.5))
+    look(ours, "a", flat(0, 0, 2, 0), (1.0, -0.4))
+    ours.settle()
+    assert [r.values.tolist() for r in ours.held] == [[2, 0]]
+
+
 def test_switched_off_nothing_is_kept() -> None:
     ours = pool(per_round=0)
     look(ours, "a", ZERO, (-1.0, -1.0), (residual(),))

@@ -128,7 +128,7 @@ class Fold:
         """Become what `state` and the buffer described."""
         self.flat[:] = flat
         self.tokens, self.contributors = saved["tokens"], list(saved["contributors"])
-        self.shares = dict(saved["shares"])
+        self.shares = dict(saved.get("shares", {}))
         self.first_s = saved["first_s"]
         self.attention.maximum, self.attention.total = list(saved["maximum"]), list(saved["total"])
         self.attention.names, self.attention.logits = list(saved["names"]), [list(row) for row in saved["logits"]]

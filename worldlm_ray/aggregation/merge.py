@@ -74,7 +74,7 @@ class Merger:
         path: str,
         layout: Layout,
         rules: AggregationConfig,
-        m: float | str,
+        m: float | int | str,
         agreement: float,
         initial: Flat,
     ) -> None:

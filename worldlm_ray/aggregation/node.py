@@ -40,7 +40,7 @@ from worldlm_ray.aggregation.events import (
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
-from worldlm_ray.aggregation.residuals import Pool
+from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError
@@ -59,7 +59,9 @@ class Child:
     """False once the child is done or has left."""
     left: bool = False
     share: float = 0.0
-    """How much of its work since its last pull is in the model that it will pull next."""
+    """How much of its work since its last pull has been aggregated here, in multiples of one update; of this ..."""
+    pushed: float = 0.0
+    """... what has been passed on to the parent, as much of it as came back."""
 
 
 class Node:
@@ -366,6 +368,8 @@ class Node:
             residuals=self.residuals.rise(),
         )
         self.anchor = self.theta
+        for child in self.children.values():
+            child.pushed, child.share = child.pushed + child.share, 0.0
         self.unpushed_aggregations, self.unpushed_tokens = 0, 0
         return self.in_flight
 
@@ -383,8 +387,8 @@ class Node:
         merged = np.empty(self.layout.size, np.float32)
         anchor = self.merger.backbone(m, self.theta, self.anchor, model.values, out=merged)
         record = self.merger.keys(m, self.theta, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged)
-        for child in self.children.values():  # of their work, this part has come back in the parent's model
-            child.share *= 1.0 - m + m * model.share
+        for child in self.children.values():
+            child.pushed *= 1.0 - m + m * model.share
         self.theta = frozen(merged)
         self.anchor = self.theta if anchor is None else frozen(anchor)
         return [Note(record=judged), *([Note(record=record)] if record is not None else [])]
@@ -414,7 +418,7 @@ class Node:
         if not self.finished:
             child.started_tokens = max(child.started_tokens, started)
         model = self.model(name)
-        child.share = 0.0
+        child.share = child.pushed = 0.0
         return model
 
     def model(self, child: str) -> Model:
@@ -426,7 +430,7 @@ class Node:
             finished=self.finished,
             tokens=self.mean_tokens,
             last_seq=known.last_seq,
-            share=known.share,
+            share=known.share + known.pushed,
             residuals=self.residuals.offer(child),
             values=self.theta,
         )
@@ -495,7 +499,7 @@ class Node:
         self.optimizer.steps = meta["optimizer_steps"]
         for name in self.optimizer.buffers:
             self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
-        self.residuals.restore(meta["residuals"], arrays)
+        self.residuals.restore(meta.get("residuals", NO_RESIDUALS), arrays)
         self._fold, self._held, self._waiting, self.in_flight = None, {}, {}, None
         if "in_flight" in meta:
             self.in_flight = Update(**meta["in_flight"], values=arrays["in_flight"])

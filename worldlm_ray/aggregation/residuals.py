@@ -11,6 +11,7 @@ Source: WorldLM (arXiv 2405.14446), section on residual embeddings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,9 @@ from worldlm_ray.aggregation.attention import score
 from worldlm_ray.config import AttentionConfig, ResidualsConfig
 from worldlm_ray.messages import Residual
 from worldlm_ray.params import Flat, KeyLayer, frozen
+
+NO_RESIDUALS: dict[str, Any] = {"held": [], "found": [], "fits": {}}
+"""State of an empty pool."""
 
 
 class Pool:
@@ -86,20 +90,22 @@ class Pool:
 
     def settle(self) -> None:
         """An aggregation is done: everything is older, and the outliers of this one are new."""
-        self.held = [replace(r, age=r.age + 1) for r in self.held if r.age < self.config.max_age]
+        self._drop({residual.name for residual in self.held if residual.age >= self.config.max_age})
+        self.held = [replace(residual, age=residual.age + 1) for residual in self.held]
         self._keep([residual for _, residual in self._found])
         self._found = []
 
     def offer(self, child: str) -> tuple[Residual, ...]:
         """The residuals that this child's key layers fit best, and well enough."""
         fits = self.fits.get(child, {})
-        fitting = [r for r in self.held if fits.get(r.name, self.config.threshold - 1.0) >= self.config.threshold]
+        fitting = [r for r in self.held if fits.get(r.name, -math.inf) >= self.config.threshold]
         fitting.sort(key=lambda residual: -fits[residual.name])
         return tuple(fitting[: self.config.offers])
 
     def rise(self) -> tuple[Residual, ...]:
         """Give up those that fitted no child in half of their time: they go to the parent."""
-        best = {r.name: max((fits.get(r.name, -1.0) for fits in self.fits.values()), default=-1.0) for r in self.held}
+        never = -math.inf
+        best = {r.name: max((fits.get(r.name, never) for fits in self.fits.values()), default=never) for r in self.held}
         late = [r for r in self.held if 2 * r.age >= self.config.max_age and best[r.name] < self.config.threshold]
         rising = late[: self.config.per_round]
         self._drop({residual.name for residual in rising})
@@ -110,8 +116,9 @@ class Pool:
 
     def _keep(self, residuals: Sequence[Residual]) -> None:
         """A newer residual replaces an older one of the same layer and origin; the oldest make room."""
-        self._drop({residual.name for residual in residuals})
-        self.held = [*self.held, *(residual for residual in residuals if residual.layer in self.layers)]
+        newest = {residual.name: residual for residual in residuals if residual.layer in self.layers}
+        self._drop(set(newest))
+        self.held = [*self.held, *newest.values()]
         self._drop({residual.name for residual in self.held[: -self.config.pool]})
 
     def _drop(self, names: set[str]) -> None:

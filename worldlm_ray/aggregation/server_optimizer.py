@@ -55,8 +55,14 @@ class ServerOptimizer:
 
     @property
     def rate(self) -> float:
-        """How far a mean update moves the backbone at once, in multiples of it; momentum and adam: about 1."""
-        return self.lr if self.config.name == "sgd" else 1.0
+        """How far a mean update moves the backbone at once, in multiples of it; of adam there is no telling: 1."""
+        config = self.config
+        rates = {
+            "sgd": self.lr,
+            "nesterov": self.lr * (1.0 + config.momentum),
+            "delayed_nesterov": self.lr / config.delay,
+        }
+        return rates.get(config.name, 1.0)
 
     def apply(self, update: Flat, theta: Flat, *, scale: float = 1.0) -> float:
         """Turn a mean update into the new backbone: afterwards `update` holds theta's successor.

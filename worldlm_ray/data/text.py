@@ -50,6 +50,9 @@ def check_sources(config: DataConfig, key: str) -> list[Path]:
     if config.max_bytes is not None:
         positive(config.max_bytes, f"{key}.max_bytes")
     _check_tokenizer(config.tokenizer, f"{key}.tokenizer")
+    if not 0.0 < config.train_fraction <= 1.0:
+        got = f"got {config.train_fraction}"
+        raise ConfigError(f"{key}.train_fraction", got, "give a number above 0, at most 1")
     if config.shard is not None:
         try:
             shard_of(config.shard)
@@ -86,7 +89,12 @@ def members_of(config: DataConfig, key: str) -> list[DataConfig]:
         ConfigError: one of them is not a data section.
     """
     own = replace(config, pool=[], files=[], corpus=None, order=None)
-    return [merge_into(own, member, prefix=f"{key}.pool[{index}]") for index, member in enumerate(config.pool)]
+    found = [merge_into(own, member, prefix=f"{key}.pool[{index}]") for index, member in enumerate(config.pool)]
+    for index, member in enumerate(found):
+        if member.tokenizer != config.tokenizer:
+            got = f"{member.tokenizer!r} differs from the pool's {config.tokenizer!r}"
+            raise ConfigError(f"{key}.pool[{index}].tokenizer", got, "one world has one vocabulary")
+    return found
 
 
 def shard_of(text: str) -> tuple[int, int]:
