@@ -13,6 +13,7 @@ from worlds import client
 
 from worldlm_ray import launch, rundir
 from worldlm_ray.plan import Plan
+from worldlm_ray.records import MergeRecord, Record
 from worldlm_ray.simulate import simulate
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -31,7 +32,7 @@ def deep(folder: Path) -> list[dict[str, Any]]:
     return inner
 
 
-ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.6}
+ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.7}
 RESIDUALS = {"residuals": {"per_round": 2, "threshold": 0.99, "max_age": 2}}
 
 
@@ -40,7 +41,10 @@ def test_synchronous_mode_gives_the_same_bits_in_both_shells(
     cluster: None, tiny: Tiny, tmp_path: Path, merge: dict[str, Any], rules: dict[str, Any]
 ) -> None:
     plan = tiny(aggregation={"trigger": "synchronous", **rules}, merge=merge, budget={"rounds": 3})
-    simulated = simulate(in_folder(plan, tmp_path / "simulated")).summary
+    records: list[Record] = []
+    simulated = simulate(in_folder(plan, tmp_path / "simulated"), on_record=records.append).summary
+    if merge:  # else the test would compare nothing new
+        assert {record.m for record in records if isinstance(record, MergeRecord)} == {0.0, 1.0}
     real = launch.train(in_folder(plan, tmp_path / "real")).summary
     assert real["params_sha256"] == simulated["params_sha256"]
     for path, node in simulated["nodes"].items():
