@@ -79,12 +79,12 @@ class Client:
     @property
     def round_tokens(self) -> int:
         """Tokens of one local round."""
-        return self.training.local_steps * self.step_tokens
+        return self.plan.round_tokens(self.spec)
 
     @property
     def step_tokens(self) -> int:
         """Tokens of one optimizer step."""
-        return self.training.batch_size * self.dataset.parts * self.context
+        return self.plan.step_tokens(self.spec)
 
     @property
     def started_tokens(self) -> int:

@@ -51,10 +51,7 @@ class _Curve:
         self.points: list[dict[str, float]] = []
         self.world: list[dict[str, float]] = []
         budget = plan.config.budget
-        self._total = budget.tokens or (budget.rounds or 0) * sum(
-            spec.settings.training.local_steps * spec.settings.training.batch_size * plan.shape.context
-            for spec in plan.root.clients
-        )
+        self._total = budget.tokens or (budget.rounds or 0) * sum(map(plan.round_tokens, plan.root.clients))
         self._tokens = plan.config.evaluation.tokens // 4
         self._version = 0
         self._changed = False

@@ -45,7 +45,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         return {
             "kind": spec.kind,
             "data": describe_data(settings.data),
-            "tokens_per_round": training.local_steps * training.batch_size * plan.shape.context,
+            "tokens_per_round": plan.round_tokens(spec),
             "local_steps": training.local_steps,
             "lr": training.lr,
             "memory_bytes": (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size,

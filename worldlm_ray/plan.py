@@ -51,6 +51,14 @@ class Plan:
                 return node
         raise ConfigError("node", f"there is no node {path!r}", "expected one of " + ", ".join(self.kinds))
 
+    def step_tokens(self, spec: NodeSpec) -> int:
+        """Tokens of one optimizer step of a client; of a pool's, with those of all its members."""
+        return spec.settings.training.batch_size * max(len(spec.settings.data.pool), 1) * self.shape.context
+
+    def round_tokens(self, spec: NodeSpec) -> int:
+        """Tokens of one local round of a client."""
+        return spec.settings.training.local_steps * self.step_tokens(spec)
+
     def initial(self) -> Flat:
         """The run's initial parameters: every node computes or reads the same ones."""
         folder = self.config.model.initial_from

@@ -331,6 +331,8 @@ def test_a_fraction_of_the_training_text_leaves_the_heldout_part_whole(config: D
     whole, tenth = make(config), make(changed(config, train_fraction=0.1))
     assert np.array_equal(whole.heldout, tenth.heldout)
     assert tenth.train_bytes == pytest.approx(whole.train_bytes / 10, abs=2 * BLOCK_CHARS)
+    with pytest.raises(ConfigError, match=r"world\.data\.train_fraction: got 7\.0; give a number above 0"):
+        make(changed(config, train_fraction=7.0))
 
 
 def test_a_pool_draws_from_every_member_what_it_would_draw_alone(config: DataConfig, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client import Client
 from worldlm_ray.config import RunConfig
+from worldlm_ray.describe import describe
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model, Update, pack
 from worldlm_ray.methods import METHODS, VARIANTS, configure
@@ -190,6 +191,8 @@ def test_centralized_is_one_client_whose_steps_take_everybodys_batch(world: RunC
     [one] = [Client(central, spec) for spec in central.root.clients]
     each = [Client(apart, spec) for spec in apart.root.clients]
     assert one.round_tokens == sum(client.round_tokens for client in each)
+    [shown] = [n for n in describe(central)["nodes"].values() if n["kind"] == "client"]
+    assert shown["tokens_per_round"] == one.round_tokens
 
     def drawn(client: Client) -> list[Any]:
         return list(client.dataset.batches(0, 3, steps=2, batch_size=4, context=16))

@@ -27,6 +27,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from worldlm_ray.aggregation.attention import OnlineAttention, attend, scores, with_prior
 from worldlm_ray.aggregation.fold import OWN
@@ -54,6 +55,14 @@ class Moved:
     """The same before the work that was pushed ..."""
     change: Flat | None = None
     """... or the change that the work made."""
+
+    def work(self, part: slice) -> npt.NDArray[np.float64]:
+        """A block of the change that the work made."""
+        if self.change is not None:
+            return self.change[part].astype(np.float64)
+        assert self.since is not None, "one of since and change is given"
+        work: npt.NDArray[np.float64] = self.now[part].astype(np.float64) - self.since[part]
+        return work
 
 
 class Merger:
@@ -197,15 +206,9 @@ def agreement(moved: Moved, parent: Flat, heard: Flat, *, share: float, size: in
     for part in blocks(size):
         before = heard[part].astype(np.float64)
         d = moved.now[part] - before
-        if moved.change is not None:
-            work = moved.change[part].astype(np.float64)
-        elif moved.since is not None:
-            work = moved.now[part].astype(np.float64) - moved.since[part]
-        else:
-            work = d
         lead = parent[part] - before
         whole += float(np.dot(lead, lead))
-        lead -= share * work
+        lead -= share * moved.work(part)
         product += float(np.dot(d, lead))
         mine += float(np.dot(d, d))
         others += float(np.dot(lead, lead))

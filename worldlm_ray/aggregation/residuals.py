@@ -6,7 +6,7 @@ them in a bounded pool, offers each pulling child those that its own key layers 
 and passes on to its parent those that fitted nobody in half of their time. At a child they are candidates of attention
 beside its own and its parent's, discounted by age as stale updates are.
 
-Source: WorldLM (arXiv 2405.14446), section on residual embeddings.
+Source: WorldLM (arXiv 2405.14446), for the idea; threshold, pool, ages and offers are ours.
 """
 
 from __future__ import annotations
