@@ -10,10 +10,10 @@ import ray
 from actors.shared import Address, carry
 from worldlm_ray import checkpoint
 from worldlm_ray.client import Client
-from worldlm_ray.errors import WorldLMError
 from worldlm_ray.messages import Model, Packed, pack, unpack_model
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import LifeRecord, Measure, PullRecord, PushRecord, Record
+from worldlm_ray.training.trainer import Trainer
 
 POLL_S = 0.5
 """How often a client that waits for its parent looks whether it should stop."""
@@ -30,41 +30,46 @@ class ClientActor:
         self.plan = plan_from_mapping(address.mapping)
         self.spec = self.plan.node(address.path)
         self.clock, self.recorder, self.parent = address.clock, address.recorder, address.parent
-        self._broken: WorldLMError | None = None
-        """What kept the client from starting. Raised by `ready`: from here, Ray would bury it in a traceback."""
-        try:
-            self._set_up()
-        except WorldLMError as error:
-            self._broken = error
-
-    def _set_up(self) -> None:
-        self.client = Client(self.plan, self.spec)
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self._stop = threading.Event()
         self._model = threading.Lock()
         """Held by whoever uses the trainer: calls beside `run` come on other threads."""
         self._busy_s = 0.0
         self._began_s = self._saved_s = self.clock.now_s()
+        self._is_set_up = False
+
+    def _set_up(self) -> None:
+        """Not in the constructor, where Ray would bury an error in a traceback and answer no call meanwhile."""
+        self.client = Client(self.plan, self.spec, trainer=self._trainer())
         found = checkpoint.load(self._place, warn=lambda text: self._tell(self._life("warning", text)))
         if found is not None:
             self.client.restore(*found)
         self._tell(self._life("continued" if found else "started"))
 
+    def _trainer(self) -> Trainer | None:
+        """What trains the model; None for a trainer in this process."""
+        return None
+
     # ---- called by the launcher ------------------------------------------------------------------------------
 
     def ready(self) -> int:
-        """Local rounds done so far.
+        """Read the text, make the model, continue from a checkpoint if there is one.
+
+        Returns:
+            Local rounds done so far.
 
         Raises:
             WorldLMError: what kept the client from starting.
         """
-        if self._broken is not None:
-            raise self._broken
-        return self.client.round
+        with self._model:
+            if not self._is_set_up:
+                self._set_up()
+                self._is_set_up = True
+            return self.client.round
 
     def run(self) -> str:
         """Live until the budget is spent (`finished`) or `stop` is called (`stopped`)."""
-        self.ready()  # after a restart nobody else asks what kept the client from starting
+        self.ready()  # after a restart nobody else calls it
         last_seq = self._call(self.parent.join.remote(self.spec.name))
         if last_seq is not None:
             self.client.catch_up(last_seq)
@@ -178,7 +183,7 @@ class ClientActor:
             node=self.spec.path,
             now_s=self.clock.now_s(),
             event=event,
-            version=self.client.base_version,
+            version=self.client.base_version if self._is_set_up else 0,
             detail=detail,
         )
 

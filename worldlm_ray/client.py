@@ -22,6 +22,7 @@ from worldlm_ray.seeds import derive
 from worldlm_ray.training.local import LocalTrainer, perplexity
 from worldlm_ray.training.sampling import sample
 from worldlm_ray.training.schedule import learning_rate
+from worldlm_ray.training.trainer import Trainer
 from worldlm_ray.tree import NodeSpec
 
 
@@ -32,19 +33,19 @@ class Client:
         plan: the run.
         spec: this client's node.
         dataset: its text; read and cached on this machine unless given.
-        device: `cpu`, `cuda`, or None to choose.
+        trainer: of its model; one in this process unless given.
     """
 
     def __init__(
-        self, plan: Plan, spec: NodeSpec, *, dataset: Dataset | None = None, device: str | None = None
+        self, plan: Plan, spec: NodeSpec, *, dataset: Dataset | None = None, trainer: Trainer | None = None
     ) -> None:
         self.plan, self.spec, self.training = plan, spec, spec.settings.training
         self.context = plan.shape.context
         self.dataset = dataset or prepare(
             spec.settings.data, context=self.context, key=f"{spec.key}.data", order=spec.path
         )
-        self.trainer = LocalTrainer(
-            plan.shape, plan.layout, self.training, threads=spec.settings.resources.cpus, device=device
+        self.trainer = trainer or LocalTrainer(
+            plan.shape, plan.layout, self.training, threads=spec.settings.resources.cpus
         )
         self.base = np.array(plan.initial())
         """The merged model that the current local round began from."""
@@ -275,7 +276,7 @@ class Client:
         """Text from the client's model, or the continuation of a prompt."""
         seed = derive(self.plan.config.seed, self.spec.path, "sample")
         return sample(
-            self.trainer.model,
+            self.trainer,
             self.dataset.tokenizer,
             prompt,
             tokens=tokens,

@@ -101,6 +101,18 @@ class TrainingConfig:
     """`auto` is bf16 on CUDA and fp32 elsewhere."""
     step_delay_s: float = 0.0
     """Seconds to sleep in every step: makes a client slow on purpose."""
+    accumulation_steps: int = 1
+    """Parts that a step's batch is cut into; their gradients are accumulated, so that activations take less memory."""
+    activation_checkpointing: bool = False
+    """Compute a block's activations again in the backward pass instead of keeping them."""
+    zero_stage: int = 0
+    """What DeepSpeed shards over the client's workers: 1 the optimizer's state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """ZeRO keeps the optimizer's state, and takes its step, in the host's memory."""
+    offload_parameters: bool = False
+    """ZeRO stage 3 keeps parameters in the host's memory while they are not needed."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further keys of DeepSpeed's own configuration, such as {zero_optimization: {overlap_comm: true}}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +211,20 @@ class ResourcesConfig:
     """What a client may use."""
 
     cpus: int = 1
-    """Cores, and torch threads, of a client."""
+    """Cores, and torch threads, of a client; of each worker where there are several."""
     gpus: float = 0.0
+    """GPUs of a client; of each worker where there are several."""
+    workers: Any = 1
+    """Processes that train the client's model together, by DeepSpeed; [min, max] takes what the cluster has."""
+    memory_gb: float | None = None
+    """Memory of one worker in 10^9 bytes, of its GPU if it has one: `worldlm show` says which clients will not fit.
+    Unless given, that of the machine where `show` runs."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        low, high = self.workers if isinstance(self.workers, list) else (self.workers, self.workers)
+        return int(low), int(high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,7 +458,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
     """
     at = f"{key}." if key else ""
     training, aggregation = settings.training, settings.aggregation
-    for name in ("local_steps", "batch_size", "lr"):
+    for name in ("local_steps", "batch_size", "lr", "accumulation_steps"):
         positive(getattr(training, name), f"{at}training.{name}")
     for name in ("weight_decay", "grad_clip", "step_delay_s"):
         not_negative(getattr(training, name), f"{at}training.{name}")
@@ -471,6 +495,11 @@ def check_settings(settings: NodeSettings, key: str) -> None:
         raise ConfigError(f"{at}merge.agreement", got, "give a cosine, from -1 to 1")
     positive(settings.resources.cpus, f"{at}resources.cpus")
     not_negative(settings.resources.gpus, f"{at}resources.gpus")
+    if settings.resources.memory_gb is not None:
+        positive(settings.resources.memory_gb, f"{at}resources.memory_gb")
+    _workers(settings.resources.workers, f"{at}resources.workers")
+    if training.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{at}training.zero_stage", f"got {training.zero_stage}", "there are ZeRO stages 0 to 3")
     positive(settings.simulation.tokens_per_s, f"{at}simulation.tokens_per_s")
     positive(settings.simulation.bandwidth_gbps, f"{at}simulation.bandwidth_gbps")
     not_negative(settings.simulation.latency_s, f"{at}simulation.latency_s")
@@ -498,6 +527,13 @@ def fraction(value: float, key: str) -> None:
     """Raise a ConfigError unless the value lies in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ConfigError(key, f"got {value}", "give a number from 0 to 1")
+
+
+def _workers(workers: Any, key: str) -> None:
+    ends = workers if isinstance(workers, list) else [workers, workers]
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    if len(ends) != 2 or not whole or not 0 < ends[0] <= ends[1]:
+        raise ConfigError(key, f"got {workers}", "give a whole number above 0, or [min, max]")
 
 
 def _two_betas(betas: list[float], key: str) -> None:

@@ -53,7 +53,7 @@ def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float,
     trainer = LocalTrainer(plan.shape, plan.layout, spec.settings.training, threads=spec.settings.resources.cpus)
     trainer.write(theta(plan, spec))
     tokenizer = load_tokenizer(plan.root.clients[0].settings.data.tokenizer)
-    return generate(trainer.model, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
+    return generate(trainer, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
 
 
 def theta(plan: Plan, spec: NodeSpec) -> Flat:

@@ -31,6 +31,7 @@ from worldlm_ray.outcome import Outcome, combine
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import Measure
 from worldlm_ray.tracking import STATUS
+from worldlm_ray.training.deepspeed_config import is_zero
 from worldlm_ray.tree import NodeSpec
 
 Progress = Callable[[dict[str, Any]], None]
@@ -147,9 +148,9 @@ def _cluster(plan: Plan, address: str | None) -> Iterator[None]:
     A process that is connected already keeps its connection, whatever `address` says.
     """
     if ray.is_initialized():
+        _check_fits(plan)
         yield
         return
-    wanted_cpus = sum(spec.settings.resources.cpus for spec in plan.root.clients)
     quiet: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -161,35 +162,80 @@ def _cluster(plan: Plan, address: str | None) -> Iterator[None]:
         try:
             if address is None:
                 # Clients may outnumber the cores: on one machine they share them, as threads of one would.
-                cpus = max(os.cpu_count() or 1, wanted_cpus)
-                store = max(OBJECT_STORE_FLOOR_BYTES, 3 * len(plan.kinds) * plan.layout.nbytes)
-                ray.init("local", num_cpus=cpus, object_store_memory=store, include_dashboard=False, **quiet)
+                cpus = max(os.cpu_count() or 1, sum(_workers(spec) * _each(spec)["CPU"] for spec in plan.root.clients))
+                processes = len(plan.kinds) + sum(_workers(spec) for spec in plan.root.clients)
+                store = max(OBJECT_STORE_FLOOR_BYTES, 3 * processes * plan.layout.nbytes)
+                # Ray prints a warning when it starts more processes than the machine has cores. Here they are wanted.
+                tuned = {"worker_maximum_startup_concurrency": max(os.cpu_count() or 1, processes)}
+                ray.init(
+                    "local",
+                    num_cpus=cpus,
+                    object_store_memory=store,
+                    include_dashboard=False,
+                    _system_config=tuned,
+                    **quiet,
+                )
             else:
                 ray.init(address, **quiet)
         except Exception as error:
             where = "start Ray on this machine" if address is None else f"reach a Ray cluster at {address}"
             raise RunError(f"cannot {where}: {_first_line(error)}") from error
     try:
-        if address is not None:
-            _check_fits(plan, wanted_cpus)
+        _check_fits(plan)
         yield
     finally:
         ray.shutdown()
 
 
-def _check_fits(plan: Plan, wanted_cpus: int) -> None:
-    """A label or a number of cores that no node has would make Ray wait for ever without a word."""
+def _workers(spec: NodeSpec) -> int:
+    """Processes that train a client's model, at most."""
+    return spec.settings.resources.worker_range[1]
+
+
+def _each(spec: NodeSpec) -> dict[str, float]:
+    """What each of them reserves, by Ray's names."""
+    resources = spec.settings.resources
+    return {"CPU": resources.cpus, "GPU": resources.gpus}
+
+
+def _check_fits(plan: Plan) -> None:
+    """A label that no node carries, or more than the cluster has, would make Ray wait for ever without a word.
+
+    Raises:
+        RunError: a client does not fit even if it were alone, or all of them do not fit together.
+    """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    cpus = sum(node["Resources"].get("CPU", 0.0) for node in nodes)
-    if cpus < wanted_cpus:
-        raise RunError(
-            f"the clients want {wanted_cpus} cores, the cluster has {cpus:g}; add nodes or lower resources.cpus"
-        )
     for spec in plan.root.walk():
         labels = spec.settings.placement.labels
-        if labels and not any(labels.items() <= node.get("Labels", {}).items() for node in nodes):
+        labelled = [node for node in nodes if labels.items() <= node.get("Labels", {}).items()]
+        if not labelled:
             wanted = ", ".join(f"{key}={value}" for key, value in labels.items())
             raise RunError(f"{spec.key}.placement.labels: no node of the cluster carries {wanted}")
+        if spec.kind != "client":
+            continue
+        least, each = spec.settings.resources.worker_range[0], {k: v for k, v in _each(spec).items() if v}
+        room = sum(
+            min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in each.items()) for node in labelled
+        )
+        if room < least:
+            raise RunError(
+                f"{spec.key}.resources: wants {least} workers with {_text(each)} each, the cluster can hold {room}; "
+                "add nodes, or lower resources.workers, cpus or gpus"
+            )
+    for name in ("CPU", "GPU"):
+        has = sum(node["Resources"].get(name, 0.0) for node in nodes)
+        wanted_of_all = sum(s.settings.resources.worker_range[0] * _each(s)[name] for s in plan.root.clients)
+        if has < wanted_of_all:
+            all_of_them = _text({name: wanted_of_all})
+            raise RunError(
+                f"the clients want {all_of_them} together, the cluster has {has:g}; "
+                f"add nodes or lower resources.{name.lower()}s"
+            )
+
+
+def _text(amounts: dict[str, float]) -> str:
+    names = {"CPU": "core", "GPU": "GPU"}
+    return " and ".join(f"{amount:g} {names[name]}{'' if amount == 1 else 's'}" for name, amount in amounts.items())
 
 
 def _continued_from_s(plan: Plan) -> float:
@@ -210,9 +256,18 @@ def _create(plan: Plan, clock: RunClock) -> World:
     world = World(recorder)
     for spec in plan.root.walk():
         actors = world.clients if spec.kind == "client" else world.inner
-        actor = ray.remote(ACTORS[spec.kind]).options(name=spec.path, namespace=namespace, **_options(spec))
+        actor = ray.remote(_actor_class(spec)).options(name=spec.path, namespace=namespace, **_options(spec))
         actors[spec.path] = actor.remote(Address(mapping, spec.path, clock, namespace))
     return world
+
+
+def _actor_class(spec: NodeSpec) -> type:
+    if spec.kind == "client" and is_zero(spec.settings):
+        # Ray Train takes two seconds to import, which worlds without such a client need not wait for.
+        from actors.zero_client import ZeroClientActor
+
+        return ZeroClientActor
+    return ACTORS[spec.kind]
 
 
 def _options(spec: NodeSpec) -> dict[str, Any]:
@@ -229,6 +284,9 @@ def _options(spec: NodeSpec) -> dict[str, Any]:
             "max_restarts": -1,
             "max_task_retries": -1,
         }
+        if is_zero(settings):
+            # Its workers reserve what they use, all together or not at all, and call the actor from their side, too.
+            options |= {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 6 + _workers(spec)}
     if settings.placement.labels:
         options["label_selector"] = dict(settings.placement.labels)
     return options

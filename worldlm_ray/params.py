@@ -110,7 +110,7 @@ def make_layout(shapes: Sequence[tuple[str, tuple[int, ...]]], key_patterns: Seq
         wanted = _count_from_end(pattern, layers)
         matched = {name for name in names if fnmatchcase(name, wanted)}
         if not matched:
-            groups = ", ".join(dict.fromkeys(f"{_group(name)}.*" for name in names))
+            groups = ", ".join(dict.fromkeys(f"{module_of(name)}.*" for name in names))
             raise ConfigError(
                 f"model.key_layers[{index}]",
                 f"the pattern {pattern!r} matches no parameter",
@@ -130,8 +130,8 @@ def _count_from_end(pattern: str, layers: int) -> str:
     return re.sub(r"layers\.-(\d+)", lambda match: f"layers.{layers - int(match.group(1))}", pattern)
 
 
-def _group(name: str) -> str:
-    """The module that a parameter belongs to as a unit of attention."""
+def module_of(name: str) -> str:
+    """The module that a parameter belongs to, as a unit of attention: `model.layers.2`, `lm_head`."""
     match = re.match(r"(.*layers\.\d+)\.", name)
     return match.group(1) if match else name.rsplit(".", 1)[0]
 
@@ -141,10 +141,10 @@ def _key_layers(entries: Iterable[Entry], backbone_size: int, keys: set[str]) ->
     for entry in entries:
         if entry.name not in keys:
             continue
-        if group is not None and _group(entry.name) != group:
+        if group is not None and module_of(entry.name) != group:
             yield KeyLayer(group, start, stop)
             start = stop
-        group = _group(entry.name)
+        group = module_of(entry.name)
         stop = entry.offset + entry.size - backbone_size
     if group is not None:
         yield KeyLayer(group, start, stop)

@@ -18,6 +18,7 @@ from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape, resolve_shape
 from worldlm_ray.params import Flat, Layout, frozen
+from worldlm_ray.training import deepspeed_config
 from worldlm_ray.tree import NodeSpec
 
 
@@ -137,6 +138,8 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         if layout.backbone_size == 0 and "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
             got = "adaptive, but every layer is a key layer: there is no backbone to judge by"
             raise ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
+    for client in root.clients:
+        deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
     if check_data:
         for client in root.clients:
             check_sources(client.settings.data, f"{client.key}.data")

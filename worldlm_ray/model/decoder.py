@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from worldlm_ray.model.shape import ModelShape
 
@@ -103,8 +104,9 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Everything below the head: Hugging Face calls it `model`."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, *, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.rotary = Rotary(shape)
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(Block(shape, self.rotary) for _ in range(shape.layers))
@@ -114,18 +116,27 @@ class Trunk(nn.Module):
         """Token ids [B, T] to hidden states [B, T, C]."""
         x_BTC = self.embed_tokens(tokens_BT)
         for block in self.layers:
-            x_BTC = block(x_BTC)
+            if self.recompute and torch.is_grad_enabled():
+                # Re-entrant: under ZeRO stage 3 the other kind compares tensors with those that were released since.
+                x_BTC = checkpoint(block, x_BTC, use_reentrant=True)
+            else:
+                x_BTC = block(x_BTC)
         y_BTC: Tensor = self.norm(x_BTC)
         return y_BTC
 
 
 class Decoder(nn.Module):
-    """The language model: token ids [B, T] to logits [B, T, V], T at most `shape.context`."""
+    """The language model: token ids [B, T] to logits [B, T, V], T at most `shape.context`.
 
-    def __init__(self, shape: ModelShape) -> None:
+    Args:
+        shape: sizes.
+        recompute: compute the blocks' activations again in the backward pass instead of keeping them.
+    """
+
+    def __init__(self, shape: ModelShape, *, recompute: bool = False) -> None:
         super().__init__()
         self.shape = shape
-        self.model = Trunk(shape)
+        self.model = Trunk(shape, recompute=recompute)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -135,5 +146,9 @@ class Decoder(nn.Module):
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats: the mean per token, the sum, or one number per token."""
-        logits_BTV = self(tokens_BT).float()
-        return functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
+        return cross_entropy(self(tokens_BT), targets_BT, reduction=reduction)
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats, computed in fp32."""
+    return functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction=reduction)

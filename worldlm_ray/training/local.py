@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +20,9 @@ from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind, decayed
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.params import Flat, Layout
-
-Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""Token ids and targets, [batch, context] each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundResult:
-    """What a run of optimizer steps came to."""
-
-    steps: int
-    tokens: int
-    loss_sum: float
-    """Sum over steps of the step's mean loss, nats per token."""
-    train_s: float
-    learning_rate: float
-    """Of the last step."""
+from worldlm_ray.training.deepspeed_config import is_bf16
+from worldlm_ray.training.sampling import generate
+from worldlm_ray.training.trainer import Batch, RoundResult
 
 
 class LocalTrainer:
@@ -62,11 +48,11 @@ class LocalTrainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.training, self.layout, self.shape = training, layout, shape
         self.threads = threads
-        self.bf16 = training.precision == "bf16" or (training.precision == "auto" and self.device.type == "cuda")
+        self.bf16 = is_bf16(training, cuda=self.device.type == "cuda")
         self.flat = torch.zeros(layout.size, device=self.device)
         self.gradient = torch.zeros(layout.size, device=self.device)
         with torch.device("meta"):  # no memory and no default initialisation: the flat buffer is the model
-            self.model = Decoder(shape)
+            self.model = Decoder(shape, recompute=training.activation_checkpointing)
         bind(self.model, layout, self.flat, self.gradient)
         self.model.to(self.device)
         self._matrices = decayed(self.model)
@@ -135,8 +121,13 @@ class LocalTrainer:
     def step(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], learning_rate: float) -> Tensor:
         """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101); returns the loss, still on the device."""
         self.gradient.zero_()
-        loss = self._loss(inputs, targets, "mean")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = torch.zeros((), device=self.device)
+        parts = self.training.accumulation_steps
+        for part in range(parts):
+            rows = slice(part * len(inputs) // parts, (part + 1) * len(inputs) // parts)
+            share = self._loss(inputs[rows], targets[rows], "mean") / parts
+            share.backward()  # type: ignore[no-untyped-call]
+            loss += share.detach()
         if self.training.grad_clip:
             norm = torch.linalg.vector_norm(self.gradient)
             self.gradient.mul_(torch.clamp(self.training.grad_clip / (norm + 1e-6), max=1.0))
@@ -144,7 +135,7 @@ class LocalTrainer:
             torch._foreach_mul_(self._matrices, 1.0 - learning_rate * self.training.weight_decay)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
-        return loss.detach()
+        return loss
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
@@ -168,6 +159,19 @@ class LocalTrainer:
             if own is not None:
                 self.write(own)
         return total, tokens
+
+    def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
+        """Token ids that continue a prompt: see worldlm_ray/training/sampling.py."""
+        self.model.eval()
+        return generate(
+            self.model,
+            prompt,
+            context=self.shape.context,
+            tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            device=self.device,
+        )
 
     def optimizer_state(self) -> dict[str, Flat]:
         """The moments and the step count as flat buffers, for a checkpoint; empty before the first step."""

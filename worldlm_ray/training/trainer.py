@@ -1,0 +1,76 @@
+"""What a client asks of whatever trains its model: one device in this process, or DeepSpeed's workers in others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from worldlm_ray.params import Flat
+
+Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Token ids and targets, [batch, context] each."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, by torch's names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """What a run of optimizer steps came to."""
+
+    steps: int
+    tokens: int
+    loss_sum: float
+    """Sum over steps of the step's mean loss, nats per token."""
+    train_s: float
+    learning_rate: float
+    """Of the last step."""
+
+
+class Trainer(Protocol):
+    """A model with its optimizer. Flat buffers are fp32 in the run's layout, whatever the model computes in."""
+
+    def read(self, out: Flat | None = None) -> Flat:
+        """The parameters: a copy, into `out` if given."""
+        ...
+
+    def write(self, values: Flat) -> None:
+        """Set the parameters; the optimizer's state stays."""
+        ...
+
+    def run(
+        self,
+        batches: Iterable[Batch],
+        rate: Callable[[int], float],
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> RoundResult:
+        """Take one optimizer step per batch, at the learning rate that `rate` gives for its index.
+
+        `should_stop` is asked between steps; True ends the run early and keeps what was done.
+        """
+        ...
+
+    def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
+        """Summed loss in nats and number of tokens, of the model or of other parameters."""
+        ...
+
+    def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
+        """Token ids that continue a prompt."""
+        ...
+
+    def optimizer_state(self) -> dict[str, Flat]:
+        """The moments in the run's layout (`exp_avg`, `exp_avg_sq`) and the `step`; empty before the first step."""
+        ...
+
+    def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
+        """Restore what `optimizer_state` gave, of this trainer or of one with another number of workers."""
+        ...
+
+    def forget(self) -> None:
+        """Drop the moments and the step count."""
+        ...

@@ -1,0 +1,297 @@
+"""One worker of a model that DeepSpeed trains over several: the engine, and weights in and out of it.
+
+Every method but the constructor is a collective: all workers of the client call it at once, with the same arguments,
+as processes of one torch.distributed group. Weights and moments pass a layer at a time, so that no worker ever holds
+a second whole copy: DeepSpeed's public calls gather a tensor over the workers and take it apart again.
+
+Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import deepspeed
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from worldlm_ray.config import TrainingConfig
+from worldlm_ray.model.decoder import Decoder, cross_entropy
+from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.params import Entry, Flat, Layout, module_of
+from worldlm_ray.training.deepspeed_config import deepspeed_config
+from worldlm_ray.training.sampling import generate
+from worldlm_ray.training.trainer import MOMENTS, Batch
+
+
+@dataclass(frozen=True)
+class Span:
+    """The parameters of one module, which lie next to each other in the flat buffer."""
+
+    name: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def where(self) -> slice:
+        """Their part of the flat buffer."""
+        last = self.entries[-1]
+        return slice(self.entries[0].offset, last.offset + last.size)
+
+
+def spans(layout: Layout) -> list[Span]:
+    """The layout a layer at a time: embeddings, every block, the norm, the head."""
+    grouped = groupby(layout.entries, key=lambda entry: module_of(entry.name))
+    return [Span(name, tuple(entries)) for name, entries in grouped]
+
+
+class ZeroWorker:
+    """DeepSpeed's engine on one worker; torch.distributed is initialised.
+
+    Args:
+        shape: sizes of the decoder.
+        layout: the flat layout.
+        training: optimizer settings, the ZeRO stage, and DeepSpeed's further keys.
+        threads: torch threads.
+        cuda: train on this process's GPU.
+    """
+
+    def __init__(
+        self, shape: ModelShape, layout: Layout, training: TrainingConfig, *, threads: int, cuda: bool = False
+    ) -> None:
+        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self.shape, self.layout, self.training = shape, layout, training
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.spans = spans(layout)
+        torch.set_num_threads(threads)
+        _join(cuda=cuda)
+        config = deepspeed_config(training, workers=self.workers, parameters=layout.size, cuda=cuda)
+        self.sharded = training.zero_stage == 3
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.sharded):
+            model = Decoder(shape, recompute=training.activation_checkpointing)
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=_groups(model, training), config=config)
+        self.parameters = dict(self.engine.module.named_parameters())
+        self.forget()
+
+    # ---- weights and moments in and out ------------------------------------------------------------------------
+
+    def read(self) -> Iterator[Flat]:
+        """The fp32 parameters, a span at a time in the order of `spans`; empty arrays on all but the first worker."""
+        yield from self._gathered(self._full_parameter)
+
+    def write(self, values: Flat) -> None:
+        """Set the parameters, and the optimizer's fp32 copy of them, from a flat buffer that every worker has."""
+        for entry in self.layout.entries:
+            parameter, value = self.parameters[entry.name], self._tensor(values, entry)
+            if self.sharded:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.rank == 0:
+                        parameter.data.copy_(value)
+                safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+            else:
+                parameter.data.copy_(value)
+                safe_set_full_fp32_param(parameter, value)
+
+    def moments(self, name: str) -> Iterator[Flat]:
+        """One of `MOMENTS`, as `read` gives parameters."""
+        yield from self._gathered(lambda parameter: self._full_moment(parameter, name))
+
+    def set_moments(self, name: str, values: Flat) -> None:
+        """Set one of `MOMENTS` from a flat buffer that every worker has."""
+        for entry in self.layout.entries:
+            parameter, value = self.parameters[entry.name], self._tensor(values, entry)
+            if self.sharded:
+                safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), name)
+            elif hasattr(parameter, "_hp_mapping"):
+                safe_set_full_optimizer_state(parameter, value, name)
+            else:
+                self._states[parameter][name].copy_(value)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that the moments have seen."""
+        return max(int(state["step"]) for state in self._states.values())
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for state in self._states.values():
+            state["step"] = torch.full_like(state["step"], steps) if torch.is_tensor(state["step"]) else steps
+        for group in self._optimizer.param_groups:
+            if "step" in group:  # DeepSpeed's fused optimizers count here
+                group["step"] = steps
+
+    def forget(self) -> None:
+        """Make the moments zero and the step count, too."""
+        if not self._states:
+            # The optimizer makes its state in its first step: one at rate zero leaves the parameters as they are.
+            tokens_BT = np.zeros((self.training.batch_size, min(self.shape.context, 8)), np.int64)
+            self._set_rate(0.0)
+            self._step((tokens_BT, tokens_BT))
+            self._link_moments()
+        zeros = np.zeros(self.layout.size, np.float32)  # untouched pages take no memory
+        for name in MOMENTS:
+            self.set_moments(name, zeros)
+        self.optimizer_steps = 0
+
+    # ---- training and measuring --------------------------------------------------------------------------------
+
+    def run(self, batches: Iterable[Batch], rates: Iterable[float]) -> float:
+        """One optimizer step per batch; each worker takes its share of the batch's sequences.
+
+        Returns:
+            Sum over steps of the step's mean loss over all workers, nats per token.
+        """
+        self.engine.train()
+        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch, rate in zip(batches, rates, strict=True):
+            self._set_rate(rate)
+            losses += self._step(batch)
+        dist.all_reduce(losses)
+        return float(losses) / self.workers
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Summed loss in nats and number of tokens; each worker takes its share of a batch's sequences."""
+        self.engine.eval()
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for inputs, targets in batches:
+            own = slice(self.rank, None, self.workers)
+            # Stage 3 gathers layers in every forward pass: a worker without a share takes part all the same.
+            empty = len(inputs[own]) == 0
+            rows = slice(0, 1) if empty else own
+            loss = self._loss(inputs[rows], targets[rows], "sum")
+            total += 0.0 if empty else loss.double()
+            tokens += targets.size
+        dist.all_reduce(total)
+        return float(total), tokens
+
+    def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
+        """Token ids that continue a prompt; every worker draws the same."""
+        self.engine.eval()
+        return generate(
+            self.engine,
+            prompt,
+            context=self.shape.context,
+            tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            device=self.device,
+        )
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One optimizer step on this worker's share; returns its mean loss."""
+        inputs, targets = batch
+        parts = self.training.accumulation_steps
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in range(parts):
+            share = self.rank * parts + part
+            rows = slice(*(len(inputs) * end // (self.workers * parts) for end in (share, share + 1)))
+            loss = self._loss(inputs[rows], targets[rows], "mean")
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach().double() / parts
+        return total
+
+    def _loss(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], reduction: str) -> Tensor:
+        tokens_BT, targets_BT = (torch.from_numpy(np.array(ids, np.int64)).to(self.device) for ids in (inputs, targets))
+        return cross_entropy(self.engine(tokens_BT), targets_BT, reduction=reduction)
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    # ---- tensors of the engine ---------------------------------------------------------------------------------
+
+    @property
+    def _optimizer(self) -> Any:
+        """The optimizer inside DeepSpeed's wrapping; stage 0 in fp32 has none."""
+        optimizer = self.engine.optimizer
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    @property
+    def _states(self) -> Any:
+        return self._optimizer.state
+
+    def _link_moments(self) -> None:
+        """Tell every parameter where its moments lie.
+
+        At stages 1 and 2 DeepSpeed does so after the first step of the first parameter group, when the groups after it
+        have none yet, and never again.
+        """
+        states = {flat.untyped_storage().data_ptr(): (flat, state) for flat, state in self._states.items()}
+        for parameter in self.parameters.values():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:
+                mapping.set_optim_state_fragment(*states[mapping.hp_fragment.untyped_storage().data_ptr()])
+
+    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        full: Tensor | None = safe_get_full_fp32_param(parameter)
+        return parameter.detach() if full is None else full
+
+    def _full_moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        full: Tensor | None = safe_get_full_optimizer_state(parameter, name)
+        return torch.as_tensor(self._states[parameter][name]) if full is None else full
+
+    def _gathered(self, full: Callable[[nn.Parameter], Tensor]) -> Iterator[Flat]:
+        for span in self.spans:
+            where = span.where
+            layer = np.empty(where.stop - where.start if self.rank == 0 else 0, np.float32)
+            for entry in span.entries:
+                value = full(self.parameters[entry.name])
+                if self.rank == 0:
+                    start = entry.offset - where.start
+                    torch.from_numpy(layer)[start : start + entry.size].copy_(value.reshape(-1))
+            yield layer
+
+    def _tensor(self, values: Flat, entry: Entry) -> Tensor:
+        """One parameter's part of a flat buffer, on the device."""
+        part = np.array(values[entry.offset : entry.offset + entry.size])  # shared memory is read-only, torch is not
+        return torch.from_numpy(part).view(entry.shape).to(self.device)
+
+    def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
+        """What this worker holds of a parameter at stage 3: an equal part, padded at the end."""
+        size = parameter.ds_tensor.numel()
+        padded = torch.zeros(size, dtype=value.dtype, device=value.device)
+        own = value.reshape(-1)[self.rank * size : (self.rank + 1) * size]
+        padded[: own.numel()] = own
+        return padded
+
+
+def _join(*, cuda: bool) -> None:
+    """Let DeepSpeed use the process group that exists."""
+    # DeepSpeed calls torch's collectives by names that torch is giving up, and is told so at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not cuda:
+        # DeepSpeed would compile an all-reduce through shared memory at the first start. gloo needs no compiler, and
+        # works between hosts, too.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def _groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+    """Weight decay on matrices, not on norms. At stage 3 a parameter's own shape is empty; `ds_shape` is the whole."""
+    matrices: list[nn.Parameter] = []
+    norms: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) > 1 else norms).append(parameter)
+    return [
+        {"params": matrices, "weight_decay": training.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
