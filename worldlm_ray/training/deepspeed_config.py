@@ -26,6 +26,7 @@ _OURS = {
     "zero_optimization.offload_optimizer.device": "training.offload_optimizer",
     "zero_optimization.offload_param.device": "training.offload_parameters",
     "bf16": "training.precision",
+    "torch_autocast": "training.precision",
     "fp16": "training.precision",
     "scheduler": "training.warmup_fraction and min_lr_ratio",
 }
@@ -57,7 +58,8 @@ def deepspeed_config(
     Raises:
         ConfigError: a key of `training.deepspeed` says otherwise than ours.
     """
-    bucket = min(parameters, BUCKET_ELEMENTS)
+    bf16 = is_bf16(training, cuda=cuda)
+    bucket = max(min(parameters // 16, BUCKET_ELEMENTS), 1 << 16)
     zero: dict[str, Any] = {
         "stage": training.zero_stage,
         "reduce_bucket_size": bucket,
@@ -83,7 +85,9 @@ def deepspeed_config(
             },
         },
         "zero_optimization": zero,
-        "bf16": {"enabled": is_bf16(training, cuda=cuda)},
+        # Stage 0 computes in bf16 as a plain client does: fp32 parameters under autocast.
+        "bf16": {"enabled": bf16 and training.zero_stage > 0},
+        "torch_autocast": {"enabled": bf16 and training.zero_stage == 0, "dtype": "bfloat16"},
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
@@ -155,11 +159,11 @@ def worker_bytes(training: TrainingConfig, *, parameters: int, workers: int, cud
     """ZeRO's arithmetic: what is sharded at a stage is divided by the number of workers.
 
     Source: Rajbhandari et al., arXiv 1910.02054, section 5 and figure 1: 2 + 2 + 12 bytes per parameter in mixed
-    precision. In fp32 DeepSpeed's stages 1 to 3 keep a master copy beside the parameters, too: 4 + 4 + 12; stage 0
-    has none: 4 + 4 + 8.
+    precision. In fp32 DeepSpeed's stages 1 to 3 keep a master copy beside the parameters, too: 4 + 4 + 12. Stage 0
+    has none, in bf16 neither: 4 + 4 + 8.
     """
-    width = 2 if is_bf16(training, cuda=cuda) else 4
-    optimizer = 12 if stage or width == 2 else 8
+    width = 2 if stage and is_bf16(training, cuda=cuda) else 4
+    optimizer = 12 if stage else 8
 
     def share(of: int, sharded: bool) -> int:
         return -(-of * parameters // workers) if sharded else of * parameters
