@@ -5,6 +5,8 @@ inner.py        what a federation and the world have in common: one node state m
 federation.py   an inner node with a parent
 world.py        the root
 client.py       a leaf: pulls, trains, pushes
+zero_client.py  a leaf whose model several workers train
+zero_worker.py  one of these workers, inside Ray Train
 recorder.py     the single writer of the run folder
 
 The classes are plain Python; `worldlm_ray.launch` makes actors of them.

@@ -54,10 +54,15 @@ class GroupLost(Exception):
 
 
 class Desk:
-    """Where the workers of a client fetch tasks and leave results. Calls come on the actor's threads."""
+    """Where the workers of a client fetch tasks and leave results. Calls come on the actor's threads.
 
-    def __init__(self, token: str) -> None:
-        self._token = token
+    Args:
+        token: of the trainer: groups with another one belong to an earlier life of the client.
+        name: of the client, for messages.
+    """
+
+    def __init__(self, token: str, *, name: str = "a client") -> None:
+        self._token, self._name = token, name
         self._changed = threading.Condition()
         self._group: Group | None = None
         self._workers = 0
@@ -168,7 +173,7 @@ class Desk:
             else:
                 self._failed_starts.add(group)
                 if len(self._failed_starts) >= self._tries:
-                    self._ended = self._ended or f"the workers cannot start: {error}"
+                    self._ended = self._ended or f"the workers of {self._name} cannot start: {error}"
             self._changed.notify_all()
 
 
@@ -365,7 +370,7 @@ class ZeroClientActor(ClientActor):
         super().__init__(address)
         self._address = address
         self._token = secrets.token_hex(4)
-        self._desk = Desk(self._token)
+        self._desk = Desk(self._token, name=self.spec.path)
 
     def _trainer(self) -> Trainer:
         threading.Thread(target=self._train_with_workers, daemon=True).start()

@@ -25,6 +25,8 @@ LEAVE = -1
 """Number of the task that ends the loop."""
 WAIT_S = 5.0
 """Longest wait of one call for a task. The other workers wait in a collective meanwhile, which has a time limit."""
+LONGEST_ERROR = 300
+"""Characters of an error that are passed on, in one line."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def work(config: dict[str, Any]) -> None:
                 client.call("task_done", group, number, result)
     except Exception as error:
         # Ray Train would say it too, but after its last retry and in many lines.
-        client.call("group_failed", group, f"{type(error).__name__}: {error}".splitlines()[0])
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        client.call("group_failed", group, said[:LONGEST_ERROR])
         raise
 
 

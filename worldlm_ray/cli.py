@@ -152,7 +152,7 @@ def compare(
 @app.command()
 def show(conf: Conf, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print what a configuration means: the tree, the parameter split, bytes per push, memory per node."""
-    from worldlm_ray.describe import describe, tables
+    from worldlm_ray.describe import describe, misfits, tables
     from worldlm_ray.plan import make_plan
 
     plan = make_plan(_load(conf, overrides or [], None))
@@ -162,6 +162,8 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False) -> None
         return
     for table in tables(facts):
         console.print(table)
+    for line in misfits(facts):
+        console.print(line, style="yellow")
 
 
 @app.command()

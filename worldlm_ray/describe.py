@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,10 +12,13 @@ from worldlm_ray.aggregation.server_optimizer import state_buffers
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.plan import Plan
 from worldlm_ray.report import amount
+from worldlm_ray.training.deepspeed_config import is_zero, worker_bytes
 from worldlm_ray.tree import NodeSpec
 
 CLIENT_BUFFERS = 5
 """Flat buffers of a client: parameters, gradient, two AdamW moments, the round's base."""
+ZERO_CLIENT_BUFFERS = 3
+"""Of one whose workers hold the model: the round's base, the update, and the parameters known last."""
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -42,13 +46,17 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     settings, size = spec.settings, plan.layout.nbytes
     if spec.kind == "client":
         training = settings.training
+        buffers = (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
+        if is_zero(settings):
+            buffers = (ZERO_CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
         return {
             "kind": spec.kind,
             "data": describe_data(settings.data),
             "tokens_per_round": plan.round_tokens(spec),
             "local_steps": training.local_steps,
             "lr": training.lr,
-            "memory_bytes": (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size,
+            "memory_bytes": buffers,
+            "workers": _workers(plan, spec, buffers),
         }
     rules = settings.aggregation
     # The published model, the fold, and for a federation the anchor that the next push is measured from.
@@ -65,6 +73,44 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         "server_optimizer": rules.server_optimizer.name,
         "memory_bytes": buffers,
     }
+
+
+def _workers(plan: Plan, spec: NodeSpec, buffers: int) -> dict[str, Any]:
+    """Bytes on each worker of a client, at its own ZeRO stage and at the others, and whether they fit."""
+    training, resources = spec.settings.training, spec.settings.resources
+    cuda = resources.gpus > 0
+    limit = _worker_limit(spec)
+    fewest, most = resources.worker_range
+    if not is_zero(spec.settings):
+        # A plain client is one process: what it trains and what it exchanges lie there together.
+        return {"number": [1, 1], "limit_bytes": limit, "stage": None, "fits": limit is None or buffers <= limit}
+    stages = {}
+    for stage in range(4):
+        found = worker_bytes(training, parameters=plan.layout.size, workers=fewest, cuda=cuda, stage=stage)
+        on_device = found.total - found.host if cuda else found.total
+        stages[stage] = {**vars(found), "on_device": on_device, "fits": limit is None or on_device <= limit}
+    stage = training.zero_stage
+    return {
+        "number": [fewest, most],
+        "limit_bytes": limit,
+        "stage": stage,
+        "stages": stages,
+        "fits": stages[stage]["fits"],
+    }
+
+
+def _worker_limit(spec: NodeSpec) -> int | None:
+    """Memory that one worker may fill: what the configuration says, else this machine's; None if that is unknown."""
+    resources = spec.settings.resources
+    if resources.memory_gb is not None:
+        return int(resources.memory_gb * 1e9)
+    if resources.gpus == 0:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import torch  # seconds, which only those with GPUs pay
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory * min(resources.gpus, 1.0))
 
 
 def tables(facts: Mapping[str, Any]) -> Iterator[Table]:
@@ -90,6 +136,44 @@ def tables(facts: Mapping[str, Any]) -> Iterator[Table]:
         tree.add_row(indent, node["kind"], _what(node), f"{amount(node['memory_bytes'])}B")
     tree.caption = "memory: parameter-sized buffers, without activations and the interpreter"
     yield tree
+    if any(node["kind"] == "client" and (node["workers"]["stage"] is not None) for node in facts["nodes"].values()):
+        yield _sharding(facts)
+
+
+def _sharding(facts: Mapping[str, Any]) -> Table:
+    """What each worker of the ZeRO clients holds, by stage."""
+    table = Table(title="memory per worker of clients that DeepSpeed trains", title_justify="left")
+    for name in ("client", "stage", "workers", "params", "grads", "optimizer", "on host", "fits"):
+        table.add_column(name, justify="left" if name in ("client", "fits") else "right", no_wrap=True)
+    for path, node in facts["nodes"].items():
+        if node["kind"] != "client" or node["workers"]["stage"] is None:
+            continue
+        workers = node["workers"]
+        number = "-".join(str(end) for end in dict.fromkeys(workers["number"]))
+        for stage, held in workers["stages"].items():
+            chosen = stage == workers["stage"]
+            table.add_row(
+                path.removeprefix("world/") if stage == 0 else "",
+                f"{'* ' if chosen else ''}{stage}",
+                number,
+                *(f"{amount(held[part])}B" for part in ("parameters", "gradients", "optimizer", "host")),
+                "yes" if held["fits"] else "no",
+            )
+        table.add_section()
+    table.caption = "* as configured; by ZeRO's arithmetic for the fewest workers, without activations and buckets"
+    return table
+
+
+def misfits(facts: Mapping[str, Any]) -> list[str]:
+    """A line for each client whose workers hold more than their memory."""
+    found = []
+    for path, node in facts["nodes"].items():
+        if node["kind"] == "client" and not node["workers"]["fits"]:
+            workers = node["workers"]
+            fitting = [str(s) for s, held in workers.get("stages", {}).items() if held["fits"]]
+            cure = f"ZeRO stage {fitting[0]} would" if fitting else "use more workers, offloading or a smaller model"
+            found.append(f"{path} does not fit into {amount(workers['limit_bytes'])}B per worker; {cure}")
+    return found
 
 
 def _budget(budget: Mapping[str, Any]) -> str:

@@ -111,12 +111,10 @@ def check(settings: NodeSettings, *, parameters: int, key: str) -> None:
     for workers in range(low, high + 1):
         parts = workers * training.accumulation_steps
         if training.batch_size % parts:
-            raise ConfigError(
-                f"{key}.training.batch_size",
-                f"{training.batch_size} sequences cannot be shared by {workers} workers in "
-                f"{training.accumulation_steps} parts each",
-                f"give a multiple of {parts}",
-            )
+            got = f"got {training.batch_size}, which {workers} workers cannot share equally"
+            if training.accumulation_steps > 1:
+                got += f" in {training.accumulation_steps} parts"
+            raise ConfigError(f"{key}.training.batch_size", got, f"give a multiple of {parts}")
     if not is_zero(settings):
         for name in ("offload_optimizer", "offload_parameters", "deepspeed"):
             if getattr(training, name):
@@ -201,7 +199,7 @@ def _check_key(path: str, value: Any, ours: Mapping[str, Any], key: str) -> None
         for part in path.split("."):
             expected = expected.get(part) if isinstance(expected, Mapping) else None
         if value != expected:
-            got = f"got {value!r}" + (f", but ours makes it {expected!r}" if expected is not None else "")
+            got = f"got {value!r}" + (f", but it is {expected!r} here" if expected is not None else "")
             raise ConfigError(f"{key}.{path}", got, f"remove it; it follows from {instead}")
 
 
