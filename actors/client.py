@@ -79,7 +79,7 @@ class ClientActor:
         self._tell(self._life("training"))
         while not self._stop.is_set():
             if not self.client.began:
-                if self.client.rounds_are_done:
+                if self.client.is_done:
                     return self._finish()
                 model = self._pull()
                 if model is None:
@@ -87,6 +87,8 @@ class ClientActor:
                 if model.finished:
                     return self._finish()
                 self._begin(model)
+                if not self.client.began:
+                    return self._finish()
             if self._train():
                 self._push()
                 self._save_if_due()
@@ -103,11 +105,11 @@ class ClientActor:
         checkpoint.save(self._place, *self.client.state(), keep=self.plan.config.checkpoint.keep)
         self._saved_s = self.clock.now_s()
 
-    def measure(self, refs: list[Any] | None = None) -> Measure:
-        """Held-out quality of the client's model, or of the model behind a reference (in a list)."""
+    def measure(self, refs: list[Any] | None = None) -> Measure | None:
+        """Held-out quality of the client's model, or of the model behind a reference (in a list), unless private."""
         parameters = ray.get(refs[0]) if refs else None
         with self._model:
-            return self.client.measure(self.plan.config.evaluation.final_tokens, parameters=parameters)
+            return self.client.report(self.plan.config.evaluation.final_tokens, parameters=parameters)
 
     def sample(self, prompt: str = "", tokens: int = 80) -> str:
         """Text from the client's model."""
@@ -163,7 +165,7 @@ class ClientActor:
     def _finish(self) -> str:
         self.save()
         ray.get(self.parent.done.remote(self.spec.name))
-        self._tell(self._life("finished"))
+        self._tell(self._life("finished", self.client.last_word))
         return "finished"
 
     def _call(self, ref: Any) -> Any:

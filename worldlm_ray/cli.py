@@ -164,6 +164,12 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False) -> None
         console.print(table)
     for line in misfits(facts):
         console.print(line, style="yellow")
+    from worldlm_ray.spending import planned, planned_table, private_clients
+
+    if private_clients(plan):
+        with console.status("reading the private clients' texts"):
+            rows = planned(plan)
+        console.print(planned_table(rows))
 
 
 @app.command()
@@ -226,6 +232,28 @@ def export(
     tokenizer = plan.root.clients[0].settings.data.tokenizer
     huggingface.export(theta(plan, spec), plan.shape, plan.layout, Path(folder), tokenizer=tokenizer)
     console.print(f"{node} is in {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def privacy(run: Run, as_json: Json = False) -> None:
+    """Print what every text of a run has paid for its privacy, and check it against the audit trail."""
+    from worldlm_ray import rundir
+    from worldlm_ray.spending import statement_table, statements, unpaid
+
+    plan = rundir.reopen(run, check_data=False)
+    rows, missing = statements(plan), unpaid(plan)
+    if as_json:
+        console.print_json(json.dumps({"ledgers": [vars(row) for row in rows], "unpaid": missing}))
+    elif not rows:
+        console.print("nothing was spent: no client of this run trains with differential privacy, or none has begun")
+    else:
+        console.print(statement_table(rows))
+        console.print(
+            "every accepted update was paid for" if not missing else "NOT PAID FOR: " + "; ".join(missing),
+            highlight=False,
+        )
+    if missing:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,6 +6,8 @@ A client knows nothing of who drives it: an actor on Ray and the simulator call 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -13,16 +15,18 @@ import numpy as np
 
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.data import Dataset, prepare
-from worldlm_ray.errors import CheckpointError
+from worldlm_ray.errors import CheckpointError, ConfigError
 from worldlm_ray.messages import Model, Update
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
+from worldlm_ray.privacy.account import Account, ledger_folder
+from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord
 from worldlm_ray.seeds import derive
 from worldlm_ray.training.local import LocalTrainer, perplexity
 from worldlm_ray.training.sampling import sample
 from worldlm_ray.training.schedule import learning_rate
-from worldlm_ray.training.trainer import Trainer
+from worldlm_ray.training.trainer import Batch, Trainer
 from worldlm_ray.tree import NodeSpec
 
 
@@ -44,9 +48,9 @@ class Client:
         self.dataset = dataset or prepare(
             spec.settings.data, context=self.context, key=f"{spec.key}.data", order=spec.path
         )
-        self.trainer = trainer or LocalTrainer(
-            plan.shape, plan.layout, self.training, threads=spec.settings.resources.cpus
-        )
+        self.account = open_account(plan, spec, self.dataset)
+        """What the client may spend of its text's privacy; None without such a promise."""
+        self.trainer = trainer or self._trainer()
         self.base = np.array(plan.initial())
         """The merged model that the current local round began from."""
         self.trainer.write(self.base)
@@ -75,7 +79,21 @@ class Client:
         self._stretch_steps = 0
         """Steps of the last call of `train`."""
 
+    def _trainer(self) -> Trainer:
+        shape, layout, threads = self.plan.shape, self.plan.layout, self.spec.settings.resources.cpus
+        if self.account is None:
+            return LocalTrainer(shape, layout, self.training, threads=threads)
+        from worldlm_ray.training.private import PrivateTrainer  # Opacus takes seconds to import
+
+        privacy = self.spec.settings.privacy
+        return PrivateTrainer(shape, layout, self.training, privacy, noise=self.account.noise, threads=threads)
+
     # ---- the cycle -------------------------------------------------------------------------------------------
+
+    @property
+    def reports(self) -> bool:
+        """Whether losses on its text may leave the client: epsilon does not cover them."""
+        return self.account is None or self.account.privacy.report_metrics
 
     @property
     def round_tokens(self) -> int:
@@ -93,10 +111,20 @@ class Client:
         return (self.round + 1) * self.round_tokens
 
     @property
-    def rounds_are_done(self) -> bool:
-        """Whether a budget given in rounds is spent."""
+    def is_done(self) -> bool:
+        """Whether a budget given in rounds, or that of its text's privacy, is spent."""
         rounds = self.plan.config.budget.rounds
-        return rounds is not None and self.round >= rounds
+        return (rounds is not None and self.round >= rounds) or self.is_exhausted
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether one more round would break the privacy budget."""
+        return self.account is not None and self.account.is_exhausted
+
+    @property
+    def last_word(self) -> str:
+        """Why the client ends before the others do, if it does."""
+        return "its privacy budget is spent" if self.is_exhausted else ""
 
     def catch_up(self, last_seq: int) -> None:
         """Count the rounds that the parent has accepted since the checkpoint that this client came back from.
@@ -118,10 +146,18 @@ class Client:
     def begin(self, model: Model, *, now_s: float) -> list[Record]:
         """Merge the parent's model and begin a local round from the result.
 
+        A private client pays for the round first. If its budget does not hold it, since another client with the same
+        text has spent it meanwhile, no round begins and `began` stays False.
+
         Returns:
             What tracking is told: how far the client followed, and the attention weights of the key layers.
+
+        Raises:
+            PrivacyError: the ledger is damaged or cannot be written.
         """
         records: list[Record] = []
+        if self.account is not None and not self.account.charge(self.round + 1):
+            return records
         if self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
             self.merger.judge(model, None, now_s=now_s)
@@ -153,27 +189,30 @@ class Client:
         Returns:
             Seconds of training.
         """
-        settings = self.training
-        batches = self.dataset.batches(
-            self.plan.config.seed,
-            self.round,
-            steps=settings.local_steps,
-            batch_size=settings.batch_size,
-            context=self.context,
-        )
-        first = self.step
-        result = self.trainer.run(
-            islice(batches, first, None), lambda step: self._rate(first + step), should_stop=should_stop
-        )
+        settings, first = self.training, self.step
+        result = self.trainer.run(self._batches(first), lambda step: self._rate(first + step), should_stop=should_stop)
         self._stretch_steps = result.steps
         self.step += result.steps
         self.steps += result.steps
-        self.tokens += result.tokens
-        self.loss_sum += result.loss_sum
+        # What was configured: how many records a private step took is nobody's business.
+        self.tokens += result.steps * self.step_tokens
+        if self.reports:
+            self.loss_sum += result.loss_sum
         self.learning_rate = result.learning_rate
         if self.step == settings.local_steps:
             self.round += 1
         return result.train_s
+
+    def _batches(self, first: int) -> Iterator[Batch]:
+        """The batches of the round from a step on; a private client's are drawn anew every time, and by chance."""
+        steps, context = self.training.local_steps, self.context
+        if self.account is not None:
+            generator = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little")))
+            return self.dataset.poisson_batches(generator, steps=steps - first, rate=self.account.rate, context=context)
+        batches = self.dataset.batches(
+            self.plan.config.seed, self.round, steps=steps, batch_size=self.training.batch_size, context=context
+        )
+        return islice(batches, first, None)
 
     def _rate(self, step: int) -> float:
         """Learning rate of a step of the round, taken in its middle: a warm-up's first step trains too."""
@@ -208,7 +247,8 @@ class Client:
             tokens=self.step * self.step_tokens,
             started_tokens=self.round * self.round_tokens,
             values=values,
-            metrics={"train_loss": self.train_loss},
+            metrics={"train_loss": self.train_loss} if self.reports else {},
+            epsilon=self.account.epsilon() if self.account is not None else None,
         )
 
     def round_record(
@@ -229,19 +269,20 @@ class Client:
             round=self.round,
             steps=self.steps,
             tokens=self.tokens,
-            train_loss=self.train_loss,
+            train_loss=self.train_loss if self.reports else None,
             loss=measure.loss if measure else None,
             perplexity=measure.perplexity if measure else None,
             learning_rate=self.learning_rate,
             tokens_per_s=tokens / train_s if train_s > 0 else 0.0,
             busy_fraction=busy_fraction,
+            epsilon=self.account.epsilon() if self.account is not None else None,
         )
 
     @property
     def measure_is_due(self) -> bool:
         """Whether the round that has just ended is one to be measured."""
         every = self.plan.config.evaluation.every_rounds
-        return every > 0 and self.round % every == 0
+        return self.reports and every > 0 and self.round % every == 0
 
     # ---- quality ---------------------------------------------------------------------------------------------
 
@@ -261,9 +302,15 @@ class Client:
             heldout_bytes=self.dataset.heldout_bytes,
         )
 
+    def report(self, tokens: int, *, parameters: Flat | None = None) -> Measure | None:
+        """What `measure` gives, if that may leave the client."""
+        return self.measure(tokens, parameters=parameters) if self.reports else None
+
     def start_record(self, *, now_s: float) -> StartRecord:
         """Measure the model before the first round."""
-        measure = self.measure(self.plan.config.evaluation.final_tokens)
+        measure = self.report(self.plan.config.evaluation.final_tokens)
+        if measure is None:
+            return StartRecord(node=self.spec.path, now_s=now_s, loss=None, perplexity=None, heldout_bytes=0)
         return StartRecord(
             node=self.spec.path,
             now_s=now_s,
@@ -319,6 +366,32 @@ class Client:
         self.trainer.load_optimizer_state(
             {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
         )
+
+
+def open_account(plan: Plan, spec: NodeSpec, dataset: Dataset) -> Account | None:
+    """What a client may spend of its text's privacy; None of a client that makes no such promise.
+
+    Raises:
+        ConfigError: the text has fewer records than a step takes.
+        PrivacyError: no noise keeps the planned rounds within the budget, or the ledger is damaged.
+    """
+    privacy, training = spec.settings.privacy, spec.settings.training
+    if privacy.unit == "none":
+        return None
+    records = dataset.records(context=plan.shape.context)
+    if records < training.batch_size:
+        got = f"{training.batch_size} of {records} records ({plan.shape.context + 1} tokens each)"
+        raise ConfigError(f"{spec.key}.training.batch_size", got, "lower it, or give the client more text")
+    return Account(
+        privacy,
+        Ledger(ledger_folder(privacy, plan.run_dir), unit=privacy.unit, text=dataset.fingerprint),
+        rate=training.batch_size / records,
+        steps=training.local_steps,
+        rounds=plan.planned_rounds(spec),
+        node=spec.path,
+        run=plan.config.name,
+        key=f"{spec.key}.privacy",
+    )
 
 
 _STATE = (

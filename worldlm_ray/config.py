@@ -26,6 +26,9 @@ T = TypeVar("T")
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
 StalenessName = Literal["constant", "polynomial", "hinge", "exponential", "harmonic"]
 ScoreName = Literal["cosine", "dot", "fedamp", "fedatt", "uniform"]
+PrivacyUnit = Literal["none", "record"]
+AccountantName = Literal["rdp", "prv"]
+GradSampleMode = Literal["auto", "ghost", "hooks"]
 ServerOptimizerName = Literal["sgd", "nesterov", "delayed_nesterov", "adam"]
 
 
@@ -228,6 +231,29 @@ class ResourcesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Differential privacy of a federation's clients. Below the node that sets it, it may only become stricter."""
+
+    unit: PrivacyUnit = "none"
+    """`record`: DP-SGD in the client; one record is one sequence of `model.context` tokens."""
+    target_epsilon: float | None = None
+    """Never exceeded: a client stops before the round that would. Gives the noise, too, unless that is set."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise, in multiples of `max_grad_norm`."""
+    delta: float = 1e-5
+    max_grad_norm: float = 1.0
+    """L2 norm to which each record's gradient is clipped."""
+    accountant: AccountantName = "rdp"
+    """`rdp` is quick and overestimates; `prv` is tighter and takes seconds."""
+    grad_sample_mode: GradSampleMode = "auto"
+    """`hooks` keeps every record's gradient, `ghost` computes norms without; `auto` times both at the start."""
+    report_metrics: bool = False
+    """Report losses, which are computed from the private text and are not covered by epsilon."""
+    ledger_dir: str | None = None
+    """Where ledgers lie; `ledgers/` in the run's folder unless given. Runs on the same text must share one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimulationConfig:
     """Speeds that `worldlm simulate` gives a node. They have no effect on Ray."""
 
@@ -287,6 +313,7 @@ class NodeSettings:
     data: DataConfig = field(default_factory=DataConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
 
 
@@ -311,6 +338,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     world: Any = None
     """The tree: see worldlm_ray/tree.py."""
@@ -500,6 +528,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
     _workers(settings.resources.workers, f"{at}resources.workers")
     if training.zero_stage not in (0, 1, 2, 3):
         raise ConfigError(f"{at}training.zero_stage", f"got {training.zero_stage}", "there are ZeRO stages 0 to 3")
+    _privacy(settings.privacy, f"{at}privacy")
     positive(settings.simulation.tokens_per_s, f"{at}simulation.tokens_per_s")
     positive(settings.simulation.bandwidth_gbps, f"{at}simulation.bandwidth_gbps")
     not_negative(settings.simulation.latency_s, f"{at}simulation.latency_s")
@@ -527,6 +556,52 @@ def fraction(value: float, key: str) -> None:
     """Raise a ConfigError unless the value lies in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ConfigError(key, f"got {value}", "give a number from 0 to 1")
+
+
+def _privacy(privacy: PrivacyConfig, key: str) -> None:
+    for name in ("target_epsilon", "max_grad_norm"):
+        value = getattr(privacy, name)
+        if value is not None:
+            positive(value, f"{key}.{name}")
+    if privacy.noise_multiplier is not None:
+        not_negative(privacy.noise_multiplier, f"{key}.noise_multiplier")
+    if not 0.0 < privacy.delta < 1.0:
+        raise ConfigError(f"{key}.delta", f"got {privacy.delta}", "give a probability, such as 1e-5")
+    chosen = privacy.target_epsilon is not None or privacy.noise_multiplier is not None
+    if privacy.unit != "none" and not chosen:
+        raise ConfigError(key, "neither target_epsilon nor noise_multiplier is set", "set one of them, or both")
+    if privacy.unit == "none" and chosen:
+        name = "target_epsilon" if privacy.target_epsilon is not None else "noise_multiplier"
+        raise ConfigError(f"{key}.{name}", "is set, but privacy.unit is none", "set privacy.unit to record")
+
+
+def check_stricter(child: PrivacyConfig, parent: PrivacyConfig, key: str) -> None:
+    """A node below one that promises privacy may promise more, never less.
+
+    Args:
+        child: in force at the node.
+        parent: in force at its parent.
+        key: dotted key of the node's privacy section, for messages.
+
+    Raises:
+        ConfigError: names the value that would weaken the parent's promise.
+    """
+    if parent.unit == "none":
+        return
+    weaker = {
+        "unit": child.unit != parent.unit,
+        "target_epsilon": parent.target_epsilon is not None
+        and (child.target_epsilon is None or child.target_epsilon > parent.target_epsilon),
+        "noise_multiplier": parent.noise_multiplier is not None
+        and (child.noise_multiplier is None or child.noise_multiplier < parent.noise_multiplier),
+        "delta": child.delta > parent.delta,
+        "report_metrics": child.report_metrics and not parent.report_metrics,
+        "ledger_dir": child.ledger_dir != parent.ledger_dir,
+    }
+    for name, is_weaker in weaker.items():
+        if is_weaker:
+            promised, got = getattr(parent, name), getattr(child, name)
+            raise ConfigError(f"{key}.{name}", f"{got} weakens the promise of the node above, {promised}", "remove it")
 
 
 def _workers(workers: Any, key: str) -> None:

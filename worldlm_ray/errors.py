@@ -5,6 +5,7 @@
     ├── DataError                a text file, corpus or tokenizer cannot be used
     ├── MessageError             an update or a model that arrived is malformed (carries a `Refusal`)
     ├── AggregationError         an aggregation was asked for with nothing to aggregate
+    ├── PrivacyError             a privacy budget or its ledger does not allow what was asked for
     ├── CheckpointError          a checkpoint is missing, damaged or of another run
     └── RunError                 a run cannot start, continue or be found
 
@@ -61,6 +62,10 @@ class MessageError(WorldLMError):
 
 class AggregationError(WorldLMError):
     """An aggregation was asked for with nothing to aggregate."""
+
+
+class PrivacyError(WorldLMError):
+    """A privacy budget does not allow what was asked for, or its ledger cannot be read or written."""
 
 
 class CheckpointError(WorldLMError):

@@ -22,7 +22,8 @@ from worldlm_ray.tree import NodeSpec
 def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda _: None) -> dict[str, Measure]:
     """Held-out quality of every node of a run, by path, parents first.
 
-    A client's own model is measured on its own text; an inner node's on the text of every client below it.
+    A client's own model is measured on its own text; an inner node's on the text of every client below it. Texts of
+    clients whose losses are private are left out.
 
     Args:
         run: the run's folder or name.
@@ -38,12 +39,16 @@ def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda 
     found: dict[str, list[Measure]] = {path: [] for path in plan.kinds}
     for spec in plan.root.clients:
         on_phase(f"measuring on the text of {spec.path}")
-        client = Client(plan, spec)
+        trainer = LocalTrainer(plan.shape, plan.layout, spec.settings.training, threads=spec.settings.resources.cpus)
+        client = Client(plan, spec, trainer=trainer)
+        if not client.reports:
+            continue
         found[spec.path].append(client.measure(tokens, parameters=theta(plan, spec)))
         for path, parameters in inner.items():
             if spec.path.startswith(f"{path}/"):
                 found[path].append(client.measure(tokens, parameters=parameters))
-    return {path: combine(measures) for path, measures in found.items()}
+    combined = {path: combine(measures) for path, measures in found.items()}
+    return {path: measure for path, measure in combined.items() if measure is not None}
 
 
 def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float, seed: int) -> str:

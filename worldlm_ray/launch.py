@@ -315,7 +315,7 @@ def _watch(world: World, on_progress: Progress, should_stop: Callable[[], bool])
     return "finished"
 
 
-def _measure(plan: Plan, world: World) -> dict[str, Measure]:
+def _measure(plan: Plan, world: World) -> dict[str, Measure | None]:
     """Every client's model on its own text, every inner node's model on the text of all clients below."""
     own = {path: actor.measure.remote() for path, actor in world.clients.items()}
     below = {}

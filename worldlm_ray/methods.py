@@ -31,8 +31,8 @@ from worldlm_ray.config import INHERITED, ModelConfig, RunConfig, from_mapping, 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.tree import NodeSpec
 
-_KEEP = ("training", "data", "resources", "placement", "simulation")
-"""Settings of a node that no method touches."""
+_KEEP = tuple(name for name in INHERITED if name not in ("aggregation", "merge"))
+"""What a client keeps whatever the method: everything but the rules. Privacy above all: it must never get lost on the way."""
 
 
 def configure(config: RunConfig, method: str) -> RunConfig:
@@ -202,6 +202,10 @@ def _centralized(mapping: dict[str, Any], root: NodeSpec) -> None:
                 f"centralized has one training for all, but that of {spec.path} is not that of {clients[0].path}",
                 "leave centralized out, or train all clients alike",
             )
+    for spec in clients:
+        if spec.settings.privacy.unit != "none":
+            got = f"centralized pools all texts in one place, but {spec.path} trains with differential privacy"
+            raise ConfigError("--methods", got, "leave centralized out")
     only = _client(clients[0], root, name="all")
     pool = [asdict(spec.settings.data) | {"order": spec.settings.data.order or spec.path} for spec in clients]
     only["data"] |= {"files": [], "corpus": None, "shard": None, "train_fraction": 1.0, "order": None, "pool": pool}

@@ -23,12 +23,14 @@ class Outcome:
     """A short text from every client's model, by path."""
 
 
-def combine(measures: Iterable[Measure]) -> Measure:
-    """One measure over several clients' texts, each weighted by its held-out bytes.
+def combine(measures: Iterable[Measure | None]) -> Measure | None:
+    """One measure over several clients' texts, each weighted by its held-out bytes; None counts for nothing.
 
-    Loss is the weighted mean, perplexity the exponential of the weighted mean of its logarithm.
+    Loss is the weighted mean, perplexity the exponential of the weighted mean of its logarithm. None if all are.
     """
-    found = list(measures)
+    found = [measure for measure in measures if measure is not None]
+    if not found:
+        return None
     total = sum(measure.heldout_bytes for measure in found)
     loss = sum(m.loss * m.heldout_bytes for m in found) / total
     log_perplexity = sum(math.log(m.perplexity) * m.heldout_bytes for m in found) / total
@@ -40,7 +42,7 @@ def finish(
     tracker: Tracker,
     *,
     world: Flat,
-    measures: Mapping[str, Measure],
+    measures: Mapping[str, Measure | None],
     samples: Mapping[str, str],
     wall_s: float,
     status: str,
@@ -53,7 +55,7 @@ def finish(
         tracker: the run's tracker; its counters become the summary's.
         world: the world's final parameters.
         measures: final quality by path: clients' own models on their own text, inner nodes' own models on the
-            text of all clients below them.
+            text of all clients below them; None where losses are private.
         samples: generated text by client.
         wall_s: seconds of the run, virtual ones in simulation.
         status: `finished`, or `stopped` for a run that was left early.

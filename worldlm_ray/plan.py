@@ -6,6 +6,7 @@ configuration costs a second and one line.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ class Plan:
     def round_tokens(self, spec: NodeSpec) -> int:
         """Tokens of one local round of a client."""
         return spec.settings.training.local_steps * self.step_tokens(spec)
+
+    def planned_rounds(self, spec: NodeSpec) -> int | None:
+        """Local rounds that the budget gives a client, if all clients are equally fast; None if it is in seconds."""
+        budget = self.config.budget
+        if budget.tokens is not None:
+            return math.ceil(budget.tokens / (self.round_tokens(spec) * len(self.root.clients)))
+        return budget.rounds
 
     def initial(self) -> Flat:
         """The run's initial parameters: every node computes or reads the same ones."""
@@ -140,10 +148,29 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
             raise ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
     for client in root.clients:
         deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
+        if client.settings.privacy.unit == "record":
+            _check_private(client, config)
     if check_data:
         for client in root.clients:
             check_sources(client.settings.data, f"{client.key}.data")
     return Plan(config=config, root=root, shape=shape, layout=layout)
+
+
+def _check_private(client: NodeSpec, config: RunConfig) -> None:
+    """What DP-SGD cannot be combined with."""
+    training, key = client.settings.training, client.key
+    if client.settings.privacy.noise_multiplier is None and config.budget.seconds is not None:
+        got = "is not set, and a budget of seconds does not say how many steps there will be"
+        raise ConfigError(f"{key}.privacy.noise_multiplier", got, "set it, or give the budget in rounds or tokens")
+    if client.settings.data.pool:
+        got = "a pool draws from several texts in every step, whose ledgers differ"
+        raise ConfigError(f"{key}.data.pool", got, "give a private client one text")
+    if training.activation_checkpointing:
+        got = "true: layers that are computed twice hide their per-record gradients"
+        raise ConfigError(f"{key}.training.activation_checkpointing", got, "switch it off for private clients")
+    if deepspeed_config.is_zero(client.settings):
+        got = "DP-SGD under DeepSpeed is not part of this version"
+        raise ConfigError(f"{key}.privacy.unit", got, "give the client one worker and zero_stage 0")
 
 
 def _shape(config: RunConfig, vocab_size: int) -> ModelShape:

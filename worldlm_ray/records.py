@@ -21,8 +21,8 @@ class RoundRecord:
     """Optimizer steps by this client since the run began."""
     tokens: int
     """Tokens trained on by this client since the run began."""
-    train_loss: float
-    """Mean training loss of the round, nats per token."""
+    train_loss: float | None
+    """Mean training loss of the round, nats per token; None of a client that keeps it private."""
     loss: float | None
     """Held-out loss after the round, nats per byte; None where it was not measured."""
     perplexity: float | None
@@ -33,6 +33,7 @@ class RoundRecord:
     busy_fraction: float
     """Share of its life so far that the client spent training or evaluating."""
     epsilon: float | None = None
+    """Spent on the client's text, this round included; None without differential privacy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,12 @@ class StartRecord:
 
     node: str
     now_s: float
-    loss: float
-    """Held-out loss, nats per byte."""
-    perplexity: float
+    loss: float | None
+    """Held-out loss, nats per byte; None of a client that keeps it private."""
+    perplexity: float | None
     """Held-out perplexity per token."""
     heldout_bytes: int
-    """Size of the held-out text: the weight of this client in means over clients."""
+    """Size of the held-out text: the weight of this client in means over clients. 0 where the loss is private."""
 
 
 @dataclass(frozen=True, kw_only=True)

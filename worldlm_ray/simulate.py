@@ -92,10 +92,10 @@ class Simulation:
 
     def conclude(self, status: str) -> Outcome:
         """Measure every model, write checkpoints and summary.json."""
-        measures = {path: client.measure(self._final_tokens) for path, client in self.clients.items()}
+        measures = {path: client.report(self._final_tokens) for path, client in self.clients.items()}
         for path, node in self.nodes.items():
             below = [self.clients[spec.path] for spec in self.specs[path].clients]
-            measures[path] = combine(c.measure(self._final_tokens, parameters=node.theta) for c in below)
+            measures[path] = combine(c.report(self._final_tokens, parameters=node.theta) for c in below)
         for path, part in (self.nodes | self.clients).items():
             checkpoint.save(checkpoint.folder(self.plan.run_dir, path), *part.state())
         return finish(
@@ -114,28 +114,33 @@ class Simulation:
     def _pull(self, path: str) -> None:
         client = self.clients[path]
         parent, name = self._parent(path)
-        if client.rounds_are_done:
-            self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
-            self._record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
+        if client.is_done:
+            self._leave(path)
             return
         started = client.started_tokens
         self._send(path, 0, lambda: self._deliver(parent, Pull(child=name, started_tokens=started, now_s=self.now_s)))
 
     def _receive(self, path: str, model: Model) -> None:
         client = self.clients[path]
-        parent, name = self._parent(path)
         model = self._budgeted(model)
-        if model.finished:
-            self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
-            self._record(LifeRecord(node=path, now_s=self.now_s, event="finished"))
+        records = [] if model.finished else client.begin(model, now_s=self.now_s)
+        if not client.began:
+            self._leave(path)
             return
-        for record in client.begin(model, now_s=self.now_s):
+        for record in records:
             self._record(record)
         self._begun_tokens += client.round_tokens
         client.train()
         train_s = client.round_tokens / self.specs[path].settings.simulation.tokens_per_s
         self._busy_s[path] += train_s
         self._at(self.now_s + train_s, lambda: self._end_round(path, train_s))
+
+    def _leave(self, path: str) -> None:
+        """A client's last word."""
+        parent, name = self._parent(path)
+        self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
+        detail = self.clients[path].last_word
+        self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", detail=detail))
 
     def _budgeted(self, model: Model) -> Model:
         """Spend a budget in tokens to the round, however late the world would hear of it.

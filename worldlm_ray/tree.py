@@ -1,8 +1,9 @@
 """The tree of a world: the `world:` part of a configuration, resolved.
 
-Every node inherits its parent's settings (training, aggregation, merge, data, resources, placement, simulation)
-and may override any of them: that is what autonomy of a federation means here. A client may hang anywhere, also
-directly under the world, and federations nest to any depth.
+Every node inherits its parent's settings (training, aggregation, merge, data, resources, placement, privacy,
+simulation) and may override any of them: that is what autonomy of a federation means here. Privacy alone may only
+become stricter on the way down. A client may hang anywhere, also directly under the world, and federations nest to any
+depth.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from worldlm_ray.config import (
     NodeSettings,
     RunConfig,
     check_settings,
+    check_stricter,
     merge_into,
     one_of,
 )
@@ -90,6 +92,7 @@ def _node(raw: dict[str, Any], *, kind: Kind, name: str, path: str, key: str, in
         overrides["data"] = {"files": [], "corpus": None, "pool": [], **overrides["data"]}
     settings = merge_into(inherited, overrides, prefix=key)
     check_settings(settings, key)
+    check_stricter(settings.privacy, inherited.privacy, f"{key}.privacy")
     children = raw.get("children")
     if kind == "client":
         if children:

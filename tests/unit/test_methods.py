@@ -240,3 +240,26 @@ def test_worldlm_is_the_configuration_itself(world: RunConfig) -> None:
     for spec in before.root.walk():
         assert after.node(spec.path).settings.aggregation == spec.settings.aggregation
     assert configuration.to_mapping(world)["budget"] == configuration.to_mapping(configure(world, "worldlm"))["budget"]
+
+
+PROMISE = {"unit": "record", "noise_multiplier": 2.0, "target_epsilon": 3.0}
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"centralized"}))
+def test_no_method_loses_a_promise_of_privacy(tiny: Callable[..., Plan], tmp_path: Path, method: str) -> None:
+    children = [
+        {"federation": "f", "privacy": PROMISE, "children": [client("a", tmp_path, 1)]},
+        client("b", tmp_path, 2),
+    ]
+    configured = make_plan(configure(tiny(children).config, method))
+    promises = {spec.name: spec.settings.privacy for spec in configured.root.clients}
+    assert {name.split(".")[-1]: privacy.noise_multiplier for name, privacy in promises.items()} == {
+        "a": 2.0,
+        "b": None,
+    }
+
+
+def test_centralized_pools_no_private_text(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    children = [client("a", tmp_path, 1), client("b", tmp_path, 2, privacy=PROMISE)]
+    with pytest.raises(ConfigError, match="world/b trains with differential privacy"):
+        configure(tiny(children).config, "centralized")

@@ -88,6 +88,31 @@ class Dataset:
             starts = generator.integers(0, len(tokens) - context, size=batch_size)
             yield _windows(tokens, starts, context=context)
 
+    def records(self, *, context: int) -> int:
+        """Sequences of the training part, of `context` tokens and the one that follows: no token is in two of them."""
+        return len(self.train) // (context + 1)
+
+    def poisson_batches(
+        self, generator: np.random.Generator, *, steps: int, rate: float, context: int
+    ) -> Iterator[Batch]:
+        """Batches into which every record comes by itself with the same probability: some are large, some empty.
+
+        Args:
+            generator: of the draws. Privacy amplification needs them to be secret: seed it from the operating system.
+            steps: number of batches.
+            rate: probability of a record to be in a batch.
+            context: T.
+
+        Yields:
+            Inputs and targets as `batches`, [records, T].
+        """
+        tokens = np.asarray(self.train)
+        count = self.records(context=context)
+        for _ in range(steps):
+            # As many as independent draws would take, and then which: the same distribution, without a draw for each.
+            chosen = generator.choice(count, size=generator.binomial(count, rate), replace=False)
+            yield _windows(tokens, chosen.astype(np.int64) * (context + 1), context=context)
+
     def heldout_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
         """Windows for measuring: they do not overlap, and lie evenly spread over the held-out part.
 

@@ -128,6 +128,11 @@ class LocalTrainer:
             share = self._loss(inputs[rows], targets[rows], "mean") / parts
             share.backward()  # type: ignore[no-untyped-call]
             loss += share.detach()
+        self._descend(learning_rate)
+        return loss
+
+    def _descend(self, learning_rate: float) -> None:
+        """Clip the gradient, decay the matrices, take the step."""
         if self.training.grad_clip:
             norm = torch.linalg.vector_norm(self.gradient)
             self.gradient.mul_(torch.clamp(self.training.grad_clip / (norm + 1e-6), max=1.0))
@@ -135,7 +140,6 @@ class LocalTrainer:
             torch._foreach_mul_(self._matrices, 1.0 - learning_rate * self.training.weight_decay)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
-        return loss
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:

@@ -1,0 +1,191 @@
+"""worldlm privacy, and the privacy part of worldlm show: what ledgers say, and what a plan is going to spend."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from worldlm_ray.client import open_account
+from worldlm_ray.data import prepare
+from worldlm_ray.plan import Plan
+from worldlm_ray.privacy.account import ledger_folder
+from worldlm_ray.privacy.accounting import Spend, epsilon, rounds_left
+from worldlm_ray.privacy.ledger import Ledger
+from worldlm_ray.report import NOTHING
+from worldlm_ray.tracking import AUDIT
+from worldlm_ray.tree import NodeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """What one text's ledger says."""
+
+    ledger: str
+    unit: str
+    nodes: tuple[str, ...]
+    """Clients that were charged."""
+    noises: tuple[float, ...]
+    rate: float
+    charges: int
+    steps: int
+    delta: float
+    epsilon: float
+    target_epsilon: float | None
+    rounds_left: int | None
+    """Further rounds like the last one that the budget holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What a private client is going to spend if the run goes as planned."""
+
+    node: str
+    records: int
+    rate: float
+    noise: float
+    rounds: int | None
+    epsilon: float | None
+    """With what is spent already. None where the budget of the run does not say how many rounds there will be."""
+    target_epsilon: float | None
+
+
+def private_clients(plan: Plan) -> list[NodeSpec]:
+    """The clients that train with record-level privacy."""
+    return [spec for spec in plan.root.clients if spec.settings.privacy.unit == "record"]
+
+
+def planned(plan: Plan) -> list[Planned]:
+    """The epsilon of every private client, before any of it is spent. Reads their texts.
+
+    Raises:
+        DataError: a text is not on this machine, or damaged.
+        PrivacyError: a budget holds no round.
+    """
+    found = []
+    for spec in private_clients(plan):
+        dataset = prepare(spec.settings.data, context=plan.shape.context, key=f"{spec.key}.data", order=spec.path)
+        account = open_account(plan, spec, dataset)
+        assert account is not None
+        rounds = plan.planned_rounds(spec)
+        found.append(
+            Planned(
+                node=spec.path,
+                records=dataset.records(context=plan.shape.context),
+                rate=account.rate,
+                noise=account.noise,
+                rounds=rounds,
+                epsilon=None if rounds is None else account.epsilon(rounds=rounds),
+                target_epsilon=spec.settings.privacy.target_epsilon,
+            )
+        )
+    return found
+
+
+def statements(plan: Plan) -> list[Statement]:
+    """Every ledger of a run, read from disk.
+
+    Raises:
+        PrivacyError: one was changed after it was written.
+    """
+    folders = {ledger_folder(spec.settings.privacy, plan.run_dir) for spec in private_clients(plan)}
+    files = sorted(path for folder in folders for path in folder.glob("*.jsonl"))
+    return [_statement(path, Ledger.at(path).entries()) for path in files]
+
+
+def _statement(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
+    last = entries[-1]
+    history = [Spend(entry["noise"], entry["rate"], entry["steps"]) for entry in entries]
+    delta, accountant, target = last["delta"], last["accountant"], last["target_epsilon"]
+    return Statement(
+        ledger=path.name,
+        unit=last["unit"],
+        nodes=tuple(dict.fromkeys(entry["node"] for entry in entries)),
+        noises=tuple(dict.fromkeys(entry["noise"] for entry in entries)),
+        rate=last["rate"],
+        charges=len(entries),
+        steps=sum(entry["steps"] for entry in entries),
+        delta=delta,
+        epsilon=epsilon(history, delta=delta, accountant=accountant),
+        target_epsilon=target,
+        rounds_left=None
+        if target is None
+        else rounds_left(
+            history,
+            noise=last["noise"],
+            rate=last["rate"],
+            per_round=last["steps"],
+            target_epsilon=target,
+            delta=delta,
+            accountant=accountant,
+        ),
+    )
+
+
+def unpaid(plan: Plan) -> list[str]:
+    """Private clients of whom the audit trail shows more accepted updates than their ledgers show charges."""
+    clients = {spec.path for spec in private_clients(plan)}
+    accepted: Counter[str] = Counter()
+    audit = plan.run_dir / AUDIT
+    for line in audit.read_text(encoding="utf-8").splitlines() if audit.is_file() else ():
+        verdict = json.loads(line)
+        if verdict["verdict"] == "accepted":
+            accepted[f"{verdict['node']}/{verdict['sender']}"] += 1
+    charges: Counter[str] = Counter()
+    for folder in {ledger_folder(spec.settings.privacy, plan.run_dir) for spec in private_clients(plan)}:
+        for path in folder.glob("*.jsonl"):
+            charges.update(e["node"] for e in Ledger.at(path).entries() if e["run"] == plan.config.name)
+    return [
+        f"{path}: {accepted[path]} updates were accepted, {charges[path]} rounds were paid for"
+        for path in sorted(clients)
+        if accepted[path] > charges[path]
+    ]
+
+
+def planned_table(rows: Sequence[Planned]) -> Table:
+    """What is going to be spent, for the terminal."""
+    table = Table(title="privacy: what the plan will spend", title_justify="left")
+    table.add_column("client", no_wrap=True)
+    for name in ("records", "rate", "noise", "rounds", "epsilon", "budget"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.node.removeprefix("world/"),
+            f"{row.records:,}",
+            f"{row.rate:.2g}",
+            f"{row.noise:.3f}",
+            NOTHING if row.rounds is None else str(row.rounds),
+            NOTHING if row.epsilon is None else f"{row.epsilon:.3f}",
+            NOTHING if row.target_epsilon is None else f"{row.target_epsilon:g}",
+        )
+    table.caption = "a record is one sequence; rate: chance of a record to be in a step; noise in clipping norms"
+    return table
+
+
+def statement_table(rows: Sequence[Statement]) -> Table:
+    """What was spent, for the terminal."""
+    table = Table(title="privacy: what was spent", title_justify="left")
+    table.add_column("paid by", no_wrap=True)
+    for name in ("unit", "noise", "rounds", "steps", "epsilon", "budget", "left", "more"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        target = row.target_epsilon
+        table.add_row(
+            "\n".join(node.removeprefix("world/") for node in row.nodes),
+            row.unit,
+            ", ".join(f"{noise:.3f}" for noise in row.noises),
+            str(row.charges),
+            str(row.steps),
+            f"{row.epsilon:.4f}",
+            NOTHING if target is None else f"{target:g}",
+            NOTHING if target is None else f"{target - row.epsilon:.4f}",
+            NOTHING if row.rounds_left is None else str(row.rounds_left),
+        )
+    deltas = ", ".join(f"{delta:g}" for delta in dict.fromkeys(row.delta for row in rows))
+    table.caption = f"epsilon at delta {deltas}; more: further rounds that the budget holds" if rows else ""
+    return table
