@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -12,6 +13,7 @@ from worldlm_ray import checkpoint
 from worldlm_ray.client import Client
 from worldlm_ray.messages import Model, Packed, pack, unpack_model
 from worldlm_ray.plan import plan_from_mapping
+from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import LifeRecord, Measure, PullRecord, PushRecord, Record
 from worldlm_ray.training.trainer import Trainer
 
@@ -40,15 +42,14 @@ class ClientActor:
 
     def _set_up(self) -> None:
         """Not in the constructor, where Ray would bury an error in a traceback and answer no call meanwhile."""
-        self.client = Client(self.plan, self.spec, trainer=self._trainer())
+        self.client = Client(self.plan, self.spec, make_trainer=self._make_trainer)
         found = checkpoint.load(self._place, warn=lambda text: self._tell(self._life("warning", text)))
         if found is not None:
             self.client.restore(*found)
         self._tell(self._life("continued" if found else "started"))
 
-    def _trainer(self) -> Trainer | None:
-        """What trains the model; None for a trainer in this process."""
-        return None
+    _make_trainer: Callable[[Account | None], Trainer] | None = None
+    """Makes what trains the model; None for a trainer in this process."""
 
     # ---- called by the launcher ------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from actors.shared import Address, Carried
 from worldlm_ray import checkpoint
 from worldlm_ray.aggregation.events import (
     Answer,
+    Charge,
     Clock,
     Command,
     Done,
@@ -53,7 +54,8 @@ class InnerActor:
         self.plan = plan_from_mapping(address.mapping)
         self.spec = self.plan.node(address.path)
         self.clock, self.recorder = address.clock, address.recorder
-        self.node = self.plan.inner_node(self.spec, self.plan.initial())
+        self.contributions = self.plan.contributions(self.spec)
+        self.node = self.plan.inner_node(self.spec, self.plan.initial(), self.contributions)
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self._began_s = self._saved_s = self.clock.now_s()
         self._busy_s = 0.0
@@ -137,6 +139,9 @@ class InnerActor:
         for command in commands:
             if isinstance(command, Note):
                 records.append(self._with_busy(command.record))
+            elif isinstance(command, Charge):
+                assert self.contributions is not None
+                self.contributions.charge(command.child)  # blocks: nothing may be published before it is on disk
             elif isinstance(command, Answer):
                 self._verdicts[command.child] = command.verdict
             elif isinstance(command, Serve):

@@ -34,6 +34,7 @@ from actors.zero_worker import LEAVE, Task, work
 from worldlm_ray.errors import RunError
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
+from worldlm_ray.privacy.account import Account
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 from worldlm_ray.tree import NodeSpec
 
@@ -235,7 +236,10 @@ class ZeroTrainer:
             if not chunk:
                 break
             rates = [rate(steps + index) for index in range(len(chunk))]
-            task = Task("run", ([ray.put(np.array(chunk, np.int32))], rates))
+            task = Task(
+                "run",
+                ([ray.put([(inputs.astype(np.int32), targets.astype(np.int32)) for inputs, targets in chunk])], rates),
+            )
             chunk_began = time.perf_counter()
             loss_sum += self._perform(task)
             took_s = time.perf_counter() - chunk_began
@@ -372,13 +376,14 @@ class ZeroClientActor(ClientActor):
         self._token = secrets.token_hex(4)
         self._desk = Desk(self._token, name=self.spec.path)
 
-    def _trainer(self) -> Trainer:
-        threading.Thread(target=self._train_with_workers, daemon=True).start()
+    def _make_trainer(self, account: Account | None) -> Trainer:
+        noise = 0.0 if account is None else account.noise
+        threading.Thread(target=self._train_with_workers, args=(noise,), daemon=True).start()
         return ZeroTrainer(
             self._desk, self.plan, self.spec, tell=lambda event, text: self._tell(self._life(event, text))
         )
 
-    def _train_with_workers(self) -> None:
+    def _train_with_workers(self, noise: float) -> None:
         """Ray Train's run, from the start of the workers to the end of the client."""
         resources, labels = self.spec.settings.resources, dict(self.spec.settings.placement.labels)
         low, high = resources.worker_range
@@ -387,6 +392,7 @@ class ZeroClientActor(ClientActor):
             "path": self.spec.path,
             "namespace": self._address.namespace,
             "token": self._token,
+            "noise": noise,
         }
         wanted = {"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {})
         try:

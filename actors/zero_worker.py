@@ -42,7 +42,8 @@ def work(config: dict[str, Any]) -> None:
     """The training function of Ray Train.
 
     Args:
-        config: `mapping` (the run's configuration), `path` and `namespace` of the client's actor, and its `token`.
+        config: `mapping` (the run's configuration), `path` and `namespace` of the client's actor, its `token`, and the
+            `noise` multiplier of a private one.
     """
     # Not above: the client's own process imports this module, and has no use for DeepSpeed.
     from worldlm_ray.training.zero import ZeroWorker
@@ -58,7 +59,16 @@ def work(config: dict[str, Any]) -> None:
     group = (config["token"], name[0])
     number = 0
     try:
-        worker = ZeroWorker(plan.shape, plan.layout, spec.settings.training, threads=resources.cpus, cuda=cuda)
+        privacy = spec.settings.privacy
+        worker = ZeroWorker(
+            plan.shape,
+            plan.layout,
+            spec.settings.training,
+            threads=resources.cpus,
+            cuda=cuda,
+            privacy=privacy if privacy.unit == "record" else None,
+            noise=config["noise"],
+        )
         tasks = _Tasks(worker)
         if worker.rank == 0:
             client.call("group_started", group, worker.workers)
@@ -114,8 +124,7 @@ class _Tasks:
         self._worker.write(ray.get(refs[0]))
 
     def run(self, refs: list[Any], rates: list[float]) -> float:
-        batches_SPBT = ray.get(refs[0])
-        return self._worker.run(((batch[0], batch[1]) for batch in batches_SPBT), rates)
+        return self._worker.run(ray.get(refs[0]), rates)
 
     def evaluate(self, refs: list[Any]) -> tuple[float, int]:
         return self._worker.evaluate(ray.get(refs[0]))

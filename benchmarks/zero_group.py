@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from worldlm_ray.config import TrainingConfig
+from worldlm_ray.config import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import PRESETS, ModelShape
 from worldlm_ray.params import Flat, Layout
@@ -27,6 +27,7 @@ from worldlm_ray.training.trainer import MOMENTS, Batch
 
 WORKERS = 2
 RATE = 3e-3
+PRIVATE = PrivacyConfig(unit="record", noise_multiplier=1.0, max_grad_norm=0.5)
 PARTITION_ALL = {
     "zero_optimization": {
         name: 0
@@ -131,6 +132,30 @@ def train(stage: int, preset: str, steps: int, changes: dict[str, Any]) -> dict[
         "theta_on": _whole(worker.read(), layout),
         "theta_restored": _whole(again.read(), layout),
     }
+
+
+def private(stage: int, preset: str, sizes: list[int], changes: dict[str, Any]) -> dict[str, Any]:
+    """Gradients of private steps on batches of these sizes without noise, and of an empty one with noise 1.
+
+    A first moment after one step from zero is (1 - beta) times the gradient that the optimizer was given.
+    """
+    from worldlm_ray.training.zero import ZeroWorker
+
+    shape = PRESETS[preset]
+    layout, initial = start(shape)
+    settings = training(stage, **changes)
+    found: dict[str, Any] = {}
+    for noise in (0.0, 1.0):
+        worker = ZeroWorker(shape, layout, settings, threads=1, privacy=PRIVATE, noise=noise)
+        worker.write(initial)
+        gradients = []
+        for size in sizes if noise == 0.0 else [0, 0]:
+            worker.forget()
+            [batch] = batches(shape, steps=1, size=size, seed=size)
+            worker.run([batch], [0.0])
+            gradients.append(_whole(worker.moments("exp_avg"), layout) / (1.0 - settings.betas[0]))
+        found["noised" if noise else "gradients"] = gradients
+    return found
 
 
 def memory(stage: int, preset: str) -> dict[str, float]:

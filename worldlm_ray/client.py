@@ -7,7 +7,7 @@ A client knows nothing of who drives it: an actor on Ray and the simulator call 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -37,11 +37,16 @@ class Client:
         plan: the run.
         spec: this client's node.
         dataset: its text; read and cached on this machine unless given.
-        trainer: of its model; one in this process unless given.
+        make_trainer: makes what trains the model, given the client's account; one in this process unless given.
     """
 
     def __init__(
-        self, plan: Plan, spec: NodeSpec, *, dataset: Dataset | None = None, trainer: Trainer | None = None
+        self,
+        plan: Plan,
+        spec: NodeSpec,
+        *,
+        dataset: Dataset | None = None,
+        make_trainer: Callable[[Account | None], Trainer] | None = None,
     ) -> None:
         self.plan, self.spec, self.training = plan, spec, spec.settings.training
         self.context = plan.shape.context
@@ -50,7 +55,7 @@ class Client:
         )
         self.account = open_account(plan, spec, self.dataset)
         """What the client may spend of its text's privacy; None without such a promise."""
-        self.trainer = trainer or self._trainer()
+        self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
         self.base = np.array(plan.initial())
         """The merged model that the current local round began from."""
         self.trainer.write(self.base)
@@ -93,7 +98,8 @@ class Client:
     @property
     def reports(self) -> bool:
         """Whether losses on its text may leave the client: epsilon does not cover them."""
-        return self.account is None or self.account.privacy.report_metrics
+        privacy = self.spec.settings.privacy
+        return privacy.unit == "none" or privacy.report_metrics
 
     @property
     def round_tokens(self) -> int:
@@ -369,14 +375,14 @@ class Client:
 
 
 def open_account(plan: Plan, spec: NodeSpec, dataset: Dataset) -> Account | None:
-    """What a client may spend of its text's privacy; None of a client that makes no such promise.
+    """What a client may spend of its text's privacy; None of a client that makes no promise about records.
 
     Raises:
         ConfigError: the text has fewer records than a step takes.
         PrivacyError: no noise keeps the planned rounds within the budget, or the ledger is damaged.
     """
     privacy, training = spec.settings.privacy, spec.settings.training
-    if privacy.unit == "none":
+    if privacy.unit != "record":
         return None
     records = dataset.records(context=plan.shape.context)
     if records < training.batch_size:

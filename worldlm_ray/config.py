@@ -26,7 +26,7 @@ T = TypeVar("T")
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
 StalenessName = Literal["constant", "polynomial", "hinge", "exponential", "harmonic"]
 ScoreName = Literal["cosine", "dot", "fedamp", "fedatt", "uniform"]
-PrivacyUnit = Literal["none", "record"]
+PrivacyUnit = Literal["none", "record", "client"]
 AccountantName = Literal["rdp", "prv"]
 GradSampleMode = Literal["auto", "ghost", "hooks"]
 ServerOptimizerName = Literal["sgd", "nesterov", "delayed_nesterov", "adam"]
@@ -235,14 +235,17 @@ class PrivacyConfig:
     """Differential privacy of a federation's clients. Below the node that sets it, it may only become stricter."""
 
     unit: PrivacyUnit = "none"
-    """`record`: DP-SGD in the client; one record is one sequence of `model.context` tokens."""
+    """`record`: DP-SGD in the client; one record is one sequence of `model.context` tokens. `client`: the aggregator
+    clips the whole updates of the clients directly below it and adds noise to their sum."""
     target_epsilon: float | None = None
     """Never exceeded: a client stops before the round that would. Gives the noise, too, unless that is set."""
     noise_multiplier: float | None = None
     """Standard deviation of the noise, in multiples of `max_grad_norm`."""
     delta: float = 1e-5
     max_grad_norm: float = 1.0
-    """L2 norm to which each record's gradient is clipped."""
+    """L2 norm to which each record's gradient, or each client's whole update, is clipped."""
+    max_updates: int | None = None
+    """`client`: updates that are accepted of one client in the whole run, at most."""
     accountant: AccountantName = "rdp"
     """`rdp` is quick and overestimates; `prv` is tighter and takes seconds."""
     grad_sample_mode: GradSampleMode = "auto"
@@ -567,12 +570,17 @@ def _privacy(privacy: PrivacyConfig, key: str) -> None:
         not_negative(privacy.noise_multiplier, f"{key}.noise_multiplier")
     if not 0.0 < privacy.delta < 1.0:
         raise ConfigError(f"{key}.delta", f"got {privacy.delta}", "give a probability, such as 1e-5")
+    if privacy.max_updates is not None:
+        positive(privacy.max_updates, f"{key}.max_updates")
+        if privacy.unit != "client":
+            got = f"is set, but privacy.unit is {privacy.unit}"
+            raise ConfigError(f"{key}.max_updates", got, "only unit client counts updates: remove it")
     chosen = privacy.target_epsilon is not None or privacy.noise_multiplier is not None
     if privacy.unit != "none" and not chosen:
         raise ConfigError(key, "neither target_epsilon nor noise_multiplier is set", "set one of them, or both")
     if privacy.unit == "none" and chosen:
         name = "target_epsilon" if privacy.target_epsilon is not None else "noise_multiplier"
-        raise ConfigError(f"{key}.{name}", "is set, but privacy.unit is none", "set privacy.unit to record")
+        raise ConfigError(f"{key}.{name}", "is set, but privacy.unit is none", "set privacy.unit to record or client")
 
 
 def check_stricter(child: PrivacyConfig, parent: PrivacyConfig, key: str) -> None:
@@ -595,6 +603,8 @@ def check_stricter(child: PrivacyConfig, parent: PrivacyConfig, key: str) -> Non
         "noise_multiplier": parent.noise_multiplier is not None
         and (child.noise_multiplier is None or child.noise_multiplier < parent.noise_multiplier),
         "delta": child.delta > parent.delta,
+        "max_updates": parent.max_updates is not None
+        and (child.max_updates is None or child.max_updates > parent.max_updates),
         "report_metrics": child.report_metrics and not parent.report_metrics,
         "ledger_dir": child.ledger_dir != parent.ledger_dir,
     }

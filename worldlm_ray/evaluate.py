@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from rich.table import Table
 
@@ -13,6 +14,7 @@ from worldlm_ray.errors import CheckpointError
 from worldlm_ray.outcome import combine
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
+from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.sampling import sample as generate
@@ -39,8 +41,7 @@ def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda 
     found: dict[str, list[Measure]] = {path: [] for path in plan.kinds}
     for spec in plan.root.clients:
         on_phase(f"measuring on the text of {spec.path}")
-        trainer = LocalTrainer(plan.shape, plan.layout, spec.settings.training, threads=spec.settings.resources.cpus)
-        client = Client(plan, spec, trainer=trainer)
+        client = Client(plan, spec, make_trainer=partial(_trainer, plan, spec))
         if not client.reports:
             continue
         found[spec.path].append(client.measure(tokens, parameters=theta(plan, spec)))
@@ -55,10 +56,15 @@ def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float,
     """Text from a node's model; see `worldlm_ray.training.sampling.sample`."""
     plan = rundir.reopen(run, check_data=False)
     spec = plan.node(node)
-    trainer = LocalTrainer(plan.shape, plan.layout, spec.settings.training, threads=spec.settings.resources.cpus)
+    trainer = _trainer(plan, spec)
     trainer.write(theta(plan, spec))
     tokenizer = load_tokenizer(plan.root.clients[0].settings.data.tokenizer)
     return generate(trainer, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
+
+
+def _trainer(plan: Plan, spec: NodeSpec, _: Account | None = None) -> LocalTrainer:
+    """Something that holds a model; nothing is trained here, whatever the client may spend."""
+    return LocalTrainer(plan.shape, plan.layout, spec.settings.training, threads=spec.settings.resources.cpus)
 
 
 def theta(plan: Plan, spec: NodeSpec) -> Flat:

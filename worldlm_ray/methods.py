@@ -32,7 +32,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.tree import NodeSpec
 
 _KEEP = tuple(name for name in INHERITED if name not in ("aggregation", "merge"))
-"""What a client keeps whatever the method: everything but the rules. Privacy above all: it must never get lost on the way."""
+"""What a client keeps whatever the method: everything but the rules, and above all its privacy."""
 
 
 def configure(config: RunConfig, method: str) -> RunConfig:

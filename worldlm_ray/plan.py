@@ -7,18 +7,24 @@ configuration costs a second and one line.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from worldlm_ray import huggingface, tree
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config import RunConfig, from_mapping, to_mapping
 from worldlm_ray.data import check_sources, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape, resolve_shape
 from worldlm_ray.params import Flat, Layout, frozen
+from worldlm_ray.privacy.account import ledger_folder
+from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.training import deepspeed_config
 from worldlm_ray.tree import NodeSpec
 
@@ -75,8 +81,28 @@ class Plan:
             return frozen(huggingface.read_weights(Path(folder).expanduser(), self.layout))
         return frozen(initial_parameters(self.shape, self.layout, seed=self.config.seed))
 
-    def inner_node(self, spec: NodeSpec, initial: Flat) -> Node:
-        """The state machine of an inner node."""
+    def contributions(self, spec: NodeSpec) -> Contributions | None:
+        """Ledgers of the clients directly below an inner node that promises client-level privacy; None of others.
+
+        Raises:
+            PrivacyError: no noise keeps the planned updates within the budget, or a ledger is damaged.
+        """
+        privacy, clients = spec.settings.privacy, [child for child in spec.children if child.kind == "client"]
+        if privacy.unit != "client" or not clients:
+            return None
+        planned = [rounds for child in clients if (rounds := self.planned_rounds(child)) is not None]
+        return Contributions(
+            privacy,
+            ledger_folder(privacy, self.run_dir),
+            node=spec.path,
+            clients=tuple(child.name for child in clients),
+            rounds=max(planned, default=None),
+            run=self.config.name,
+            key=spec.key,
+        )
+
+    def inner_node(self, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
+        """The state machine of an inner node; with the ledgers of its clients if it promises them privacy."""
         return Node(
             path=spec.path,
             children=tuple(child.name for child in spec.children),
@@ -86,6 +112,8 @@ class Plan:
             layout=self.layout,
             initial=initial,
             budget=self.config.budget,
+            privacy=None if contributions is None else _client_privacy(spec, contributions),
+            contributions=None if contributions is None else contributions.counts(),
         )
 
     def hparams(self) -> dict[str, str | float | int | bool]:
@@ -146,6 +174,9 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         if layout.backbone_size == 0 and "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
             got = "adaptive, but every layer is a key layer: there is no backbone to judge by"
             raise ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
+    for node in root.inner:
+        if node.settings.privacy.unit == "client":
+            _check_client_level(node, config)
     for client in root.clients:
         deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
         if client.settings.privacy.unit == "record":
@@ -154,6 +185,31 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         for client in root.clients:
             check_sources(client.settings.data, f"{client.key}.data")
     return Plan(config=config, root=root, shape=shape, layout=layout)
+
+
+def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPrivacy:
+    rules, privacy = spec.settings.aggregation, spec.settings.privacy
+    return ClientPrivacy(
+        clients=frozenset(contributions.paths),
+        bound=privacy.max_grad_norm,
+        noise=contributions.noise,
+        delta=privacy.delta,
+        limit=contributions.limit,
+        expected=rules.buffer_size if rules.trigger == "goal_achieved" else len(spec.children),
+        # From the operating system and never saved: noise that a restart draws again cancels out.
+        generator=np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little"))),
+    )
+
+
+def _check_client_level(node: NodeSpec, config: RunConfig) -> None:
+    """What noise on whole updates cannot be combined with."""
+    if node.settings.aggregation.residuals.per_round:
+        got = "residuals are single clients' key layers, which no noise covers"
+        raise ConfigError(f"{node.key}.aggregation.residuals.per_round", got, "set it to 0 under client-level privacy")
+    privacy = node.settings.privacy
+    if privacy.noise_multiplier is None and privacy.max_updates is None and config.budget.seconds is not None:
+        got = "is not set, and a budget of seconds does not say how many updates there will be"
+        raise ConfigError(f"{node.key}.privacy.noise_multiplier", got, "set it, or privacy.max_updates")
 
 
 def _check_private(client: NodeSpec, config: RunConfig) -> None:
@@ -168,9 +224,6 @@ def _check_private(client: NodeSpec, config: RunConfig) -> None:
     if training.activation_checkpointing:
         got = "true: layers that are computed twice hide their per-record gradients"
         raise ConfigError(f"{key}.training.activation_checkpointing", got, "switch it off for private clients")
-    if deepspeed_config.is_zero(client.settings):
-        got = "DP-SGD under DeepSpeed is not part of this version"
-        raise ConfigError(f"{key}.privacy.unit", got, "give the client one worker and zero_stage 0")
 
 
 def _shape(config: RunConfig, vocab_size: int) -> ModelShape:

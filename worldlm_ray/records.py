@@ -142,6 +142,16 @@ class PushRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacyRecord:
+    """What a client's contributions to its aggregator have cost so far."""
+
+    node: str
+    """The client."""
+    now_s: float
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LifeRecord:
     """Something in a node's life that an operator wants to know: started, continued, finished, lost."""
 
@@ -161,6 +171,7 @@ Record = (
     | MergeRecord
     | PullRecord
     | PushRecord
+    | PrivacyRecord
     | LifeRecord
 )
 

@@ -18,6 +18,7 @@ from worldlm_ray.records import (
     AggregationRecord,
     LifeRecord,
     NodeSummary,
+    PrivacyRecord,
     PullRecord,
     PushRecord,
     Record,
@@ -144,6 +145,8 @@ class RunState:
                     node.version = record.version
             case PushRecord():
                 node.bytes_up += record.bytes
+            case PrivacyRecord():
+                node.epsilon = record.epsilon
             case LifeRecord():
                 node.state, node.state_detail, node.state_at_s = record.event, record.detail, record.now_s
 
@@ -220,7 +223,8 @@ class RunState:
     def _round(self, node: NodeState, record: RoundRecord) -> None:
         node.rounds, node.steps, node.tokens = record.round, record.steps, record.tokens
         node.tokens_per_s, node.busy_fraction = record.tokens_per_s, record.busy_fraction
-        node.epsilon = record.epsilon
+        if record.epsilon is not None:  # of client-level privacy the aggregator tells
+            node.epsilon = record.epsilon
         if record.loss is not None:
             node.loss, node.perplexity = record.loss, record.perplexity
         for inner in self.above[record.node]:

@@ -16,6 +16,7 @@ from itertools import count
 from worldlm_ray import checkpoint
 from worldlm_ray.aggregation.events import (
     Answer,
+    Charge,
     Clock,
     Command,
     Done,
@@ -68,7 +69,10 @@ class Simulation:
         self._order = count()
         self.initial = plan.initial()
         self.specs = {spec.path: spec for spec in plan.root.walk()}
-        self.nodes: dict[str, Node] = {s.path: plan.inner_node(s, self.initial) for s in plan.root.inner}
+        self.contributions = {s.path: plan.contributions(s) for s in plan.root.inner}
+        self.nodes: dict[str, Node] = {
+            s.path: plan.inner_node(s, self.initial, self.contributions[s.path]) for s in plan.root.inner
+        }
         self.clients = {spec.path: Client(plan, spec) for spec in plan.root.clients}
         self._busy_s = dict.fromkeys(self.clients, 0.0)
         self._begun_tokens = self._trained_tokens = 0
@@ -179,6 +183,10 @@ class Simulation:
     def _perform(self, path: str, command: Command) -> None:
         if isinstance(command, Note):
             self._record(command.record)
+        elif isinstance(command, Charge):
+            ledgers = self.contributions[path]
+            assert ledgers is not None
+            ledgers.charge(command.child)
         elif isinstance(command, Answer):
             child = f"{path}/{command.child}"
             if child in self.clients and not command.verdict.accepted:

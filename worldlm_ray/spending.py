@@ -16,6 +16,7 @@ from worldlm_ray.data import prepare
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import ledger_folder
 from worldlm_ray.privacy.accounting import Spend, epsilon, rounds_left
+from worldlm_ray.privacy.gaussian import gaussian_epsilon, most_contributions
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.report import NOTHING
 from worldlm_ray.tracking import AUDIT
@@ -46,7 +47,8 @@ class Planned:
     """What a private client is going to spend if the run goes as planned."""
 
     node: str
-    records: int
+    records: int | None
+    """Sequences of its text; None where whole updates are protected."""
     rate: float
     noise: float
     rounds: int | None
@@ -56,8 +58,8 @@ class Planned:
 
 
 def private_clients(plan: Plan) -> list[NodeSpec]:
-    """The clients that train with record-level privacy."""
-    return [spec for spec in plan.root.clients if spec.settings.privacy.unit == "record"]
+    """The clients that are promised privacy, of either unit."""
+    return [spec for spec in plan.root.clients if spec.settings.privacy.unit != "none"]
 
 
 def planned(plan: Plan) -> list[Planned]:
@@ -68,7 +70,29 @@ def planned(plan: Plan) -> list[Planned]:
         PrivacyError: a budget holds no round.
     """
     found = []
+    for node in plan.root.inner:
+        contributions = plan.contributions(node)
+        for name, path in contributions.paths.items() if contributions is not None else ():
+            assert contributions is not None
+            rounds, privacy = plan.planned_rounds(plan.node(path)), node.settings.privacy
+            limits = [n for n in (rounds, contributions.limit) if n is not None]
+            count = contributions.counts()[name] + min(limits) if limits else None
+            found.append(
+                Planned(
+                    node=path,
+                    records=None,
+                    rate=1.0,
+                    noise=contributions.noise,
+                    rounds=min(limits, default=None),
+                    epsilon=None
+                    if count is None
+                    else gaussian_epsilon(contributions.noise, count, delta=privacy.delta),
+                    target_epsilon=privacy.target_epsilon,
+                )
+            )
     for spec in private_clients(plan):
+        if spec.settings.privacy.unit != "record":
+            continue
         dataset = prepare(spec.settings.data, context=plan.shape.context, key=f"{spec.key}.data", order=spec.path)
         account = open_account(plan, spec, dataset)
         assert account is not None
@@ -102,6 +126,8 @@ def _statement(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
     last = entries[-1]
     history = [Spend(entry["noise"], entry["rate"], entry["steps"]) for entry in entries]
     delta, accountant, target = last["delta"], last["accountant"], last["target_epsilon"]
+    if last["unit"] == "client":
+        return _client_level(path, entries)
     return Statement(
         ledger=path.name,
         unit=last["unit"],
@@ -124,6 +150,25 @@ def _statement(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
             delta=delta,
             accountant=accountant,
         ),
+    )
+
+
+def _client_level(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
+    last = entries[-1]
+    noise, delta, target, count = last["noise"], last["delta"], last["target_epsilon"], len(entries)
+    left = None if target is None else most_contributions(noise, target_epsilon=target, delta=delta) - count
+    return Statement(
+        ledger=path.name,
+        unit=last["unit"],
+        nodes=tuple(dict.fromkeys(entry["node"] for entry in entries)),
+        noises=tuple(dict.fromkeys(entry["noise"] for entry in entries)),
+        rate=last["rate"],
+        charges=count,
+        steps=count,
+        delta=delta,
+        epsilon=gaussian_epsilon(noise, count, delta=delta),
+        target_epsilon=target,
+        rounds_left=left,
     )
 
 
@@ -156,7 +201,7 @@ def planned_table(rows: Sequence[Planned]) -> Table:
     for row in rows:
         table.add_row(
             row.node.removeprefix("world/"),
-            f"{row.records:,}",
+            NOTHING if row.records is None else f"{row.records:,}",
             f"{row.rate:.2g}",
             f"{row.noise:.3f}",
             NOTHING if row.rounds is None else str(row.rounds),
@@ -171,8 +216,8 @@ def statement_table(rows: Sequence[Statement]) -> Table:
     """What was spent, for the terminal."""
     table = Table(title="privacy: what was spent", title_justify="left")
     table.add_column("paid by", no_wrap=True)
-    for name in ("unit", "noise", "rounds", "steps", "epsilon", "budget", "left", "more"):
-        table.add_column(name, justify="right")
+    for name in ("unit", "noise", "paid", "epsilon", "budget", "left", "more"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         target = row.target_epsilon
         table.add_row(
@@ -180,12 +225,11 @@ def statement_table(rows: Sequence[Statement]) -> Table:
             row.unit,
             ", ".join(f"{noise:.3f}" for noise in row.noises),
             str(row.charges),
-            str(row.steps),
             f"{row.epsilon:.4f}",
             NOTHING if target is None else f"{target:g}",
             NOTHING if target is None else f"{target - row.epsilon:.4f}",
             NOTHING if row.rounds_left is None else str(row.rounds_left),
         )
     deltas = ", ".join(f"{delta:g}" for delta in dict.fromkeys(row.delta for row in rows))
-    table.caption = f"epsilon at delta {deltas}; more: further rounds that the budget holds" if rows else ""
+    table.caption = f"epsilon at delta {deltas}; paid and more: rounds, or updates of a client" if rows else ""
     return table

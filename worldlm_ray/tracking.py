@@ -27,6 +27,7 @@ from worldlm_ray.records import (
     AttentionRecord,
     MergeRecord,
     NodeSummary,
+    PrivacyRecord,
     PullRecord,
     PushRecord,
     Record,
@@ -170,6 +171,8 @@ class Tracker:
                 self._images[path, record.direction] = record
             case MergeRecord():
                 self._board.scalars(path, {"merge": record.m, "agreement": record.agreement}, now_s=now_s)
+            case PrivacyRecord():
+                self._show_privacy(path, record.epsilon, now_s)
             case PushRecord():
                 self._board.scalars(path, {"bytes_up": node.bytes_up}, now_s=now_s)
             case PullRecord():
@@ -178,16 +181,23 @@ class Tracker:
                     values["version/client"] = node.version
                 self._board.scalars(path, values, now_s=now_s)
 
-    def _show_round(self, record: RoundRecord) -> None:
-        path, now_s = record.node, record.now_s
-        if record.epsilon is not None and not self._private:
+    def _show_privacy(self, path: str, epsilon: float, now_s: float) -> None:
+        """Epsilon of a client, and the largest below each node above it: nobody there has less protection."""
+        if not self._private:
             self._private = True
             self._board.layout(private=True, now_s=now_s)
-        by_time = {
-            "tokens_per_s/client": record.tokens_per_s,
-            "busy_fraction": record.busy_fraction,
-            "epsilon": record.epsilon,
-        }
+        self._board.scalars(path, {"epsilon": epsilon}, now_s=now_s)
+        for inner in self._state.above[path]:
+            below = [
+                n.epsilon for p, n in self._state.nodes.items() if p.startswith(f"{inner}/") and n.kind == "client"
+            ]
+            self._board.scalars(inner, {"epsilon": max(e for e in below if e is not None)}, now_s=now_s)
+
+    def _show_round(self, record: RoundRecord) -> None:
+        path, now_s = record.node, record.now_s
+        if record.epsilon is not None:
+            self._show_privacy(path, record.epsilon, now_s)
+        by_time = {"tokens_per_s/client": record.tokens_per_s, "busy_fraction": record.busy_fraction}
         by_tokens = {
             "train_loss_by_tokens": record.train_loss,
             "learning_rate_by_tokens": record.learning_rate,

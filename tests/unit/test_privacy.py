@@ -451,7 +451,11 @@ def test_a_child_may_promise_more(tiny: Tiny, tmp_path: Path) -> None:
             {"training": {"activation_checkpointing": True}},
             "training.activation_checkpointing",
         ),
-        ({"unit": "record", "noise_multiplier": 1.0}, {"resources": {"workers": 2}}, "privacy.unit"),
+        (
+            {"unit": "record", "noise_multiplier": 1.0},
+            {"resources": {"workers": 3}},
+            "training.batch_size",
+        ),
     ],
 )
 def test_wrong_privacy_is_one_line_by_its_key(

@@ -22,6 +22,7 @@ def judge(
     version: int,
     backbone_size: int,
     out_of_turn: bool = False,
+    exhausted: bool = False,
 ) -> Verdict:
     """Decide about a well-formed update.
 
@@ -32,9 +33,10 @@ def judge(
         version: the node's version now.
         backbone_size: elements of the backbone part.
         out_of_turn: whether the sender may not push now, since its last update is not in a version yet.
+        exhausted: whether the sender's privacy budget holds no further update.
     """
     tau = version - update.base_version
-    reason, detail = _standing(update, rules, last_seq, version, out_of_turn)
+    reason, detail = _standing(update, rules, last_seq, version, out_of_turn, exhausted)
     if reason == ACCEPTED:
         reason, detail = _values(update, rules, backbone_size)
     return Verdict(
@@ -48,7 +50,7 @@ def judge(
 
 
 def _standing(
-    update: Update, rules: AggregationConfig, last_seq: int | None, version: int, out_of_turn: bool
+    update: Update, rules: AggregationConfig, last_seq: int | None, version: int, out_of_turn: bool, exhausted: bool
 ) -> tuple[str, str]:
     """Who sent it, whether it was seen before, and how old it is."""
     tau = version - update.base_version
@@ -57,7 +59,9 @@ def _standing(
     if update.seq <= last_seq:
         return "duplicate", f"seq {update.seq} after {last_seq}"
     if out_of_turn:
-        return "out_of_turn", "a synchronous round takes one update of each child"
+        return "out_of_turn", "an aggregation takes one update of each child"
+    if exhausted:
+        return "privacy_exhausted", f"the privacy budget of {update.sender} holds no further update"
     if tau < 0:
         return "future_version", f"from version {update.base_version}, this node is at {version}"
     if rules.max_staleness is not None and tau > rules.max_staleness:

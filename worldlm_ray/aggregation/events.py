@@ -1,7 +1,7 @@
 """What can happen to an inner node, what it may ask of its shell, and what it decides about an update.
 
 event                                  what may come back
-Push(sender, packed)                   Answer(verdict), Note(records), Exchange, Serve, Wake
+Push(sender, packed)                   Charge, Answer(verdict), Note(records), Exchange, Serve, Wake
 Pull(child, started_tokens)            Serve(child), now or once the child may go on
 ParentModel(model)                     Serve, Exchange
 Done(child), Left(child), Joined(...)  Serve, Exchange, Finish
@@ -24,7 +24,7 @@ class Verdict:
 
     reason: str
     """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_shape, unknown_sender, duplicate,
-    out_of_turn, future_version, stale, not_finite, norm_exceeded."""
+    out_of_turn, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
     seq: int
     base_version: int
     version: int
@@ -141,4 +141,11 @@ class Note:
     record: Record
 
 
-Command = Answer | Serve | Exchange | Wake | Finish | Note
+@dataclass(frozen=True, kw_only=True)
+class Charge:
+    """Write down, durably and before any later command is carried out, that a client's update was accepted."""
+
+    child: str
+
+
+Command = Answer | Serve | Exchange | Wake | Finish | Note | Charge

@@ -14,6 +14,7 @@ children, each as soon as those before it are in, so that the result does not de
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from worldlm_ray.aggregation.admission import judge, refuse_malformed
 from worldlm_ray.aggregation.events import (
     Answer,
+    Charge,
     Command,
     Done,
     Event,
@@ -40,13 +42,15 @@ from worldlm_ray.aggregation.events import (
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
+from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError
 from worldlm_ray.messages import Model, Update, unpack_update
 from worldlm_ray.params import Flat, Layout, frozen
-from worldlm_ray.records import AggregationRecord, AttentionRecord, VerdictRecord
+from worldlm_ray.privacy.gaussian import gaussian_epsilon
+from worldlm_ray.records import AggregationRecord, AttentionRecord, PrivacyRecord, VerdictRecord
 
 
 @dataclass
@@ -76,6 +80,8 @@ class Node:
         layout: the model's layout.
         initial: the run's initial parameters [layout.size]; not copied, must not change.
         budget: the run's budget; used by the world alone.
+        privacy: what the clients directly below are promised; None for nothing.
+        contributions: how often each of them has contributed, by its ledger.
     """
 
     def __init__(
@@ -89,7 +95,12 @@ class Node:
         layout: Layout,
         initial: Flat,
         budget: BudgetConfig,
+        privacy: ClientPrivacy | None = None,
+        contributions: Mapping[str, int] | None = None,
     ) -> None:
+        self.privacy = privacy
+        self.contributions = dict(contributions or {})
+        """Updates of clients that their ledgers have paid for."""
         self.path, self.aggregation, self.layout = path, aggregation, layout
         self.budget, self.has_parent = budget, has_parent
         self.synchronous = aggregation.trigger == "synchronous"
@@ -207,7 +218,24 @@ class Node:
         else:
             self._accept(update, verdict.tau, event.now_s)
         commands: list[Command] = [Answer(child=event.sender, verdict=verdict), Note(record=record)]
-        return commands + (self._wake() if verdict.accepted else [])
+        if verdict.accepted:
+            commands = [*self._charge(event.sender, event.now_s), *commands, *self._wake()]
+        return commands
+
+    def _charge(self, sender: str, now_s: float) -> list[Command]:
+        """Have a private client's contribution written down, before anything that it has touched is published."""
+        if self.privacy is None or sender not in self.privacy.clients:
+            return []
+        count = self.contributions[sender] = self.contributions.get(sender, 0) + 1
+        epsilon = gaussian_epsilon(self.privacy.noise, count, delta=self.privacy.delta)
+        record = PrivacyRecord(node=f"{self.path}/{sender}", now_s=now_s, epsilon=epsilon)
+        return [Charge(child=sender), Note(record=record)]
+
+    def _is_exhausted(self, sender: str) -> bool:
+        """Whether a private client may contribute no more."""
+        if self.privacy is None or self.privacy.limit is None or sender not in self.privacy.clients:
+            return False
+        return self.contributions.get(sender, 0) >= self.privacy.limit
 
     def _wake(self) -> list[Command]:
         """A call for the time at which the fold that is open may be aggregated."""
@@ -223,7 +251,9 @@ class Node:
             last_seq=None if child is None or child.left else child.last_seq,
             version=self.version,
             backbone_size=self.layout.backbone_size,
-            out_of_turn=self.synchronous and self._contributed(update.sender),
+            # Twice in one sum, a private client would move it by twice what the noise covers.
+            out_of_turn=(self.synchronous or self.privacy is not None) and self._contributed(update.sender),
+            exhausted=self._is_exhausted(update.sender),
         )
 
     def _accept(self, update: Update, tau: int, now_s: float) -> None:
@@ -250,9 +280,12 @@ class Node:
             self._fold = self._new_fold(now_s)
         fit = self._fold.add(update, tau, self.theta)
         keys = update.values[self.layout.backbone_size :]
-        self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
+        if self.privacy is None:  # a residual is one client's key layer as it is: no noise would cover it
+            self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
     def _new_fold(self, first_s: float) -> Fold:
+        if self.privacy is not None:
+            return PrivateFold(self.layout, self.aggregation, self.privacy, origin=self.merger.origin, first_s=first_s)
         return Fold(self.layout, self.aggregation, origin=self.merger.origin, first_s=first_s)
 
     # ---- moving on -------------------------------------------------------------------------------------------
@@ -427,7 +460,7 @@ class Node:
         return Model(
             version=self.version,
             progress=self.progress,
-            finished=self.finished,
+            finished=self.finished or self._is_exhausted(child),
             tokens=self.mean_tokens,
             last_seq=known.last_seq,
             share=known.share + known.pushed,

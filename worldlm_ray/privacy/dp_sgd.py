@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,8 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSam
 from torch import Tensor, nn
 
 from worldlm_ray.errors import PrivacyError
-from worldlm_ray.model.decoder import cross_entropy
+from worldlm_ray.model.decoder import Decoder, cross_entropy
+from worldlm_ray.model.shape import ModelShape
 
 Mode = Literal["ghost", "hooks"]
 MARGIN_BF16 = 0.995
@@ -75,7 +76,7 @@ class RecordGradients:
     def norms(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
         """L2 norm of every record's gradient [B], and every record's loss [B] (mean over its tokens)."""
         loss_B, calls, flows = self._flows(tokens_BT, targets_BT)
-        squared_B, _ = self._squared(calls, flows)
+        squared_B, _ = self._squared(calls, flows, keep=False)
         return squared_B.sqrt(), loss_B
 
     def add(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class RecordGradients:
             The records' losses [B], which are private.
         """
         loss_B, calls, flows = self._flows(tokens_BT, targets_BT)
-        squared_B, samples = self._squared(calls, flows)
+        squared_B, samples = self._squared(calls, flows, keep=True)
         finite_B = torch.isfinite(squared_B)
         if not bool(finite_B.all()):  # 0 * inf is nan: such a record must not come near the sum
             if bool(finite_B.any()):
@@ -112,12 +113,16 @@ class RecordGradients:
         flows = list(torch.autograd.grad(loss_B.sum(), [call.output for call in calls], retain_graph=False))
         return loss_B.detach(), calls, flows
 
-    def _squared(self, calls: list[_Call], flows: list[Tensor]) -> tuple[Tensor, dict[int, dict[Any, Tensor]]]:
-        """Squared norms of the records' gradients [B], and what was computed on the way, by layer."""
+    def _squared(
+        self, calls: list[_Call], flows: list[Tensor], *, keep: bool
+    ) -> tuple[Tensor, dict[int, dict[Any, Tensor]]]:
+        """Squared norms of the records' gradients [B], and these gradients by layer if they are kept."""
         squared_B = torch.zeros(flows[0].shape[0], device=flows[0].device)
         samples: dict[int, dict[Any, Tensor]] = {}
         for call, flow in zip(calls, flows, strict=True):
-            rule = _NORMS.get(type(call.layer)) if self.mode == "ghost" else None
+            # An embedding's gradient has a row for every token of the vocabulary: only to be kept is it worth making.
+            by_norm = self.mode == "ghost" or (isinstance(call.layer, nn.Embedding) and not keep)
+            rule = _NORMS.get(type(call.layer)) if by_norm else None
             flow = flow.float()
             if rule is not None:
                 for norm_B in rule(call.layer, [call.input], flow).values():
@@ -128,7 +133,8 @@ class RecordGradients:
             )
             for gradient in found.values():
                 squared_B += gradient.flatten(1).float().square().sum(dim=1)
-            samples[id(call)] = found
+            if keep:
+                samples[id(call)] = found
         return squared_B, samples
 
     def _add_layer(self, call: _Call, flow: Tensor, weight_B: Tensor, samples: dict[int, dict[Any, Tensor]]) -> None:
@@ -193,6 +199,19 @@ def layers_with_rules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def check_architecture(shape: ModelShape, *, mode: Mode) -> None:
+    """The self-test on a small decoder of the same make.
+
+    Raises:
+        PrivacyError: see `self_test`.
+    """
+    small = replace(shape, hidden_size=4 * shape.heads, intermediate_size=16, layers=2, context=12, vocab_size=32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Decoder(small)
+    self_test(model, vocab_size=small.vocab_size, length=small.context, mode=mode)
+
+
 def self_test(model: nn.Module, *, vocab_size: int, length: int, mode: Mode) -> None:
     """Compare the norms of two records with those of their own backward passes.
 
@@ -224,6 +243,14 @@ def self_test(model: nn.Module, *, vocab_size: int, length: int, mode: Mode) -> 
                 f"per-record gradient norms of this model are wrong: {float(norms[index]):.6g} where brute force gives "
                 f"{float(true):.6g}; a weight is used outside its module"
             )
+
+
+def likely_cheaper(*, width: int, length: int) -> Mode:
+    """The mode with less arithmetic, for layers of `width` by `width` on sequences of `length` tokens.
+
+    Per record `ghost` takes two products of length x length x width, `hooks` one of length x width x width.
+    """
+    return "hooks" if 2 * length > width else "ghost"
 
 
 def cheaper(candidates: dict[Mode, Callable[[], object]], *, repeats: int = 3) -> Mode:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from worldlm_ray.config import PrivacyConfig, TrainingConfig
-from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.params import Layout
-from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, cheaper, self_test
+from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, cheaper, check_architecture
 from worldlm_ray.training.local import LocalTrainer
 
 
@@ -57,10 +56,7 @@ class PrivateTrainer(LocalTrainer):
         # From the operating system and never saved: noise that a restart draws again on other records cancels out.
         self._generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
         self.mode = self._mode()
-        test_shape = replace(
-            shape, hidden_size=4 * shape.heads, intermediate_size=16, layers=2, context=12, vocab_size=32
-        )
-        self_test(Decoder(test_shape), vocab_size=32, length=12, mode=self.mode)
+        check_architecture(shape, mode=self.mode)
         self._records = self._gradients(self.mode)
 
     def step(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], learning_rate: float) -> Tensor:

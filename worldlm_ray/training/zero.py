@@ -9,11 +9,12 @@ Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import numpy as np
@@ -30,13 +31,17 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from worldlm_ray.config import TrainingConfig
+from worldlm_ray.config import PrivacyConfig, TrainingConfig
+from worldlm_ray.errors import PrivacyError
 from worldlm_ray.model.decoder import Decoder, cross_entropy
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.params import Entry, Flat, Layout, module_of
-from worldlm_ray.training.deepspeed_config import deepspeed_config
+from worldlm_ray.training.deepspeed_config import deepspeed_config, is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.trainer import MOMENTS, Batch
+
+if TYPE_CHECKING:
+    from worldlm_ray.privacy.dp_sgd import RecordGradients
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,27 @@ def spans(layout: Layout) -> list[Span]:
     return [Span(name, tuple(entries)) for name, entries in grouped]
 
 
+class _Private:
+    """What a private worker has besides its engine."""
+
+    def __init__(self, records: RecordGradients, generator: torch.Generator, scale: float) -> None:
+        self.records, self.generator, self.scale = records, generator, scale
+        self.is_last = False
+        """Whether the backward pass that comes is the last of its step: it carries the noise."""
+        self.noised = 0
+        """Parameters that were given noise in this step."""
+
+    def add_noise(self, gradient: Tensor) -> Tensor:
+        """Called with a parameter's gradient on this worker, before it is reduced."""
+        if not self.is_last:
+            return gradient
+        self.noised += 1
+        if self.scale == 0.0:
+            return gradient
+        noise = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
+        return gradient + (noise.normal_(generator=self.generator) * self.scale).to(gradient.dtype)
+
+
 class ZeroWorker:
     """DeepSpeed's engine on one worker; torch.distributed is initialised.
 
@@ -68,11 +94,29 @@ class ZeroWorker:
         training: optimizer settings, the ZeRO stage, and DeepSpeed's further keys.
         threads: torch threads.
         cuda: train on this process's GPU.
+        privacy: clip every record's gradient and add noise; None for plain training.
+        noise: noise multiplier.
+
+    Raises:
+        PrivacyError: per-record gradients of this model cannot be computed, or are computed wrongly.
     """
 
     def __init__(
-        self, shape: ModelShape, layout: Layout, training: TrainingConfig, *, threads: int, cuda: bool = False
+        self,
+        shape: ModelShape,
+        layout: Layout,
+        training: TrainingConfig,
+        *,
+        threads: int,
+        cuda: bool = False,
+        privacy: PrivacyConfig | None = None,
+        noise: float = 0.0,
     ) -> None:
+        self.expected_records = training.batch_size
+        if privacy is not None:
+            # Records are clipped one by one, and a private step has as many parts as its batch happens to need.
+            part = training.batch_size // training.accumulation_steps
+            training = replace(training, grad_clip=0.0, batch_size=part, accumulation_steps=1)
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.shape, self.layout, self.training = shape, layout, training
         self.device = torch.device("cuda" if cuda else "cpu")
@@ -85,6 +129,7 @@ class ZeroWorker:
             model = Decoder(shape, recompute=training.activation_checkpointing)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=_groups(model, training), config=config)
         self.parameters = dict(self.engine.module.named_parameters())
+        self._private = None if privacy is None else self._make_private(privacy, noise, cuda=cuda)
         self.forget()
 
     # ---- weights and moments in and out ------------------------------------------------------------------------
@@ -157,9 +202,10 @@ class ZeroWorker:
         """
         self.engine.train()
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        step = self._step if self._private is None else self._private_step
         for batch, rate in zip(batches, rates, strict=True):
             self._set_rate(rate)
-            losses += self._step(batch)
+            losses += step(batch)
         dist.all_reduce(losses)
         return float(losses) / self.workers
 
@@ -205,6 +251,75 @@ class ZeroWorker:
             self.engine.step()
             total += loss.detach().double() / parts
         return total
+
+    # ---- privacy -----------------------------------------------------------------------------------------------
+
+    def _make_private(self, privacy: PrivacyConfig, noise: float, *, cuda: bool) -> _Private:
+        from worldlm_ray.privacy.dp_sgd import RecordGradients, check_architecture, likely_cheaper
+
+        mode = privacy.grad_sample_mode
+        if mode == "auto":
+            mode = likely_cheaper(width=self.shape.hidden_size, length=self.shape.context)
+        check_architecture(self.shape, mode=mode)
+        bf16 = is_bf16(self.training, cuda=cuda)
+        records = RecordGradients(self.engine.module, max_grad_norm=privacy.max_grad_norm, mode=mode, bf16=bf16)
+        generator = torch.Generator(device=self.device)
+        # Of each worker its own, from the operating system, and never saved: noise that is drawn again cancels out.
+        generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+        # Each of W workers adds noise of sigma C / sqrt(W); DeepSpeed takes the mean over workers, the loss is times W.
+        scale = noise * privacy.max_grad_norm / self.workers**0.5 * self.workers / self.expected_records
+        private = _Private(records, generator, scale)
+        for parameter in self.parameters.values():
+            # A hook on the gradient: noise put into DeepSpeed's own shards would be lost under offloading, silently.
+            parameter.register_hook(private.add_noise)
+        return private
+
+    def _private_step(self, batch: Batch) -> Tensor:
+        """One step of DP-SGD on a Poisson batch, which may be empty; returns the mean loss of this worker's records.
+
+        Every part is two passes: one with respect to the layers' outputs, for each record's norm, and one through the
+        engine with every record's loss times its coefficient. All workers make equally many parts, padded with records
+        of weight zero, since their collectives must meet; the last part carries the noise.
+        """
+        assert self._private is not None
+        inputs, targets = (ids[self.rank :: self.workers] for ids in batch)
+        most = -(-len(batch[0]) // self.workers)
+        size = self.training.batch_size // self.workers
+        parts = max(1, -(-most // size))
+        total, private = torch.zeros((), dtype=torch.float64, device=self.device), self._private
+        private.noised = 0
+        for part in range(parts):
+            rows = slice(part * size, (part + 1) * size)
+            tokens_BT, targets_BT, real_B = self._padded(inputs[rows], targets[rows], size)
+            norm_B, loss_B = private.records.norms(tokens_BT, targets_BT)
+            weight_B = private.records.weights(norm_B) * real_B
+            losses_BT = cross_entropy(self.engine(tokens_BT), targets_BT, reduction="none").view(targets_BT.shape)
+            private.is_last = part == parts - 1
+            self.engine.set_gradient_accumulation_boundary(private.is_last)
+            # A loss that is not finite must not come near the sum: zero times infinity is not zero.
+            each_B = torch.where(weight_B > 0, losses_BT.mean(dim=1), torch.zeros_like(weight_B))
+            self.engine.backward((weight_B * each_B).sum() * self.workers / self.expected_records)
+            if private.is_last and private.noised != len(self.parameters):
+                raise PrivacyError(
+                    f"{private.noised} of {len(self.parameters)} parameters were noised: no step is taken"
+                )
+            self.engine.step()
+            private.is_last = False
+            total += (loss_B * real_B).sum().double()
+        return total / max(len(inputs), 1)
+
+    def _padded(
+        self, inputs: npt.NDArray[np.integer[Any]], targets: npt.NDArray[np.integer[Any]], size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The records, filled up with made-up ones, and 1 for each that is real."""
+        real_B = torch.zeros(size, device=self.device)
+        real_B[: len(inputs)] = 1.0
+        padded = []
+        for ids in (inputs, targets):
+            filled = np.zeros((size, self.shape.context), np.int64)
+            filled[: len(ids)] = ids
+            padded.append(torch.from_numpy(filled).to(self.device))
+        return padded[0], padded[1], real_B
 
     def _loss(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], reduction: str) -> Tensor:
         tokens_BT, targets_BT = (torch.from_numpy(np.array(ids, np.int64)).to(self.device) for ids in (inputs, targets))

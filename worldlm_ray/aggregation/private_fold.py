@@ -1,0 +1,100 @@
+"""Client-level privacy: updates clipped as a whole as they arrive, and noise on their sum.
+
+    flat = sum_i s(tau_i) clip([backbone change_i | key layers_i - the node's own], C)
+    next = model + rate (flat + N(0, (z C)^2)) / K
+
+Nothing but the clipping looks at an update: its weight is not its tokens, there is no attention over key layers, and
+K is the number of updates that an aggregation is meant to have, not of those that it has. One client is in one
+aggregation at most once, and s(tau) <= 1, so that adding or leaving out a client changes the sum by C at most.
+
+Source: McMahan et al., arXiv 1710.06963, algorithm 1, with a fixed denominator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from worldlm_ray.aggregation.fold import Fold
+from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
+from worldlm_ray.aggregation.staleness import discount
+from worldlm_ray.config import AggregationConfig
+from worldlm_ray.errors import AggregationError
+from worldlm_ray.messages import Update
+from worldlm_ray.params import Flat, Layout, add_scaled, blocks, squared_norm
+
+
+@dataclass(frozen=True)
+class ClientPrivacy:
+    """What a node promises the clients directly below it."""
+
+    clients: frozenset[str]
+    """Updates of others, which come from federations with noise of their own, are not clipped."""
+    bound: float
+    """L2 norm to which a whole update is clipped (C)."""
+    noise: float
+    """Noise multiplier (z)."""
+    delta: float
+    limit: int | None
+    """Updates that are accepted of one client, at most."""
+    expected: int
+    """Updates that an aggregation is meant to have (K)."""
+    generator: np.random.Generator
+    """Of the noise; seeded from the operating system, and never saved."""
+
+
+class PrivateFold(Fold):
+    """The running sum of one aggregation under client-level privacy.
+
+    Args:
+        layout: the model's layout.
+        rules: staleness.
+        privacy: clipping and noise.
+        origin: the run's initial key layers.
+        first_s: when the first update arrived.
+    """
+
+    def __init__(
+        self, layout: Layout, rules: AggregationConfig, privacy: ClientPrivacy, *, origin: Flat, first_s: float
+    ) -> None:
+        super().__init__(layout, rules, origin=origin, first_s=first_s)
+        self.privacy = privacy
+
+    def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
+        """Clip an update and fold it in."""
+        split = self.layout.backbone_size
+        weight = discount(self.rules.staleness, tau)
+        if update.sender in self.privacy.clients:
+            squared = squared_norm(update.values[:split]) + squared_norm(update.values[split:], theta[split:])
+            weight *= min(1.0, self.privacy.bound / max(math.sqrt(squared), 1e-12))
+        add_scaled(self.flat[:split], update.values[:split], weight)
+        if self.layout.key_layers:
+            add_scaled(self.flat[split:], update.values[split:], weight)
+            add_scaled(self.flat[split:], theta[split:], -weight)
+        self.tokens += update.tokens
+        self.contributors.append(update.sender)
+        self.shares[update.sender] = weight
+        return []
+
+    def finish(self, theta: Flat, optimizer: ServerOptimizer, *, members: int) -> tuple[Flat, float, list[list[float]]]:
+        """Add the noise and turn the sum into the next model; see `Fold.finish`."""
+        if self.tokens <= 0:
+            raise AggregationError("nothing was folded in: there is no update to aggregate")
+        split, privacy = self.layout.backbone_size, self.privacy
+        if privacy.noise > 0.0:
+            for part in blocks(self.layout.size):
+                block = self.flat[part]
+                noise = privacy.generator.standard_normal(block.size, np.float32)
+                noise *= np.float32(privacy.noise * privacy.bound)
+                block += noise
+        scale = 1.0 / privacy.expected
+        if self.rules.server_optimizer.lr is None:
+            scale *= min(privacy.expected / max(members, 1), 1.0)
+        self.shares = {name: weight * scale for name, weight in self.shares.items()}
+        keys = self.flat[split:]
+        keys *= np.float32(scale)
+        keys += theta[split:]
+        norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale)
+        return self.flat, norm, []

@@ -1,0 +1,91 @@
+"""Ledgers of an aggregator that promises client-level privacy: one per client, a line per update that was accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from worldlm_ray.config import PrivacyConfig
+from worldlm_ray.errors import PrivacyError
+from worldlm_ray.privacy.gaussian import gaussian_noise, most_contributions
+from worldlm_ray.privacy.ledger import Ledger
+
+
+class Contributions:
+    """What the clients directly below one node may contribute, and have contributed.
+
+    Every update that is accepted costs its client one contribution, whatever it weighs. Participation is not a secret
+    here, so that nothing is won from chance: the rate is 1.
+
+    Args:
+        privacy: the rules in force at the node.
+        folder: where ledgers lie.
+        node: path of the node.
+        clients: names of the clients directly below it.
+        rounds: updates that each means to push; they share the budget where the noise is not given.
+        run: name of the run.
+        key: dotted key of the node, for messages.
+
+    Raises:
+        PrivacyError: no noise keeps the rounds within the budget, or a ledger is damaged.
+    """
+
+    def __init__(
+        self,
+        privacy: PrivacyConfig,
+        folder: Path,
+        *,
+        node: str,
+        clients: tuple[str, ...],
+        rounds: int | None,
+        run: str,
+        key: str,
+    ) -> None:
+        self.privacy, self.run = privacy, run
+        self.paths = {name: f"{node}/{name}" for name in clients}
+        self.ledgers = {
+            name: Ledger(folder, unit="client", text=path.replace("/", ".")) for name, path in self.paths.items()
+        }
+        self.noise = self._noise(rounds, key)
+        target = privacy.target_epsilon
+        limits = [] if privacy.max_updates is None else [privacy.max_updates]
+        if target is not None:
+            limits.append(most_contributions(self.noise, target_epsilon=target, delta=privacy.delta))
+        self.limit = min(limits, default=None)
+        """Updates that are accepted of one client, at most."""
+
+    def _noise(self, rounds: int | None, key: str) -> float:
+        if self.privacy.noise_multiplier is not None:
+            return self.privacy.noise_multiplier
+        for ledger in self.ledgers.values():
+            for entry in ledger.entries():
+                return float(entry["noise"])  # chosen when the run began: a restart keeps to it
+        updates = min(n for n in (rounds, self.privacy.max_updates) if n is not None)
+        assert self.privacy.target_epsilon is not None
+        return gaussian_noise(
+            updates, target_epsilon=self.privacy.target_epsilon, delta=self.privacy.delta, key=f"{key}.privacy"
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Contributions so far, by client."""
+        return {name: len(ledger.entries()) for name, ledger in self.ledgers.items()}
+
+    def charge(self, client: str) -> None:
+        """Write a contribution down. When this returns it is on disk.
+
+        Raises:
+            PrivacyError: the ledger is damaged or cannot be written, or the budget does not hold it.
+        """
+        entry = {
+            "node": self.paths[client],
+            "run": self.run,
+            "unit": "client",
+            "noise": self.noise,
+            "rate": 1.0,
+            "steps": 1,
+            "delta": self.privacy.delta,
+            "accountant": "gaussian",
+            "target_epsilon": self.privacy.target_epsilon,
+        }
+        limit = self.limit
+        if not self.ledgers[client].charge(entry, allowed=lambda history: limit is None or len(history) <= limit):
+            raise PrivacyError(f"{self.paths[client]}: its ledger holds no further contribution; nothing is published")

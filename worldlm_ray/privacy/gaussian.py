@@ -1,0 +1,85 @@
+"""What Gaussian noise on sums of clipped updates costs: exact, and without Opacus, which inner nodes need not load.
+
+Source: Balle and Wang, arXiv 1805.06530, theorem 8; the composition of k Gaussian mechanisms with noise z is one with
+noise z / sqrt(k) (Dong et al., arXiv 1905.02383, corollary 3.3).
+"""
+
+from __future__ import annotations
+
+import math
+
+from worldlm_ray.errors import PrivacyError
+
+MOST = 1 << 20
+"""Contributions that are counted at most."""
+
+
+def gaussian_epsilon(noise: float, contributions: int, *, delta: float) -> float:
+    """Epsilon at a delta for somebody who contributed so often, each time under noise of that many clipping norms."""
+    if contributions == 0:
+        return 0.0
+    if noise == 0.0:
+        return math.inf
+    mu = math.sqrt(contributions) / noise
+
+    def delta_at(epsilon: float) -> float:
+        exponent = epsilon + _log_phi(-mu / 2.0 - epsilon / mu)
+        return _phi(mu / 2.0 - epsilon / mu) - math.exp(exponent)
+
+    low, high = 0.0, 1.0
+    if delta_at(0.0) <= delta:
+        return 0.0
+    while delta_at(high) > delta:
+        high *= 2.0
+    for _ in range(80):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if delta_at(middle) > delta else (low, middle)
+    return high
+
+
+def most_contributions(noise: float, *, target_epsilon: float, delta: float) -> int:
+    """How often one may contribute before a budget would break."""
+    if gaussian_epsilon(noise, 1, delta=delta) > target_epsilon:
+        return 0
+    low, high = 1, 2
+    while high < MOST and gaussian_epsilon(noise, high, delta=delta) <= target_epsilon:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = gaussian_epsilon(noise, middle, delta=delta) <= target_epsilon
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def gaussian_noise(contributions: int, *, target_epsilon: float, delta: float, key: str) -> float:
+    """The smallest noise with which one may contribute so often within a budget.
+
+    Raises:
+        PrivacyError: no noise is enough.
+    """
+    high = 1.0
+    while gaussian_epsilon(high, contributions, delta=delta) > target_epsilon:
+        high *= 2.0
+        if high > 1e6:
+            raise PrivacyError(
+                f"{key}.target_epsilon: no noise keeps {contributions} updates within {target_epsilon:g}"
+            )
+    low = 0.0
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2.0
+        fits = middle > 0.0 and gaussian_epsilon(middle, contributions, delta=delta) <= target_epsilon
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+def _phi(x: float) -> float:
+    """The normal distribution function."""
+    return 0.5 * math.erfc(-x / math.sqrt(2.0))
+
+
+def _log_phi(x: float) -> float:
+    """Its logarithm; far out, where it underflows, by its asymptotic."""
+    value = _phi(x)
+    if value > 0.0:
+        return math.log(value)
+    return -0.5 * x * x - math.log(-x) - 0.5 * math.log(2.0 * math.pi)
