@@ -193,6 +193,8 @@ class NodeSummary:
     refused: dict[str, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    epsilon: float | None = None
+    """Privacy spent, of a private client."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import launch, rundir, spending
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan
 from worldlm_ray.simulate import simulate
@@ -93,6 +93,28 @@ def test_a_client_whose_worker_was_killed_ends_with_the_same_bits(cluster: None,
     simulated = simulate(in_folder(plan, tmp_path / "simulated")).summary
     for path, node in simulated["nodes"].items():
         assert undisturbed["nodes"][path]["loss"] == pytest.approx(node["loss"], abs=1e-4)
+
+
+def test_private_clients_of_every_kind_pay_for_what_they_send(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    record = {"unit": "record", "noise_multiplier": 1.0}
+    children = [
+        client("sharded", tmp_path, 1, privacy=record, training={"zero_stage": 2}, **TWO),
+        client("single", tmp_path, 2, privacy=record),
+        {
+            "federation": "guild",
+            "privacy": {"unit": "client", "noise_multiplier": 1.0, "max_updates": 2},
+            "children": [client("member", tmp_path, 3)],
+        },
+    ]
+    plan = in_folder(tiny(children, budget={"rounds": 3}), tmp_path / "run")
+    summary = launch.train(plan).summary
+    paid = {row.nodes[0]: row.charges for row in spending.statements(plan)}
+    assert paid == {"world/sharded": 3, "world/single": 3, "world/guild/member": 2}
+    assert spending.unpaid(plan) == []
+    for path, node in summary["nodes"].items():
+        assert node["loss"] is None, path
+        if path in paid:
+            assert node["epsilon"] > 0.0
 
 
 def test_more_workers_than_the_cluster_can_hold_are_refused(cluster: None, tiny: Tiny, tmp_path: Path) -> None:

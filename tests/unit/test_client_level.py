@@ -162,7 +162,7 @@ def test_a_fold_that_is_open_survives_a_restart(layout: Layout, endless: BudgetC
 
 
 def test_epsilon_of_the_gaussian_mechanism() -> None:
-    """At delta 1e-4 Opacus' PRV accountant gives 2.70 and 6.17 for noise 3, 5 and 20 times, and 4.98 for 8, 100 times."""
+    """Opacus' PRV accountant, delta 1e-4: 2.70 and 6.17 for noise 3, 5 and 20 times; 4.98 for noise 8, 100 times."""
     assert gaussian_epsilon(3.0, 5, delta=1e-4) == pytest.approx(2.70, abs=0.02)
     assert gaussian_epsilon(3.0, 20, delta=1e-4) == pytest.approx(6.17, abs=0.02)
     assert gaussian_epsilon(8.0, 100, delta=1e-4) == pytest.approx(4.98, abs=0.02)
