@@ -155,6 +155,26 @@ def private(stage: int, preset: str, sizes: list[int], changes: dict[str, Any]) 
             worker.run([batch], [0.0])
             gradients.append(_whole(worker.moments("exp_avg"), layout) / (1.0 - settings.betas[0]))
         found["noised" if noise else "gradients"] = gradients
+        if noise == 0.0:
+            found["with_bad"], found["without_bad"] = _beside_a_bad_record(worker, shape, layout, initial)
+    return found
+
+
+def _beside_a_bad_record(worker: Any, shape: ModelShape, layout: Layout, initial: Flat) -> list[Flat]:
+    """First moments after a batch with a record whose gradient is not finite, and after the same without it."""
+    poisoned = initial.copy()
+    layout.views(poisoned)["model.embed_tokens.weight"][255] = np.inf
+    worker.write(poisoned)
+    [(inputs, targets)] = batches(shape, steps=1, size=5)
+    inputs[inputs == 255], targets[targets == 255] = 254, 254
+    bad = inputs.copy()
+    bad[2, 7] = 255
+    found = []
+    for chosen in (bad, inputs):
+        worker.forget()
+        kept = np.arange(5) if chosen is bad else np.array([0, 1, 3, 4])
+        worker.run([(chosen[kept], targets[kept])], [0.0])
+        found.append(_whole(worker.moments("exp_avg"), layout))
     return found
 
 

@@ -47,6 +47,7 @@ def test_a_private_stage_clips_like_brute_force_and_adds_the_noise_it_promised(
     first, second = in_group(private, stage, "nano", SIZES, {"batch_size": RECORDS, **changes})
     for size, gradient in zip(SIZES, first["gradients"], strict=True):
         np.testing.assert_allclose(gradient, brute_force(size), atol=1e-6, rtol=0.0, err_msg=f"{size} records")
+    np.testing.assert_allclose(first["with_bad"], first["without_bad"], atol=1e-7, rtol=0.0)
     expected = PRIVATE.max_grad_norm / RECORDS  # noise multiplier 1
     for noise in first["noised"]:
         assert float(noise.std()) == pytest.approx(expected, rel=0.01)

@@ -44,7 +44,8 @@ class _Call:
 
     layer: nn.Module
     input: Tensor
-    output: Tensor
+    output: Tensor | None
+    """None once what flows into it is known."""
 
 
 class RecordGradients:
@@ -110,7 +111,10 @@ class RecordGradients:
         loss_BT = cross_entropy(logits_BTV, targets_BT, reduction="none").view(targets_BT.shape)
         loss_B = loss_BT.mean(dim=1)
         # Layer outputs only, never parameters: their own gradients would not be clipped.
-        flows = list(torch.autograd.grad(loss_B.sum(), [call.output for call in calls], retain_graph=False))
+        outputs = [call.output for call in calls if call.output is not None]
+        flows = list(torch.autograd.grad(loss_B.sum(), outputs, retain_graph=False))
+        for call in calls:
+            call.output = None
         return loss_B.detach(), calls, flows
 
     def _squared(
@@ -119,11 +123,12 @@ class RecordGradients:
         """Squared norms of the records' gradients [B], and these gradients by layer if they are kept."""
         squared_B = torch.zeros(flows[0].shape[0], device=flows[0].device)
         samples: dict[int, dict[Any, Tensor]] = {}
-        for call, flow in zip(calls, flows, strict=True):
+        for index, call in enumerate(calls):
+            flow = flows[index]
             # An embedding's gradient has a row for every token of the vocabulary: only to be kept is it worth making.
             by_norm = self.mode == "ghost" or (isinstance(call.layer, nn.Embedding) and not keep)
             rule = _NORMS.get(type(call.layer)) if by_norm else None
-            flow = flow.float()
+            flow = flow.float()  # of bf16, the norms must not be
             if rule is not None:
                 for norm_B in rule(call.layer, [call.input], flow).values():
                     squared_B += norm_B.float().square()
@@ -135,6 +140,8 @@ class RecordGradients:
                 squared_B += gradient.flatten(1).float().square().sum(dim=1)
             if keep:
                 samples[id(call)] = found
+                # The gradients are all that is needed of this layer: its input and flow are as large as they are.
+                flows[index] = call.input = torch.empty(0, device=flow.device)
         return squared_B, samples
 
     def _add_layer(self, call: _Call, flow: Tensor, weight_B: Tensor, samples: dict[int, dict[Any, Tensor]]) -> None:

@@ -293,19 +293,19 @@ class ZeroWorker:
             tokens_BT, targets_BT, real_B = self._padded(inputs[rows], targets[rows], size)
             norm_B, loss_B = private.records.norms(tokens_BT, targets_BT)
             weight_B = private.records.weights(norm_B) * real_B
+            # A record whose gradient is not finite must not come near the sum, where zero times infinity is not zero.
+            tokens_BT[~torch.isfinite(norm_B)] = 0
             losses_BT = cross_entropy(self.engine(tokens_BT), targets_BT, reduction="none").view(targets_BT.shape)
             private.is_last = part == parts - 1
             self.engine.set_gradient_accumulation_boundary(private.is_last)
-            # A loss that is not finite must not come near the sum: zero times infinity is not zero.
-            each_B = torch.where(weight_B > 0, losses_BT.mean(dim=1), torch.zeros_like(weight_B))
-            self.engine.backward((weight_B * each_B).sum() * self.workers / self.expected_records)
+            self.engine.backward((weight_B * losses_BT.mean(dim=1)).sum() * self.workers / self.expected_records)
             if private.is_last and private.noised != len(self.parameters):
                 raise PrivacyError(
                     f"{private.noised} of {len(self.parameters)} parameters were noised: no step is taken"
                 )
             self.engine.step()
             private.is_last = False
-            total += (loss_B * real_B).sum().double()
+            total += (loss_B * real_B).nan_to_num(0.0, 0.0, 0.0).sum().double()
         return total / max(len(inputs), 1)
 
     def _padded(
