@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart test test-fast check format bench clean
+.PHONY: help quickstart test test-fast soak check format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,9 @@ test: $(READY)  ## all tests, those with Ray too
 
 test-fast: $(READY)  ## unit tests, without Ray, in under a minute
 	$(BIN)/python -m pytest tests/unit
+
+soak: $(READY)  ## mutated messages, checkpoints and configurations, a hundred times as many
+	$(BIN)/python -m pytest --soak --timeout=0 tests/unit/test_mutations.py
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -30,3 +30,9 @@ def tiny(tmp_path: Path) -> Callable[..., plan.Plan]:
         return plan.make_plan(config.from_mapping(raw | changes))
 
     return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak", action="store_true", help="run the tests of mutations and faults a hundred times as long"
+    )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -634,6 +634,7 @@ def _containers(schema: Any, overrides: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(overrides, dict):
         raise ConfigError(prefix or "config", f"got {overrides!r}", "expected a mapping of keys")
     result: dict[str, Any] = {}
+    hints = get_type_hints(type(schema))
     for name, value in overrides.items():
         key = str(name)
         dotted = f"{prefix}.{key}" if prefix else key
@@ -646,8 +647,20 @@ def _containers(schema: Any, overrides: Any, prefix: str) -> dict[str, Any]:
             raise ConfigError(dotted, f"got {value!r}", "expected a mapping of keys")
         elif isinstance(known, list) and not isinstance(value, list):
             raise ConfigError(dotted, f"got {value!r}", "expected a list, such as [a, b]")
+        hint = hints.get(key)
+        if isinstance(value, list | dict) and get_origin(hint) in (list, dict) and get_args(hint)[-1] is not Any:
+            _check_elements(value, dotted)
         result[key] = value
     return result
+
+
+def _check_elements(value: list[Any] | dict[Any, Any], key: str) -> None:
+    """Lists and mappings of plain values hold plain values. OmegaConf lets others pass."""
+    for place, element in enumerate(value) if isinstance(value, list) else value.items():
+        if element is None or isinstance(element, list | dict):
+            raise ConfigError(
+                f"{key}[{place}]", f"got {element!r}", "expected one plain value, such as a name or a number"
+            )
 
 
 def _unlock(node: Any) -> None:
