@@ -196,6 +196,9 @@ def evaluate(
     if as_json:
         console.print_json(json.dumps({path: vars(value) for path, value in measures.items()}))
         return
+    if not measures:
+        console.print("nothing to show: the losses of every client of this run are private (privacy.report_metrics)")
+        return
     console.print(table(run, measures))
 
 
