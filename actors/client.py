@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
-from actors.shared import Address, carry
+from actors.shared import Address, end_process, schedule_kills, was_restarted
+from actors.uplink import Steps, Stopped, Uplink, wait_for
 from worldlm_ray import checkpoint
 from worldlm_ray.client import Client
-from worldlm_ray.messages import Model, Packed, pack, unpack_model
+from worldlm_ray.errors import CheckpointError, SupersededError
+from worldlm_ray.messages import Model
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.privacy.account import Account
-from worldlm_ray.records import LifeRecord, Measure, PullRecord, PushRecord, Record
+from worldlm_ray.records import LifeRecord, Measure, Record
 from worldlm_ray.training.trainer import Trainer
 
-POLL_S = 0.5
-"""How often a client that waits for its parent looks whether it should stop."""
+STORAGE_AGAIN_S = 2.0
+"""How long a client that was started again waits for storage that refuses, before it asks again."""
+LAST_WORDS_S = 20.0
+"""Time to end the step that is under way and to write a checkpoint after SIGTERM."""
+ARRIVAL_S = 10.0
+"""How long a client that is told to stop still tries to have its last update arrive."""
+
+T = TypeVar("T")
 
 
 class ClientActor:
-    """A client. `run` occupies one thread of the actor for the whole run; the other calls come beside it.
+    """A client. Its life takes a thread of its own; calls come beside it.
 
     Args:
         address: the run and the node's path.
@@ -31,21 +40,33 @@ class ClientActor:
     def __init__(self, address: Address) -> None:
         self.plan = plan_from_mapping(address.mapping)
         self.spec = self.plan.node(address.path)
-        self.clock, self.recorder, self.parent = address.clock, address.recorder, address.parent
+        self.clock, self.recorder = address.clock, address.recorder
+        self.faults = self.plan.faults
+        self._address = address
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
-        self._stop = threading.Event()
+        self._stop, self._leave = threading.Event(), threading.Event()
+        self._ended = threading.Event()
+        self._outcome: str | Exception = ""
         self._model = threading.Lock()
-        """Held by whoever uses the trainer: calls beside `run` come on other threads."""
+        """Held by whoever uses the trainer: calls come on other threads."""
+        self._begin_once = threading.Lock()
+        self._thread: threading.Thread | None = None
         self._busy_s = 0.0
         self._began_s = self._saved_s = self.clock.now_s()
         self._is_set_up = False
+        schedule_kills(self.faults, self.spec.path, self.clock)
+        if was_restarted():
+            self.start()
 
     def _set_up(self) -> None:
         """Not in the constructor, where Ray would bury an error in a traceback and answer no call meanwhile."""
+        incarnation = checkpoint.claim(self._place)
         self.client = Client(self.plan, self.spec, make_trainer=self._make_trainer)
-        found = checkpoint.load(self._place, warn=lambda text: self._tell(self._life("warning", text)))
+        self.client.incarnation = incarnation
+        found = checkpoint.load(self._place, warn=self._warn)
         if found is not None:
             self.client.restore(*found)
+        self._uplink = Uplink(self._address, self.plan, self.client, tell=self._tell)
         self._tell(self._life("continued" if found else "started"))
 
     _make_trainer: Callable[[Account | None], Trainer] | None = None
@@ -68,69 +89,115 @@ class ClientActor:
                 self._is_set_up = True
             return self.client.round
 
-    def run(self) -> str:
-        """Live until the budget is spent (`finished`) or `stop` is called (`stopped`)."""
-        self.ready()  # after a restart nobody else calls it
-        last_seq = self._call(self.parent.join.remote(self.spec.name))
-        if last_seq is not None:
-            self.client.catch_up(last_seq)
-        if self.client.steps == 0:
-            self._tell(self.client.start_record(now_s=self.clock.now_s()))
-        self._began_s = self._saved_s = self.clock.now_s()
-        self._tell(self._life("training"))
-        while not self._stop.is_set():
-            if not self.client.began:
-                if self.client.is_done:
-                    return self._finish()
-                model = self._pull()
-                if model is None:
-                    break
-                if model.finished:
-                    return self._finish()
-                self._begin(model)
-                if not self.client.began:
-                    return self._finish()
-            if self._train():
-                self._push()
-                self._save_if_due()
-        self.save()
-        self._tell(self._life("stopped"))
-        return "stopped"
+    def start(self) -> None:
+        """Begin to live, unless the client lives already."""
+        with self._begin_once:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._guard, daemon=True)
+                self._thread.start()
+                atexit.register(self._last_words)
+
+    def outcome(self) -> str:
+        """Wait for the end: `finished` once the budget is spent, `stopped` after `stop`, `left` after `leave`.
+
+        Raises:
+            Exception: whatever broke the client.
+        """
+        self._ended.wait()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
 
     def stop(self) -> None:
         """End after the step that is under way; the rest of the round waits in the checkpoint."""
         self._stop.set()
 
+    def leave(self) -> None:
+        """Leave the run for good after the round that is under way."""
+        self._leave.set()
+
     def save(self) -> None:
-        """Write a checkpoint now."""
-        checkpoint.save(self._place, *self.client.state(), keep=self.plan.config.checkpoint.keep)
+        """Write a checkpoint now, or go on without."""
         self._saved_s = self.clock.now_s()
+        try:
+            if self.faults.now(self.spec.path, "disk", self.clock.now_s()):
+                raise CheckpointError(f"{self._place}: the storage refuses on purpose")
+            keep = self.plan.config.checkpoint.keep
+            checkpoint.save(self._place, *self.client.state(), incarnation=self.client.incarnation, keep=keep)
+        except CheckpointError as error:
+            self._warn(f"no checkpoint: {error}")
 
     def measure(self, refs: list[Any] | None = None) -> Measure | None:
         """Held-out quality of the client's model, or of the model behind a reference (in a list), unless private."""
+        self.ready()  # it may have been started again a moment ago
         parameters = ray.get(refs[0]) if refs else None
         with self._model:
             return self.client.report(self.plan.config.evaluation.final_tokens, parameters=parameters)
 
     def sample(self, prompt: str = "", tokens: int = 80) -> str:
         """Text from the client's model."""
+        self.ready()
         with self._model:
             return self.client.sample(prompt=prompt, tokens=tokens)
 
-    # ---- the cycle -------------------------------------------------------------------------------------------
+    # ---- life --------------------------------------------------------------------------------------------------
 
-    def _pull(self) -> Model | None:
-        """The parent's model; None when told to stop while waiting for it."""
-        answer = self._call(self.parent.pull.remote(self.spec.name, self.client.started_tokens))
-        if answer is None:
-            return None
-        header, refs = answer
-        packed = Packed(header, ray.get(refs[0]))
-        model = unpack_model(packed, self.plan.layout)
-        self._tell(
-            PullRecord(node=self.spec.path, now_s=self.clock.now_s(), version=model.version, bytes=packed.nbytes)
-        )
-        return model
+    def _guard(self) -> None:
+        """The thread of the client's life."""
+        try:
+            self._begin_again()
+            self._outcome = self._live()
+            self._ended.set()
+            if self._outcome == "finished":
+                self._stay()
+        except SupersededError as error:
+            end_process(str(error))
+        except Exception as error:  # noqa: BLE001 - a boundary: the launcher raises it from `outcome`
+            self._outcome = error
+            self._ended.set()
+
+    def _begin_again(self) -> None:
+        """Get ready; after a death, wait for the storage if need be."""
+        while True:
+            try:
+                self.ready()
+                return
+            except CheckpointError as error:
+                if not was_restarted():
+                    raise
+                self._warn(f"cannot go on yet: {error}")
+                if self._stop.wait(STORAGE_AGAIN_S):
+                    raise
+
+    def _live(self) -> str:
+        """Train until the budget is spent (`finished`), or `stop` or `leave` is called."""
+        try:
+            self._wait(self._uplink.join())
+            if self.client.steps == 0:
+                self._tell(self.client.start_record(now_s=self.clock.now_s()))
+            self._began_s = self._saved_s = self.clock.now_s()
+            self._tell(self._life("training"))
+            threading.Thread(target=self._beat, daemon=True).start()
+            while not self._stop.is_set():
+                if not self.client.began:
+                    if self._leave.is_set():
+                        return self._say_goodbye()
+                    if self.client.is_done:
+                        return self._finish()
+                    model = self._wait(self._uplink.pull())
+                    if model.finished:
+                        return self._finish()
+                    self._begin(model)
+                    if not self.client.began:
+                        return self._finish()
+                if self._train():
+                    self._push()
+                    self._save_if_due()
+        except Stopped:
+            pass
+        self.save()
+        self._tell(self._life("stopped"))
+        return "stopped"
 
     def _begin(self, model: Model) -> None:
         for record in self.client.begin(model, now_s=self.clock.now_s()):
@@ -155,31 +222,63 @@ class ClientActor:
         return whole
 
     def _push(self) -> None:
-        packed = pack(self.client.update(), self.plan.layout)
-        header, refs = carry(packed)
-        self._tell(PushRecord(node=self.spec.path, now_s=self.clock.now_s(), bytes=packed.nbytes))
-        # Waited for without an eye on `stop`: the work is done and deserves to arrive.
-        verdict = ray.get(self.parent.push.remote(self.spec.name, header, refs))
-        if not verdict.accepted:
-            self.client.refused(verdict.reason)
+        update = self.client.update()
+        shared = self._uplink.share(update)
+        self.client.outbox.use_shared_copy(update.values, shared)
+        [kept] = self.client.outbox.after(update.seq - 1)
+        del update
+        # The work is done and deserves to arrive, even if the client is told to stop meanwhile.
+        stopped_at: list[float] = []
+
+        def enough() -> bool:
+            if self._stop.is_set() and not stopped_at:
+                stopped_at.append(self.clock.now_s())
+            return bool(stopped_at) and self.clock.now_s() - stopped_at[0] > ARRIVAL_S
+
+        wait_for(self._uplink.push(kept), enough)
 
     def _finish(self) -> str:
         self.save()
-        ray.get(self.parent.done.remote(self.spec.name))
+        self._wait(self._uplink.done())
         self._tell(self._life("finished", self.client.last_word))
         return "finished"
 
-    def _call(self, ref: Any) -> Any:
-        """The answer to a call, or None when told to stop while waiting."""
-        while not self._stop.is_set():
-            ready, _ = ray.wait([ref], timeout=POLL_S)
-            if ready:
-                return ray.get(ref)
-        return None
+    def _say_goodbye(self) -> str:
+        self.save()
+        self._wait(self._uplink.left())
+        self._tell(self._life("left"))
+        return "left"
+
+    def _stay(self) -> None:
+        """At its end a client stays with its parent: if that dies, it must hear again what it has forgotten."""
+        while not self._stop.wait(self.plan.config.liveness.heartbeat_s):
+            try:
+                if not self._wait(self._uplink.beat()):
+                    self._wait(self._uplink.join())
+                    self._wait(self._uplink.done())
+            except Stopped:
+                return
+
+    def _beat(self) -> None:
+        """Signs of life to the parent, beside the training."""
+        while not self._ended.wait(self.plan.config.liveness.heartbeat_s):
+            self._uplink.send_beat()
+
+    def _wait(self, steps: Steps[T]) -> T:
+        return wait_for(steps, self._stop.is_set)
 
     def _save_if_due(self) -> None:
         if self.clock.now_s() - self._saved_s >= self.plan.config.checkpoint.every_s:
             self.save()
+
+    def _last_words(self) -> None:
+        """The process ends in an orderly way, as after SIGTERM: leave a checkpoint."""
+        if not self._ended.is_set():
+            self._stop.set()
+            self._ended.wait(LAST_WORDS_S)
+
+    def _warn(self, text: str) -> None:
+        self._tell(self._life("warning", text))
 
     def _life(self, event: str, detail: str = "") -> LifeRecord:
         return LifeRecord(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
 
 from actors.inner import InnerActor
 from actors.shared import Address
+from actors.uplink import Uplink, follow
 from worldlm_ray.aggregation.events import ParentModel
-from worldlm_ray.messages import Packed, unpack_model
-from worldlm_ray.records import PullRecord, PushRecord
+from worldlm_ray.records import Record
 
 
 class FederationActor(InnerActor):
@@ -19,32 +19,49 @@ class FederationActor(InnerActor):
     """
 
     def __init__(self, address: Address) -> None:
+        self._work = asyncio.Event()
         super().__init__(address)
-        self.parent = address.parent
+        self._uplink = Uplink(address, self.plan, self.node, tell=self._record)
 
-    async def start(self) -> None:
-        """Join the parent, then begin."""
-        await self.parent.join.remote(self.spec.name)
-        await super().start()
+    def _exchange(self) -> None:
+        """Hand the update over to the task that talks to the parent."""
+        update = self.node.begin_exchange()
+        self.node.use_shared_copy(update.values, self._uplink.share(update))
+        # Saved before it is sent: after a crash the same update goes out again under the same seq.
+        self._save()
+        self._work.set()
 
-    async def _exchange(self, header: bytes, ref: Any, nbytes: int) -> None:
-        """Push, then pull, then merge; children are served from this actor's loop all the while.
+    async def _live(self) -> None:
+        """Talk to the parent: one task does, so that nothing overtakes. Children are served all the while."""
+        await follow(self._uplink.join())
+        told = False
+        while True:
+            if self.node.in_flight is not None:
+                await follow(self._uplink.push(self.node.in_flight))
+                model = await follow(self._uplink.pull())
+                self._handle(ParentModel(model=model, now_s=self.clock.now_s()))
+            elif self.node.ended and not told:
+                await follow(self._uplink.done())
+                told = True
+                self._ended.set()
+            else:
+                told = told and self.node.ended
+                await self._rest()
 
-        Args:
-            header: of the update.
-            ref: its buffer in the object store.
-            nbytes: size of the buffer.
-        """
-        pushed = PushRecord(node=self.spec.path, now_s=self.clock.now_s(), bytes=len(header) + nbytes)
-        await self.parent.push.remote(self.spec.name, header, [ref])
-        header, refs = await self.parent.pull.remote(self.spec.name, self.node.started_tokens)
-        received = Packed(header, await refs[0])
-        model = unpack_model(received, self.plan.layout)
-        now_s = self.clock.now_s()
-        pulled = PullRecord(node=self.spec.path, now_s=now_s, version=model.version, bytes=received.nbytes)
-        self.recorder.record.remote([pushed, pulled])
-        self._handle(ParentModel(model=model, now_s=now_s))
+    async def _rest(self) -> None:
+        """Until there is something to do, tell the parent now and then that this node lives."""
+        self._work.clear()
+        try:
+            await asyncio.wait_for(self._work.wait(), self.plan.config.liveness.heartbeat_s)
+        except TimeoutError:
+            if not await follow(self._uplink.beat()):
+                await follow(self._uplink.join())
+                if self.node.ended:
+                    await follow(self._uplink.done())
 
-    async def _finish(self) -> None:
-        await self.parent.done.remote(self.spec.name)
-        await super()._finish()
+    def _finish(self) -> None:
+        self._tell("finished")
+        self._work.set()
+
+    def _record(self, record: Record) -> None:
+        self.recorder.record.remote([record])

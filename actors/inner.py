@@ -7,21 +7,27 @@ lock. The order of one exchange, for concurrency's sake:
     2. its `pull` leaves a future; the machine's Serve command, at once or after a later event, resolves it
     3. the model is put into the object store once; the second and later children get the same reference, and the
        machine then works on the shared copy instead of its own
+
+Ray starts the actor again when its process dies. It then claims a new incarnation, goes back to its last checkpoint and
+begins by itself; its children notice, join again, and send what the checkpoint does not know.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
 import ray
 
-from actors.shared import Address, Carried
+from actors.shared import Address, Carried, end_process, schedule_kills, was_restarted
 from worldlm_ray import checkpoint
 from worldlm_ray.aggregation.events import (
     Answer,
+    Beat,
     Charge,
     Clock,
     Command,
@@ -30,17 +36,27 @@ from worldlm_ray.aggregation.events import (
     Exchange,
     Finish,
     Joined,
+    Left,
     Note,
     Pull,
     Push,
+    Save,
     Serve,
     Verdict,
     Wake,
 )
+from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.audit import AuditLog
+from worldlm_ray.errors import CheckpointError, MessageError, SupersededError
 from worldlm_ray.messages import Packed, pack
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
-from worldlm_ray.records import AggregationRecord, LifeRecord, Record
+from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
+
+STORAGE_AGAIN_S = 2.0
+"""How long a node that was started again waits for storage that refuses, before it asks again."""
+LAST_WORDS_S = 20.0
+"""Time to write a checkpoint after SIGTERM."""
 
 
 class InnerActor:
@@ -56,56 +72,94 @@ class InnerActor:
         self.clock, self.recorder = address.clock, address.recorder
         self.contributions = self.plan.contributions(self.spec)
         self.node = self.plan.inner_node(self.spec, self.plan.initial(), self.contributions)
+        self.faults = self.plan.faults
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
+        self._audit = AuditLog(self.plan.run_dir, self.spec.path, warn=self._warn)
         self._began_s = self._saved_s = self.clock.now_s()
         self._busy_s = 0.0
-        self._verdicts: dict[str, Verdict] = {}
+        self._verdict: Verdict | None = None
         self._pulls: dict[str, asyncio.Future[Carried]] = {}
         self._published: tuple[Flat, Any] | None = None
+        self._is_up = False
+        self._started = asyncio.Event()
         self._ended = asyncio.Event()
         self._error: Exception | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        found = checkpoint.load(self._place, warn=lambda text: self._tell("warning", text))
-        if found is not None:
-            self.node.restore(*found)
-        self._tell("continued" if found else "started")
+        schedule_kills(self.faults, self.spec.path, self.clock)
+        if was_restarted():
+            self._spawn(self._begin_again())
 
     # ---- called by children ----------------------------------------------------------------------------------
 
-    async def join(self, child: str) -> int:
-        """A child is here; returns the highest seq accepted from it."""
-        self._handle(Joined(child=child, now_s=self.clock.now_s()))
-        return self.node.children[child].last_seq
+    async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
+        """A child is here; returns what it must know."""
+        await self._started.wait()
+        self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=self.clock.now_s()))
+        return self.node.welcome(child)
 
-    async def push(self, sender: str, header: bytes, refs: list[Any]) -> Verdict:
+    async def push(self, sender: str, incarnation: int, to: int, header: bytes, refs: list[Any]) -> Verdict:
         """Take an update. The buffer is mapped from the object store and folded without a copy."""
         values = await refs[0]
-        packed = Packed(header, values)
-        self._handle(Push(sender=sender, packed=packed, now_s=self.clock.now_s()))
+        await self._started.wait()
+        packed, now_s = Packed(header, values), self.clock.now_s()
+        self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=now_s))
+        verdict = self._verdict
+        assert verdict is not None
         self._save_if_due()
-        return self._verdicts.pop(sender)
+        return verdict
 
-    async def pull(self, child: str, started_tokens: int) -> Carried:
+    async def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Carried:
         """Give the model to a child, as soon as the child may go on."""
+        await self._started.wait()
         future: asyncio.Future[Carried] = asyncio.get_running_loop().create_future()
+        before = self._pulls.get(child)
         self._pulls[child] = future
-        self._handle(Pull(child=child, started_tokens=started_tokens, now_s=self.clock.now_s()))
+        try:
+            now_s = self.clock.now_s()
+            event = Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=now_s)
+            self._handle(event)
+        except MessageError:
+            if self._pulls.get(child) is future:
+                del self._pulls[child]
+                if before is not None:
+                    self._pulls[child] = before
+            raise
         return await future
 
-    async def done(self, child: str) -> None:
+    async def done(self, child: str, incarnation: int, to: int) -> None:
         """A child will train no more."""
-        self._handle(Done(child=child, now_s=self.clock.now_s()))
+        await self._started.wait()
+        self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+
+    async def left(self, child: str, incarnation: int, to: int) -> None:
+        """A child leaves the run for good."""
+        await self._started.wait()
+        self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+
+    async def beat(self, child: str, incarnation: int, to: int) -> None:
+        """A child lives."""
+        await self._started.wait()
+        self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
 
     # ---- called by the launcher ------------------------------------------------------------------------------
 
     async def ready(self) -> int:
-        """The version that this node starts from; also answers whether the actor is up."""
+        """Continue from a checkpoint if there is one; returns the version that this node starts from."""
+        if not self._is_up:
+            self._set_up()
         return self.node.version
 
     async def start(self) -> None:
         """Begin: send again what was on its way when the last run of this node ended."""
+        if self._started.is_set():
+            return
+        await self.ready()
         self._publish()
+        self._started.set()
         self._perform(self.node.resume())
+        self._spawn(self._live())
+        self._spawn(self._tick())
+        atexit.register(self._last_words, asyncio.get_running_loop())
 
     async def ended(self) -> None:
         """Return when everything below has ended and has been passed on.
@@ -126,6 +180,51 @@ class InnerActor:
         self._save()
         return self.node.version
 
+    # ---- life --------------------------------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        incarnation = checkpoint.claim(self._place)
+        found = checkpoint.load(self._place, warn=self._warn)
+        if found is not None:
+            self.node.restore(*found)
+        self.node.incarnation = incarnation
+        if incarnation > 1:
+            self._audit.restored(now_s=self.clock.now_s(), incarnation=incarnation, last_seq=self.node.seqs())
+        self._is_up = True
+        self._tell("continued" if found else "started")
+
+    async def _begin_again(self) -> None:
+        """After a death: wait for the storage if need be, then go on."""
+        while not self._is_up:
+            try:
+                self._set_up()
+            except CheckpointError as error:
+                self._warn(f"cannot go on yet: {error}")
+                await asyncio.sleep(STORAGE_AGAIN_S)
+        await self.start()
+
+    async def _live(self) -> None:
+        """What a node does besides answering its children: nothing, at the world."""
+
+    async def _tick(self) -> None:
+        """Now and then look at the clock, and whether this process still is the one that counts."""
+        while True:
+            await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
+            self._check_newest()
+            self._handle(Clock(now_s=self.clock.now_s()))
+
+    def _check_newest(self) -> None:
+        """The world has no parent that would tell it that another process plays it by now."""
+        try:
+            if checkpoint.newest_incarnation(self._place) > self.node.incarnation:
+                end_process(f"{self.spec.path}: incarnation {self.node.incarnation} was replaced")
+        except OSError:
+            return  # the storage is away
+
+    def _last_words(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The process ends in an orderly way, as after SIGTERM: leave a checkpoint."""
+        asyncio.run_coroutine_threadsafe(self.save(), loop).result(LAST_WORDS_S)
+
     # ---- the machine -----------------------------------------------------------------------------------------
 
     def _handle(self, event: Event) -> None:
@@ -138,37 +237,35 @@ class InnerActor:
         records: list[Record] = []
         for command in commands:
             if isinstance(command, Note):
+                if isinstance(command.record, VerdictRecord):
+                    self._audit.verdict(command.record)
                 records.append(self._with_busy(command.record))
             elif isinstance(command, Charge):
                 assert self.contributions is not None
                 self.contributions.charge(command.child)  # blocks: nothing may be published before it is on disk
             elif isinstance(command, Answer):
-                self._verdicts[command.child] = command.verdict
+                self._verdict = command.verdict
             elif isinstance(command, Serve):
                 future = self._pulls.pop(command.child, None)
                 if future is not None and not future.done():
                     header = pack(command.model, self.plan.layout).header
                     future.set_result((header, [self._publish()]))
+            elif isinstance(command, Save):
+                self._save()
             elif isinstance(command, Exchange):
                 self._publish()
-                update = self.node.begin_exchange()
-                ref, _ = self._share(update.values)
-                # Saved before it is sent: after a crash the same update goes out again under the same seq.
-                self._save()
-                # Only the reference goes on: Ray keeps a coroutine's arguments alive until it returns.
-                self._spawn(self._exchange(pack(update, self.plan.layout).header, ref, update.values.nbytes))
-                del update
+                self._exchange()
             elif isinstance(command, Wake):
                 self._spawn(self._wake(command.at_s))
             elif isinstance(command, Finish):
-                self._spawn(self._finish())
+                self._finish()
         if records:
             self.recorder.record.remote(records)
 
-    async def _exchange(self, header: bytes, ref: Any, nbytes: int) -> None:
+    def _exchange(self) -> None:
         raise NotImplementedError(f"{self.spec.path} has no parent")
 
-    async def _finish(self) -> None:
+    def _finish(self) -> None:
         self._tell("finished")
         self._ended.set()
 
@@ -180,24 +277,22 @@ class InnerActor:
         """The one object-store reference of the published model."""
         if self._published is None or self._published[0] is not self.node.theta:
             self._published = None  # an old version goes before the new one comes, unless a child still reads it
-            ref, view = self._share(self.node.theta)
-            self._published = (view, ref)
+            values = self.node.theta
+            ref = ray.put(values)
+            # Blocking is right here: the object is on this machine already, and no event may come in between.
+            self._published = (self.node.use_shared_copy(values, ray.get(ref)), ref)
         return self._published[1]
 
-    def _share(self, values: Flat) -> tuple[Any, Flat]:
-        """Move one of the machine's buffers into the object store; returns the reference and the shared copy."""
-        ref = ray.put(values)
-        # Blocking is right here: the object is on this machine already, and no event may come in between.
-        return ref, self.node.use_shared_copy(values, ray.get(ref))
-
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guard(self, work: Any) -> None:
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
+        except SupersededError as error:
+            end_process(str(error))
         except Exception as error:  # noqa: BLE001 - a boundary: the launcher raises it from `ended`
             self._error = error
             self._ended.set()
@@ -208,14 +303,30 @@ class InnerActor:
             self._save()
 
     def _save(self) -> None:
-        checkpoint.save(self._place, *self.node.state(), keep=self.plan.config.checkpoint.keep)
+        """Write a checkpoint, or go on without: what children keep grows until the storage is back."""
         self._saved_s = self.clock.now_s()
+        seqs = self.node.seqs()
+        try:
+            if self.faults.now(self.spec.path, "disk", self.clock.now_s()):
+                raise CheckpointError(f"{self._place}: the storage refuses on purpose")
+            meta, arrays = self.node.state()
+            keep = self.plan.config.checkpoint.keep
+            checkpoint.save(self._place, meta, arrays, incarnation=self.node.incarnation, keep=keep)
+        except SupersededError as error:
+            end_process(str(error))
+        except CheckpointError as error:
+            self._warn(f"no checkpoint: {error}")
+        else:
+            self.node.saved(seqs)
 
     def _with_busy(self, record: Record) -> Record:
         if isinstance(record, AggregationRecord):
             alive_s = max(self.clock.now_s() - self._began_s, 1e-9)
             return replace(record, busy_fraction=min(self._busy_s / alive_s, 1.0))
         return record
+
+    def _warn(self, text: str) -> None:
+        self._tell("warning", text)
 
     def _tell(self, event: str, detail: str = "") -> None:
         record = LifeRecord(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from worldlm_ray.messages import Packed
+from worldlm_ray.faults import Faults
 from worldlm_ray.tree import parent_path
 
 RECORDER = "recorder"
@@ -58,6 +62,22 @@ class Address:
         return ray.get_actor(parent_path(self.path), namespace=self.namespace)
 
 
-def carry(packed: Packed) -> Carried:
-    """Put a message's buffer into the object store."""
-    return packed.header, [ray.put(packed.values)]
+def was_restarted() -> bool:
+    """Whether Ray has started this actor again after a death: nobody will tell it to begin."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def end_process(why: str) -> None:
+    """End a leftover: another process plays this actor by now, and whatever this one does is wrong."""
+    print(f"worldlm: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def schedule_kills(faults: Faults, path: str, clock: RunClock) -> None:
+    """Let this process die at the times at which a fault script says so."""
+    for fault in faults.of(path, kind="kill"):
+        left_s = fault.at_s - clock.now_s()
+        if left_s > 0:
+            timer = threading.Timer(left_s, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()

@@ -371,10 +371,9 @@ class ZeroClientActor(ClientActor):
     """
 
     def __init__(self, address: Address) -> None:
-        super().__init__(address)
-        self._address = address
         self._token = secrets.token_hex(4)
-        self._desk = Desk(self._token, name=self.spec.path)
+        self._desk = Desk(self._token, name=address.path)
+        super().__init__(address)
 
     def _make_trainer(self, account: Account | None) -> Trainer:
         noise = 0.0 if account is None else account.noise

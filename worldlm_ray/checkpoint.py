@@ -1,12 +1,18 @@
 """Checkpoints of nodes: safetensors beside JSON, versioned, atomic, never pickle.
 
-    checkpoints/world/europe/italy/
-        000041-7f3a/            one checkpoint: number, then a random part
+    checkpoints/world/europe/italy/@/
+        0002-000041-7f3a/       one checkpoint: the writer's incarnation, a number, a random part
             arrays.safetensors
             meta.json           written last; holds the sizes and the SHA-256 of the arrays
+        incarnations/2          how often the node has been started
 
 A checkpoint is written under a temporary name, flushed to disk and renamed; loading takes the newest that is
 whole, falls back to the one before if it is not, and says so.
+
+After a node of the cluster was lost, two processes may play one actor for a while. Each has claimed an incarnation of
+its own, by creating a file that nobody else can create. The older one learns of the newer when it saves: before it
+writes, and again before it counts on what it has written. What it wrote in between the newer one has either read or
+will never read, since checkpoints are ordered by incarnation first.
 """
 
 from __future__ import annotations
@@ -14,10 +20,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +33,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from worldlm_ray.errors import CheckpointError
+from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.params import Flat
 
-FORMAT = 1
+FORMAT = 2
+_INCARNATIONS = "incarnations"
+_NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 
 
 def folder(run_dir: Path, path: str) -> Path:
@@ -36,13 +46,49 @@ def folder(run_dir: Path, path: str) -> Path:
     return run_dir / "checkpoints" / path / "@"
 
 
-def save(place: Path, meta: Mapping[str, Any], arrays: Mapping[str, Flat], *, keep: int = 2) -> Path:
+def claim(place: Path) -> int:
+    """Begin a new life of a node: its number, which no other process has or will have.
+
+    Raises:
+        CheckpointError: the storage refused.
+    """
+    folder = place / _INCARNATIONS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = newest_incarnation(place) + 1
+        while True:
+            try:
+                (folder / str(number)).touch(exist_ok=False)
+                break
+            except FileExistsError:
+                number += 1
+        _sync(folder)
+        for path in folder.iterdir():
+            if path.name.isdigit() and int(path.name) < number:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {place}: {error}; free the storage") from error
+    return number
+
+
+def newest_incarnation(place: Path) -> int:
+    """The number of a node's newest life; 0 if it has never lived."""
+    folder = place / _INCARNATIONS
+    if not folder.is_dir():
+        return 0
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+
+
+def save(
+    place: Path, meta: Mapping[str, Any], arrays: Mapping[str, Flat], *, incarnation: int = 1, keep: int = 2
+) -> Path:
     """Write a checkpoint and drop the oldest.
 
     Args:
         place: the node's folder; made if need be.
         meta: JSON values.
         arrays: flat buffers.
+        incarnation: the writer's.
         keep: checkpoints to keep, this one included.
 
     Returns:
@@ -50,12 +96,14 @@ def save(place: Path, meta: Mapping[str, Any], arrays: Mapping[str, Flat], *, ke
 
     Raises:
         CheckpointError: the storage refused; nothing half-written is left under a final name.
+        SupersededError: a newer process plays this node; the checkpoint does not count.
     """
+    temporary = place / f".writing-{secrets.token_hex(4)}"
     try:
         place.mkdir(parents=True, exist_ok=True)
+        _check_newest(place, incarnation)
         old = _numbered(place)
-        number = (old[-1][0] if old else 0) + 1
-        temporary = place / f".writing-{secrets.token_hex(4)}"
+        number = max((number for (_, number), _ in old), default=0) + 1
         temporary.mkdir()
         file = temporary / "arrays.safetensors"
         digest = _write_arrays(file, arrays)
@@ -68,10 +116,14 @@ def save(place: Path, meta: Mapping[str, Any], arrays: Mapping[str, Flat], *, ke
         }
         (temporary / "meta.json").write_text(json.dumps(manifest), encoding="utf-8")
         _sync(temporary / "meta.json")
-        final = place / f"{number:06d}-{secrets.token_hex(2)}"
+        final = place / f"{incarnation:04d}-{number:06d}-{secrets.token_hex(2)}"
         temporary.rename(final)
         _sync(place)
+        _check_newest(place, incarnation)
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            _check_newest(place, incarnation)  # a newer life clears away what an older one has not finished
         raise CheckpointError(f"cannot write a checkpoint to {place}: {error}; free the storage") from error
     for unfinished in place.glob(".writing-*"):  # of a writer that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -143,11 +195,18 @@ def _write_arrays(file: Path, arrays: Mapping[str, Flat]) -> str:
     return digest.hexdigest()
 
 
-def _numbered(place: Path) -> list[tuple[int, Path]]:
+def _check_newest(place: Path, incarnation: int) -> None:
+    newest = newest_incarnation(place)
+    if newest > incarnation:
+        raise SupersededError(f"{place}: incarnation {newest} is there; {incarnation} must end")
+
+
+def _numbered(place: Path) -> list[tuple[tuple[int, int], Path]]:
+    """Checkpoints by incarnation and number, oldest first."""
     if not place.is_dir():
         return []
-    found = [(path.name.partition("-")[0], path) for path in place.iterdir() if path.is_dir()]
-    return sorted((int(number), path) for number, path in found if number.isdigit())
+    found = [(_NAME.fullmatch(path.name), path) for path in place.iterdir() if path.is_dir()]
+    return sorted(((int(match[1]), int(match[2])), path) for match, path in found if match)
 
 
 def _sha256(file: Path) -> str:

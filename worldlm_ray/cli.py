@@ -260,6 +260,24 @@ def privacy(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
+def audit(run: Run, as_json: Json = False) -> None:
+    """Print what the audit trail of a run proves, edge by edge: no accepted update lost, none applied twice."""
+    from worldlm_ray import rundir
+    from worldlm_ray.audit import proofs
+    from worldlm_ray.report import audit_table
+
+    found = proofs(rundir.find(run))
+    broken = [proof for proof in found if not proof.holds]
+    if as_json:
+        console.print_json(json.dumps({"edges": [vars(proof) for proof in found], "holds": not broken}))
+    else:
+        console.print(audit_table(found))
+        console.print("nothing was lost and nothing applied twice" if not broken else "THE TRAIL IS BROKEN")
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
 def status(
     run: Run,
     watch: Annotated[bool, typer.Option("--watch", help="refresh until Ctrl-C")] = False,

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.merge import Merger, Moved
+from worldlm_ray.aggregation.outbox import Outbox, Welcome
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError
 from worldlm_ray.messages import Model, Update
@@ -74,7 +76,12 @@ class Client:
         self.steps = self.tokens = 0
         self.loss_sum = 0.0
         """Sum of step losses of the round that is under way (or has just ended)."""
+        self.incarnation = 1
+        """How often this client has been started: for the shell to set."""
+        self.outbox = Outbox()
+        """What the parent has not made durable yet."""
         self.seq = self.base_version = 0
+        self.base_incarnation = 1
         self.progress = 0.0
         self.learning_rate = 0.0
         self.began = False
@@ -132,22 +139,25 @@ class Client:
         """Why the client ends before the others do, if it does."""
         return "its privacy budget is spent" if self.is_exhausted else ""
 
-    def catch_up(self, last_seq: int) -> None:
-        """Count the rounds that the parent has accepted since the checkpoint that this client came back from.
+    def welcomed(self, welcome: Welcome) -> list[Update]:
+        """The parent is there, perhaps again: what must be sent to it once more, in this order.
 
-        Every push is one round. Without this a restarted client would train and push them again, and they would
-        count twice.
+        Rounds that the parent has accepted since the checkpoint that this client came back from are counted. Every
+        push is one round. Without this a restarted client would train and push them again, and they would count twice.
         """
-        missed = last_seq - self.seq
+        missed = welcome.last_seq - self.seq
         if missed > 0:
-            self.seq, self.began, self.step = last_seq, False, 0
+            self.seq, self.began, self.step = welcome.last_seq, False, 0
             self.round += missed
             self.steps = self.round * self.training.local_steps
             self.tokens = self.round * self.round_tokens
+        self.outbox.durable(welcome.durable_seq)
+        return self.outbox.after(welcome.last_seq)
 
-    def refused(self, reason: str) -> None:
-        """Hear that an update was refused: a model that has diverged is given up for the parent's."""
-        self.start_over = reason in ("not_finite", "norm_exceeded")
+    def answered(self, verdict: Verdict) -> None:
+        """The parent's word about an update. A model that has diverged is given up for the parent's."""
+        self.outbox.heed(verdict)
+        self.start_over = verdict.reason in ("not_finite", "norm_exceeded")
 
     def begin(self, model: Model, *, now_s: float) -> list[Record]:
         """Merge the parent's model and begin a local round from the result.
@@ -182,6 +192,8 @@ class Client:
         else:
             self.trainer.read(self.base)
         self.base_version, self.progress = model.version, model.progress
+        self.base_incarnation = model.incarnation
+        self.outbox.durable(model.durable_seq)
         self.seq = max(self.seq, model.last_seq)
         self.step, self.loss_sum, self.began = 0, 0.0, True
         return records
@@ -246,7 +258,7 @@ class Client:
         np.subtract(values[:split], self.base[:split], out=values[:split])
         self.seq += 1
         self.began = False
-        return Update(
+        update = Update(
             sender=self.spec.name,
             seq=self.seq,
             base_version=self.base_version,
@@ -255,7 +267,10 @@ class Client:
             values=values,
             metrics={"train_loss": self.train_loss} if self.reports else {},
             epsilon=self.account.epsilon() if self.account is not None else None,
+            base_incarnation=self.base_incarnation,
         )
+        self.outbox.add(update)
+        return update
 
     def round_record(
         self, *, now_s: float, train_s: float, busy_fraction: float, measure: Measure | None
@@ -347,7 +362,8 @@ class Client:
         if self.merger.heard is not None:
             arrays["heard"] = self.merger.heard
         arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
-        return meta, arrays
+        meta["outbox"], kept = self.outbox.state()
+        return meta, arrays | kept
 
     def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` described.
@@ -368,6 +384,7 @@ class Client:
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = arrays["heard"]
         self.trainer.write(arrays["theta"])
+        self.outbox.restore(meta["outbox"], arrays)
         prefix = "optimizer."
         self.trainer.load_optimizer_state(
             {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
@@ -408,6 +425,7 @@ _STATE = (
     "loss_sum",
     "seq",
     "base_version",
+    "base_incarnation",
     "progress",
     "learning_rate",
     "began",

@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from worldlm_ray import audit
 from worldlm_ray.report import amount
 
 COLUMNS = {
@@ -247,11 +248,9 @@ def _staleness(figure: Figure, runs: list[dict[str, Any]], out: Path) -> None:
         counts: Counter[int] = Counter()
         for run in runs:
             if run["method"] == method:
-                audit = out / "runs" / f"{method}-{run['seed']}" / "audit.jsonl"
-                for line in audit.read_text(encoding="utf-8").splitlines():
-                    entry = json.loads(line)
-                    if entry["verdict"] == "accepted":
-                        counts[entry["tau"]] += 1
+                for line in audit.read(out / "runs" / f"{method}-{run['seed']}"):
+                    if line.get("verdict") == audit.ACCEPTED:
+                        counts[line["tau"]] += 1
         total = counts.total()
         taus = sorted(counts)
         axes.plot(taus, [counts[tau] / total for tau in taus], marker="o", color=f"C{index}", label=method)

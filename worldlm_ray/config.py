@@ -303,7 +303,17 @@ class CheckpointConfig:
 
     every_s: float = 20.0
     """Seconds between two checkpoints of a node."""
+    every_updates: int = 4
+    """A node also writes one once a child keeps this many updates for the case that the node dies."""
     keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LivenessConfig:
+    """How nodes notice that another has died, or cannot be reached."""
+
+    heartbeat_s: float = 2.0
+    """Seconds between two signs of life from a child to its parent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +345,7 @@ class RunConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
@@ -343,6 +354,8 @@ class RunConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    faults: list[str] = field(default_factory=list)
+    """Faults on purpose, to see what a world bears: see worldlm_ray/faults.py."""
     world: Any = None
     """The tree: see worldlm_ray/tree.py."""
 

@@ -72,5 +72,9 @@ class CheckpointError(WorldLMError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class SupersededError(WorldLMError):
+    """A newer process plays this node: the one that hears this is a leftover and must end, without a trace."""
+
+
 class RunError(WorldLMError):
     """A run cannot start, cannot continue, or cannot be found."""

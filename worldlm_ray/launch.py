@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 from actors.client import ClientActor
 from actors.federation import FederationActor
@@ -113,19 +113,21 @@ def _conduct(
     should_stop: Callable[[], bool],
 ) -> Outcome:
     """The life of a run whose actors exist: wait, watch, measure, conclude."""
-    ray.get(world.recorder.ready.remote())
+    _ask(world.recorder, "ready")
     # The first that cannot start says why.
-    reached = {path: ray.get(actor.ready.remote()) for path, actor in (world.inner | world.clients).items()}
+    reached = {path: _ask(actor, "ready") for path, actor in (world.inner | world.clients).items()}
     if any(reached.values()):
         on_phase("continuing " + ", ".join(_reached(path, number, world) for path, number in reached.items()))
-    ray.get([actor.start.remote() for actor in world.inner.values()])
+    for actor in (world.inner | world.clients).values():
+        _ask(actor, "start")
     on_phase("training")
     status = _watch(world, on_progress, should_stop)
     on_phase("measuring the models" if status == "finished" else "writing checkpoints")
-    ray.get([actor.save.remote() for actor in world.inner.values()])
+    for actor in world.inner.values():
+        _ask(actor, "save")
     measures = _measure(plan, world) if status == "finished" else {}
     samples = ray.get([actor.sample.remote() for actor in world.clients.values()]) if status == "finished" else []
-    [parameters] = ray.get(world["world"].parameters.remote())
+    [parameters] = _ask(world["world"], "parameters")
     summary = ray.get(
         world.recorder.conclude.remote(
             parameters,
@@ -252,7 +254,8 @@ def _continued_from_s(plan: Plan) -> float:
 def _create(plan: Plan, clock: RunClock) -> World:
     """Make an actor of every node, parents first: each finds its parent and the recorder by name."""
     mapping, namespace = plan.to_mapping(), f"worldlm-{plan.config.name}-{secrets.token_hex(4)}"
-    recorder = ray.remote(RecorderActor).options(num_cpus=0, name=RECORDER, namespace=namespace).remote(mapping)
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "name": RECORDER, "namespace": namespace}
+    recorder = ray.remote(RecorderActor).options(**options).remote(mapping)
     world = World(recorder)
     for spec in plan.root.walk():
         actors = world.clients if spec.kind == "client" else world.inner
@@ -272,11 +275,11 @@ def _actor_class(spec: NodeSpec) -> type:
 
 def _options(spec: NodeSpec) -> dict[str, Any]:
     settings = spec.settings
+    # Whoever dies is started again and goes on from its checkpoint, without being told to.
     # An inner node is asynchronous: as many children as there are may wait in it.
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 10_000}
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1}
     if spec.kind == "client":
-        # One thread for `run`, the others for calls beside it. A client that dies starts again from its
-        # checkpoint, and Ray calls `run` again.
+        # Its life takes a thread of its own; `outcome` takes another for as long.
         options = {
             "num_cpus": settings.resources.cpus,
             "num_gpus": settings.resources.gpus,
@@ -294,25 +297,36 @@ def _options(spec: NodeSpec) -> dict[str, Any]:
 
 def _watch(world: World, on_progress: Progress, should_stop: Callable[[], bool]) -> str:
     """Wait for the clients and then for the world; returns `finished` or `stopped`."""
-    waiting = [actor.run.remote() for actor in world.clients.values()]
-    ends = [actor.ended.remote() for actor in world.inner.values()]
-    results: list[str] = []
-    while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-        results += ray.get(ready)
-        broken, _ = ray.wait(ends, num_returns=len(ends), timeout=0)
-        ray.get(broken)  # raises what broke an inner node
-        with suppress(ray.exceptions.GetTimeoutError):
+    waiting = {actor.outcome.remote(): path for path, actor in world.clients.items()}
+    ends = {actor.ended.remote(): path for path, actor in world.inner.items()}
+    results: dict[str, str] = {}
+    while waiting or ("stopped" not in results.values() and "world" in ends.values()):
+        ready, _ = ray.wait([*waiting, *ends], num_returns=len(waiting) + len(ends), timeout=POLL_S)
+        for ref in ready:
+            if ref in waiting:
+                results[waiting.pop(ref)] = ray.get(ref)
+                continue
+            path = ends.pop(ref)
+            try:
+                ray.get(ref)  # raises what broke an inner node
+            except ActorUnavailableError:  # Ray starts it again, and it goes on by itself
+                ends[world.inner[path].ended.remote()] = path
+        with suppress(ray.exceptions.GetTimeoutError, ActorUnavailableError):
             on_progress(ray.get(world.recorder.snapshot.remote(), timeout=5.0))
         if should_stop():
             # At every look: a client that has been restarted since would not know.
             for actor in world.clients.values():
                 actor.stop.remote()
-    if "stopped" in results:
-        return "stopped"
-    ray.get(ends)
-    on_progress(ray.get(world.recorder.snapshot.remote()))
-    return "finished"
+    return "stopped" if "stopped" in results.values() else "finished"
+
+
+def _ask(actor: Any, method: str, *arguments: Any) -> Any:
+    """The answer of an actor, once it is alive (again)."""
+    while True:
+        try:
+            return ray.get(getattr(actor, method).remote(*arguments))
+        except ActorUnavailableError:
+            time.sleep(POLL_S)
 
 
 def _measure(plan: Plan, world: World) -> dict[str, Measure | None]:
@@ -320,7 +334,7 @@ def _measure(plan: Plan, world: World) -> dict[str, Measure | None]:
     own = {path: actor.measure.remote() for path, actor in world.clients.items()}
     below = {}
     for spec in plan.root.inner:
-        refs = ray.get(world[spec.path].parameters.remote())
+        refs = _ask(world[spec.path], "parameters")
         below[spec.path] = [world[client.path].measure.remote(refs) for client in spec.clients]
     measures = {path: ray.get(ref) for path, ref in own.items()}
     return measures | {path: combine(ray.get(refs)) for path, refs in below.items()}

@@ -19,7 +19,7 @@ import numpy as np
 from worldlm_ray.errors import MessageError
 from worldlm_ray.params import Flat, Layout
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the message schema; a receiver refuses any other."""
 
 
@@ -64,6 +64,8 @@ class Update:
     epsilon: float | None = None
     residuals: tuple[Residual, ...] = ()
     """What fitted nobody below the sender."""
+    base_incarnation: int = 1
+    """The parent's when it gave the base version. Versions of an earlier life of the parent may never come again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,10 @@ class Model:
     share: float = 0.0
     """How much of the child's own work is in what the parent moved since the child's last pull, in multiples of one
     update of the child."""
+    incarnation: int = 1
+    """The parent's."""
+    durable_seq: int = 0
+    """Highest seq of this child that the parent's checkpoints cover."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,18 @@ _UPDATE = {
     "tokens": int,
     "started_tokens": int,
     "metrics": dict,
+    "base_incarnation": int,
 }
-_MODEL = {"version": int, "progress": float, "finished": bool, "tokens": float, "last_seq": int, "share": float}
+_MODEL = {
+    "version": int,
+    "progress": float,
+    "finished": bool,
+    "tokens": float,
+    "last_seq": int,
+    "share": float,
+    "incarnation": int,
+    "durable_seq": int,
+}
 
 
 def pack(message: Update | Model, layout: Layout) -> Packed:

@@ -20,6 +20,7 @@ from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config import RunConfig, from_mapping, to_mapping
 from worldlm_ray.data import check_sources, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
+from worldlm_ray.faults import Faults
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape, resolve_shape
 from worldlm_ray.params import Flat, Layout, frozen
@@ -114,7 +115,13 @@ class Plan:
             budget=self.config.budget,
             privacy=None if contributions is None else _client_privacy(spec, contributions),
             contributions=None if contributions is None else contributions.counts(),
+            save_every=self.config.checkpoint.every_updates,
         )
+
+    @property
+    def faults(self) -> Faults:
+        """The run's faults on purpose."""
+        return Faults.parse(self.config.faults, kinds=self.kinds)
 
     def hparams(self) -> dict[str, str | float | int | bool]:
         """What TensorBoard shows as the run's hyper-parameters: those in force at the world."""
@@ -184,7 +191,9 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
     if check_data:
         for client in root.clients:
             check_sources(client.settings.data, f"{client.key}.data")
-    return Plan(config=config, root=root, shape=shape, layout=layout)
+    plan = Plan(config=config, root=root, shape=shape, layout=layout)
+    Faults.parse(config.faults, kinds=plan.kinds)
+    return plan
 
 
 def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPrivacy:

@@ -31,6 +31,7 @@ class Progress:
         self.console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._shown_at = 0.0
+        self._warned: set[tuple[str, Any]] = set()
         self._began = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -54,8 +55,13 @@ class Progress:
             self.show(snapshot())
 
     def show(self, snapshot: dict[str, Any]) -> None:
-        """Draw a snapshot of the run."""
+        """Draw a snapshot of the run; a warning of a node is a line of its own, once."""
         now = time.monotonic()
+        for path, node in snapshot["nodes"].items():
+            warning = path, node.get("state_detail")
+            if node.get("state") == "warning" and warning not in self._warned:
+                self._warned.add(warning)
+                self.console.print(f"WARNING {path}: {warning[1]}", style="bold red", markup=False, highlight=False)
         if self._live is not None:
             self._live.update(live_table(snapshot), refresh=True)
         elif now - self._shown_at < LINE_EVERY_S:

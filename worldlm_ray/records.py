@@ -52,7 +52,7 @@ class StartRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class VerdictRecord:
-    """A node accepted or refused an update: one line of audit.jsonl."""
+    """A node accepted or refused an update: one line of the audit trail."""
 
     node: str
     now_s: float
@@ -67,6 +67,8 @@ class VerdictRecord:
     """`accepted`, or the name of the refusal."""
     bytes: int
     detail: str = ""
+    incarnation: int = 1
+    """The receiver's."""
 
 
 @dataclass(frozen=True, kw_only=True)

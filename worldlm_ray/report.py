@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from worldlm_ray.audit import Proof
+
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
 SAMPLE_CHARACTERS = 240
 """A longer sample is cut: the table shows a taste of each client's language, not a page."""
 _STYLES = {"world": "bold", "federation": "bold cyan", "client": ""}
-_STATES = {"finished": "green", "lost": "red", "failed": "red", "waiting": "dim"}
+_STATES = {"finished": "green", "warning": "bold red", "waiting": "yellow", "left": "dim"}
 
 
 def live_table(snapshot: Mapping[str, Any]) -> Table:
@@ -75,6 +77,20 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
             # A Text is never read as markup, whatever brackets the model wrote.
             Text(printable(samples.get(path, ""))[:SAMPLE_CHARACTERS]),
         )
+    return table
+
+
+def audit_table(proofs: Sequence[Proof]) -> Table:
+    """What an audit trail proves, a line per edge of the tree."""
+    table = _table("updates by edge")
+    table.add_column("from", no_wrap=True)
+    table.add_column("to", no_wrap=True)
+    for name in ("applied", "again after a restart", "refused", "lost", "twice"):
+        _numbers(table, name)
+    for proof in proofs:
+        counts = (len(proof.applied), proof.again, proof.refused, len(proof.lost), len(proof.twice))
+        style = "" if proof.holds else "bold red"
+        table.add_row(proof.sender, proof.node, *map(str, counts), style=style)
     return table
 
 

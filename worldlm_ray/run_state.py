@@ -86,6 +86,8 @@ class RunState:
         self.above = {path: tuple(_ancestors(path)) for path in kinds}
         """Inner nodes above each node, the nearest first."""
         self.taus: dict[str, Counter[int]] = {path: Counter() for path in kinds}
+        self._last_seq: dict[str, int] = {}
+        """Highest accepted seq of every sender."""
         """How often each staleness was seen among the updates that a node sent."""
         self.now_s = 0.0
         self._budget = budget
@@ -135,7 +137,7 @@ class RunState:
             case StartRecord():
                 self._start(node, record)
             case VerdictRecord():
-                self.count(record.node, record.sender, tau=record.tau, verdict=record.verdict)
+                self.count(record.node, record.sender, seq=record.seq, tau=record.tau, verdict=record.verdict)
             case AggregationRecord():
                 node.version, node.tokens_aggregated = record.version, record.total_tokens
                 node.busy_fraction = record.busy_fraction
@@ -150,8 +152,8 @@ class RunState:
             case LifeRecord():
                 node.state, node.state_detail, node.state_at_s = record.event, record.detail, record.now_s
 
-    def count(self, receiver: str, sender: str, *, tau: int, verdict: str) -> None:
-        """Count one verdict."""
+    def count(self, receiver: str, sender: str, *, seq: int, tau: int, verdict: str) -> None:
+        """Count one verdict. What a restart of the receiver had undone is accepted again, and counts once."""
         path = self.edge(receiver, sender)
         if path is None:
             strangers = self.nodes[receiver].strangers
@@ -159,6 +161,9 @@ class RunState:
             return
         node, taus = self.nodes[path], self.taus[path]
         if verdict == ACCEPTED:
+            if seq <= self._last_seq.get(path, 0):
+                return
+            self._last_seq[path] = seq
             node.accepted += 1
         else:
             node.refused[verdict] = node.refused.get(verdict, 0) + 1
@@ -208,8 +213,9 @@ class RunState:
             for name in kept & values.keys() if path in self.nodes else ():
                 setattr(self.nodes[path], name, values[name])
         for verdict in verdicts:
-            if verdict["node"] in self.nodes:
-                self.count(verdict["node"], verdict["sender"], tau=verdict["tau"], verdict=verdict["verdict"])
+            if verdict["node"] in self.nodes and "verdict" in verdict:
+                known = {name: verdict[name] for name in ("sender", "seq", "tau", "verdict")}
+                self.count(verdict["node"], **known)
 
     def _start(self, node: NodeState, record: StartRecord) -> None:
         node.heldout_bytes = record.heldout_bytes

@@ -4,7 +4,7 @@ runs/NAME/
     config.yaml      the resolved configuration
     summary.json     written at the end and on every clean stop
     status.json      the newest snapshot while the run lives
-    audit.jsonl      one line per update accepted or refused
+    audit/           one line per update accepted or refused, a file per inner node
     checkpoints/     one folder per node
     tensorboard/
 """

@@ -4,14 +4,22 @@ Training is real; time is not. A queue of events, ordered by virtual time and th
 were scheduled, stands for the machines and the network: a local round takes its tokens over the client's
 `simulation.tokens_per_s`, a message takes its bytes over the link's bandwidth plus its latency, aggregation takes
 nothing. The same seed and configuration give the same bits, whatever machine this runs on does meanwhile.
+
+Faults on purpose (worldlm_ray/faults.py) are simulated, too: a node that is killed comes back from its last checkpoint,
+a call whose answer is lost fails after a while, and its caller joins its parent again, as on Ray.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
+
+import numpy as np
 
 from worldlm_ray import checkpoint
 from worldlm_ray.aggregation.events import (
@@ -23,23 +31,49 @@ from worldlm_ray.aggregation.events import (
     Event,
     Exchange,
     Finish,
+    Joined,
     Note,
     ParentModel,
     Pull,
     Push,
+    Save,
     Serve,
+    Verdict,
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.audit import AuditLog
 from worldlm_ray.client import Client
-from worldlm_ray.messages import Model, pack
+from worldlm_ray.errors import MessageError
+from worldlm_ray.faults import Fault, damaged
+from worldlm_ray.messages import Model, Packed, Update, pack
 from worldlm_ray.outcome import Outcome, combine, finish
+from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
+from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
 from worldlm_ray.tracking import Tracker
 from worldlm_ray.tree import parent_path
 
 BITS_PER_GBIT = 1e9
+NOTICED_S = 1.0
+"""Virtual seconds until a caller learns that its call has failed, and until it tries again."""
+RESTART_S = 2.0
+"""Virtual seconds until a killed node is back, unless its fault says otherwise."""
+
+State = tuple[dict[str, Any], dict[str, Flat]]
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call from a child to its parent that waits for its answer."""
+
+    child: str
+    life: int
+    answered: Callable[[Any], None]
+    waits: bool = False
+    """Whether the answer is a model, which may come much later than the call."""
+    open: bool = True
 
 
 class Simulation:
@@ -51,6 +85,7 @@ class Simulation:
         on_event: called after every event, for a progress display.
         on_record: called with whatever is recorded.
         should_stop: asked between events; True ends the run early.
+        make_client: makes a client of a node; one that trains, unless given.
     """
 
     def __init__(
@@ -61,9 +96,11 @@ class Simulation:
         on_event: Callable[[], None] = lambda: None,
         on_record: Callable[[Record], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
+        make_client: Callable[..., Client] = Client,
     ) -> None:
         self.plan, self.tracker = plan, tracker
         self.on_event, self.on_record, self.should_stop = on_event, on_record, should_stop
+        self.make_client, self.faults = make_client, plan.faults
         self.now_s = 0.0
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
@@ -73,9 +110,23 @@ class Simulation:
         self.nodes: dict[str, Node] = {
             s.path: plan.inner_node(s, self.initial, self.contributions[s.path]) for s in plan.root.inner
         }
-        self.clients = {spec.path: Client(plan, spec) for spec in plan.root.clients}
+        self.clients = {spec.path: make_client(plan, spec) for spec in plan.root.clients}
+        self.audit = {path: AuditLog(plan.run_dir, path) for path in self.nodes}
         self._busy_s = dict.fromkeys(self.clients, 0.0)
-        self._begun_tokens = self._trained_tokens = 0
+        self._training: set[str] = set()
+        self._lives = dict.fromkeys(self.specs, 1)
+        """Incarnation by path; 0 while the node is dead."""
+        self._joined = dict.fromkeys(self.specs, 1)
+        """Incarnation of its parent that a child has joined; 0 while it has to join again."""
+        self._verdict: Verdict | None = None
+        """What the event that is being handled has been answered."""
+        self._catching_up: set[str] = set()
+        """Children that are joining their parent and sending it again what it has lost."""
+        self._done: set[str] = set()
+        """Children that have said their last word."""
+        self._calls: list[_Call] = []
+        self._saved: dict[str, State] = {}
+        self._saved_s = dict.fromkeys(self.specs, 0.0)
 
     def run(self) -> str:
         """Run to the end of the budget.
@@ -83,16 +134,28 @@ class Simulation:
         Returns:
             `finished`, or `stopped` if `should_stop` said so.
         """
+        for fault in self.faults.all:
+            if fault.kind == "kill":
+                self._at(fault.at_s, lambda fault=fault: self._kill(fault))  # type: ignore[misc]
+        for path in self.specs:
+            if path != "world":
+                parent, name = self._parent(path)
+                self.nodes[parent].handle(Joined(child=name, now_s=0.0))
         for path, client in self.clients.items():
             self._record(client.start_record(now_s=self.now_s))
             self._pull(path)
-        while self._queue:
+        while self._queue and not (self.faults and self._is_over()):
             if self.should_stop():
                 return "stopped"
             self.now_s, _, action = heapq.heappop(self._queue)
             action()
             self.on_event()
         return "finished"
+
+    def _is_over(self) -> bool:
+        """Whether everybody is alive and has said the last word: faults that come later find nobody."""
+        ended = self.nodes["world"].ended and all(self._lives.values())
+        return ended and all(path in self._done for path in self.specs if path != "world")
 
     def conclude(self, status: str) -> Outcome:
         """Measure every model, write checkpoints and summary.json."""
@@ -117,12 +180,14 @@ class Simulation:
 
     def _pull(self, path: str) -> None:
         client = self.clients[path]
-        parent, name = self._parent(path)
         if client.is_done:
             self._leave(path)
             return
-        started = client.started_tokens
-        self._send(path, 0, lambda: self._deliver(parent, Pull(child=name, started_tokens=started, now_s=self.now_s)))
+        name, started = self.specs[path].name, client.started_tokens
+        self._call(path, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), self._receiver(path))
+
+    def _receiver(self, path: str) -> Callable[[Model], None]:
+        return lambda model: self._receive(path, model)
 
     def _receive(self, path: str, model: Model) -> None:
         client = self.clients[path]
@@ -133,18 +198,20 @@ class Simulation:
             return
         for record in records:
             self._record(record)
-        self._begun_tokens += client.round_tokens
         client.train()
+        self._training.add(path)
         train_s = client.round_tokens / self.specs[path].settings.simulation.tokens_per_s
         self._busy_s[path] += train_s
-        self._at(self.now_s + train_s, lambda: self._end_round(path, train_s))
+        self._at(self.now_s + train_s, lambda: self._end_round(path, train_s), of=path)
 
     def _leave(self, path: str) -> None:
-        """A client's last word."""
-        parent, name = self._parent(path)
-        self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
-        detail = self.clients[path].last_word
-        self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", detail=detail))
+        """A child's last word."""
+        name = self.specs[path].name
+        self._done.add(path)
+        self._call(path, 0, lambda lives: Done(child=name, **lives), lambda _: None)
+        if path in self.clients:
+            detail = self.clients[path].last_word
+            self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", detail=detail))
 
     def _budgeted(self, model: Model) -> Model:
         """Spend a budget in tokens to the round, however late the world would hear of it.
@@ -155,91 +222,296 @@ class Simulation:
         budget = self.plan.config.budget.tokens
         if budget is None or self.nodes["world"].synchronous:  # synchronous children all hear the same
             return model
-        progress = max(model.progress, min(self._trained_tokens / budget, 1.0))
-        return replace(model, progress=progress, finished=model.finished or self._begun_tokens >= budget)
+        begun = sum(client.round * client.round_tokens for client in self.clients.values())
+        trained = begun - sum(self.clients[path].round_tokens for path in self._training)
+        progress = max(model.progress, min(trained / budget, 1.0))
+        return replace(model, progress=progress, finished=model.finished or begun >= budget)
 
     def _end_round(self, path: str, train_s: float) -> None:
         client = self.clients[path]
-        self._trained_tokens += client.round_tokens
+        self._training.discard(path)
         measure = client.measure(self.plan.config.evaluation.tokens) if client.measure_is_due else None
         busy = self._busy_s[path] / self.now_s
         self._record(client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure))
-        packed = pack(client.update(), self.plan.layout)
-        self._record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
-        parent, name = self._parent(path)
-        self._send(
-            path,
-            packed.nbytes,
-            lambda: self._deliver(parent, Push(sender=name, packed=packed, now_s=self.now_s)),
-        )
+        update = client.update()
+        self._save_if_due(path)
+        self._push(path, update, lambda: self._pull(path))
+
+    # ---- up and down the tree --------------------------------------------------------------------------------
+
+    def _push(self, child: str, update: Update, then: Callable[[], None]) -> None:
+        """Send an update, hear the verdict, go on."""
+        packed = pack(update, self.plan.layout)
+        self._record(PushRecord(node=child, now_s=self.now_s, bytes=packed.nbytes))
+        name = self.specs[child].name
+
+        def event(lives: dict[str, Any]) -> Push:
+            header = damaged(packed.header) if self._faulty(child, "corrupt") else packed.header
+            return Push(sender=name, packed=Packed(header, packed.values), **lives)
+
+        def answered(verdict: Verdict) -> None:
+            node = self.clients.get(child) or self.nodes[child]
+            node.answered(verdict)
+            if node.outbox.must_join(update, verdict):
+                self._at(self.now_s + NOTICED_S, lambda: self._lost(child), of=child)
+            elif verdict.reason == "out_of_turn":
+                # Sent again after a restart, while its forerunner waits for its siblings': not before that is through.
+                self._wait_for_turn(child, lambda: self._push(child, update, then))
+            else:
+                then()
+
+        self._call(child, packed.nbytes, event, answered)
+
+    def _wait_for_turn(self, child: str, then: Callable[[], None]) -> None:
+        """Wait until the parent would serve the child; the model itself is not wanted."""
+        name = self.specs[child].name
+        started = (self.clients.get(child) or self.nodes[child]).started_tokens
+        self._call(child, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), lambda _: then())
+
+    def _join(self, child: str) -> None:
+        """Find the parent (again), and send what it does not have."""
+        node, name = self.clients.get(child) or self.nodes[child], self.specs[child].name
+
+        def welcomed(welcome: Welcome) -> None:
+            self._joined[child] = welcome.incarnation
+            node.welcomed(welcome)
+            self._send_again(child, welcome.last_seq)
+
+        def event(lives: dict[str, Any]) -> Joined:
+            return Joined(child=name, seq=node.seq, now_s=self.now_s, incarnation=self._lives[child])
+
+        self._catching_up.add(child)
+        self._call(child, 0, event, welcomed)
+
+    def _send_again(self, child: str, after: int) -> None:
+        """Send what the parent has not got, one by one, and go on from there."""
+        node = self.clients.get(child) or self.nodes[child]
+        updates = node.outbox.after(after)
+        if updates:
+            self._push(child, updates[0], lambda: self._send_again(child, updates[0].seq))
+            return
+        self._catching_up.discard(child)
+        if child in self._done:
+            self._leave(child)
+        elif child in self.clients:
+            if child not in self._training:
+                self._pull(child)
+        elif self.nodes[child].exchanging:
+            self._pull_up(child)
+
+    def _pull_up(self, path: str) -> None:
+        name, started = self.specs[path].name, self.nodes[path].started_tokens
+
+        def received(model: Model) -> None:
+            self._take(path, ParentModel(model=model, now_s=self.now_s))
+
+        self._call(path, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), received)
 
     # ---- inner nodes -----------------------------------------------------------------------------------------
 
-    def _deliver(self, path: str, event: Event) -> None:
-        node = self.nodes[path]
-        for command in node.handle(event):
+    def _take(self, path: str, event: Event) -> None:
+        """Let a node handle an event; answers go to the calls that wait for them."""
+        for command in self.nodes[path].handle(event):
             self._perform(path, command)
 
     def _perform(self, path: str, command: Command) -> None:
+        node = self.nodes[path]
         if isinstance(command, Note):
+            if isinstance(command.record, VerdictRecord):
+                self.audit[path].verdict(command.record)
             self._record(command.record)
         elif isinstance(command, Charge):
             ledgers = self.contributions[path]
             assert ledgers is not None
             ledgers.charge(command.child)
         elif isinstance(command, Answer):
-            child = f"{path}/{command.child}"
-            if child in self.clients and not command.verdict.accepted:
-                self.clients[child].refused(command.verdict.reason)
-            self._send(child, 0, lambda: self._pull(child) if child in self.clients else self._pull_up(child))
+            self._verdict = command.verdict
         elif isinstance(command, Serve):
-            self._serve(f"{path}/{command.child}", command.model)
+            child = f"{path}/{command.child}"
+            size = pack(command.model, self.plan.layout).nbytes
+            self._record(PullRecord(node=child, now_s=self.now_s, version=command.model.version, bytes=size))
+            for call in [call for call in self._calls if call.child == child and call.waits]:
+                self._answer(call, command.model, size)
+        elif isinstance(command, Save):
+            self._save(path)
         elif isinstance(command, Exchange):
-            packed = pack(self.nodes[path].begin_exchange(), self.plan.layout)
-            parent, name = self._parent(path)
-            self._record(PushRecord(node=path, now_s=self.now_s, bytes=packed.nbytes))
-            self._send(
-                path,
-                packed.nbytes,
-                lambda: self._deliver(parent, Push(sender=name, packed=packed, now_s=self.now_s)),
-            )
+            update = node.begin_exchange()
+            if self.faults:
+                self._save(path)
+            if path not in self._catching_up:  # which sends it, too
+                self._push(path, update, lambda: self._pull_up(path))
         elif isinstance(command, Wake):
-            self._at(command.at_s, lambda: self._deliver(path, Clock(now_s=self.now_s)))
+            self._at(command.at_s, lambda: self._take(path, Clock(now_s=self.now_s)), of=path)
         elif isinstance(command, Finish):
             self._finish(path)
-
-    def _pull_up(self, path: str) -> None:
-        parent, name = self._parent(path)
-        started = self.nodes[path].started_tokens
-        self._send(path, 0, lambda: self._deliver(parent, Pull(child=name, started_tokens=started, now_s=self.now_s)))
-
-    def _serve(self, child: str, model: Model) -> None:
-        size = pack(model, self.plan.layout).nbytes
-        self._record(PullRecord(node=child, now_s=self.now_s, version=model.version, bytes=size))
-        if child in self.clients:
-            self._send(child, size, lambda: self._receive(child, model))
-        else:
-            self._send(child, size, lambda: self._deliver(child, ParentModel(model=model, now_s=self.now_s)))
 
     def _finish(self, path: str) -> None:
         self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", version=self.nodes[path].version))
         if path != "world":
-            parent, name = self._parent(path)
-            self._send(path, 0, lambda: self._deliver(parent, Done(child=name, now_s=self.now_s)))
+            self._leave(path)
 
     def _record(self, record: Record) -> None:
         self.tracker.record(record)
         self.on_record(record)
 
+    # ---- calls, which may fail -------------------------------------------------------------------------------
+
+    def _call(
+        self, child: str, nbytes: int, event: Callable[[dict[str, Any]], Event], answered: Callable[[Any], None]
+    ) -> None:
+        """Call the parent: `event` reaches it, `answered` gets what it answers. A call that fails ends in `_lost`."""
+        call = _Call(child, self._lives[child], answered)
+        self._calls.append(call)
+        times = 2 if self._faulty(child, "repeat") else 1
+        for again in range(times):
+            self._at(self._arrival(child, nbytes), lambda again=again: self._deliver(call, event, again))  # type: ignore[misc]
+
+    def _deliver(self, call: _Call, event: Callable[[dict[str, Any]], Event], again: int) -> None:
+        parent, name = self._parent(call.child)
+        if not call.open and not again:
+            return  # its caller is dead: so is the message
+        if self._faulty(call.child, "cut") or not self._lives[parent]:
+            self._fail(call)
+            return
+        lives = {"incarnation": call.life, "to": self._joined[call.child], "now_s": self.now_s}
+        try:
+            made = event(lives)
+            if isinstance(made, Joined):
+                made = replace(made, incarnation=call.life)
+            call.waits = isinstance(made, Pull)
+            self._take(parent, made)
+        except MessageError as error:
+            if error.reason == "superseded":
+                call.open = False
+            else:
+                self._fail(call)
+            return
+        if isinstance(made, Joined):
+            self._answer(call, self.nodes[parent].welcome(name), 0)
+        elif isinstance(made, Push):
+            self._answer(call, self._verdict, 0)
+        elif isinstance(made, Done):
+            self._answer(call, None, 0)
+
+    def _answer(self, call: _Call, value: Any, nbytes: int) -> None:
+        """Send a call's answer on its way; the second of two is not heard."""
+        if call not in self._calls:
+            return
+        self._calls.remove(call)
+        if self._faulty(call.child, "drop") or self._faulty(call.child, "cut"):
+            self._fail(call)
+        else:
+            self._at(self._arrival(call.child, nbytes), lambda: self._arrive(call, value))
+
+    def _arrive(self, call: _Call, value: Any) -> None:
+        if call.open and call.life == self._lives[call.child]:
+            call.open = False
+            call.answered(value)
+
+    def _fail(self, call: _Call) -> None:
+        """The caller learns after a while that there will be no answer."""
+        if call in self._calls:
+            self._calls.remove(call)
+        if call.open:
+            call.open = False
+            self._at(self.now_s + NOTICED_S, lambda: self._lost(call.child), of=call.child)
+
+    def _lost(self, child: str) -> None:
+        """A child has lost its parent: it looks for it."""
+        self._joined[child] = 0
+        for call in self._calls:
+            if call.child == child:
+                call.open = False
+        self._calls = [call for call in self._calls if call.child != child]
+        self._join(child)
+
+    # ---- faults ------------------------------------------------------------------------------------------------
+
+    def _faulty(self, path: str, kind: str) -> bool:
+        return bool(self.faults) and self.faults.now(path, kind, self.now_s)
+
+    def _save_if_due(self, path: str) -> None:
+        if self.faults and self.now_s - self._saved_s[path] >= self.plan.config.checkpoint.every_s:
+            self._save(path)
+
+    def _save(self, path: str) -> None:
+        """A checkpoint. Where nothing can fail, nobody will read it."""
+        if self._faulty(path, "disk"):
+            return
+        node = self.nodes.get(path)
+        if self.faults:
+            meta, arrays = (node or self.clients[path]).state()
+            self._saved[path] = (
+                json.loads(json.dumps(meta)),
+                {name: np.array(values) for name, values in arrays.items()},
+            )
+        self._saved_s[path] = self.now_s
+        if node is not None:
+            node.saved(node.seqs())
+
+    def _kill(self, fault: Fault) -> None:
+        path = fault.node
+        if not self._lives[path]:
+            return
+        life, self._lives[path] = self._lives[path], 0
+        self._training.discard(path)
+        for call in [call for call in self._calls if call.child == path]:
+            call.open = False
+            self._calls.remove(call)
+        for call in [call for call in self._calls if parent_path(call.child) == path]:
+            self._fail(call)
+        self._record(LifeRecord(node=path, now_s=self.now_s, event="killed"))
+        self._at(self.now_s + (fault.for_s or RESTART_S), lambda: self._revive(path, life + 1))
+
+    def _revive(self, path: str, life: int) -> None:
+        spec, found = self.specs[path], deepcopy(self._saved.get(path))
+        self._lives[path] = life
+        self._joined[path] = 0
+        self._done.discard(path)
+        self._catching_up.add(path)
+        if path in self.clients:
+            client = self.clients[path] = self.make_client(self.plan, spec, dataset=self.clients[path].dataset)
+            client.incarnation = life
+            if found is not None:
+                client.restore(*found)
+        else:
+            self._revive_node(path, life, found)
+        self._record(LifeRecord(node=path, now_s=self.now_s, event="continued"))
+        if path != "world":
+            self._join(path)
+
+    def _revive_node(self, path: str, life: int, found: State | None) -> None:
+        spec = self.specs[path]
+        self.contributions[path] = self.plan.contributions(spec)
+        node = self.nodes[path] = self.plan.inner_node(spec, self.initial, self.contributions[path])
+        if found is not None:
+            node.restore(*found)
+        node.incarnation = life
+        self.audit[path].restored(now_s=self.now_s, incarnation=life, last_seq=node.seqs())
+        for command in node.resume():
+            self._perform(path, command)
+        for child in self.specs:
+            # Those who wait for nothing find out by their heartbeat.
+            if parent_path(child) == path and self._lives[child] and child in self._done:
+                self._at(self.now_s + NOTICED_S, lambda child=child: self._lost(child), of=child)  # type: ignore[misc]
+
     # ---- the network and the clock -----------------------------------------------------------------------------
 
-    def _send(self, edge: str, nbytes: int, action: Callable[[], None]) -> None:
-        """Carry a message over the link between a node (`edge`) and its parent, either way."""
+    def _arrival(self, edge: str, nbytes: int) -> float:
+        """When a message over the link between a node (`edge`) and its parent arrives, either way."""
         link = self.specs[edge].settings.simulation
-        self._at(self.now_s + link.latency_s + 8 * nbytes / (link.bandwidth_gbps * BITS_PER_GBIT), action)
+        late_s = self.faults.delay_s(edge, self.now_s) if self.faults else 0.0
+        return self.now_s + link.latency_s + 8 * nbytes / (link.bandwidth_gbps * BITS_PER_GBIT) + late_s
 
-    def _at(self, time_s: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._queue, (max(time_s, self.now_s), next(self._order), action))
+    def _at(self, time_s: float, action: Callable[[], None], *, of: str | None = None) -> None:
+        """Do something at a time, unless the node `of` whom it is has died by then."""
+        life = self._lives[of] if of is not None else 0
+
+        def act() -> None:
+            if of is None or self._lives[of] == life:
+                action()
+
+        heapq.heappush(self._queue, (max(time_s, self.now_s), next(self._order), act))
 
     def _parent(self, path: str) -> tuple[str, str]:
         parent = parent_path(path)

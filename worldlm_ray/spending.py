@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from worldlm_ray import audit
 from worldlm_ray.client import open_account
 from worldlm_ray.data import prepare
 from worldlm_ray.plan import Plan
@@ -19,7 +19,6 @@ from worldlm_ray.privacy.accounting import Spend, epsilon, rounds_left
 from worldlm_ray.privacy.gaussian import gaussian_epsilon, most_contributions
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.report import NOTHING
-from worldlm_ray.tracking import AUDIT
 from worldlm_ray.tree import NodeSpec
 
 
@@ -176,11 +175,13 @@ def unpaid(plan: Plan) -> list[str]:
     """Private clients of whom the audit trail shows more accepted updates than their ledgers show charges."""
     clients = {spec.path for spec in private_clients(plan)}
     accepted: Counter[str] = Counter()
-    audit = plan.run_dir / AUDIT
-    for line in audit.read_text(encoding="utf-8").splitlines() if audit.is_file() else ():
-        verdict = json.loads(line)
-        if verdict["verdict"] == "accepted":
-            accepted[f"{verdict['node']}/{verdict['sender']}"] += 1
+    for proof in audit.proofs(plan.run_dir):
+        client = f"{proof.node}/{proof.sender}"
+        accepted[client] = len(proof.applied) + len(proof.lost)
+        if client in clients and plan.node(client).settings.privacy.unit == "client":
+            accepted[client] += (
+                proof.again
+            )  # an aggregator that takes an update again draws new noise: that is paid, too
     charges: Counter[str] = Counter()
     for folder in {ledger_folder(spec.settings.privacy, plan.run_dir) for spec in private_clients(plan)}:
         for path in folder.glob("*.jsonl"):

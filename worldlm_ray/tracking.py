@@ -1,12 +1,11 @@
 """The single writer of a run folder: what the shells record becomes files that people and tools read.
 
-    audit.jsonl     one line per update accepted or refused: the truth about who sent what
     status.json     the newest snapshot, replaced whole about once a second
     tensorboard/    see worldlm_ray/tensorboard.py
     summary.json    the result of a finished run
 
-A tracker that opens an existing folder continues it: verdicts are counted again from audit.jsonl, which has
-them as soon as `record` returns; everything else comes from status.json and may be a second old.
+A tracker that opens an existing folder continues it: verdicts are counted again from the audit trail, which inner
+nodes write themselves (worldlm_ray/audit.py); everything else comes from status.json and may be a second old.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from worldlm_ray import audit
 from worldlm_ray.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
@@ -38,7 +38,7 @@ from worldlm_ray.records import (
 from worldlm_ray.run_state import ACCEPTED, RunState, finite
 from worldlm_ray.tensorboard import Board, Scalar, tag
 
-AUDIT, STATUS, SUMMARY, TENSORBOARD = "audit.jsonl", "status.json", "summary.json", "tensorboard"
+STATUS, SUMMARY, TENSORBOARD = "status.json", "summary.json", "tensorboard"
 STATUS_EVERY_S = 1.0
 """Wall seconds between two writes of status.json."""
 IMAGE_EVERY_S = 2.0
@@ -83,10 +83,9 @@ class Tracker:
             status = read_status(run_dir)
         except RunError:
             status = {}  # A new run, or one that ended before its first status.
-        self._state.restore(status, _read_audit(run_dir / AUDIT))
+        self._state.restore(status, audit.read(run_dir))
         self._started_at: float = status.get("started_at", wall())
         self._private = any(node.epsilon is not None for node in self._state.nodes.values())
-        self._audit = _open_audit(run_dir / AUDIT)
         root = next(path for path, kind in kinds.items() if kind == "world")
         self._board = Board(run_dir / TENSORBOARD, root=root, started_at=self._started_at)
         self._introduce(hparams)
@@ -94,16 +93,13 @@ class Tracker:
         self.flush()
 
     def record(self, *records: Record) -> None:
-        """Take in what happened. Verdicts are in the audit file when this returns.
+        """Take in what happened.
 
         Raises:
             RunError: a record names a node that is not in the tree; nothing of the batch is taken in.
         """
         for record in records:
             self._state.check(record)
-        lines = [_audit_line(record) for record in records if isinstance(record, VerdictRecord)]
-        if lines:
-            self._audit.write("".join(lines).encode())
         for record in records:
             self._state.apply(record)
             self._show(record)
@@ -142,7 +138,6 @@ class Tracker:
         self._board.finish(now_s=self._state.now_s)
         self.flush()
         self._board.close()
-        self._audit.close()
 
     # What each record shows in TensorBoard, after the state has taken it in.
 
@@ -335,32 +330,3 @@ def _replace_json(path: Path, value: Any, *, durable: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _audit_line(record: VerdictRecord) -> str:
-    values = asdict(record)
-    return json.dumps({"now_s": values.pop("now_s"), **values}) + "\n"
-
-
-def _open_audit(path: Path) -> BinaryIO:
-    # Unbuffered: a killed process loses no line. What a kill tore apart in the last line is closed off.
-    file = path.open("ab+", buffering=0)
-    if file.seek(0, os.SEEK_END) > 0:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    return file
-
-
-def _read_audit(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line of an audit file; none where there is no file."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue  # Torn by a kill.
-            if isinstance(value, dict):
-                yield value

@@ -15,6 +15,8 @@ import pytest
 from omegaconf import OmegaConf
 from worlds import TINY_MODEL, two_levels
 
+from worldlm_ray.audit import proofs
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 WORLDLM = [sys.executable, "-m", "worldlm_ray.cli"]
 
@@ -67,11 +69,9 @@ def test_a_run_survives_kill_9_of_its_driver(conf: Path, tmp_path: Path) -> None
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     clients = [node for node in summary["nodes"].values() if node["kind"] == "client"]
     assert [node["steps"] for node in clients] == [8 * 5] * 4
-    seqs: dict[tuple[str, str], list[int]] = {}
-    for line in (run / "audit.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        seqs.setdefault((entry["node"], entry["sender"]), []).append(entry["seq"])
-    assert len(seqs) == 6
+    found = proofs(run)
+    assert len(found) == 6
+    assert all(proof.holds for proof in found), found
 
 
 def test_ctrl_c_writes_checkpoints_and_leaves_cleanly(conf: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from worlds import client
 
 from worldlm_ray import launch, rundir
+from worldlm_ray.audit import proofs
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import MergeRecord, Record
 from worldlm_ray.simulate import simulate
@@ -75,13 +75,11 @@ def test_a_world_of_any_depth_trains_asynchronously(cluster: None, tiny: Tiny, t
 def test_the_audit_has_a_line_for_every_update(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     plan = in_folder(tiny(), tmp_path / "run")
     summary = launch.train(plan).summary
-    lines = [json.loads(line) for line in (plan.run_dir / "audit.jsonl").read_text().splitlines()]
-    accepted = [line for line in lines if line["verdict"] == "accepted"]
-    assert len(accepted) == sum(node["accepted"] for node in summary["nodes"].values())
-    for node in {line["node"] for line in accepted}:
-        for sender in {line["sender"] for line in accepted if line["node"] == node}:
-            seqs = [line["seq"] for line in accepted if (line["node"], line["sender"]) == (node, sender)]
-            assert seqs == sorted(set(seqs))
+    found = proofs(plan.run_dir)
+    assert sum(len(proof.applied) for proof in found) == sum(node["accepted"] for node in summary["nodes"].values())
+    for proof in found:
+        assert proof.holds
+        assert proof.applied == sorted(set(proof.applied))
 
 
 def test_a_stopped_run_continues_to_its_full_budget(cluster: None, tiny: Tiny, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import actors.federation
 import actors.inner
 import actors.shared
+import actors.uplink
 from actors.federation import FederationActor
 from actors.shared import Address, RunClock
 from actors.world import WorldActor
@@ -63,6 +65,9 @@ class FakeRay:
     def get(self, ref: Ref) -> Any:
         return ref.value
 
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(was_current_actor_reconstructed=False)
+
     def get_actor(self, name: str, *, namespace: str) -> Any:
         assert namespace == "test"
         return self.actors[name]
@@ -81,8 +86,9 @@ class Handle:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     ray = FakeRay()
-    for module in (actors.shared, actors.inner):
+    for module in (actors.shared, actors.inner, actors.uplink):
         monkeypatch.setattr(module, "ray", ray)
+    monkeypatch.setattr("atexit.register", lambda *_: None)
     return ray
 
 
@@ -102,14 +108,16 @@ def test_children_that_pull_a_version_share_one_copy(fake: FakeRay, tiny: Callab
     federation_path = plan.root.children[0].path
 
     async def scene() -> list[Any]:
-        fake.actors["world"] = Handle(WorldActor(address(plan, "world")))
+        world = WorldActor(address(plan, "world"))
+        fake.actors["world"] = Handle(world)
+        await world.start()
         actor = FederationActor(address(plan, federation_path))
         await actor.start()
-        return [await actor.pull(name, 0) for name in ("a", "b", "a")]
+        return [await actor.pull(name, 1, 1, 0) for name in ("a", "b", "a")]
 
     answers = asyncio.run(scene())
     assert len({id(refs[0]) for _, refs in answers}) == 1
-    assert fake.puts == 1
+    assert fake.puts == 2, "one of the world, one of the federation"
     header, refs = answers[0]
     model = unpack_model(Packed(header, refs[0].value), plan.layout)
     assert model.version == 0
@@ -123,15 +131,17 @@ def test_a_federation_serves_its_children_while_it_exchanges(fake: FakeRay, tiny
     async def scene() -> tuple[FederationActor, WorldActor, bool]:
         world = WorldActor(address(plan, "world"))
         fake.actors["world"] = Handle(world)
+        await world.start()
         actor = FederationActor(address(plan, federation_path))
         await actor.start()
-        verdict = await actor.push("a", *an_update(plan, "a"))
+        await actor.join("a", 1, 0)
+        verdict = await actor.push("a", 1, 1, *an_update(plan, "a"))
         assert verdict.accepted
         # The exchange has begun and is not back: the child is answered all the same.
         assert actor.node.exchanging
-        await actor.pull("a", 20)
+        await actor.pull("a", 1, 1, 20)
         still = actor.node.exchanging
-        for _ in range(50):
+        for _ in range(200):
             await asyncio.sleep(0)
         return actor, world, still
 
@@ -149,7 +159,7 @@ def test_a_push_that_does_not_fit_is_answered_with_its_reason(fake: FakeRay, tin
         actor = WorldActor(address(plan, "world"))
         await actor.start()
         header, _ = an_update(plan, sender)
-        return await actor.push(sender, header, [Ref(np.zeros(3, np.float32))])
+        return await actor.push(sender, 1, 1, header, [Ref(np.zeros(3, np.float32))])
 
     verdict = asyncio.run(scene())
     assert (verdict.accepted, verdict.reason) == (False, "wrong_shape")

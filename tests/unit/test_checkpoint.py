@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from worldlm_ray import checkpoint
-from worldlm_ray.errors import CheckpointError
+from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.params import Flat
 
 Damage = Callable[[Path], Any]
@@ -208,8 +208,44 @@ def test_a_failed_write_leaves_the_old_one_in_place(tmp_path: Path, monkeypatch:
 
 def test_folders_of_different_nodes_never_meet(tmp_path: Path) -> None:
     # A federation may have a child that is called like a checkpoint.
-    above, below = (checkpoint.folder(tmp_path, path) for path in ("world/europe", "world/europe/000001-ab"))
+    above, below = (checkpoint.folder(tmp_path, path) for path in ("world/europe", "world/europe/0001-000001-ab"))
     save(above, 1)
     save(below, 2)
     assert load(above) == (1, [])
     assert load(below) == (2, [])
+
+
+def test_every_life_of_a_node_has_a_number_of_its_own(tmp_path: Path) -> None:
+    assert checkpoint.newest_incarnation(tmp_path) == 0
+    assert [checkpoint.claim(tmp_path) for _ in range(3)] == [1, 2, 3]
+    assert checkpoint.newest_incarnation(tmp_path) == 3
+
+
+def test_an_older_life_cannot_write(tmp_path: Path) -> None:
+    first = checkpoint.claim(tmp_path)
+    save(tmp_path, 1, incarnation=first)
+    second = checkpoint.claim(tmp_path)
+    with pytest.raises(SupersededError, match="incarnation 2 is there; 1 must end"):
+        save(tmp_path, 2, incarnation=first)
+    assert load(tmp_path) == (1, [])
+    save(tmp_path, 3, incarnation=second)
+    assert load(tmp_path) == (3, [])
+
+
+def test_what_an_older_life_wrote_while_the_newer_began_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = checkpoint.claim(tmp_path)
+    save(tmp_path, 1, incarnation=first)
+    rename = Path.rename
+
+    def once(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        second = checkpoint.claim(tmp_path)
+        save(tmp_path, 10, incarnation=second)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(SupersededError):
+        save(tmp_path, 2, incarnation=first)
+    assert load(tmp_path) == (10, [])

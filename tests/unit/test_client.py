@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from worldlm_ray import rundir
+from worldlm_ray.aggregation.events import Verdict
+from worldlm_ray.aggregation.outbox import Welcome
 from worldlm_ray.client import Client
 from worldlm_ray.config import save
 from worldlm_ray.errors import RunError
@@ -30,6 +32,10 @@ def a_client(plan: Plan) -> Client:
 def model(plan: Plan, *, version: int = 0, values: np.ndarray | None = None) -> Model:
     values = plan.initial() if values is None else values
     return Model(version=version, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=values)
+
+
+def refusal(reason: str) -> Verdict:
+    return Verdict(reason=reason, seq=1, base_version=0, version=0, tau=0)
 
 
 def a_round(client: Client, parent: Model) -> None:
@@ -59,7 +65,7 @@ def test_rounds_that_the_parent_has_accepted_are_not_done_again(plan: Plan) -> N
     client.begin(model(plan), now_s=0.0)  # it went on, pushed rounds 2 and 3, and was killed
     back = a_client(plan)
     back.restore(*saved)
-    back.catch_up(3)
+    back.welcomed(Welcome(incarnation=1, last_seq=3, durable_seq=3))
     assert (back.round, back.seq, back.began) == (3, 3, False)
     assert back.steps == 3 * plan.root.settings.training.local_steps
     assert back.tokens == 3 * back.round_tokens
@@ -68,7 +74,7 @@ def test_rounds_that_the_parent_has_accepted_are_not_done_again(plan: Plan) -> N
 def test_a_client_that_knows_as_much_as_its_parent_goes_on_with_its_round(plan: Plan) -> None:
     client = a_client(plan)
     client.begin(model(plan), now_s=0.0)
-    client.catch_up(0)
+    client.welcomed(Welcome(incarnation=1, last_seq=0, durable_seq=0))
     assert client.began
 
 
@@ -76,7 +82,7 @@ def test_a_client_that_has_diverged_takes_its_parents_model_whole(plan: Plan) ->
     client = a_client(plan)
     a_round(client, model(plan))
     client.trainer.write(np.full(plan.layout.size, np.nan, np.float32))
-    client.refused("not_finite")
+    client.answered(refusal("not_finite"))
     client.begin(model(plan, version=1), now_s=0.0)
     assert client.trainer.read().tobytes() == plan.initial().tobytes()
     assert client.trainer.optimizer_state() == {}
@@ -87,7 +93,7 @@ def test_a_client_that_has_diverged_takes_its_parents_model_whole(plan: Plan) ->
 def test_a_stale_client_keeps_its_model(plan: Plan) -> None:
     client = a_client(plan)
     a_round(client, model(plan))
-    client.refused("stale")
+    client.answered(refusal("stale"))
     client.begin(model(plan, version=1), now_s=0.0)
     assert client.trainer.optimizer_state() != {}
 

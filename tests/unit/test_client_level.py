@@ -130,7 +130,7 @@ def test_nobody_is_in_one_sum_twice(layout: Layout, endless: BudgetConfig) -> No
     still = [0.1, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)]
     assert reason(push(world, layout, "a", still)) == "accepted"
     again = push(world, layout, "a", still, seq=2)
-    assert reason(again) == "out_of_turn"
+    assert reason(again) == "too_soon"
     assert not [command for command in again if isinstance(command, Charge)]
     assert world.contributions == {"a": 1}
 

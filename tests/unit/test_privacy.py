@@ -486,7 +486,7 @@ def test_a_statement_says_what_was_spent_and_finds_what_was_not_paid(tiny: Tiny,
     assert (statement.charges, statement.steps, statement.nodes) == (2, 8, ("world/a",))
     assert statement.epsilon == pytest.approx(expected.epsilon)
     assert spending.unpaid(plan) == []
-    audit = plan.run_dir / "audit.jsonl"
-    line = {"node": "world", "sender": "a", "verdict": "accepted"}
+    audit = plan.run_dir / "audit" / "world.jsonl"
+    line = {"node": "world", "sender": "a", "seq": 3, "verdict": "accepted"}
     audit.write_text(audit.read_text() + json.dumps(line) + "\n")
     assert spending.unpaid(plan) == ["world/a: 3 updates were accepted, 2 rounds were paid for"]

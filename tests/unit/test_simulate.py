@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from worlds import TINY_MODEL, client
 
-from worldlm_ray import checkpoint, rundir
+from worldlm_ray import audit, checkpoint, rundir
 from worldlm_ray.params import params_sha256
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, NodeSummary, Record, RoundRecord, VerdictRecord
@@ -167,9 +167,9 @@ def test_a_run_leaves_its_documented_files(outcome: tuple[Plan, dict[str, Any]])
         assert node["kind"] == plan.kinds[path]
         assert node["loss"] < node["loss_start"]
     assert summary["tokens"] == 4 * 2 * ROUND_TOKENS
-    assert {"config.yaml", "status.json", "audit.jsonl", "tensorboard"} < {p.name for p in plan.run_dir.iterdir()}
+    assert {"config.yaml", "status.json", "audit", "tensorboard"} < {p.name for p in plan.run_dir.iterdir()}
 
-    lines = [json.loads(line) for line in (plan.run_dir / "audit.jsonl").read_text().splitlines()]
+    lines = list(audit.read(plan.run_dir))
     assert {line["verdict"] for line in lines} == {"accepted"}
     from_clients = [line for line in lines if f"{line['node']}/{line['sender']}" in summary["nodes"]]
     by_sender: dict[str, list[int]] = {}

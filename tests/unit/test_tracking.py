@@ -1,4 +1,4 @@
-"""The run folder, read back as its users do: audit lines, status, TensorBoard events, summary."""
+"""The run folder, read back as its users do: status, TensorBoard events, summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from worldlm_ray import tensorboard, tracking
+from worldlm_ray import audit, tensorboard, tracking
 from worldlm_ray.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
@@ -294,29 +294,6 @@ def test_attention_images_are_few_and_every_node_has_its_turn(tmp_path: Path) ->
     assert image.height > 50
 
 
-def test_audit_has_one_line_per_verdict_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
-    run = tracker(tmp_path)
-    run.record(verdict("italy", tau=2), aggregation(), verdict("france", "stale", tau=9))
-    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
-    run.close()
-    assert lines[0] == {
-        "now_s": 12.0,
-        "node": "world/europe",
-        "sender": "italy",
-        "seq": 1,
-        "base_version": 3,
-        "version": 5,
-        "tau": 2,
-        "verdict": "accepted",
-        "bytes": 64,
-        "detail": "why",
-    }
-    assert [(line["sender"], line["verdict"]) for line in lines] == [
-        ("italy", "accepted"),
-        ("france", "stale"),
-    ]
-
-
 def test_status_is_paced_whole_and_left_without_a_temporary_file(tmp_path: Path) -> None:
     clock = Clock()
     run = tracker(tmp_path, clock=clock)
@@ -330,7 +307,7 @@ def test_status_is_paced_whole_and_left_without_a_temporary_file(tmp_path: Path)
     status = read_status(tmp_path)
     run.close()
     assert (status["tokens"], status["progress"], status["now_s"]) == (250, 0.25, 10.0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.jsonl", "status.json", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json", "tensorboard"]
 
 
 @pytest.mark.parametrize(
@@ -360,6 +337,8 @@ def test_a_diverged_loss_leaves_valid_json(tmp_path: Path) -> None:
 def test_a_second_tracker_continues_the_first(tmp_path: Path) -> None:
     first = tracker(tmp_path)
     first.record(start(ITALY), round_of(ITALY, tokens=100, loss=4.0), verdict("italy", tau=3))
+    log = audit.AuditLog(tmp_path, "world/europe")  # of the node itself
+    log.verdict(verdict("italy", tau=3))
     first.record(PushRecord(node=ITALY, now_s=12.0, bytes=10), LifeRecord(node=ITALY, now_s=12.0, event="started"))
     first.close()
     second = tracker(tmp_path)
@@ -370,28 +349,16 @@ def test_a_second_tracker_continues_the_first(tmp_path: Path) -> None:
     assert (node["accepted"], node["refused"], node["bytes_up"], node["tokens"]) == (1, {"stale": 1}, 20, 100)
     assert (node["loss_start"], node["loss"], node["state"]) == (5.0, 3.5, "started")
     assert node["tau_mean"] == pytest.approx(4.0)
-    assert len((tmp_path / "audit.jsonl").read_text().splitlines()) == 2
     assert len(event_files(tmp_path, "world")) == len(event_files(tmp_path, ITALY)) == 2
     # In one second two writers of one process are told apart by a counter, which does not sort as text.
     assert sorted(points(tmp_path, ITALY, "bytes_up")) == [(12, 10), (20, 20)]
 
 
-def test_a_killed_run_keeps_its_verdicts_and_mends_its_torn_line(tmp_path: Path) -> None:
-    first = tracker(tmp_path)
-    first.record(verdict("italy"), verdict("france", "stale"))
-    first.close()
-    # Killed: a line is half written, and status.json is older than the audit file.
-    with (tmp_path / "audit.jsonl").open("a") as file:
-        file.write('{"now_s": 14.0, "node": "wor')
-    (tmp_path / "status.json").write_text("")
-    second = tracker(tmp_path)
-    second.record(verdict("italy", seq=2))
-    nodes = second.snapshot()["nodes"]
-    second.close()
-    assert (nodes[ITALY]["accepted"], nodes[FRANCE]["refused"]) == (2, {"stale": 1})
-    lines = (tmp_path / "audit.jsonl").read_text().splitlines()
-    assert len(lines) == 4
-    assert json.loads(lines[3])["seq"] == 2
+def test_an_update_that_is_accepted_again_after_a_restart_counts_once(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(verdict("italy", seq=1), verdict("italy", seq=2), verdict("italy", seq=2), verdict("italy", seq=3))
+    assert run.snapshot()["nodes"][ITALY]["accepted"] == 3
+    run.close()
 
 
 def test_an_unknown_node_is_an_error_and_nothing_of_the_batch_is_kept(tmp_path: Path) -> None:
@@ -403,7 +370,6 @@ def test_an_unknown_node_is_an_error_and_nothing_of_the_batch_is_kept(tmp_path: 
         run.record(start("world/europe"))
     assert run.snapshot()["accepted"] == 0
     run.close()
-    assert (tmp_path / "audit.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def judge(
     last_seq: int | None,
     version: int,
     backbone_size: int,
-    out_of_turn: bool = False,
+    incarnation: int = 1,
+    waiting: str | None = None,
     exhausted: bool = False,
 ) -> Verdict:
     """Decide about a well-formed update.
@@ -32,11 +33,17 @@ def judge(
         last_seq: highest seq accepted from this sender; None if it is not a child.
         version: the node's version now.
         backbone_size: elements of the backbone part.
-        out_of_turn: whether the sender may not push now, since its last update is not in a version yet.
+        incarnation: the node's.
+        waiting: name of the refusal if the sender's last update is not in a version yet, and none may join it there.
         exhausted: whether the sender's privacy budget holds no further update.
     """
     tau = version - update.base_version
-    reason, detail = _standing(update, rules, last_seq, version, out_of_turn, exhausted)
+    if update.base_incarnation < incarnation:
+        # Versions that this node had published before it died and went back: they were never older than this one.
+        tau = max(tau, 0)
+    reason, detail = _standing(update, rules, last_seq, tau, waiting, exhausted)
+    if reason == ACCEPTED and update.base_incarnation > incarnation:
+        reason, detail = "future_version", f"from incarnation {update.base_incarnation} of this node"
     if reason == ACCEPTED:
         reason, detail = _values(update, rules, backbone_size)
     return Verdict(
@@ -50,20 +57,19 @@ def judge(
 
 
 def _standing(
-    update: Update, rules: AggregationConfig, last_seq: int | None, version: int, out_of_turn: bool, exhausted: bool
+    update: Update, rules: AggregationConfig, last_seq: int | None, tau: int, waiting: str | None, exhausted: bool
 ) -> tuple[str, str]:
     """Who sent it, whether it was seen before, and how old it is."""
-    tau = version - update.base_version
     if last_seq is None:
         return "unknown_sender", f"there is no child {update.sender!r}"
     if update.seq <= last_seq:
         return "duplicate", f"seq {update.seq} after {last_seq}"
-    if out_of_turn:
-        return "out_of_turn", "an aggregation takes one update of each child"
+    if waiting is not None:
+        return waiting, "an aggregation takes one update of each child"
     if exhausted:
         return "privacy_exhausted", f"the privacy budget of {update.sender} holds no further update"
     if tau < 0:
-        return "future_version", f"from version {update.base_version}, this node is at {version}"
+        return "future_version", f"from version {update.base_version}, this node is at {update.base_version + tau}"
     if rules.max_staleness is not None and tau > rules.max_staleness:
         return "stale", f"tau {tau} is above max_staleness {rules.max_staleness}: pull again"
     if update.tokens == 0:

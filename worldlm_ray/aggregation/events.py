@@ -1,11 +1,17 @@
 """What can happen to an inner node, what it may ask of its shell, and what it decides about an update.
 
 event                                  what may come back
-Push(sender, packed)                   Charge, Answer(verdict), Note(records), Exchange, Serve, Wake
+Joined(child, seq)                     Save, Serve, Exchange
+Push(sender, packed)                   Charge, Answer(verdict), Note(records), Save, Exchange, Serve, Wake
 Pull(child, started_tokens)            Serve(child), now or once the child may go on
 ParentModel(model)                     Serve, Exchange
-Done(child), Left(child), Joined(...)  Serve, Exchange, Finish
+Done(child), Left(child)               Serve, Exchange, Finish
+Beat(child)                            nothing, or as Joined if the child had been given up
 Clock                                  as Push
+
+Events from children carry two incarnations: the child's own, and `to`, that of the node which the child has joined. A
+node that has been restarted answers `restarted` until a child has joined again, since only then does it know what the
+child still keeps for it; an earlier life of a child is answered `superseded`.
 """
 
 from __future__ import annotations
@@ -23,13 +29,15 @@ class Verdict:
     """What a node decided about an update, and why."""
 
     reason: str
-    """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_shape, unknown_sender, duplicate,
-    out_of_turn, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
+    """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_shape, unknown_sender, superseded, restarted,
+    duplicate, out_of_turn, too_soon, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
     seq: int
     base_version: int
     version: int
     tau: int
     detail: str = ""
+    durable_seq: int = 0
+    """Highest seq of this sender that checkpoints cover: what it need not keep any more."""
 
     @property
     def accepted(self) -> bool:
@@ -44,6 +52,10 @@ class Push:
     sender: str
     packed: Packed
     now_s: float
+    incarnation: int = 1
+    """The sender's: how often it has been started."""
+    to: int = 1
+    """Incarnation of the node that the sender has joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,8 @@ class Pull:
     child: str
     started_tokens: int
     now_s: float
+    incarnation: int = 1
+    to: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +83,8 @@ class Done:
 
     child: str
     now_s: float
+    incarnation: int = 1
+    to: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +93,19 @@ class Left:
 
     child: str
     now_s: float
+    incarnation: int = 1
+    to: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """A child is here: a new one, or one that had left or was done."""
+    """A child is here: a new one, one that had left or was done, or one that one side of has been restarted."""
 
     child: str
     now_s: float
+    incarnation: int = 1
+    seq: int = 0
+    """Of the last update that the child knows it has made: it keeps no later one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +115,17 @@ class Clock:
     now_s: float
 
 
-Event = Push | Pull | ParentModel | Done | Left | Joined | Clock
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """A child lives."""
+
+    child: str
+    now_s: float
+    incarnation: int = 1
+    to: int = 1
+
+
+Event = Push | Pull | ParentModel | Done | Left | Joined | Beat | Clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +161,11 @@ class Wake:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Save:
+    """Write a checkpoint: a child keeps many updates in case this node dies, or has lost those that it kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finish:
     """Everything below has ended and nothing is left to pass on."""
 
@@ -148,4 +184,4 @@ class Charge:
     child: str
 
 
-Command = Answer | Serve | Exchange | Wake | Finish | Note | Charge
+Command = Answer | Serve | Exchange | Wake | Save | Finish | Note | Charge

@@ -24,6 +24,7 @@ import numpy as np
 from worldlm_ray.aggregation.admission import judge, refuse_malformed
 from worldlm_ray.aggregation.events import (
     Answer,
+    Beat,
     Charge,
     Command,
     Done,
@@ -36,12 +37,14 @@ from worldlm_ray.aggregation.events import (
     ParentModel,
     Pull,
     Push,
+    Save,
     Serve,
     Verdict,
     Wake,
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
+from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields
 from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
@@ -57,7 +60,11 @@ from worldlm_ray.records import AggregationRecord, AttentionRecord, PrivacyRecor
 class Child:
     """What a node remembers of one child."""
 
+    incarnation: int = 0
+    """The newest that has joined."""
     last_seq: int = 0
+    durable_seq: int = 0
+    """Up to here checkpoints cover what was accepted."""
     started_tokens: int = 0
     active: bool = True
     """False once the child is done or has left."""
@@ -82,6 +89,7 @@ class Node:
         budget: the run's budget; used by the world alone.
         privacy: what the clients directly below are promised; None for nothing.
         contributions: how often each of them has contributed, by its ledger.
+        save_every: a child should keep no more updates than this for the case that the node dies.
     """
 
     def __init__(
@@ -97,7 +105,11 @@ class Node:
         budget: BudgetConfig,
         privacy: ClientPrivacy | None = None,
         contributions: Mapping[str, int] | None = None,
+        save_every: int = 4,
     ) -> None:
+        self.incarnation = 1
+        """How often this node has been started: for the shell to set."""
+        self.save_every = save_every
         self.privacy = privacy
         self.contributions = dict(contributions or {})
         """Updates of clients that their ledgers have paid for."""
@@ -128,6 +140,8 @@ class Node:
         self.version = 0
         self.base_version = 0
         """The parent's version at the last merge."""
+        self.base_incarnation = 1
+        """The parent's incarnation then."""
         self.seq = 0
         self.tokens = 0
         """Tokens of all updates that were aggregated."""
@@ -142,6 +156,8 @@ class Node:
         """When the first child began: a budget of seconds counts from here."""
         self.in_flight: Update | None = None
         """The update of an exchange that has not come back yet."""
+        self.outbox = Outbox()
+        """What the parent has not made durable yet."""
         self._exchange_asked = False
         self.accepted = 0
         self.refused: dict[str, int] = {}
@@ -152,8 +168,14 @@ class Node:
     # ---- events ----------------------------------------------------------------------------------------------
 
     def handle(self, event: Event) -> list[Command]:
-        """Take one event and say what is to be done. The only way to change a node."""
+        """Take one event and say what is to be done. The only way to change a node.
+
+        Raises:
+            MessageError: unknown_sender, superseded or restarted: the event changes nothing. (A push is answered.)
+        """
         commands: list[Command] = []
+        if isinstance(event, Pull | Done | Left | Beat):
+            self._check(event.child, event.incarnation, to=event.to)
         if isinstance(event, Push):
             commands += self._push(event)
         elif isinstance(event, Pull):
@@ -164,14 +186,45 @@ class Node:
         elif isinstance(event, ParentModel):
             commands += self._merge(event)
         elif isinstance(event, Joined):
-            child = self.children.setdefault(event.child, Child())
-            child.active, child.left, self.ended = True, False, False
+            commands += self._join(event)
         elif isinstance(event, Done | Left) and event.child in self.children:
             child = self.children[event.child]
             child.active, child.left = False, isinstance(event, Left)
             self._waiting.pop(event.child, None)
         commands += self._advance(event.now_s)
         return commands
+
+    def _check(self, name: str, incarnation: int, *, to: int) -> None:
+        """Whether this life of a child may speak, and whether it knows which life of this node it speaks to."""
+        child = self.children.get(name)
+        if child is not None and incarnation < child.incarnation:
+            known = f"there is incarnation {child.incarnation} of {name}"
+            raise MessageError("superseded", f"this is incarnation {incarnation}, and {known}")
+        if to != self.incarnation:
+            raise MessageError("restarted", f"{self.path} is at incarnation {self.incarnation} by now: join again")
+
+    def _join(self, event: Joined) -> list[Command]:
+        self._check(event.child, event.incarnation, to=self.incarnation)
+        child = self.children.setdefault(event.child, Child())
+        child.active, child.left, self.ended = True, False, False
+        child.incarnation = event.incarnation
+        self._waiting.pop(event.child, None)  # whoever asked is gone, or will ask again
+        forgot = event.seq < child.last_seq  # it comes from a checkpoint, and what it kept since is gone
+        return [Save()] if forgot and child.durable_seq < child.last_seq else []
+
+    def welcome(self, child: str) -> Welcome:
+        """What a child that has joined must know."""
+        known = self.children[child]
+        return Welcome(incarnation=self.incarnation, last_seq=known.last_seq, durable_seq=known.durable_seq)
+
+    def welcomed(self, welcome: Welcome) -> list[Update]:
+        """The parent is there, perhaps again: what must be sent to it once more, in this order."""
+        self.outbox.durable(welcome.durable_seq)
+        return self.outbox.after(welcome.last_seq)
+
+    def answered(self, verdict: Verdict) -> None:
+        """The parent's word about an update of this node."""
+        self.outbox.heed(verdict)
 
     def use_shared_copy(self, own: Flat, shared: Flat) -> Flat:
         """Use another buffer with the same values in place of one of the node's own.
@@ -189,6 +242,7 @@ class Node:
             self.theta = view
         if self.in_flight is not None and self.in_flight.values is own:
             self.in_flight = replace(self.in_flight, values=view)
+        self.outbox.use_shared_copy(own, view)
         return view
 
     # ---- accepting updates -----------------------------------------------------------------------------------
@@ -198,6 +252,7 @@ class Node:
             update = unpack_update(event.packed, self.layout)
             if update.sender != event.sender:
                 raise MessageError("unknown_sender", f"{event.sender!r} sent an update of {update.sender!r}")
+            self._check(event.sender, event.incarnation, to=event.to)
             verdict = self._judge(update)
         except MessageError as error:
             update, verdict = None, refuse_malformed(event.packed, error, version=self.version)
@@ -212,14 +267,19 @@ class Node:
             verdict=verdict.reason,
             bytes=event.packed.nbytes,
             detail=verdict.detail,
+            incarnation=self.incarnation,
         )
         if update is None or not verdict.accepted:
             self.refused[verdict.reason] = self.refused.get(verdict.reason, 0) + 1
         else:
             self._accept(update, verdict.tau, event.now_s)
+        known = self.children.get(event.sender)
+        verdict = replace(verdict, durable_seq=known.durable_seq if known is not None else 0)
         commands: list[Command] = [Answer(child=event.sender, verdict=verdict), Note(record=record)]
         if verdict.accepted:
             commands = [*self._charge(event.sender, event.now_s), *commands, *self._wake()]
+            if known is not None and known.last_seq - known.durable_seq >= self.save_every:
+                commands.append(Save())
         return commands
 
     def _charge(self, sender: str, now_s: float) -> list[Command]:
@@ -251,10 +311,17 @@ class Node:
             last_seq=None if child is None or child.left else child.last_seq,
             version=self.version,
             backbone_size=self.layout.backbone_size,
-            # Twice in one sum, a private client would move it by twice what the noise covers.
-            out_of_turn=(self.synchronous or self.privacy is not None) and self._contributed(update.sender),
+            incarnation=self.incarnation,
+            waiting=self._waiting_room() if self._contributed(update.sender) else None,
             exhausted=self._is_exhausted(update.sender),
         )
+
+    def _waiting_room(self) -> str | None:
+        """How a second update of a child for the same aggregation is refused, if it is."""
+        if self.synchronous:
+            return "out_of_turn"  # the child waits for the version, and pushes again
+        # Twice in one sum, a private client would move it by twice what the noise covers.
+        return "too_soon" if self.privacy is not None else None
 
     def _accept(self, update: Update, tau: int, now_s: float) -> None:
         child = self.children[update.sender]
@@ -399,7 +466,9 @@ class Node:
             started_tokens=self.started_tokens,
             values=frozen(values),
             residuals=self.residuals.rise(),
+            base_incarnation=self.base_incarnation,
         )
+        self.outbox.add(self.in_flight)
         self.anchor = self.theta
         for child in self.children.values():
             child.pushed, child.share = child.pushed + child.share, 0.0
@@ -411,7 +480,8 @@ class Node:
         model, pushed = event.model, self.in_flight
         self.in_flight = None
         self.base_version, self.progress = model.version, model.progress
-        self.finished = model.finished
+        self.base_incarnation, self.finished = model.incarnation, model.finished
+        self.outbox.durable(model.durable_seq)
         self.seq = max(self.seq, model.last_seq)
         if model.version == 0:
             return []  # the parent has aggregated nothing yet: it has nothing to say
@@ -464,6 +534,8 @@ class Node:
             tokens=self.mean_tokens,
             last_seq=known.last_seq,
             share=known.share + known.pushed,
+            incarnation=self.incarnation,
+            durable_seq=known.durable_seq,
             residuals=self.residuals.offer(child),
             values=self.theta,
         )
@@ -494,6 +566,8 @@ class Node:
             arrays["heard"] = self.merger.heard
         meta: dict[str, Any] = {name: copy(getattr(self, name)) for name in _STATE}
         meta["children"] = {name: vars(child).copy() for name, child in self.children.items()}
+        for child in meta["children"].values():
+            del child["durable_seq"]  # all that is read back is durable
         meta["layout"], meta["optimizer_steps"] = self.layout.hash, self.optimizer.steps
         if self._fold is not None:
             arrays["fold"] = self._fold.flat
@@ -503,10 +577,23 @@ class Node:
         meta["held"] = {}
         for name, (update, tau) in self._held.items():
             arrays[f"held.{name}"] = update.values
-            meta["held"][name] = {"update": _fields(update), "tau": tau}
+            meta["held"][name] = {"update": fields(update), "tau": tau}
+        meta["outbox"], kept = self.outbox.state()
+        arrays |= kept
         if self.in_flight is not None:
-            arrays["in_flight"], meta["in_flight"] = self.in_flight.values, _fields(self.in_flight)
+            meta["in_flight"] = fields(self.in_flight)
+            if all(values is not self.in_flight.values for values in kept.values()):
+                arrays["in_flight"] = self.in_flight.values
         return meta, arrays
+
+    def seqs(self) -> dict[str, int]:
+        """Highest accepted seq of every child."""
+        return {name: child.last_seq for name, child in self.children.items()}
+
+    def saved(self, seqs: Mapping[str, int]) -> None:
+        """A state with these `seqs` is on disk: children need not keep what it covers."""
+        for name, seq in seqs.items():
+            self.children[name].durable_seq = max(self.children[name].durable_seq, seq)
 
     def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` described. Call `resume` next.
@@ -519,8 +606,8 @@ class Node:
         for name in _STATE:
             setattr(self, name, meta[name])
         self.ended = False
-        for name, fields in meta["children"].items():
-            self.children[name] = Child(**fields)
+        for name, child in meta["children"].items():
+            self.children[name] = Child(**(child | {"durable_seq": child["last_seq"]}))
         # The budget may be larger than it was: a federation hears from its parent, the world counts again.
         self.finished = False
         if self.budget.tokens is not None and not self.has_parent:
@@ -534,8 +621,10 @@ class Node:
             self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
         self.residuals.restore(meta.get("residuals", NO_RESIDUALS), arrays)
         self._fold, self._held, self._waiting, self.in_flight = None, {}, {}, None
+        self.outbox.restore(meta["outbox"], arrays)
         if "in_flight" in meta:
-            self.in_flight = Update(**meta["in_flight"], values=arrays["in_flight"])
+            kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
+            self.in_flight = kept[0] if kept else Update(**meta["in_flight"], values=arrays["in_flight"])
         if "fold" in meta:
             self._fold = self._new_fold(0.0)
             self._fold.restore(meta["fold"], arrays["fold"])
@@ -546,6 +635,7 @@ class Node:
 _STATE = (
     "version",
     "base_version",
+    "base_incarnation",
     "seq",
     "tokens",
     "mean_tokens",
@@ -557,8 +647,3 @@ _STATE = (
     "accepted",
     "refused",
 )
-
-
-def _fields(update: Update) -> dict[str, Any]:
-    # Residuals are an extra: an update that is sent again after a crash goes without.
-    return {key: value for key, value in vars(update).items() if key not in ("values", "residuals")}

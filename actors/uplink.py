@@ -1,0 +1,296 @@
+"""A child's side of the link to its parent: every call is made again until it is heard.
+
+    join    find the parent, learn what it has, send again what it has lost
+    push    send an update
+    pull    get the parent's model
+    done    the last word
+
+A parent may die at any moment and come back from a checkpoint, or the network between the two may fail. Whatever a call
+was cut off by, the child joins again and goes on from what the parent then says it has. The protocol is written once,
+as generators: a client drives them from a thread that waits, a federation from its event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Generator
+from typing import Any, Protocol, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+
+from actors.shared import Address
+from worldlm_ray.aggregation.events import Verdict
+from worldlm_ray.aggregation.outbox import Outbox, Welcome
+from worldlm_ray.errors import MessageError, SupersededError
+from worldlm_ray.faults import damaged
+from worldlm_ray.messages import Model, Packed, Update, pack, unpack_model
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import Plan
+from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
+
+AGAIN_S = 0.5
+"""Between two attempts to find a parent that does not answer; later ones wait longer, up to ..."""
+AGAIN_AT_MOST_S = 5.0
+LOUD_AFTER = 4
+"""Attempts after which an operator is told that the parent cannot be found."""
+POLL_S = 0.2
+"""How often a thread that waits for its parent looks whether it should stop."""
+
+T = TypeVar("T")
+Steps = Generator[Any, Any, T]
+"""What is being done, step by step: yields an object reference to be waited for, or seconds to sleep."""
+
+
+class Lost(Exception):
+    """A call was not answered: the parent has died, has been restarted, or cannot be reached."""
+
+
+class Stopped(Exception):
+    """The child was told to stop while it waited."""
+
+
+class Child(Protocol):
+    """What a client and a federation have in common."""
+
+    incarnation: int
+    seq: int
+    outbox: Outbox
+
+    @property
+    def started_tokens(self) -> int:
+        """Tokens of all local rounds begun below."""
+        ...
+
+    def welcomed(self, welcome: Welcome) -> list[Update]:
+        """The parent is there, perhaps again."""
+        ...
+
+    def answered(self, verdict: Verdict) -> None:
+        """The parent's word about an update."""
+        ...
+
+
+class Uplink:
+    """One child's link.
+
+    Args:
+        address: the run and the child's path.
+        plan: the run.
+        child: whose seq and outbox the link keeps in step with the parent.
+        tell: takes records.
+    """
+
+    def __init__(self, address: Address, plan: Plan, child: Child, *, tell: Callable[[Record], None]) -> None:
+        self._address, self._plan, self._child, self._tell = address, plan, child, tell
+        self._name, self._faults, self._clock = plan.node(address.path).name, plan.faults, address.clock
+        self._parent: Any = None
+        self._to = 0
+        """Incarnation of the parent that has been joined; 0 while none is."""
+        self._refs: dict[int, Any] = {}
+        """Object references of what is in the outbox."""
+
+    # ---- what a child says -------------------------------------------------------------------------------------
+
+    def join(self) -> Steps[None]:
+        """Find the parent, for as long as it takes, and send it what it does not have."""
+        attempt = 0
+        while True:
+            try:
+                yield from self._join()
+                if attempt >= LOUD_AFTER:
+                    self._life("training", "its parent is back")
+                return
+            except Lost as error:
+                attempt += 1
+                if attempt == LOUD_AFTER:
+                    self._life("waiting", f"its parent does not answer ({error})")
+                yield min(AGAIN_S * attempt, AGAIN_AT_MOST_S)
+
+    def push(self, update: Update) -> Steps[None]:
+        """Send an update that is in the outbox."""
+        try:
+            yield from self._push(update)
+        except Lost:
+            yield from self.join()  # which sends the outbox
+
+    def pull(self) -> Steps[Model]:
+        """The parent's model."""
+        while True:
+            try:
+                header, refs = yield from self._call("pull", self._child.started_tokens)
+                packed = Packed(header, (yield refs[0]))
+                model = unpack_model(packed, self._plan.layout)
+                path, now_s = self._address.path, self._clock.now_s()
+                self._tell(PullRecord(node=path, now_s=now_s, version=model.version, bytes=packed.nbytes))
+                return model
+            except (Lost, RayActorError, ObjectLostError):
+                self._to = 0
+                yield from self.join()
+
+    def done(self) -> Steps[None]:
+        """The child will train no more."""
+        yield from self._until_heard("done")
+
+    def left(self) -> Steps[None]:
+        """The child leaves the run for good."""
+        yield from self._until_heard("left")
+
+    def beat(self) -> Steps[bool]:
+        """Tell the parent that the child lives; returns whether the parent is the one that it has joined."""
+        try:
+            yield from self._call("beat")
+        except Lost:
+            return False
+        return True
+
+    def send_beat(self) -> None:
+        """A sign of life whose answer nobody waits for: it comes from beside the thread that talks to the parent."""
+        parent, to = self._parent, self._to
+        if parent is not None and to and not self._faulty("cut"):
+            parent.beat.remote(self._name, self._child.incarnation, to)
+
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    def _until_heard(self, word: str) -> Steps[None]:
+        while True:
+            try:
+                yield from self._call(word)
+                return
+            except Lost:
+                yield from self.join()
+
+    def _join(self) -> Steps[None]:
+        self._to = 0
+        welcome: Welcome = yield from self._send("join", self._name, self._child.incarnation, self._child.seq)
+        self._to = welcome.incarnation
+        self._child.welcomed(welcome)
+        after = welcome.last_seq
+        while updates := self._child.outbox.after(after):
+            yield from self._push(updates[0])
+            after = updates[0].seq
+
+    def _push(self, update: Update) -> Steps[None]:
+        packed, ref = pack(update, self._plan.layout), self._share(update)
+        header = damaged(packed.header) if self._faulty("corrupt") else packed.header
+        self._tell(PushRecord(node=self._address.path, now_s=self._clock.now_s(), bytes=packed.nbytes))
+        while True:
+            verdict: Verdict = yield from self._call("push", header, [ref])
+            if verdict.reason == "superseded":
+                raise SupersededError(f"{self._address.path}: {verdict.detail}")
+            self._child.answered(verdict)
+            if self._child.outbox.must_join(update, verdict):
+                self._to = 0
+                raise Lost(verdict.detail)
+            if verdict.reason != "out_of_turn":
+                break
+            # Sent again after a restart, while its forerunner waits for its siblings': not before that is through.
+            yield from self._call("pull", self._child.started_tokens)
+        self._refs = {seq: ref for seq, ref in self._refs.items() if seq in self._child.outbox}
+
+    def _call(self, method: str, *arguments: Any) -> Steps[Any]:
+        """A call that only the parent that was joined may take."""
+        if not self._to:
+            raise Lost("not joined")
+        return (yield from self._send(method, self._name, self._child.incarnation, self._to, *arguments))
+
+    def _send(self, method: str, *arguments: Any) -> Steps[Any]:
+        late_s = self._faults.delay_s(self._address.path, self._clock.now_s()) if self._faults else 0.0
+        if late_s:
+            yield late_s
+        if self._faulty("cut"):
+            raise Lost("cut off on purpose")
+        try:
+            if self._parent is None:
+                self._parent = self._address.parent
+            if self._faulty("repeat"):
+                getattr(self._parent, method).remote(*arguments)
+            answer = yield getattr(self._parent, method).remote(*arguments)
+        except MessageError as error:
+            if error.reason == "superseded":
+                raise SupersededError(f"{self._address.path}: {error.detail}") from error
+            self._to = 0
+            raise Lost(str(error.detail)) from error
+        except (RayActorError, GetTimeoutError, ValueError) as error:  # ValueError: no actor of that name (yet)
+            self._parent, self._to = None, 0
+            raise Lost(type(error).__name__) from error
+        if self._faulty("drop") or self._faulty("cut"):
+            self._to = 0
+            raise Lost("its answer was lost on purpose")
+        return answer
+
+    def share(self, update: Update) -> Flat:
+        """Move an update's buffer into the object store; returns the shared copy, for the child to keep instead."""
+        # Blocking is right here: the object is on this machine already.
+        return ray.get(self._share(update))  # type: ignore[no-any-return]
+
+    def _share(self, update: Update) -> Any:
+        if update.seq not in self._refs:
+            self._refs[update.seq] = ray.put(update.values)
+        return self._refs[update.seq]
+
+    def _faulty(self, kind: str) -> bool:
+        return bool(self._faults) and self._faults.now(self._address.path, kind, self._clock.now_s())
+
+    def _life(self, event: str, detail: str) -> None:
+        self._tell(LifeRecord(node=self._address.path, now_s=self._clock.now_s(), event=event, detail=detail))
+
+
+# ---- who takes the steps -----------------------------------------------------------------------------------------
+
+
+def wait_for(steps: Steps[T], should_stop: Callable[[], bool] = lambda: False) -> T:
+    """Take the steps from a thread that may wait.
+
+    Raises:
+        Stopped: `should_stop` said so before they were through.
+    """
+
+    def perform(step: Any) -> Any:
+        if isinstance(step, int | float):
+            until = time.monotonic() + step
+            while not should_stop() and (left := until - time.monotonic()) > 0:
+                time.sleep(min(left, POLL_S))
+            return None
+        while not should_stop():
+            ready, _ = ray.wait([step], timeout=POLL_S)
+            if ready:
+                return ray.get(step)
+        raise Stopped
+
+    value, error = None, None
+    while True:
+        try:
+            step = steps.throw(error) if error is not None else steps.send(value)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if should_stop():
+            steps.close()
+            raise Stopped
+        value, error = None, None
+        try:
+            value = perform(step)
+        except Stopped:
+            steps.close()
+            raise
+        except Exception as caught:  # noqa: BLE001 - whatever it is, the steps know what to do
+            error = caught
+
+
+async def follow(steps: Steps[T]) -> T:
+    """Take the steps from an event loop."""
+    value, error = None, None
+    while True:
+        try:
+            step = steps.throw(error) if error is not None else steps.send(value)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        value, error = None, None
+        try:
+            if isinstance(step, int | float):
+                await asyncio.sleep(step)
+            else:
+                value = await step
+        except Exception as caught:  # noqa: BLE001 - whatever it is, the steps know what to do
+            error = caught

@@ -1,0 +1,69 @@
+"""A trainer without a model, for tests of what is around it: steps move the parameters by small, fixed amounts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from worldlm_ray.client import Client
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import Plan
+from worldlm_ray.training.trainer import Batch, RoundResult
+from worldlm_ray.tree import NodeSpec
+
+
+class Drift:
+    """Every step adds its learning rate to the parameters, with a sign for each client."""
+
+    def __init__(self, size: int, sign: float) -> None:
+        self.theta, self.sign, self.steps = np.zeros(size, np.float32), sign, 0
+
+    def read(self, out: Flat | None = None) -> Flat:
+        if out is None:
+            return self.theta.copy()
+        np.copyto(out, self.theta)
+        return out
+
+    def write(self, values: Flat) -> None:
+        self.theta = np.array(values, np.float32)
+
+    def run(
+        self,
+        batches: Iterable[Batch],
+        rate: Callable[[int], float],
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> RoundResult:
+        steps = 0
+        for _ in batches:
+            if should_stop():
+                break
+            self.theta += np.float32(self.sign * rate(steps))
+            steps += 1
+        self.steps += steps
+        return RoundResult(steps=steps, tokens=steps, loss_sum=float(steps), train_s=1e-3, learning_rate=rate(0))
+
+    def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
+        theta = self.theta if parameters is None else parameters
+        return 1.0 + abs(float(theta.mean())), 1
+
+    def sample(self, prompt: Any, *, tokens: int, temperature: float, seed: int) -> list[int]:
+        return []
+
+    def optimizer_state(self) -> dict[str, Flat]:
+        return {"step": np.array([self.steps], np.float32)}
+
+    def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
+        if saved:
+            self.steps = int(saved["step"][0])
+
+    def forget(self) -> None:
+        self.steps = 0
+
+
+def drifting(plan: Plan, spec: NodeSpec, **settings: Any) -> Client:
+    """A client that drifts."""
+    sign = 1.0 + plan.root.clients.index(spec)
+    return Client(plan, spec, make_trainer=lambda _: Drift(plan.layout.size, sign), **settings)

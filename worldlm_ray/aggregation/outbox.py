@@ -1,0 +1,97 @@
+"""Updates that a child keeps for the case that its parent dies.
+
+A parent tells with every answer up to which `seq` its checkpoints cover what it has accepted. What lies above is in the
+parent's memory alone: the child keeps it, and sends it again to a parent that comes back without it. So an accepted
+update is never lost, and since the parent drops what it has seen, never applied twice; and no update is written to a
+log (see "Nothing lost" in README.md).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from worldlm_ray.aggregation.events import ACCEPTED, Verdict
+from worldlm_ray.messages import Update
+from worldlm_ray.params import Flat
+
+_ARRAY = "outbox."
+TRIES = 10
+"""An update that arrives malformed more often than this is given up."""
+_AGAIN = ("restarted", "out_of_turn", "malformed")
+"""Refusals of the moment: the update may be sent again."""
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What a parent says to a child that joins."""
+
+    incarnation: int
+    """The parent's: how often it has been started."""
+    last_seq: int
+    """Highest seq that it has accepted from this child."""
+    durable_seq: int
+    """Highest seq that its checkpoints cover."""
+
+
+class Outbox:
+    """The updates of one child that its parent might still lose, oldest first."""
+
+    def __init__(self) -> None:
+        self._updates: dict[int, Update] = {}
+        self._damaged: Counter[int] = Counter()
+        """How often an update has arrived malformed."""
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def __contains__(self, seq: int) -> bool:
+        return seq in self._updates
+
+    def add(self, update: Update) -> None:
+        """Keep an update, until it is durable or refused."""
+        self._updates[update.seq] = update
+
+    def durable(self, seq: int) -> None:
+        """Let go of what the parent's checkpoints cover."""
+        self._updates = {number: update for number, update in self._updates.items() if number > seq}
+
+    def after(self, seq: int) -> list[Update]:
+        """What a parent that has accepted up to `seq` has not got, in the order in which it was made."""
+        return [self._updates[number] for number in sorted(self._updates) if number > seq]
+
+    def heed(self, verdict: Verdict) -> None:
+        """Take the parent's word about an update: drop what it will never take, and what it cannot lose."""
+        self.durable(verdict.durable_seq)
+        if verdict.reason not in (ACCEPTED, "duplicate", *_AGAIN):
+            self._updates.pop(verdict.seq, None)
+
+    def must_join(self, update: Update, verdict: Verdict) -> bool:
+        """Whether the child has to join its parent anew, and send the update again."""
+        if verdict.reason == "malformed":  # it was whole when it left: something on the way has damaged it
+            self._damaged[update.seq] += 1
+            if self._damaged[update.seq] > TRIES:
+                self._updates.pop(update.seq, None)
+                return False
+        return verdict.reason in ("restarted", "malformed")
+
+    def use_shared_copy(self, own: Flat, shared: Flat) -> None:
+        """Keep another buffer with the same values in place of the given one."""
+        for seq, update in self._updates.items():
+            if update.values is own:
+                self._updates[seq] = replace(update, values=shared)
+
+    def state(self) -> tuple[list[dict[str, Any]], dict[str, Flat]]:
+        """For a checkpoint: plain values, and buffers."""
+        entries = [fields(update) for update in self._updates.values()]
+        return entries, {f"{_ARRAY}{seq}": update.values for seq, update in self._updates.items()}
+
+    def restore(self, entries: list[dict[str, Any]], arrays: dict[str, Flat]) -> None:
+        """Become what `state` described."""
+        self._updates = {entry["seq"]: Update(**entry, values=arrays[f"{_ARRAY}{entry['seq']}"]) for entry in entries}
+
+
+def fields(update: Update) -> dict[str, Any]:
+    """An update without its buffers. Residuals are an extra: one that is sent again after a crash goes without."""
+    return {key: value for key, value in vars(update).items() if key not in ("values", "residuals")}

@@ -1,0 +1,146 @@
+"""The audit trail: what every inner node accepted and refused, written by the node itself as it happens.
+
+    audit/world.jsonl           one line per update that the world accepted or refused
+    audit/world/europe.jsonl    the same of a federation
+
+Besides, one line whenever a node is restarted, with the last seq of every child that its checkpoint knows: what it had
+accepted since is undone by that, and must be accepted again. `proofs` goes through a trail and says whether it was: for
+every edge of the tree, that nothing was lost and nothing applied twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from worldlm_ray.records import VerdictRecord
+
+FOLDER = "audit"
+RESTORED = "restored"
+ACCEPTED = "accepted"
+
+
+class AuditLog:
+    """The trail of one node. Storage that refuses costs nothing but the delay: lines wait until it is back.
+
+    Args:
+        run_dir: the run folder.
+        node: path of the node.
+        warn: told when the storage refuses.
+    """
+
+    def __init__(self, run_dir: Path, node: str, *, warn: Callable[[str], None] = lambda _: None) -> None:
+        self._path = run_dir / FOLDER / f"{node}.jsonl"
+        self._node, self._warn = node, warn
+        self._waiting: list[bytes] = []
+
+    def verdict(self, record: VerdictRecord) -> None:
+        """Write down what became of an update. In the file when this returns, if the storage is well."""
+        values = asdict(record)
+        self._write({"now_s": values.pop("now_s"), **values})
+
+    def restored(self, *, now_s: float, incarnation: int, last_seq: Mapping[str, int]) -> None:
+        """Write down that the node went back to a checkpoint."""
+        line = {"now_s": now_s, "node": self._node, "incarnation": incarnation, RESTORED: dict(last_seq)}
+        self._write(line)
+
+    def flush(self) -> None:
+        """Write lines that are still waiting."""
+        if not self._waiting:
+            return
+        try:
+            # Opened anew every time: storage that was away and is back may be another file.
+            with _open(self._path) as file:
+                file.write(b"".join(self._waiting))
+            self._waiting.clear()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self._warn(f"cannot write {self._path}: {error}; its lines wait in memory")
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self._waiting.append((json.dumps(values) + "\n").encode())
+        self.flush()
+
+
+@dataclass
+class Proof:
+    """What the trail says about one edge of the tree."""
+
+    node: str
+    """The receiver."""
+    sender: str
+    applied: list[int] = field(default_factory=list)
+    """Accepted seqs that are in the node's model, in their order."""
+    again: int = 0
+    """Updates that a restart of the node had undone, and that were accepted again."""
+    lost: list[int] = field(default_factory=list)
+    """Updates that a restart had undone and that never came again."""
+    twice: list[int] = field(default_factory=list)
+    """Updates that were applied more than once."""
+    refused: int = 0
+
+    @property
+    def holds(self) -> bool:
+        """Nothing lost, nothing twice."""
+        return not self.lost and not self.twice
+
+
+def read(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line of a run's trail, node by node, in the order of the nodes' lives."""
+    for path in sorted((run_dir / FOLDER).rglob("*.jsonl")):
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue  # torn apart by a kill
+            if isinstance(values, dict) and "node" in values:
+                lines.append(values)
+        # A leftover of an earlier life may have written beside its successor.
+        yield from sorted(lines, key=lambda values: int(values.get("incarnation", 1)))
+
+
+def proofs(run_dir: Path) -> list[Proof]:
+    """What the trail of a run proves, edge by edge."""
+    found: dict[tuple[str, str], Proof] = {}
+    undone: dict[tuple[str, str], set[int]] = {}
+    for line in read(run_dir):
+        if RESTORED in line:
+            for (node, sender), proof in found.items():
+                if node == line["node"]:
+                    _go_back(proof, int(line[RESTORED].get(sender, 0)), undone.setdefault((node, sender), set()))
+            continue
+        edge = line["node"], line["sender"]
+        proof = found.setdefault(edge, Proof(*edge))
+        if line["verdict"] != ACCEPTED:
+            proof.refused += 1
+        elif line["seq"] in proof.applied:
+            proof.twice.append(line["seq"])
+        else:
+            proof.applied.append(line["seq"])
+            if line["seq"] in undone.get(edge, ()):
+                undone[edge].discard(line["seq"])
+                proof.again += 1
+    for edge, seqs in undone.items():
+        found[edge].lost = sorted(seqs)
+    return list(found.values())
+
+
+def _go_back(proof: Proof, last_seq: int, undone: set[int]) -> None:
+    undone.update(seq for seq in proof.applied if seq > last_seq)
+    proof.applied = [seq for seq in proof.applied if seq <= last_seq]
+
+
+def _open(path: Path) -> BinaryIO:
+    # Unbuffered: a killed process loses no line. What a kill tore apart in the last line is closed off.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab+", buffering=0)
+    if file.seek(0, os.SEEK_END) > 0:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
