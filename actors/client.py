@@ -55,7 +55,7 @@ class ClientActor:
         self._began_s = self._saved_s = self.clock.now_s()
         self._is_set_up = False
         schedule_kills(self.faults, self.spec.path, self.clock)
-        if was_restarted():
+        if was_restarted() or address.begin:
             self.start()
 
     def _set_up(self) -> None:

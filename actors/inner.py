@@ -161,6 +161,11 @@ class InnerActor:
         self._spawn(self._tick())
         atexit.register(self._last_words, asyncio.get_running_loop())
 
+    async def give_up(self, child: str) -> None:
+        """There is no room for a client that has never been there."""
+        if self.node.children[child].awaited:
+            self._handle(Done(child=child, to=self.node.incarnation, now_s=self.clock.now_s()))
+
     async def ended(self) -> None:
         """Return when everything below has ended and has been passed on.
 

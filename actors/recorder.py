@@ -36,6 +36,12 @@ class RecorderActor:
         """Take in what happened."""
         self.tracker.record(*records)
 
+    def replan(self, mapping: dict[str, Any]) -> None:
+        """Take over a changed tree: nodes have joined or left."""
+        self.plan = plan_from_mapping(mapping)
+        for path, kind in self.plan.kinds.items():
+            self.tracker.add(path, kind)
+
     def snapshot(self) -> dict[str, Any]:
         """What is known now, ready for JSON."""
         return self.tracker.snapshot()

@@ -50,6 +50,8 @@ class Address:
     clock: RunClock
     namespace: str
     """Ray namespace of the run, in which every actor is named by its path."""
+    begin: bool = False
+    """Whether the actor begins by itself as soon as there is room for it: the run goes on already."""
 
     @property
     def recorder(self) -> Any:

@@ -260,6 +260,43 @@ def privacy(run: Run, as_json: Json = False) -> None:
 
 
 @app.command()
+def join(
+    run: Run,
+    overrides: Overrides = None,
+    under: Annotated[str, typer.Option(help="path of the federation, such as world/europe")] = "world",
+    client: Annotated[str, typer.Option(help="name of the new client")] = "",
+    data: Annotated[list[str] | None, typer.Option(help="a file with its text; may be given several times")] = None,
+) -> None:
+    """Let a client join a living run: it starts from its federation's model, and nobody waits for it."""
+    from worldlm_ray import membership, rundir
+
+    if not client:
+        raise ConfigError("--client", "the new client has no name", "give one")
+    plan = rundir.reopen(run, check_data=False)
+    files = [str(Path(path).expanduser().absolute()) for path in data or []]
+    changed = membership.with_client(plan, under, client, files=files, overrides=overrides or [])
+    from worldlm_ray import launch
+
+    with Progress(console) as progress:
+        took_s = launch.join(plan, changed, f"{under}/{client}", on_phase=progress.phase)
+    console.print(f"{under}/{client} has joined: its first update was accepted after {took_s:.1f} s", highlight=False)
+
+
+@app.command()
+def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as world/europe/italy")]) -> None:
+    """Let a node and all below it leave a living run after the round that is under way. What it has pushed stays."""
+    from worldlm_ray import membership, rundir
+
+    plan = rundir.reopen(run, check_data=False)
+    changed = membership.without(plan, node)
+    from worldlm_ray import launch
+
+    with Progress(console) as progress:
+        launch.leave(plan, changed, node, on_phase=progress.phase)
+    console.print(f"{node} has left", highlight=False)
+
+
+@app.command()
 def audit(run: Run, as_json: Json = False) -> None:
     """Print what the audit trail of a run proves, edge by edge: no accepted update lost, none applied twice."""
     from worldlm_ray import rundir

@@ -361,7 +361,15 @@ class RunConfig:
 
 
 INHERITED = tuple(f.name for f in fields(NodeSettings))
-NODE_KEYS = ("world", "federation", "client", "children", *INHERITED)
+NODE_KEYS = (
+    "world",
+    "federation",
+    "client",
+    "children",
+    "min_clients",
+    "max_clients",
+    *INHERITED,
+)
 
 
 def presets() -> dict[str, Path]:
@@ -417,7 +425,7 @@ def load(conf: str, overrides: Sequence[str] = ()) -> RunConfig:
     if "name" not in raw:
         raw["name"] = path.stem
     for text in overrides:
-        _override(raw, text)
+        override(raw, text)
     return from_mapping(raw)
 
 
@@ -475,8 +483,10 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 
 def save(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))), encoding="utf-8")
+    """Write the resolved configuration as YAML: the whole file or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))), encoding="utf-8")
+    temporary.replace(path)
 
 
 def check_run(config: RunConfig) -> None:
@@ -491,6 +501,8 @@ def check_run(config: RunConfig) -> None:
     not_negative(config.evaluation.every_rounds, "evaluation.every_rounds")
     not_negative(config.checkpoint.every_s, "checkpoint.every_s")
     positive(config.checkpoint.keep, "checkpoint.keep")
+    positive(config.checkpoint.every_updates, "checkpoint.every_updates")
+    positive(config.liveness.heartbeat_s, "liveness.heartbeat_s")
 
 
 def check_settings(settings: NodeSettings, key: str) -> None:
@@ -686,7 +698,22 @@ def _unlock(node: Any) -> None:
                 _unlock(child)
 
 
-def _override(raw: DictConfig, text: str) -> None:
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A mapping with `key=value` overrides applied.
+
+    Raises:
+        ConfigError: an override is none.
+    """
+    found = OmegaConf.create(raw)
+    for text in overrides:
+        override(found, text)
+    container = OmegaConf.to_container(found)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def override(raw: DictConfig, text: str) -> None:
+    """Apply one `key=value` override in place."""
     key, equals, _ = text.partition("=")
     key = key.strip()
     if not equals or not key:

@@ -116,6 +116,8 @@ class Plan:
             privacy=None if contributions is None else _client_privacy(spec, contributions),
             contributions=None if contributions is None else contributions.counts(),
             save_every=self.config.checkpoint.every_updates,
+            awaited=[child.name for child in spec.children if spec.elastic and child.kind == "client"],
+            min_clients=spec.min_clients or 0,
         )
 
     @property

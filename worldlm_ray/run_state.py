@@ -82,19 +82,29 @@ class RunState:
 
     def __init__(self, kinds: Mapping[str, str], *, budget: BudgetConfig) -> None:
         _check_tree(kinds)
-        self.nodes = {path: NodeState(kind=kind) for path, kind in kinds.items()}
-        self.above = {path: tuple(_ancestors(path)) for path in kinds}
+        self.nodes: dict[str, NodeState] = {}
+        self.above: dict[str, tuple[str, ...]] = {}
         """Inner nodes above each node, the nearest first."""
-        self.taus: dict[str, Counter[int]] = {path: Counter() for path in kinds}
+        self.taus: dict[str, Counter[int]] = {}
+        """How often each staleness was seen among the updates that a node sent."""
         self._last_seq: dict[str, int] = {}
         """Highest accepted seq of every sender."""
-        """How often each staleness was seen among the updates that a node sent."""
         self.now_s = 0.0
         self._budget = budget
-        self._clients: dict[str, list[NodeState]] = {path: [] for path in kinds}
+        self._clients: dict[str, list[NodeState]] = {}
         for path, kind in kinds.items():
-            for inner in self.above[path] if kind == "client" else ():
-                self._clients[inner].append(self.nodes[path])
+            self.add(path, kind)
+
+    def add(self, path: str, kind: str) -> None:
+        """A node has joined the tree; its parent is there."""
+        node = self.nodes[path] = NodeState(kind=kind)
+        self.above[path], self.taus[path], self._clients[path] = (
+            tuple(_ancestors(path)),
+            Counter(),
+            [],
+        )
+        for inner in self.above[path] if kind == "client" else ():
+            self._clients[inner].append(node)
 
     def node(self, path: str) -> NodeState:
         """The node at this path.

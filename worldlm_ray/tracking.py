@@ -109,6 +109,11 @@ class Tracker:
         if now - self._last_status >= STATUS_EVERY_S:
             self._write_status()
 
+    def add(self, path: str, kind: str) -> None:
+        """A node has joined the tree while the run goes on. One that is known already stays as it is."""
+        if path not in self._state.nodes:
+            self._state.add(path, kind)
+
     def snapshot(self) -> dict[str, Any]:
         """Everything that is known, ready for JSON: totals of the run, and `nodes` by path."""
         return {

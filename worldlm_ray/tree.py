@@ -8,6 +8,7 @@ depth.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +42,15 @@ class NodeSpec:
     """Dotted key of the node in the configuration, for messages."""
     settings: NodeSettings
     children: tuple[NodeSpec, ...] = ()
+    min_clients: int | None = None
+    """A run begins once so many of the clients directly below are there; None for all of them."""
+    max_clients: int | None = None
+    """So many of them train at a time; when one leaves, the next takes its place. None for all."""
+
+    @property
+    def elastic(self) -> bool:
+        """Whether clients directly below may come later than the run begins."""
+        return self.min_clients is not None or self.max_clients is not None
 
     def walk(self) -> Iterator[NodeSpec]:
         """This node and everything below it, parents first, in the order of the configuration."""
@@ -94,6 +104,22 @@ def _node(raw: dict[str, Any], *, kind: Kind, name: str, path: str, key: str, in
     check_settings(settings, key)
     check_stricter(settings.privacy, inherited.privacy, f"{key}.privacy")
     children = raw.get("children")
+    limits = {name: raw[name] for name in ("min_clients", "max_clients") if raw.get(name) is not None}
+    for name_, value in limits.items():
+        if kind == "client":
+            raise ConfigError(
+                f"{key}.{name_}",
+                f"{name!r} is a client",
+                "set it at a federation, or at the world",
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < (name_ == "max_clients"):
+            raise ConfigError(f"{key}.{name_}", f"got {value!r}", "give a whole number of clients")
+    if limits.get("min_clients", 0) > limits.get("max_clients", math.inf):
+        raise ConfigError(
+            f"{key}.min_clients",
+            f"{limits['min_clients']} is above max_clients",
+            "swap them",
+        )
     if kind == "client":
         if children:
             raise ConfigError(f"{key}.children", f"client {name!r} has children", "make it a federation")
@@ -107,6 +133,7 @@ def _node(raw: dict[str, Any], *, kind: Kind, name: str, path: str, key: str, in
         key=key,
         settings=settings,
         children=_children(children, path, key, settings),
+        **limits,
     )
 
 

@@ -14,7 +14,7 @@ children, each as soon as those before it are in, so that the result does not de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,6 +69,8 @@ class Child:
     active: bool = True
     """False once the child is done or has left."""
     left: bool = False
+    awaited: bool = False
+    """True of a client of an elastic federation that has never been there, and may still come."""
     share: float = 0.0
     """How much of its work since its last pull has been aggregated here, in multiples of one update; of this ..."""
     pushed: float = 0.0
@@ -90,6 +92,8 @@ class Node:
         privacy: what the clients directly below are promised; None for nothing.
         contributions: how often each of them has contributed, by its ledger.
         save_every: a child should keep no more updates than this for the case that the node dies.
+        awaited: children that nobody waits for until they join.
+        min_clients: of these, so many must have joined before any of them is served.
     """
 
     def __init__(
@@ -106,10 +110,12 @@ class Node:
         privacy: ClientPrivacy | None = None,
         contributions: Mapping[str, int] | None = None,
         save_every: int = 4,
+        awaited: Collection[str] = (),
+        min_clients: int = 0,
     ) -> None:
         self.incarnation = 1
         """How often this node has been started: for the shell to set."""
-        self.save_every = save_every
+        self.save_every, self.min_clients = save_every, min_clients
         self.privacy = privacy
         self.contributions = dict(contributions or {})
         """Updates of clients that their ledgers have paid for."""
@@ -136,7 +142,7 @@ class Node:
         """The published model. Never changed in place."""
         self.anchor = self.theta
         """What the next update to the parent is measured from: work before it has been pushed."""
-        self.children = {name: Child() for name in children}
+        self.children = {name: Child(active=name not in awaited, awaited=name in awaited) for name in children}
         self.version = 0
         self.base_version = 0
         """The parent's version at the last merge."""
@@ -189,7 +195,11 @@ class Node:
             commands += self._join(event)
         elif isinstance(event, Done | Left) and event.child in self.children:
             child = self.children[event.child]
-            child.active, child.left = False, isinstance(event, Left)
+            child.active, child.left, child.awaited = (
+                False,
+                isinstance(event, Left),
+                False,
+            )
             self._waiting.pop(event.child, None)
         commands += self._advance(event.now_s)
         return commands
@@ -206,7 +216,7 @@ class Node:
     def _join(self, event: Joined) -> list[Command]:
         self._check(event.child, event.incarnation, to=self.incarnation)
         child = self.children.setdefault(event.child, Child())
-        child.active, child.left, self.ended = True, False, False
+        child.active, child.left, child.awaited, self.ended = True, False, False, False
         child.incarnation = event.incarnation
         self._waiting.pop(event.child, None)  # whoever asked is gone, or will ask again
         forgot = event.seq < child.last_seq  # it comes from a checkpoint, and what it kept since is gone
@@ -505,6 +515,8 @@ class Node:
 
     def _may_serve(self, name: str) -> bool:
         """Synchronous children wait until their last update is in a version and that version is exchanged."""
+        if self.version == 0 and sum(child.incarnation > 0 for child in self.children.values()) < self.min_clients:
+            return False
         if not self.synchronous:
             return True
         return not self._contributed(name) and not self.exchanging
@@ -553,7 +565,7 @@ class Node:
     def _all_ended(self) -> bool:
         idle = self._fold is None and not self._held and not self.exchanging
         passed_on = not self.has_parent or not self.unpushed_aggregations
-        return idle and passed_on and not any(child.active for child in self.children.values())
+        return idle and passed_on and not any(child.active or child.awaited for child in self.children.values())
 
     # ---- durability ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,127 @@
+"""Clients that join and leave while a world trains; a driver that dies and one that finds the run again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds import client, write_text
+
+from worldlm_ray import launch, membership, rundir
+from worldlm_ray.audit import proofs
+from worldlm_ray.errors import ConfigError, DataError, RunError
+from worldlm_ray.plan import Plan
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+Tiny = Callable[..., Plan]
+
+
+class Background:
+    """A run on a thread of its own."""
+
+    def __init__(self, tiny: Tiny, folder: Path, children: Any = None, **changes: Any) -> None:
+        settings: dict[str, Any] = {
+            "budget": {"rounds": 12},
+            "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
+            "liveness": {"heartbeat_s": 0.5},
+        }
+        plan = tiny(children, **(settings | changes))
+        self.plan = rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder))))
+        self.snapshot: dict[str, Any] = {"nodes": {}}
+        self.summary: dict[str, Any] = {}
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.summary = launch.train(self.plan, on_progress=self._look).summary
+        except Exception as error:  # noqa: BLE001
+            self.error = error
+
+    def _look(self, snapshot: dict[str, Any]) -> None:
+        self.snapshot = snapshot
+
+    def wait_for(self, path: str, accepted: int) -> None:
+        until = time.monotonic() + 60.0
+        while self.snapshot["nodes"].get(path, {}).get("accepted", 0) < accepted:
+            assert time.monotonic() < until, self.snapshot["nodes"].get(path)
+            assert self.thread.is_alive(), self.error
+            time.sleep(0.1)
+
+    def end(self) -> dict[str, Any]:
+        self.thread.join(timeout=120.0)
+        assert self.error is None, self.error
+        assert not self.thread.is_alive()
+        return self.summary
+
+
+def test_a_client_joins_and_another_leaves(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    run = Background(tiny, tmp_path / "run")
+    run.wait_for("world/north/a", 2)
+    text = write_text(tmp_path / "new.txt", seed=9)
+    with pytest.raises(ConfigError, match="has a child 'a' already"):
+        membership.with_client(run.plan, "world/north", "a", files=[str(text)], overrides=[])
+    empty = tmp_path / "short.txt"
+    empty.write_text("too short", encoding="utf-8")
+    broken = membership.with_client(run.plan, "world/north", "broken", files=[str(empty)], overrides=[])
+    with pytest.raises(DataError):
+        launch.join(run.plan, broken, "world/north/broken")
+    larger = membership.with_client(run.plan, "world/north", "new", files=[str(text)], overrides=[])
+    took_s = launch.join(run.plan, larger, "world/north/new")
+    assert took_s < 15.0
+    smaller = membership.without(larger, "world/south/c")
+    launch.leave(larger, smaller, "world/south/c")
+    summary = run.end()
+    assert summary["status"] == "finished"
+    nodes = summary["nodes"]
+    assert nodes["world/north/new"]["steps"] == 12 * 4
+    assert nodes["world/south/c"]["steps"] < 12 * 4
+    assert nodes["world/south/d"]["steps"] == 12 * 4
+    assert all(proof.holds for proof in proofs(run.plan.run_dir))
+    again = rundir.reopen(str(run.plan.run_dir))
+    assert "world/north/new" in again.kinds
+    assert "world/south/c" not in again.kinds
+    with pytest.raises(RunError, match="is not running"):
+        launch.join(again, again, "world/north/new")
+
+
+def test_a_federation_is_filled_as_places_become_free(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    names = ["a", "b", "c"]
+    children = [
+        {
+            "federation": "north",
+            "min_clients": 1,
+            "max_clients": 2,
+            "children": [client(name, tmp_path, number) for number, name in enumerate(names)],
+        },
+        client("d", tmp_path, 7),
+    ]
+    run = Background(tiny, tmp_path / "run", children)
+    run.wait_for("world/north/a", 2)
+    assert run.snapshot["nodes"]["world/north/c"]["state"] == "waiting"
+    launch.leave(run.plan, membership.without(run.plan, "world/north/a"), "world/north/a")
+    summary = run.end()
+    assert summary["nodes"]["world/north/c"]["steps"] == 12 * 4, "it took the place of the one that left"
+
+
+def test_a_run_begins_without_clients_for_whom_there_is_no_room(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    children = [
+        {
+            "federation": "north",
+            "min_clients": 1,
+            "children": [
+                client("a", tmp_path, 1),
+                client("giant", tmp_path, 2, resources={"cpus": 1_000}),
+            ],
+        }
+    ]
+    run = Background(tiny, tmp_path / "run", children, budget={"rounds": 3})
+    summary = run.end()
+    assert summary["nodes"]["world/north/a"]["steps"] == 3 * 4
+    assert summary["nodes"]["world/north/giant"]["steps"] == 0

@@ -1,0 +1,16 @@
+"""Run a plan on Ray: start the actors of the tree, watch them, gather the result.
+
+The only folder of the package that imports Ray. It makes actors of the plain classes in `actors/`, each of which finds
+its parent by name; after that they talk without it, and Ray starts whoever dies again. This process then only watches:
+it draws the progress, passes on a wish to stop, and measures the models at the end. It may die: on a cluster that is
+not its own the run goes on, and `worldlm train --resume` finds it.
+
+    cluster     connect to Ray or start it; what fits
+    run         the life of a run: create or find the actors, watch, measure
+    members     clients join and nodes leave while the run goes on
+"""
+
+from worldlm_ray.launch.members import join, leave
+from worldlm_ray.launch.run import train
+
+__all__ = ["join", "leave", "train"]

@@ -1,0 +1,158 @@
+"""The Ray cluster that a run lives in: connect to one or start one, and see whether it can hold the world."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from worldlm_ray.errors import RunError
+from worldlm_ray.plan import Plan
+from worldlm_ray.tree import NodeSpec
+
+OBJECT_STORE_FLOOR_BYTES = 512 * 1024**2
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+PLACE = "cluster.json"
+"""Where a living run can be found: in its folder."""
+
+
+@contextmanager
+def connected(plan: Plan, address: str | None) -> Iterator[None]:
+    """Connect to Ray, or start a local one and stop it afterwards.
+
+    A process that is connected already keeps its connection, whatever `address` says.
+    """
+    if ray.is_initialized():
+        check_fits(plan)
+        yield
+        return
+    with warnings.catch_warnings():
+        # Ray announces changes of its own defaults at every start; they concern nobody who runs a world.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            if address is None:
+                # Clients may outnumber the cores: on one machine they share them, as threads of one would.
+                cpus = max(os.cpu_count() or 1, sum(workers(spec) * _each(spec)["CPU"] for spec in plan.root.clients))
+                processes = len(plan.kinds) + sum(workers(spec) for spec in plan.root.clients)
+                store = max(OBJECT_STORE_FLOOR_BYTES, 3 * processes * plan.layout.nbytes)
+                # Ray prints a warning when it starts more processes than the machine has cores. Here they are wanted.
+                tuned = {"worker_maximum_startup_concurrency": max(os.cpu_count() or 1, processes)}
+                ray.init(
+                    "local",
+                    num_cpus=cpus,
+                    object_store_memory=store,
+                    include_dashboard=False,
+                    _system_config=tuned,
+                    **QUIET,
+                )
+            else:
+                attach(address)
+        except Exception as error:
+            where = "start Ray on this machine" if address is None else f"reach a Ray cluster at {address}"
+            raise RunError(f"cannot {where}: {first_line(error)}") from error
+    try:
+        check_fits(plan)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def attach(address: str) -> None:
+    """Connect to a cluster that runs."""
+    ray.init(address, **QUIET)
+
+
+def workers(spec: NodeSpec) -> int:
+    """Processes that train a client's model, at most."""
+    return spec.settings.resources.worker_range[1]
+
+
+def _each(spec: NodeSpec) -> dict[str, float]:
+    """What each of them reserves, by Ray's names."""
+    resources = spec.settings.resources
+    return {"CPU": resources.cpus, "GPU": resources.gpus}
+
+
+def _needed(inner: NodeSpec) -> list[NodeSpec]:
+    """Clients directly below without whom the run does not begin."""
+    clients = [child for child in inner.children if child.kind == "client"][: inner.max_clients]
+    return clients[: inner.min_clients] if inner.elastic else clients
+
+
+def check_fits(plan: Plan) -> None:
+    """A label that no node carries, or more than the cluster has, would make Ray wait for ever without a word.
+
+    Raises:
+        RunError: a client does not fit even if it were alone, or all of them do not fit together.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    needed = [spec for inner in plan.root.inner for spec in (inner, *_needed(inner))]
+    for spec in needed:
+        labels = spec.settings.placement.labels
+        labelled = [node for node in nodes if labels.items() <= node.get("Labels", {}).items()]
+        if not labelled:
+            wanted = ", ".join(f"{key}={value}" for key, value in labels.items())
+            raise RunError(f"{spec.key}.placement.labels: no node of the cluster carries {wanted}")
+        if spec.kind != "client":
+            continue
+        least, each = (spec.settings.resources.worker_range[0], {k: v for k, v in _each(spec).items() if v})
+        room = sum(
+            min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in each.items()) for node in labelled
+        )
+        if room < least:
+            raise RunError(
+                f"{spec.key}.resources: wants {least} workers with {_text(each)} each, the cluster can hold {room}; "
+                "add nodes, or lower resources.workers, cpus or gpus"
+            )
+    for name in ("CPU", "GPU"):
+        has = sum(node["Resources"].get(name, 0.0) for node in nodes)
+        clients = [spec for spec in needed if spec.kind == "client"]
+        wanted_of_all = sum(s.settings.resources.worker_range[0] * _each(s)[name] for s in clients)
+        if has < wanted_of_all:
+            all_of_them = _text({name: wanted_of_all})
+            raise RunError(
+                f"the clients want {all_of_them} together, the cluster has {has:g}; "
+                f"add nodes or lower resources.{name.lower()}s"
+            )
+
+
+def _text(amounts: dict[str, float]) -> str:
+    names = {"CPU": "core", "GPU": "GPU"}
+    return " and ".join(f"{amount:g} {names[name]}{'' if amount == 1 else 's'}" for name, amount in amounts.items())
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# ---- where a living run is -----------------------------------------------------------------------------------
+
+
+def remember(plan: Plan, *, namespace: str, local: bool, began_at: float, offset_s: float) -> None:
+    """Write down where the run lives, so that others find it: `join`, `leave`, `--resume`."""
+    address = ray.get_runtime_context().gcs_address
+    place = {"address": address, "namespace": namespace, "local": local, "began_at": began_at, "offset_s": offset_s}
+    (plan.run_dir / PLACE).write_text(json.dumps(place), encoding="utf-8")
+
+
+def recall(run_dir: Path) -> dict[str, Any] | None:
+    """Where a run lives or lived; None if nobody wrote it down."""
+    try:
+        found = json.loads((run_dir / PLACE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"address", "namespace", "local"} <= found.keys() else None
+
+
+def forget(run_dir: Path) -> None:
+    """The run lives no more."""
+    (run_dir / PLACE).unlink(missing_ok=True)

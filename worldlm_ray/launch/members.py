@@ -1,0 +1,108 @@
+"""Clients that join, and nodes that leave, while a run goes on: nobody else waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import ray
+from ray.exceptions import RayTaskError
+
+from worldlm_ray import config as configuration
+from worldlm_ray import rundir
+from worldlm_ray.errors import RunError
+from worldlm_ray.launch import cluster
+from worldlm_ray.launch.run import World, ask, create, find, plain
+from worldlm_ray.plan import Plan
+
+POLL_S = 0.2
+
+
+def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = lambda _: None) -> float:
+    """Let a client join a living run, and wait until its first update is accepted.
+
+    Args:
+        old: the run as it is.
+        new: the run with the client (see worldlm_ray.membership).
+        path: of the client.
+        on_phase: told what is being waited for.
+
+    Returns:
+        Seconds from the call to the first accepted update.
+
+    Raises:
+        RunError: the run does not live, or there is no room for the client.
+        WorldLMError: what keeps the client from starting; the run is as it was.
+    """
+    began = time.monotonic()
+    with _living(old) as world:
+        on_phase(f"starting {path}")
+        actor = create(new, new.node(path), world, detached=True)
+        try:
+            ray.get(actor.ready.remote())
+        except RayTaskError as error:
+            ray.kill(actor)
+            raise plain(error) from error
+        configuration.save(new.config, new.run_dir / rundir.CONFIG)
+        ask(world.recorder, "replan", new.to_mapping())
+        ask(actor, "start")
+        on_phase("training its first round")
+        while True:
+            node = ask(world.recorder, "snapshot")["nodes"][path]
+            if node["accepted"]:
+                return time.monotonic() - began
+            if node["state"] == "finished":
+                raise RunError(f"{path} has come too late: the budget of the run is spent")
+            time.sleep(POLL_S)
+
+
+def leave(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = lambda _: None) -> None:
+    """Let a node and all that is below it leave a living run. What they have pushed stays.
+
+    Args:
+        old: the run as it is.
+        new: the run without the node.
+        path: of the node.
+        on_phase: told what is being waited for.
+
+    Raises:
+        RunError: the run does not live.
+    """
+    with _living(old) as world:
+        gone = [spec.path for spec in old.node(path).clients if spec.path in world.clients]
+        on_phase("waiting for the round that is under way")
+        for client in gone:
+            ask(world.clients[client], "leave")
+        ray.get([world.clients[client].outcome.remote() for client in gone])
+        configuration.save(new.config, new.run_dir / rundir.CONFIG)
+
+
+def _living(plan: Plan) -> _Living:
+    return _Living(plan)
+
+
+class _Living:
+    """A connection to the cluster of a living run."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._mine = plan, not ray.is_initialized()
+
+    def __enter__(self) -> World:
+        place = cluster.recall(self._plan.run_dir)
+        missing = RunError(f"{self._plan.run_dir} is not running; start it with `worldlm train --resume`")
+        if place is None:
+            raise missing
+        if self._mine:
+            try:
+                cluster.attach(place["address"])
+            except Exception as error:
+                raise missing from error
+        world = find(self._plan)
+        if world is None:
+            self.__exit__()
+            raise missing
+        return world
+
+    def __exit__(self, *_: object) -> None:
+        if self._mine:
+            ray.shutdown()

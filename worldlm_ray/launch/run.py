@@ -1,0 +1,350 @@
+"""The life of a run on Ray."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+
+from actors.client import ClientActor
+from actors.federation import FederationActor
+from actors.recorder import RecorderActor
+from actors.shared import RECORDER, Address, RunClock
+from actors.world import WorldActor
+from worldlm_ray import rundir
+from worldlm_ray.errors import RunError, WorldLMError
+from worldlm_ray.launch import cluster
+from worldlm_ray.outcome import Outcome, combine
+from worldlm_ray.plan import Plan
+from worldlm_ray.records import Measure
+from worldlm_ray.tracking import STATUS
+from worldlm_ray.training.deepspeed_config import is_zero
+from worldlm_ray.tree import NodeSpec
+
+Progress = Callable[[dict[str, Any]], None]
+POLL_S = 0.5
+"""How often progress is looked at."""
+ACTORS = {"world": WorldActor, "federation": FederationActor, "client": ClientActor}
+
+
+@dataclass
+class World:
+    """The actors of a run, by path."""
+
+    recorder: Any
+    namespace: str
+    clock: RunClock
+    local: bool
+    """Whether the cluster ends with this process."""
+    inner: dict[str, Any] = field(default_factory=dict)
+    clients: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def actors(self) -> list[Any]:
+        """All of them, parents first."""
+        return [self.recorder, *self.inner.values(), *self.clients.values()]
+
+    def __getitem__(self, path: str) -> Any:
+        return self.inner[path] if path in self.inner else self.clients[path]
+
+
+def train(
+    plan: Plan,
+    *,
+    address: str | None = None,
+    on_progress: Progress = lambda _: None,
+    on_phase: Callable[[str], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train a world on Ray. Nodes with a checkpoint in the run folder continue from it.
+
+    Args:
+        plan: the run; its folder exists (see worldlm_ray.rundir).
+        address: of a running Ray cluster; None starts a local one for this run.
+        on_progress: called about twice a second with a snapshot of the run.
+        on_phase: told what is being waited for.
+        should_stop: asked as often; True ends the run early, with checkpoints and a summary.
+
+    Raises:
+        RunError: the cluster cannot be reached or cannot hold the world, or an actor failed.
+        WorldLMError: whatever an actor raised on purpose.
+    """
+    on_phase("starting Ray" if address is None else f"connecting to {address}")
+    with cluster.connected(plan, address):
+        try:
+            return _train(plan, address is None, on_progress, on_phase, should_stop)
+        except RayTaskError as error:
+            raise plain(error) from error
+        except ActorDiedError as error:
+            raise RunError(f"an actor died: {cluster.first_line(error)}") from error
+        except RayError as error:
+            raise RunError(f"Ray failed: {cluster.first_line(error)}") from error
+
+
+def _train(
+    plan: Plan, local: bool, on_progress: Progress, on_phase: Callable[[str], None], should_stop: Callable[[], bool]
+) -> Outcome:
+    world = find(plan)
+    if world is not None:
+        on_phase("the run lives: watching it")
+    else:
+        on_phase(f"starting {len(plan.kinds)} nodes")
+        world = _create(plan, RunClock(time.time(), _continued_from_s(plan)), local=local)
+    try:
+        return _conduct(plan, world, on_progress, on_phase, should_stop)
+    finally:
+        for actor in world.actors:
+            ray.kill(actor)
+        cluster.forget(plan.run_dir)
+
+
+def _conduct(
+    plan: Plan, world: World, on_progress: Progress, on_phase: Callable[[str], None], should_stop: Callable[[], bool]
+) -> Outcome:
+    """The life of a run whose actors exist: wait, watch, measure, conclude."""
+    ask(world.recorder, "ready")
+    begun = _begun(plan, world)
+    # The first that cannot start says why.
+    reached = {path: ask(world[path], "ready") for path in begun}
+    if any(reached.values()):
+        on_phase("continuing " + ", ".join(_reached(path, number, world) for path, number in reached.items()))
+    for path in begun:
+        ask(world[path], "start")
+    on_phase("training")
+    status = _watch(plan, world, begun, on_progress, should_stop)
+    plan = rundir.reopen(str(plan.run_dir), check_data=False)  # nodes may have joined or left
+    on_phase("measuring the models" if status == "finished" else "writing checkpoints")
+    for actor in world.inner.values():
+        ask(actor, "save")
+    measures = _measure(plan, world) if status == "finished" else {}
+    samples = {}
+    if status == "finished":
+        samples = dict(zip(world.clients, ray.get([a.sample.remote() for a in world.clients.values()]), strict=True))
+    [parameters] = ask(world["world"], "parameters")
+    wall_s = world.clock.now_s()
+    conclude = world.recorder.conclude
+    summary = ray.get(conclude.remote(parameters, measures=measures, samples=samples, wall_s=wall_s, status=status))
+    return Outcome(summary=summary, samples=samples)
+
+
+def _begun(plan: Plan, world: World) -> list[str]:
+    """Nodes that a run waits for before it begins: of an elastic federation, as many clients as are there first."""
+    paths = list(world.inner)
+    for spec in plan.root.inner:
+        clients = [child.path for child in spec.children if child.kind == "client" and child.path in world.clients]
+        if spec.elastic:
+            least = len(clients) if spec.min_clients is None else spec.min_clients
+            ready = {world.clients[path].ready.remote(): path for path in clients}
+            there, _ = ray.wait(list(ready), num_returns=least) if least else ([], [])
+            clients = [ready[ref] for ref in there]
+        paths += clients
+    return paths
+
+
+def _continued_from_s(plan: Plan) -> float:
+    """Run time at which an earlier part of this run ended; 0 for a new run."""
+    try:
+        return float(json.loads((plan.run_dir / STATUS).read_text(encoding="utf-8"))["now_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+# ---- the actors ----------------------------------------------------------------------------------------------
+
+
+def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
+    """Make an actor of every node: each finds its parent and the recorder by name."""
+    namespace = f"worldlm-{plan.config.name}-{secrets.token_hex(4)}"
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "name": RECORDER, "namespace": namespace}
+    recorder = ray.remote(RecorderActor).options(**options, **lifetime(local)).remote(plan.to_mapping())
+    world = World(recorder, namespace, clock, local)
+    for spec in plan.root.walk():
+        if spec.kind != "client":
+            world.inner[spec.path] = create(plan, spec, world)
+            clients = [child for child in spec.children if child.kind == "client"][: spec.max_clients]
+            for child in clients:
+                world.clients[child.path] = create(plan, child, world, begin=spec.elastic)
+    cluster.remember(plan, namespace=namespace, local=local, began_at=clock.began_at, offset_s=clock.offset_s)
+    return world
+
+
+def create(plan: Plan, spec: NodeSpec, world: World, *, begin: bool = False, detached: bool = False) -> Any:
+    """Make the actor of one node.
+
+    Args:
+        plan: the run.
+        spec: the node.
+        world: the run's other actors.
+        begin: whether it begins by itself as soon as there is room for it.
+        detached: whether it outlives this process even on a cluster that ends with another one.
+    """
+    options = _options(spec) | lifetime(world.local and not detached)
+    actor = ray.remote(_actor_class(spec)).options(name=spec.path, namespace=world.namespace, **options)
+    return actor.remote(Address(plan.to_mapping(), spec.path, world.clock, world.namespace, begin))
+
+
+def lifetime(local: bool) -> dict[str, Any]:
+    """On a cluster of somebody else's, actors outlive the process that made them."""
+    return {} if local else {"lifetime": "detached"}
+
+
+def find(plan: Plan) -> World | None:
+    """The actors of a run that lives on this cluster, whoever has started it; None if it does not."""
+    place = cluster.recall(plan.run_dir)
+    if place is None or place["address"] != ray.get_runtime_context().gcs_address:
+        return None
+    clock = RunClock(place["began_at"], place["offset_s"])
+    try:
+        world = World(_named(RECORDER, place), place["namespace"], clock, place["local"])
+        world.inner = {spec.path: _named(spec.path, place) for spec in plan.root.inner}
+    except ValueError:
+        return None
+    for spec in plan.root.clients:
+        with suppress(ValueError):  # of an elastic federation, not all are there
+            world.clients[spec.path] = _named(spec.path, place)
+    return world
+
+
+def _named(name: str, place: dict[str, Any]) -> Any:
+    return ray.get_actor(name, namespace=place["namespace"])
+
+
+def _actor_class(spec: NodeSpec) -> type:
+    if spec.kind == "client" and is_zero(spec.settings):
+        # Ray Train takes two seconds to import, which worlds without such a client need not wait for.
+        from actors.zero_client import ZeroClientActor
+
+        return ZeroClientActor
+    return ACTORS[spec.kind]
+
+
+def _options(spec: NodeSpec) -> dict[str, Any]:
+    settings = spec.settings
+    # Whoever dies is started again and goes on from its checkpoint, without being told to.
+    # An inner node is asynchronous: as many children as there are may wait in it.
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1}
+    if spec.kind == "client":
+        # Its life takes a thread of its own; `outcome` takes another for as long.
+        options = {
+            "num_cpus": settings.resources.cpus,
+            "num_gpus": settings.resources.gpus,
+            "max_concurrency": 4,
+            "max_restarts": -1,
+            "max_task_retries": -1,
+        }
+        if is_zero(settings):
+            # Its workers reserve what they use, all together or not at all, and call the actor from their side, too.
+            options |= {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 6 + cluster.workers(spec)}
+    if settings.placement.labels:
+        options["label_selector"] = dict(settings.placement.labels)
+    return options
+
+
+def _watch(plan: Plan, world: World, begun: list[str], on_progress: Progress, should_stop: Callable[[], bool]) -> str:
+    """Wait for the clients and then for the world; returns `finished` or `stopped`."""
+    waiting = {actor.outcome.remote(): path for path, actor in world.clients.items()}
+    ends = {actor.ended.remote(): path for path, actor in world.inner.items()}
+    there, results = set(begun), dict[str, str]()
+    while True:
+        ready, _ = ray.wait([*waiting, *ends], num_returns=len(waiting) + len(ends), timeout=POLL_S)
+        for ref in ready:
+            if ref in waiting:
+                path = waiting.pop(ref)
+                results[path] = ray.get(ref)
+                if results[path] == "left":
+                    waiting |= _replace(plan, world, path)
+                continue
+            path = ends.pop(ref)
+            try:
+                ray.get(ref)  # raises what broke an inner node
+            except ActorUnavailableError:  # Ray starts it again, and it goes on by itself
+                ends[world.inner[path].ended.remote()] = path
+        with suppress(ray.exceptions.GetTimeoutError, ActorUnavailableError):
+            snapshot = ray.get(world.recorder.snapshot.remote(), timeout=5.0)
+            on_progress(snapshot)
+            there |= {path for path, node in snapshot["nodes"].items() if node["state"] != "waiting"}
+            waiting |= _newcomers(world, snapshot, results)
+        if should_stop():
+            # At every look: a client that has been restarted since would not know.
+            for path in there & set(world.clients):
+                world.clients[path].stop.remote()
+        absent = {ref: path for ref, path in waiting.items() if path not in there}
+        if len(absent) == len(waiting):
+            for ref, path in absent.items():  # nobody else is left, and there is no room for them
+                del waiting[ref]
+                _give_up(world, path)
+            if "stopped" in results.values():
+                return "stopped"
+            if "world" not in ends.values():
+                return "finished"
+
+
+def _newcomers(world: World, snapshot: dict[str, Any], ended: Collection[str]) -> dict[Any, str]:
+    """Clients that have joined since the last look, by the reference of their outcome."""
+    found = {}
+    for path, node in snapshot["nodes"].items():
+        known = path in world.clients or path in ended
+        if node["kind"] == "client" and not known and node["state"] != "waiting":
+            with suppress(ValueError):
+                world.clients[path] = ray.get_actor(path, namespace=world.namespace)
+                found[world.clients[path].outcome.remote()] = path
+    return found
+
+
+def _replace(plan: Plan, world: World, path: str) -> dict[Any, str]:
+    """A client has left: its actor goes, and where a federation has more clients than places the next one comes."""
+    ray.kill(world.clients.pop(path))
+    parent = next(spec for spec in plan.root.inner if spec.path == path.rsplit("/", 1)[0])
+    for spec in parent.children:
+        absent = spec.kind == "client" and spec.path not in world.clients and spec.path != path
+        if parent.max_clients is not None and absent:
+            world.clients[spec.path] = create(plan, spec, world, begin=True)
+            return {world.clients[spec.path].outcome.remote(): spec.path}
+    return {}
+
+
+def _give_up(world: World, path: str) -> None:
+    """A client for which there never was room: its parent need not wait for it any more."""
+    ray.kill(world.clients.pop(path))
+    parent, _, name = path.rpartition("/")
+    ask(world.inner[parent], "give_up", name)
+
+
+def ask(actor: Any, method: str, *arguments: Any) -> Any:
+    """The answer of an actor, once it is alive (again)."""
+    while True:
+        try:
+            return ray.get(getattr(actor, method).remote(*arguments))
+        except ActorUnavailableError:
+            time.sleep(POLL_S)
+
+
+def _measure(plan: Plan, world: World) -> dict[str, Measure | None]:
+    """Every client's model on its own text, every inner node's model on the text of all clients below."""
+    own = {path: actor.measure.remote() for path, actor in world.clients.items()}
+    below = {}
+    for spec in plan.root.inner:
+        refs = ask(world[spec.path], "parameters")
+        clients = [world.clients[client.path] for client in spec.clients if client.path in world.clients]
+        below[spec.path] = [client.measure.remote(refs) for client in clients]
+    measures = {path: ray.get(ref) for path, ref in own.items()}
+    return measures | {path: combine(ray.get(refs)) for path, refs in below.items()}
+
+
+def _reached(path: str, number: int, world: World) -> str:
+    return f"{path} at version {number}" if path in world.inner else f"{path} after {number} rounds"
+
+
+def plain(error: RayTaskError) -> WorldLMError:
+    """The error that an actor raised, without Ray's wrapping."""
+    cause = error.cause
+    if isinstance(cause, WorldLMError):
+        return cause
+    return RunError(f"an actor failed: {type(cause).__name__}: {cluster.first_line(cause)}")
