@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from worlds import client, write_text
 
 from worldlm_ray import launch, membership, rundir
 from worldlm_ray.audit import proofs
+from worldlm_ray.config import save
 from worldlm_ray.errors import ConfigError, DataError, RunError
 from worldlm_ray.plan import Plan
+from worldlm_ray.tracking import read_status
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]
@@ -125,3 +132,37 @@ def test_a_run_begins_without_clients_for_whom_there_is_no_room(cluster: None, t
     summary = run.end()
     assert summary["nodes"]["world/north/a"]["steps"] == 3 * 4
     assert summary["nodes"]["world/north/giant"]["steps"] == 0
+
+
+def test_a_run_outlives_the_process_that_started_it(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    address = ray.get_runtime_context().gcs_address
+    training = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25}
+    plan = tiny(budget={"rounds": 25}, training=training)
+    conf, run = tmp_path / "conf.yaml", tmp_path / "driven"
+    save(replace(plan.config, run_dir=str(run)), conf)
+    command = [sys.executable, "-m", "worldlm_ray.cli", "train"]
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
+        driver = subprocess.Popen([*command, str(conf), "--address", address], stdout=log, stderr=log)
+        wait_for_accepted(run, 4)
+        driver.kill()
+        driver.wait()
+    accepted = read_status(run)["accepted"]
+    wait_for_accepted(run, accepted + 4)
+    done = subprocess.run(
+        [*command, "--resume", str(run), "--address", address], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the run lives: watching it" in done.stdout
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert {summary["nodes"][spec.path]["steps"] for spec in plan.root.clients} == {25 * 4}
+    assert all(proof.again == 0 for proof in proofs(run)), "nobody was restarted"
+
+
+def wait_for_accepted(run: Path, number: int) -> None:
+    until = time.monotonic() + 90.0
+    while True:
+        with suppress(RunError):
+            if read_status(run)["accepted"] >= number:
+                return
+        assert time.monotonic() < until
+        time.sleep(0.2)
