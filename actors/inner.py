@@ -235,6 +235,8 @@ class InnerActor:
     def _handle(self, event: Event) -> None:
         began = time.perf_counter()
         commands = self.node.handle(event)
+        if not self.node.ended:
+            self._ended.clear()  # somebody has come back
         self._busy_s += time.perf_counter() - began
         self._perform(commands)
 

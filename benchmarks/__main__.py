@@ -9,7 +9,17 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("client_overhead", "node_memory", "busy", "goodput", "node_loss", "zero", "zero_exchange", "privacy", "membership")
+NAMES = (
+    "client_overhead",
+    "node_memory",
+    "busy",
+    "goodput",
+    "node_loss",
+    "zero",
+    "zero_exchange",
+    "privacy",
+    "membership",
+)
 OUT = Path(__file__).parent / "out"
 
 

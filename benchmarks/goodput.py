@@ -1,4 +1,4 @@
-"""Work that arrives, of eight clients of whom one is killed every 20 seconds, against the same eight left alone, on Ray."""
+"""Work that arrives of eight clients of whom one is killed every 20 s, against eight left alone, on Ray."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def run() -> dict[str, Any]:
     busy = [killed["nodes"][f"world/{name}"]["busy_fraction"] for name in clients]
     print(f"tokens that eight clients left alone push in {SECONDS:g} s: {expected:,.0f}")
     print(f"tokens accepted with {len(kills)} kills: {killed['nodes']['world']['tokens_accepted']:,}")
-    print(f"goodput {goodput:.3f}, target: >= 0.88; least busy client since its last start {min(busy):.1%}, target: 95 %")
+    print(
+        f"goodput {goodput:.3f}, target: >= 0.88; least busy client since its last start {min(busy):.1%}, target: 95 %"
+    )
     print("nothing lost, nothing applied twice" if holds else "UPDATES LOST OR APPLIED TWICE")
     return {"goodput": goodput, "kills": len(kills), "least_busy": min(busy), "holds": holds}
 

@@ -24,6 +24,7 @@ from worldlm_ray.errors import ConfigError
 T = TypeVar("T")
 
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
+RobustRule = Literal["none", "trimmed_mean", "median"]
 StalenessName = Literal["constant", "polynomial", "hinge", "exponential", "harmonic"]
 ScoreName = Literal["cosine", "dot", "fedamp", "fedatt", "uniform"]
 PrivacyUnit = Literal["none", "record", "client"]
@@ -175,6 +176,18 @@ class ServerOptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RobustConfig:
+    """Aggregation for nodes that do not trust their children."""
+
+    rule: RobustRule = "none"
+    """`trimmed_mean` or `median` of the updates, coordinate by coordinate; keeps one model per child in memory."""
+    trim: float = 0.2
+    """`trimmed_mean`: share of the children whose values are dropped at either end."""
+    clip_norm: float | None = None
+    """Updates (backbone change, and key layers as seen from the node's own) are shortened to this L2 norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AggregationConfig:
     """What an inner node accepts from its children, and when and how it aggregates."""
 
@@ -193,6 +206,7 @@ class AggregationConfig:
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     residuals: ResidualsConfig = field(default_factory=ResidualsConfig)
+    robust: RobustConfig = field(default_factory=RobustConfig)
     push_every: int = 1
     """Aggregations between two exchanges with the parent."""
 
@@ -314,6 +328,10 @@ class LivenessConfig:
 
     heartbeat_s: float = 2.0
     """Seconds between two signs of life from a child to its parent."""
+    k: float = 6.0
+    """A child is given up once it is silent for the median of its gaps and k median absolute deviations ..."""
+    grace_s: float = 30.0
+    """... and for at least so many seconds. Others then wait for it no more; when it speaks again, it is back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,6 +521,8 @@ def check_run(config: RunConfig) -> None:
     positive(config.checkpoint.keep, "checkpoint.keep")
     positive(config.checkpoint.every_updates, "checkpoint.every_updates")
     positive(config.liveness.heartbeat_s, "liveness.heartbeat_s")
+    positive(config.liveness.grace_s, "liveness.grace_s")
+    not_negative(config.liveness.k, "liveness.k")
 
 
 def check_settings(settings: NodeSettings, key: str) -> None:
@@ -527,6 +547,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
         not_negative(aggregation.max_staleness, f"{at}aggregation.max_staleness")
     if aggregation.max_update_norm is not None:
         positive(aggregation.max_update_norm, f"{at}aggregation.max_update_norm")
+    _robust(aggregation, f"{at}aggregation")
     positive(aggregation.attention.temperature, f"{at}aggregation.attention.temperature")
     not_negative(aggregation.attention.self_weight, f"{at}aggregation.attention.self_weight")
     not_negative(aggregation.residuals.per_round, f"{at}aggregation.residuals.per_round")
@@ -584,6 +605,24 @@ def fraction(value: float, key: str) -> None:
     """Raise a ConfigError unless the value lies in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ConfigError(key, f"got {value}", "give a number from 0 to 1")
+
+
+def _robust(aggregation: AggregationConfig, key: str) -> None:
+    robust = aggregation.robust
+    if not 0.0 <= robust.trim < 0.5:
+        raise ConfigError(f"{key}.robust.trim", f"got {robust.trim}", "give a share from 0 to below 0.5")
+    if robust.clip_norm is not None:
+        positive(robust.clip_norm, f"{key}.robust.clip_norm")
+    if robust.rule == "none":
+        return
+    if aggregation.trigger == "goal_achieved" and aggregation.buffer_size < 3:
+        got = f"{robust.rule} of {aggregation.buffer_size} updates trusts them all"
+        raise ConfigError(
+            f"{key}.robust.rule", got, "set aggregation.buffer_size to 3 or more, or trigger: synchronous"
+        )
+    if aggregation.residuals.per_round:
+        got = f"{robust.rule} does not score key layers, by which residuals are found"
+        raise ConfigError(f"{key}.robust.rule", got, "set aggregation.residuals.per_round to 0")
 
 
 def _privacy(privacy: PrivacyConfig, key: str) -> None:

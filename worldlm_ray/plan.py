@@ -118,6 +118,7 @@ class Plan:
             save_every=self.config.checkpoint.every_updates,
             awaited=[child.name for child in spec.children if spec.elastic and child.kind == "client"],
             min_clients=spec.min_clients or 0,
+            liveness=self.config.liveness,
         )
 
     @property
@@ -217,6 +218,9 @@ def _check_client_level(node: NodeSpec, config: RunConfig) -> None:
     if node.settings.aggregation.residuals.per_round:
         got = "residuals are single clients' key layers, which no noise covers"
         raise ConfigError(f"{node.key}.aggregation.residuals.per_round", got, "set it to 0 under client-level privacy")
+    if node.settings.aggregation.robust.rule != "none":
+        got = f"{node.settings.aggregation.robust.rule} is no sum, for which the noise is made"
+        raise ConfigError(f"{node.key}.aggregation.robust.rule", got, "set it to none under client-level privacy")
     privacy = node.settings.privacy
     if privacy.noise_multiplier is None and privacy.max_updates is None and config.budget.seconds is not None:
         got = "is not set, and a budget of seconds does not say how many updates there will be"

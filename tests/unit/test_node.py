@@ -36,6 +36,7 @@ from worldlm_ray.config import (
     AggregationConfig,
     AttentionConfig,
     BudgetConfig,
+    LivenessConfig,
     MergeConfig,
     ServerOptimizerConfig,
     StalenessConfig,
@@ -68,6 +69,7 @@ def make(
     budget: BudgetConfig | None = None,
     layout: Layout = LAYOUT,
     initial: Flat = START,
+    liveness: LivenessConfig | None = None,
     **rules: Any,
 ) -> Node:
     rules = {"attention": UNIFORM, "server_optimizer": UNIT_SGD} | rules
@@ -80,6 +82,7 @@ def make(
         layout=layout,
         initial=initial.copy(),
         budget=budget or BudgetConfig(rounds=1_000),
+        liveness=liveness,
     )
 
 
@@ -362,7 +365,7 @@ def busy() -> Node:
     push(node, "a", 4, base=2, change=0.25)
     node.handle(Left(child="gone", now_s=0.5))
     assert (node.version, node.exchanging, node.refused) == (2, True, {})
-    assert "fold" in node.state()[1]
+    assert "fold.flat" in node.state()[1]
     return node
 
 

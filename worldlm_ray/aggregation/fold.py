@@ -8,6 +8,7 @@ A node's memory therefore does not grow with its number of children, and when th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.messages import Update
-from worldlm_ray.params import Flat, Layout, add_scaled
+from worldlm_ray.params import Flat, Layout, add_scaled, squared_norm
 
 OWN = "(own)"
 """The node itself, among the candidates of attention."""
@@ -57,12 +58,23 @@ class Fold:
         """
         split = self.layout.backbone_size
         weight = update.tokens * discount(self.rules.staleness, tau)
-        add_scaled(self.flat[:split], update.values[:split], weight)
-        fit = self._attend(update.sender, update.values[split:], weight, query=theta[split:])
+        factor, keys = self.clipping(update, theta), update.values[split:]
+        add_scaled(self.flat[:split], update.values[:split], weight * factor)
+        if factor < 1.0:
+            keys = theta[split:] + np.float32(factor) * (keys - theta[split:])
+        fit = self._attend(update.sender, keys, weight, query=theta[split:])
         self.tokens += update.tokens
         self.contributors.append(update.sender)
         self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
         return [value * self.rules.attention.temperature for value in fit]
+
+    def clipping(self, update: Update, theta: Flat) -> float:
+        """By how much an update is shortened: 1 unless its backbone change or any key layers go too far."""
+        bound, split = self.rules.robust.clip_norm, self.layout.backbone_size
+        if bound is None:
+            return 1.0
+        squared = squared_norm(update.values[:split]) + squared_norm(update.values[split:], theta[split:])
+        return min(1.0, bound / max(math.sqrt(squared), 1e-12))
 
     def finish(self, theta: Flat, optimizer: ServerOptimizer, *, members: int) -> tuple[Flat, float, list[list[float]]]:
         """Turn the sums into the next model. The fold must not be used afterwards.
@@ -111,7 +123,7 @@ class Fold:
         return fit
 
     def state(self) -> dict[str, Any]:
-        """Everything but the buffer, as JSON values."""
+        """Everything but the buffers, as JSON values."""
         attention = self.attention
         return {
             "tokens": self.tokens,
@@ -124,9 +136,13 @@ class Fold:
             "logits": [list(row) for row in attention.logits],
         }
 
-    def restore(self, saved: dict[str, Any], flat: Flat) -> None:
-        """Become what `state` and the buffer described."""
-        self.flat[:] = flat
+    def arrays(self) -> dict[str, Flat]:
+        """The buffers."""
+        return {"flat": self.flat}
+
+    def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:
+        """Become what `state` and `arrays` described."""
+        self.flat[:] = arrays["flat"]
         self.tokens, self.contributors = saved["tokens"], list(saved["contributors"])
         self.shares = dict(saved.get("shares", {}))
         self.first_s = saved["first_s"]

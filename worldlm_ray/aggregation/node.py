@@ -14,9 +14,10 @@ children, each as soon as those before it are in, so that the result does not de
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
     Charge,
+    Clock,
     Command,
     Done,
     Event,
@@ -47,13 +49,17 @@ from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields
 from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
+from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
-from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
+from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError
 from worldlm_ray.messages import Model, Update, unpack_update
 from worldlm_ray.params import Flat, Layout, frozen
 from worldlm_ray.privacy.gaussian import gaussian_epsilon
-from worldlm_ray.records import AggregationRecord, AttentionRecord, PrivacyRecord, VerdictRecord
+from worldlm_ray.records import AggregationRecord, AttentionRecord, LifeRecord, PrivacyRecord, VerdictRecord
+
+GAPS = 16
+"""Signs of life by which a child's rhythm is known."""
 
 
 @dataclass
@@ -71,6 +77,12 @@ class Child:
     left: bool = False
     awaited: bool = False
     """True of a client of an elastic federation that has never been there, and may still come."""
+    lost: bool = False
+    """Silent for longer than its own rhythm explains: nobody waits for it, until it speaks again."""
+    heard_s: float | None = None
+    """When it spoke last."""
+    gaps: list[float] = field(default_factory=list)
+    """Seconds between its last signs of life."""
     share: float = 0.0
     """How much of its work since its last pull has been aggregated here, in multiples of one update; of this ..."""
     pushed: float = 0.0
@@ -94,6 +106,7 @@ class Node:
         save_every: a child should keep no more updates than this for the case that the node dies.
         awaited: children that nobody waits for until they join.
         min_clients: of these, so many must have joined before any of them is served.
+        liveness: when a silent child is given up; None for never.
     """
 
     def __init__(
@@ -112,9 +125,11 @@ class Node:
         save_every: int = 4,
         awaited: Collection[str] = (),
         min_clients: int = 0,
+        liveness: LivenessConfig | None = None,
     ) -> None:
         self.incarnation = 1
         """How often this node has been started: for the shell to set."""
+        self.liveness = liveness
         self.save_every, self.min_clients = save_every, min_clients
         self.privacy = privacy
         self.contributions = dict(contributions or {})
@@ -182,8 +197,12 @@ class Node:
         commands: list[Command] = []
         if isinstance(event, Pull | Done | Left | Beat):
             self._check(event.child, event.incarnation, to=event.to)
+        if isinstance(event, Push | Pull | Beat | Joined):
+            commands += self._hear(event.sender if isinstance(event, Push) else event.child, event.now_s)
         if isinstance(event, Push):
             commands += self._push(event)
+        elif isinstance(event, Clock):
+            commands += self._look_for_silence(event.now_s)
         elif isinstance(event, Pull):
             if event.child not in self.children:
                 raise MessageError("unknown_sender", f"{self.path} has no child {event.child!r}")
@@ -212,6 +231,33 @@ class Node:
             raise MessageError("superseded", f"this is incarnation {incarnation}, and {known}")
         if to != self.incarnation:
             raise MessageError("restarted", f"{self.path} is at incarnation {self.incarnation} by now: join again")
+
+    def _hear(self, name: str, now_s: float) -> list[Command]:
+        """A sign of life."""
+        child = self.children.get(name)
+        if child is None:
+            return []
+        if child.heard_s is not None:
+            child.gaps = [*child.gaps[1 - GAPS :], now_s - child.heard_s]
+        child.heard_s = now_s
+        if not child.lost:
+            return []
+        child.lost, child.active, self.ended = False, True, False
+        return [Note(record=LifeRecord(node=f"{self.path}/{name}", now_s=now_s, event="training", detail="is back"))]
+
+    def _look_for_silence(self, now_s: float) -> list[Command]:
+        """Give up children that are silent for longer than their own rhythm explains."""
+        commands: list[Command] = []
+        for name, child in self.children.items():
+            if self.liveness is None or not child.active or child.heard_s is None:
+                continue
+            silent_s = now_s - child.heard_s
+            if silent_s > patience_s(child.gaps, self.liveness):
+                child.lost, child.active = True, False
+                said = f"silent for {silent_s:.0f} s: nobody waits for it"
+                record = LifeRecord(node=f"{self.path}/{name}", now_s=now_s, event="lost", detail=said)
+                commands.append(Note(record=record))
+        return commands
 
     def _join(self, event: Joined) -> list[Command]:
         self._check(event.child, event.incarnation, to=self.incarnation)
@@ -363,7 +409,8 @@ class Node:
     def _new_fold(self, first_s: float) -> Fold:
         if self.privacy is not None:
             return PrivateFold(self.layout, self.aggregation, self.privacy, origin=self.merger.origin, first_s=first_s)
-        return Fold(self.layout, self.aggregation, origin=self.merger.origin, first_s=first_s)
+        kind = Fold if self.aggregation.robust.rule == "none" else RobustFold
+        return kind(self.layout, self.aggregation, origin=self.merger.origin, first_s=first_s)
 
     # ---- moving on -------------------------------------------------------------------------------------------
 
@@ -579,10 +626,11 @@ class Node:
         meta: dict[str, Any] = {name: copy(getattr(self, name)) for name in _STATE}
         meta["children"] = {name: vars(child).copy() for name, child in self.children.items()}
         for child in meta["children"].values():
-            del child["durable_seq"]  # all that is read back is durable
+            # All that is read back is durable, and the time in which nobody listened is no silence.
+            del child["durable_seq"], child["heard_s"], child["gaps"]
         meta["layout"], meta["optimizer_steps"] = self.layout.hash, self.optimizer.steps
         if self._fold is not None:
-            arrays["fold"] = self._fold.flat
+            arrays |= {f"fold.{name}": values for name, values in self._fold.arrays().items()}
             meta["fold"] = self._fold.state()
         meta["residuals"], residuals = self.residuals.state()
         arrays |= residuals
@@ -639,9 +687,22 @@ class Node:
             self.in_flight = kept[0] if kept else Update(**meta["in_flight"], values=arrays["in_flight"])
         if "fold" in meta:
             self._fold = self._new_fold(0.0)
-            self._fold.restore(meta["fold"], arrays["fold"])
+            buffers = {k.removeprefix("fold."): values for k, values in arrays.items() if k.startswith("fold.")}
+            self._fold.restore(meta["fold"], buffers)
         for name, entry in meta["held"].items():
             self._held[name] = (Update(**entry["update"], values=arrays[f"held.{name}"]), entry["tau"])
+
+
+def patience_s(gaps: Sequence[float], rules: LivenessConfig) -> float:
+    """How long a child may be silent: the median of its last gaps and k times their spread, and never too short.
+
+    The spread is the median absolute deviation, which one long gap does not move.
+    """
+    if len(gaps) < GAPS // 4:
+        return rules.grace_s
+    middle = statistics.median(gaps)
+    spread = statistics.median(abs(gap - middle) for gap in gaps)
+    return max(middle + rules.k * spread, rules.grace_s)
 
 
 _STATE = (

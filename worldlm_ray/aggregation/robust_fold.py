@@ -1,0 +1,92 @@
+"""Aggregation that does not trust the children: what most of them agree on, coordinate by coordinate.
+
+    v_i  = s(tau_i) [backbone change_i | key layers_i - the node's own]      one per child
+    next = model + rate trimmed_mean_i(v_i)      or the median
+
+Nothing but staleness weighs an update: tokens are what a child claims. A child is heard once, however often it pushes:
+its updates are averaged first. There is no attention over key layers, since a child could earn attention by what it
+sends. All updates of an aggregation have to be kept until it is made: one model per child.
+
+Source: Yin et al., arXiv 1803.01498, definitions 1 and 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from worldlm_ray.aggregation.fold import Fold
+from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
+from worldlm_ray.aggregation.staleness import discount
+from worldlm_ray.errors import AggregationError
+from worldlm_ray.messages import Update
+from worldlm_ray.params import Flat, add_scaled, blocks
+
+_CHILD = "of."
+
+
+class RobustFold(Fold):
+    """The updates of one aggregation, and what most of them agree on."""
+
+    _sums: dict[str, Flat]
+    _counts: dict[str, int]
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._sums, self._counts = {}, {}
+
+    def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
+        """Keep an update."""
+        split, weight = self.layout.backbone_size, discount(self.rules.staleness, tau)
+        kept = self._sums.setdefault(update.sender, np.zeros(self.layout.size, np.float32))
+        factor = weight * self.clipping(update, theta)
+        add_scaled(kept[:split], update.values[:split], factor)
+        if self.layout.key_layers:
+            add_scaled(kept[split:], update.values[split:], factor)
+            add_scaled(kept[split:], theta[split:], -factor)
+        self._counts[update.sender] = self._counts.get(update.sender, 0) + 1
+        self.tokens += update.tokens
+        self.contributors.append(update.sender)
+        return []
+
+    def finish(self, theta: Flat, optimizer: ServerOptimizer, *, members: int) -> tuple[Flat, float, list[list[float]]]:
+        """Turn what the children agree on into the next model; see `Fold.finish`."""
+        if not self._sums:
+            raise AggregationError("nothing was folded in: there is no update to aggregate")
+        split, names = self.layout.backbone_size, list(self._sums)
+        for part in blocks(self.layout.size):
+            rows = np.stack([self._sums[name][part] / np.float32(self._counts[name]) for name in names])
+            self.flat[part] = _agreed(rows, self.rules.robust.rule, self.rules.robust.trim)
+        absent = max(members - len(names), 0)
+        scale = 1.0 - absent / max(members, 1) if self.rules.server_optimizer.lr is None else 1.0
+        self.shares = dict.fromkeys(names, scale / len(names))
+        keys = self.flat[split:]
+        keys *= np.float32(scale)
+        keys += theta[split:]
+        norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale)
+        return self.flat, norm, []
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the buffers, as JSON values."""
+        return super().state() | {"counts": dict(self._counts)}
+
+    def arrays(self) -> dict[str, Flat]:
+        """The buffers."""
+        return super().arrays() | {f"{_CHILD}{name}": values for name, values in self._sums.items()}
+
+    def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:
+        """Become what `state` and `arrays` described."""
+        super().restore(saved, arrays)
+        self._counts = dict(saved["counts"])
+        self._sums = {name: np.array(arrays[f"{_CHILD}{name}"]) for name in self._counts}
+
+
+def _agreed(rows: Flat, rule: str, trim: float) -> Flat:
+    """One value per coordinate of [children, coordinates]."""
+    if rule == "median":
+        return np.median(rows, axis=0).astype(np.float32)
+    rows.sort(axis=0)
+    drop = min(int(np.ceil(trim * len(rows))), (len(rows) - 1) // 2)
+    agreed: Flat = rows[drop : len(rows) - drop].mean(axis=0, dtype=np.float64).astype(np.float32)
+    return agreed
