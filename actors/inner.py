@@ -248,8 +248,7 @@ class InnerActor:
                     self._audit.verdict(command.record)
                 records.append(self._with_busy(command.record))
             elif isinstance(command, Charge):
-                assert self.contributions is not None
-                self.contributions.charge(command.child)  # blocks: nothing may be published before it is on disk
+                self._charge(command.child)
             elif isinstance(command, Answer):
                 self._verdict = command.verdict
             elif isinstance(command, Serve):
@@ -268,6 +267,14 @@ class InnerActor:
                 self._finish()
         if records:
             self.recorder.record.remote(records)
+
+    def _charge(self, child: str) -> None:
+        """Blocks: nothing that the update has touched may be published before this is on disk."""
+        assert self.contributions is not None
+        try:
+            self.contributions.charge(child)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the update that is not paid for is in memory
+            end_process(f"{self.spec.path}: {error}; starting again without the update")
 
     def _exchange(self) -> None:
         raise NotImplementedError(f"{self.spec.path} has no parent")

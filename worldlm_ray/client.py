@@ -17,7 +17,7 @@ from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.outbox import Outbox, Welcome
 from worldlm_ray.data import Dataset, prepare
-from worldlm_ray.errors import CheckpointError, ConfigError
+from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
 from worldlm_ray.messages import Model, Update
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
@@ -196,7 +196,8 @@ class Client:
         self.outbox.durable(model.durable_seq)
         self.seq = max(self.seq, model.last_seq)
         self.step, self.loss_sum, self.began = 0, 0.0, True
-        return records
+        # Where noise is added above, what a client sees in its own model is covered by none.
+        return records if self.spec.settings.privacy.unit != "client" else []
 
     def train(self, should_stop: Any = lambda: False) -> float:
         """Train the round that is under way, or the rest of it.
@@ -341,7 +342,9 @@ class Client:
         )
 
     def sample(self, *, prompt: str = "", tokens: int = 80, temperature: float = 0.8) -> str:
-        """Text from the client's model, or the continuation of a prompt."""
+        """Text from the client's model, or the continuation of a prompt; none where no noise covers the model."""
+        if self.spec.settings.privacy.unit == "client" and not self.reports:
+            return ""
         seed = derive(self.plan.config.seed, self.spec.path, "sample")
         return sample(
             self.trainer,
@@ -358,6 +361,7 @@ class Client:
         """Everything that a restart needs, down to the step within a round."""
         meta = {name: getattr(self, name) for name in _STATE}
         meta["layout"] = self.plan.layout.hash
+        meta["charges"] = 0 if self.account is None else len(self.account.ledger.entries())
         arrays = {"theta": self.trainer.read(), "base": self.base}
         if self.merger.heard is not None:
             arrays["heard"] = self.merger.heard
@@ -380,6 +384,8 @@ class Client:
         if self.began:
             # A round may have been shortened by a change of local_steps: it ends with one more step.
             self.step = min(self.step, self.training.local_steps - 1)
+        if self.account is not None:
+            self._pay_again(meta["charges"])
         self.base = np.array(arrays["base"])
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = arrays["heard"]
@@ -389,6 +395,18 @@ class Client:
         self.trainer.load_optimizer_state(
             {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
         )
+
+    def _pay_again(self, charges: int) -> None:
+        """Pay for the rest of the round: the life before, or another one from this checkpoint, may have trained it."""
+        assert self.account is not None
+        found = len(self.account.ledger.entries())
+        if found < charges:
+            raise PrivacyError(
+                f"{self.account.ledger.path}: holds {found} of the {charges} charges that {self.spec.path} has made; "
+                "restore the file from a copy: without it nobody knows what was spent"
+            )
+        if self.began and not self.account.charge(self.round + 1, steps=self.training.local_steps - self.step):
+            self.began, self.step = False, 0
 
 
 def open_account(plan: Plan, spec: NodeSpec, dataset: Dataset) -> Account | None:

@@ -631,7 +631,10 @@ def _privacy(privacy: PrivacyConfig, key: str) -> None:
         if value is not None:
             positive(value, f"{key}.{name}")
     if privacy.noise_multiplier is not None:
-        not_negative(privacy.noise_multiplier, f"{key}.noise_multiplier")
+        positive(privacy.noise_multiplier, f"{key}.noise_multiplier")
+    if privacy.ledger_dir is not None and not Path(privacy.ledger_dir).expanduser().is_absolute():
+        got = f"{privacy.ledger_dir!r} would be another folder, and an empty ledger, for whoever starts elsewhere"
+        raise ConfigError(f"{key}.ledger_dir", got, "give an absolute path")
     if not 0.0 < privacy.delta < 1.0:
         raise ConfigError(f"{key}.delta", f"got {privacy.delta}", "give a probability, such as 1e-5")
     if privacy.max_updates is not None:

@@ -187,6 +187,10 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
     for node in root.inner:
         if node.settings.privacy.unit == "client":
             _check_client_level(node, config)
+    for node in root.inner:
+        for child in node.children:
+            if child.kind == "client":
+                _check_whose_promise(child, node)
     for client in root.clients:
         deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
         if client.settings.privacy.unit == "record":
@@ -202,19 +206,36 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
 def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPrivacy:
     rules, privacy = spec.settings.aggregation, spec.settings.privacy
     return ClientPrivacy(
-        clients=frozenset(contributions.paths),
+        federations=frozenset(child.name for child in spec.children if child.kind != "client"),
         bound=privacy.max_grad_norm,
         noise=contributions.noise,
         delta=privacy.delta,
-        limit=contributions.limit,
+        limits=contributions.limits(),
+        before=contributions.noises(),
         expected=rules.buffer_size if rules.trigger == "goal_achieved" else len(spec.children),
         # From the operating system and never saved: noise that a restart draws again cancels out.
         generator=np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little"))),
     )
 
 
+def _check_whose_promise(client: NodeSpec, parent: NodeSpec) -> None:
+    """Privacy of whole clients is kept by the aggregator above them: a client cannot promise it to itself."""
+    own, above = client.settings.privacy, parent.settings.privacy
+    if own.unit != "client":
+        return
+    if above.unit != "client":
+        got = f"client, but nothing above keeps it: {parent.path} promises {above.unit}"
+        raise ConfigError(f"{client.key}.privacy.unit", got, f"set the privacy section at {parent.key}")
+    if own != above:
+        got = f"differs from that of {parent.path}, which clips and counts for all of its clients alike"
+        raise ConfigError(f"{client.key}.privacy", got, f"set it at {parent.key}, or give the client a federation")
+
+
 def _check_client_level(node: NodeSpec, config: RunConfig) -> None:
     """What noise on whole updates cannot be combined with."""
+    if node.settings.aggregation.max_update_norm is not None:
+        got = "whether an update is refused would tell its norm, which no noise covers"
+        raise ConfigError(f"{node.key}.aggregation.max_update_norm", got, "remove it: updates are clipped anyway")
     if node.settings.aggregation.residuals.per_round:
         got = "residuals are single clients' key layers, which no noise covers"
         raise ConfigError(f"{node.key}.aggregation.residuals.per_round", got, "set it to 0 under client-level privacy")

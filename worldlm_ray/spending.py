@@ -16,7 +16,7 @@ from worldlm_ray.data import prepare
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import ledger_folder
 from worldlm_ray.privacy.accounting import Spend, epsilon, rounds_left
-from worldlm_ray.privacy.gaussian import gaussian_epsilon, most_contributions
+from worldlm_ray.privacy.gaussian import composed_epsilon, most_contributions
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.report import NOTHING
 from worldlm_ray.tree import NodeSpec
@@ -74,8 +74,9 @@ def planned(plan: Plan) -> list[Planned]:
         for name, path in contributions.paths.items() if contributions is not None else ():
             assert contributions is not None
             rounds, privacy = plan.planned_rounds(plan.node(path)), node.settings.privacy
-            limits = [n for n in (rounds, contributions.limit) if n is not None]
-            count = contributions.counts()[name] + min(limits) if limits else None
+            before, most = contributions.noises()[name], contributions.limits().get(name)
+            limits = [n for n in (rounds, None if most is None else most - len(before)) if n is not None]
+            noises = [*before, *[contributions.noise] * min(limits)] if limits else None
             found.append(
                 Planned(
                     node=path,
@@ -83,9 +84,7 @@ def planned(plan: Plan) -> list[Planned]:
                     rate=1.0,
                     noise=contributions.noise,
                     rounds=min(limits, default=None),
-                    epsilon=None
-                    if count is None
-                    else gaussian_epsilon(contributions.noise, count, delta=privacy.delta),
+                    epsilon=None if noises is None else composed_epsilon(noises, delta=privacy.delta),
                     target_epsilon=privacy.target_epsilon,
                 )
             )
@@ -155,7 +154,8 @@ def _statement(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
 def _client_level(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
     last = entries[-1]
     noise, delta, target, count = last["noise"], last["delta"], last["target_epsilon"], len(entries)
-    left = None if target is None else most_contributions(noise, target_epsilon=target, delta=delta) - count
+    noises = [float(entry["noise"]) for entry in entries]
+    left = None if target is None else most_contributions(noise, target_epsilon=target, delta=delta, before=noises)
     return Statement(
         ledger=path.name,
         unit=last["unit"],
@@ -165,7 +165,7 @@ def _client_level(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
         charges=count,
         steps=count,
         delta=delta,
-        epsilon=gaussian_epsilon(noise, count, delta=delta),
+        epsilon=composed_epsilon(noises, delta=delta),
         target_epsilon=target,
         rounds_left=left,
     )

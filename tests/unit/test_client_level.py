@@ -16,12 +16,13 @@ from worldlm_ray import spending
 from worldlm_ray.aggregation.events import Answer, Charge, Joined, Note, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, StalenessConfig
+from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, PrivacyConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.messages import Update, pack
 from worldlm_ray.params import Flat, Layout
 from worldlm_ray.plan import Plan
-from worldlm_ray.privacy.gaussian import gaussian_epsilon, gaussian_noise, most_contributions
+from worldlm_ray.privacy.contributions import Contributions
+from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_epsilon, gaussian_noise, most_contributions
 from worldlm_ray.records import PrivacyRecord, RoundRecord
 from worldlm_ray.rundir import create
 from worldlm_ray.simulate import simulate
@@ -32,11 +33,11 @@ START = np.array([1.0, 2.0, 3.0, 10.0, 20.0, 30.0, 40.0], np.float32)  # backbon
 
 def node(layout: Layout, endless: BudgetConfig, **changes: Any) -> Node:
     promise: dict[str, Any] = {
-        "clients": frozenset({"a", "b"}),
+        "federations": frozenset({"f"}),
         "bound": 1.0,
         "noise": 0.0,
         "delta": 1e-5,
-        "limit": None,
+        "limits": {},
         "expected": 2,
         "generator": np.random.default_rng(0),
     }
@@ -136,7 +137,7 @@ def test_nobody_is_in_one_sum_twice(layout: Layout, endless: BudgetConfig) -> No
 
 
 def test_a_client_whose_budget_is_spent_is_refused_and_told_to_stop(layout: Layout, endless: BudgetConfig) -> None:
-    world = node(layout, endless, rules={"buffer_size": 1}, limit=2, contributions={"a": 1})
+    world = node(layout, endless, rules={"buffer_size": 1}, limits={"a": 2, "b": 2}, contributions={"a": 1})
     still = [0.1, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)]
     assert reason(push(world, layout, "a", still)) == "accepted"
     before = world.theta.copy()
@@ -159,6 +160,55 @@ def test_a_fold_that_is_open_survives_a_restart(layout: Layout, endless: BudgetC
     for world in (one, other):
         push(world, layout, "b", [0.0, 0.2, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
     assert np.array_equal(one.theta, other.theta)
+
+
+def test_an_open_sum_is_paid_for_again_after_a_restart(layout: Layout, endless: BudgetConfig) -> None:
+    """The life before may have published it, with noise that is forgotten."""
+    one = node(layout, endless)
+    push(one, layout, "a", [0.3, 0.0, 0.0, *keys(0.0, 0.4, 0.0, 0.0)])
+    other = node(layout, endless, contributions={"a": 1})
+    other.restore(*one.state())
+    assert [command for command in other.resume() if isinstance(command, Charge)] == [Charge(child="a")]
+    assert other.contributions == {"a": 2}
+    poor = node(layout, endless, contributions={"a": 1}, limits={"a": 1})
+    poor.restore(*one.state())
+    assert poor.resume() == []
+    push(poor, layout, "b", [0.0, 0.2, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
+    assert poor.version == 0, "the sum with what cannot be paid is gone"
+
+
+def test_a_ledger_that_has_lost_its_end_is_noticed(layout: Layout, endless: BudgetConfig) -> None:
+    one = node(layout, endless)
+    push(one, layout, "a", [0.3, 0.0, 0.0, *keys(0.0, 0.4, 0.0, 0.0)])
+    with pytest.raises(PrivacyError, match="holds 0 of 1 contributions"):
+        node(layout, endless, contributions={"a": 0}).restore(*one.state())
+
+
+def test_somebody_whom_the_plan_does_not_know_is_clipped(layout: Layout, endless: BudgetConfig) -> None:
+    world = node(layout, endless, rules={"buffer_size": 1})
+    world.handle(Joined(child="stranger", now_s=0.0))
+    push(world, layout, "stranger", [1e6, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
+    assert np.linalg.norm(world.theta - START) <= 1.0
+
+
+def test_contributions_under_different_noise_add_up(tmp_path: Path) -> None:
+    assert composed_epsilon([3.0] * 5, delta=1e-4) == gaussian_epsilon(3.0, 5, delta=1e-4)
+    assert composed_epsilon([3.0, 12.0], delta=1e-5) < composed_epsilon([3.0, 3.0], delta=1e-5)
+    before = [3.0] * 4
+    left = most_contributions(12.0, target_epsilon=3.0, delta=1e-5, before=before)
+    assert composed_epsilon([*before, *[12.0] * left], delta=1e-5) <= 3.0
+    assert composed_epsilon([*before, *[12.0] * (left + 1)], delta=1e-5) > 3.0
+    privacy = PrivacyConfig(unit="client", target_epsilon=3.0, noise_multiplier=3.0, delta=1e-5)
+    common: dict[str, Any] = {"node": "world", "clients": ("a",), "rounds": 9, "key": "world"}
+    first = Contributions(privacy, tmp_path, run="one", **common)
+    for _ in range(4):
+        first.charge("a")
+    second = Contributions(replace(privacy, noise_multiplier=12.0), tmp_path, run="two", **common)
+    assert second.limits() == {"a": 4 + left}
+    for _ in range(left):
+        second.charge("a")
+    with pytest.raises(PrivacyError, match="no further contribution"):
+        second.charge("a")
 
 
 def test_epsilon_of_the_gaussian_mechanism() -> None:
@@ -219,6 +269,14 @@ def test_a_world_with_a_guild_keeps_its_budget_and_its_secrets(tiny: Tiny, tmp_p
             {"aggregation": {"residuals": {"per_round": 1}}},
             "aggregation.residuals.per_round",
         ),
+        ({"noise_multiplier": 1.0}, {"aggregation": {"max_update_norm": 1.0}}, "aggregation.max_update_norm"),
+        (
+            {"noise_multiplier": 1.0},
+            {"aggregation": {"buffer_size": 3, "robust": {"rule": "median"}}},
+            "aggregation.robust.rule",
+        ),
+        ({"noise_multiplier": 0.0}, {}, "privacy.noise_multiplier"),
+        ({"noise_multiplier": 1.0, "ledger_dir": "here"}, {}, "privacy.ledger_dir"),
     ],
 )
 def test_wrong_client_level_privacy_is_one_line_by_its_key(
@@ -227,3 +285,20 @@ def test_wrong_client_level_privacy_is_one_line_by_its_key(
     with pytest.raises(ConfigError) as caught:
         tiny(guild(tmp_path, **privacy), **changes)
     assert caught.value.key == f"world.children[0].{key}"
+
+
+@pytest.mark.parametrize("children", ["alone", "stricter"])
+def test_a_client_cannot_promise_to_itself_what_only_its_aggregator_can_keep(
+    tiny: Tiny, tmp_path: Path, children: str
+) -> None:
+    own = {"unit": "client", "target_epsilon": 1.0, "delta": 1e-4, "max_grad_norm": 0.1}
+    if children == "alone":
+        tree = [client("a", tmp_path, 1, privacy=own)]
+        key = "world.children[0].privacy.unit"
+    else:
+        tree = guild(tmp_path, target_epsilon=8.0)
+        tree[0]["children"][0]["privacy"] = {"target_epsilon": 1.0}
+        key = "world.children[0].children[0].privacy"
+    with pytest.raises(ConfigError) as caught:
+        tiny(tree)
+    assert caught.value.key == key

@@ -314,7 +314,7 @@ def test_a_client_stops_before_its_budget_would_break(tiny: Tiny, tmp_path: Path
     assert len(one.account.ledger.entries()) == rounds
 
 
-def test_a_checkpoint_in_the_middle_of_a_round_costs_nothing_more(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_rest_of_a_round_from_a_checkpoint_is_paid_for_again(tiny: Tiny, tmp_path: Path) -> None:
     plan = private_plan(tiny, tmp_path)
     one = Client(plan, plan.root.clients[0])
     one.begin(model_of(plan), now_s=0.0)
@@ -326,8 +326,20 @@ def test_a_checkpoint_in_the_middle_of_a_round_costs_nothing_more(tiny: Tiny, tm
     assert (other.began, other.step) == (True, 2)
     other.train()
     assert other.step == other.training.local_steps
-    assert len(other.account.ledger.entries()) == 1  # type: ignore[union-attr]
+    # From one checkpoint any number of lives may go on, each with records and noise of its own.
+    entries = other.account.ledger.entries()  # type: ignore[union-attr]
+    assert [entry["steps"] for entry in entries] == [4, 2]
     assert state[0]["loss_sum"] == 0.0
+
+
+def test_a_ledger_that_has_lost_its_end_is_noticed(tiny: Tiny, tmp_path: Path) -> None:
+    plan = private_plan(tiny, tmp_path)
+    one = Client(plan, plan.root.clients[0])
+    one.begin(model_of(plan), now_s=0.0)
+    state = one.state()
+    one.account.ledger.path.unlink()  # type: ignore[union-attr]
+    with pytest.raises(PrivacyError, match="holds 0 of the 1 charges"):
+        Client(plan, plan.root.clients[0]).restore(*state)
 
 
 def test_noise_chosen_from_a_budget_stays_the_same_over_restarts(tiny: Tiny, tmp_path: Path) -> None:
@@ -415,7 +427,7 @@ PROMISE = {"unit": "record", "target_epsilon": 4.0, "noise_multiplier": 1.0, "de
         ({"noise_multiplier": None}, "noise_multiplier"),
         ({"delta": 1e-5}, "delta"),
         ({"report_metrics": True}, "report_metrics"),
-        ({"ledger_dir": "elsewhere"}, "ledger_dir"),
+        ({"ledger_dir": "/elsewhere"}, "ledger_dir"),
     ],
 )
 def test_nobody_weakens_the_promise_of_the_node_above(

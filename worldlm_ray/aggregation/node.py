@@ -52,10 +52,9 @@ from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
-from worldlm_ray.errors import AggregationError, CheckpointError, MessageError
+from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
 from worldlm_ray.messages import Model, Update, unpack_update
 from worldlm_ray.params import Flat, Layout, frozen
-from worldlm_ray.privacy.gaussian import gaussian_epsilon
 from worldlm_ray.records import AggregationRecord, AttentionRecord, LifeRecord, PrivacyRecord, VerdictRecord
 
 GAPS = 16
@@ -340,18 +339,18 @@ class Node:
 
     def _charge(self, sender: str, now_s: float) -> list[Command]:
         """Have a private client's contribution written down, before anything that it has touched is published."""
-        if self.privacy is None or sender not in self.privacy.clients:
+        if self.privacy is None or sender in self.privacy.federations:
             return []
         count = self.contributions[sender] = self.contributions.get(sender, 0) + 1
-        epsilon = gaussian_epsilon(self.privacy.noise, count, delta=self.privacy.delta)
+        epsilon = self.privacy.epsilon(sender, count)
         record = PrivacyRecord(node=f"{self.path}/{sender}", now_s=now_s, epsilon=epsilon)
         return [Charge(child=sender), Note(record=record)]
 
     def _is_exhausted(self, sender: str) -> bool:
         """Whether a private client may contribute no more."""
-        if self.privacy is None or self.privacy.limit is None or sender not in self.privacy.clients:
+        if self.privacy is None or sender not in self.privacy.limits:
             return False
-        return self.contributions.get(sender, 0) >= self.privacy.limit
+        return self.contributions.get(sender, 0) >= self.privacy.limits[sender]
 
     def _wake(self) -> list[Command]:
         """A call for the time at which the fold that is open may be aggregated."""
@@ -493,8 +492,20 @@ class Node:
         return self._exchange_asked or self.in_flight is not None
 
     def resume(self) -> list[Command]:
-        """After `restore`: send an update again whose exchange had not come back (the parent drops duplicates)."""
-        return ([Exchange()] if self.exchanging else []) + self._wake()
+        """After `restore`: what is due before the first event.
+
+        An update is sent again whose exchange had not come back (the parent drops duplicates). Private clients pay once
+        more for what stands in the sum that was being made: the life before may have published it, under other noise.
+        """
+        commands: list[Command] = []
+        if self.privacy is not None:
+            pending = [*(self._fold.contributors if self._fold is not None else ()), *self._held]
+            if any(self._is_exhausted(name) for name in pending):
+                self._fold, self._held = None, {}
+            else:
+                for name in pending:
+                    commands += self._charge(name, 0.0)
+        return commands + ([Exchange()] if self.exchanging else []) + self._wake()
 
     def _exchange_due(self) -> bool:
         if not self.has_parent or self.exchanging or not self.unpushed_aggregations:
@@ -629,6 +640,7 @@ class Node:
             # All that is read back is durable, and the time in which nobody listened is no silence.
             del child["durable_seq"], child["heard_s"], child["gaps"]
         meta["layout"], meta["optimizer_steps"] = self.layout.hash, self.optimizer.steps
+        meta["contributions"] = dict(self.contributions)
         if self._fold is not None:
             arrays |= {f"fold.{name}": values for name, values in self._fold.arrays().items()}
             meta["fold"] = self._fold.state()
@@ -663,10 +675,18 @@ class Node:
         """
         if meta["layout"] != self.layout.hash:
             raise CheckpointError(f"{self.path}: the checkpoint is of another model or another choice of key layers")
+        for name, count in meta["contributions"].items():
+            if self.privacy is not None and self.contributions.get(name, count) < count:
+                raise PrivacyError(
+                    f"{self.path}/{name}: its ledger holds {self.contributions[name]} of {count} contributions; "
+                    "restore the file from a copy"
+                )
         for name in _STATE:
             setattr(self, name, meta[name])
         self.ended = False
-        for name, child in meta["children"].items():
+        # A private sum takes only those whom the plan knows: of others nobody says how they are to be clipped.
+        mine = {n: c for n, c in meta["children"].items() if self.privacy is None or n in self.children}
+        for name, child in mine.items():
             self.children[name] = Child(**(child | {"durable_seq": child["last_seq"]}))
         # The budget may be larger than it was: a federation hears from its parent, the world counts again.
         self.finished = False
@@ -690,6 +710,8 @@ class Node:
             buffers = {k.removeprefix("fold."): values for k, values in arrays.items() if k.startswith("fold.")}
             self._fold.restore(meta["fold"], buffers)
         for name, entry in meta["held"].items():
+            if name not in self.children:
+                continue
             self._held[name] = (Update(**entry["update"], values=arrays[f"held.{name}"]), entry["tau"])
 
 

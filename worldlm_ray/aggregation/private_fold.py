@@ -13,7 +13,8 @@ Source: McMahan et al., arXiv 1710.06963, algorithm 1, with a fixed denominator.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,25 +25,33 @@ from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.messages import Update
 from worldlm_ray.params import Flat, Layout, add_scaled, blocks, squared_norm
+from worldlm_ray.privacy.gaussian import composed_epsilon
 
 
 @dataclass(frozen=True)
 class ClientPrivacy:
     """What a node promises the clients directly below it."""
 
-    clients: frozenset[str]
-    """Updates of others, which come from federations with noise of their own, are not clipped."""
+    federations: frozenset[str]
+    """Children whose updates carry noise of their own. Everybody else is a client: clipped, and paid for."""
     bound: float
     """L2 norm to which a whole update is clipped (C)."""
     noise: float
     """Noise multiplier (z)."""
     delta: float
-    limit: int | None
-    """Updates that are accepted of one client, at most."""
+    limits: Mapping[str, int]
+    """Updates that are accepted of a client at most; without an entry, any number."""
     expected: int
     """Updates that an aggregation is meant to have (K)."""
     generator: np.random.Generator
     """Of the noise; seeded from the operating system, and never saved."""
+    before: Mapping[str, list[float]] = field(default_factory=dict)
+    """The noise of every contribution that a client had made when this node was started."""
+
+    def epsilon(self, client: str, contributions: int) -> float:
+        """What so many contributions have cost a client, those before this node was started included."""
+        before = list(self.before.get(client, ()))
+        return composed_epsilon([*before, *[self.noise] * (contributions - len(before))], delta=self.delta)
 
 
 class PrivateFold(Fold):
@@ -66,7 +75,7 @@ class PrivateFold(Fold):
         """Clip an update and fold it in."""
         split = self.layout.backbone_size
         weight = discount(self.rules.staleness, tau)
-        if update.sender in self.privacy.clients:
+        if update.sender not in self.privacy.federations:
             squared = squared_norm(update.values[:split]) + squared_norm(update.values[split:], theta[split:])
             weight *= min(1.0, self.privacy.bound / max(math.sqrt(squared), 1e-12))
         add_scaled(self.flat[:split], update.values[:split], weight)

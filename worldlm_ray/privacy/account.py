@@ -98,16 +98,17 @@ class Account:
         """Whether the next round would break the budget."""
         return not self._allowed([*self.ledger.history(), self.round])
 
-    def charge(self, round_: int) -> bool:
+    def charge(self, round_: int, *, steps: int | None = None) -> bool:
         """Pay for a round before it begins; False if the budget does not hold it.
 
         Args:
             round_: number of the round, from 1.
+            steps: of a round that goes on, those that are left.
 
         Raises:
             PrivacyError: the ledger is damaged or cannot be written.
         """
-        noise, rate, steps = self.round
+        noise, rate, whole = self.round
         entry = {
             "node": self.node,
             "run": self.run,
@@ -115,7 +116,7 @@ class Account:
             "unit": self.privacy.unit,
             "noise": noise,
             "rate": rate,
-            "steps": steps,
+            "steps": whole if steps is None else steps,
             "delta": self.privacy.delta,
             "accountant": self.privacy.accountant,
             "target_epsilon": self.privacy.target_epsilon,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from worldlm_ray.config import PrivacyConfig
 from worldlm_ray.errors import PrivacyError
-from worldlm_ray.privacy.gaussian import gaussian_noise, most_contributions
+from worldlm_ray.privacy.accounting import Spend
+from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_noise, most_contributions
 from worldlm_ray.privacy.ledger import Ledger
 
 
@@ -46,19 +47,14 @@ class Contributions:
             name: Ledger(folder, unit="client", text=path.replace("/", ".")) for name, path in self.paths.items()
         }
         self.noise = self._noise(rounds, key)
-        target = privacy.target_epsilon
-        limits = [] if privacy.max_updates is None else [privacy.max_updates]
-        if target is not None:
-            limits.append(most_contributions(self.noise, target_epsilon=target, delta=privacy.delta))
-        self.limit = min(limits, default=None)
-        """Updates that are accepted of one client, at most."""
 
     def _noise(self, rounds: int | None, key: str) -> float:
         if self.privacy.noise_multiplier is not None:
             return self.privacy.noise_multiplier
         for ledger in self.ledgers.values():
             for entry in ledger.entries():
-                return float(entry["noise"])  # chosen when the run began: a restart keeps to it
+                if entry["run"] == self.run:
+                    return float(entry["noise"])  # chosen when the run began: a restart keeps to it
         updates = min(n for n in (rounds, self.privacy.max_updates) if n is not None)
         assert self.privacy.target_epsilon is not None
         return gaussian_noise(
@@ -68,6 +64,22 @@ class Contributions:
     def counts(self) -> dict[str, int]:
         """Contributions so far, by client."""
         return {name: len(ledger.entries()) for name, ledger in self.ledgers.items()}
+
+    def noises(self) -> dict[str, list[float]]:
+        """The noise of every contribution so far, by client."""
+        return {name: [float(entry["noise"]) for entry in book.entries()] for name, book in self.ledgers.items()}
+
+    def limits(self) -> dict[str, int]:
+        """Updates that are accepted of each client at most, those before this run included; empty without a limit."""
+        target, most, found = self.privacy.target_epsilon, self.privacy.max_updates, {}
+        for name, noises in self.noises().items():
+            limits = [] if most is None else [most]
+            if target is not None:
+                left = most_contributions(self.noise, target_epsilon=target, delta=self.privacy.delta, before=noises)
+                limits.append(len(noises) + left)
+            if limits:
+                found[name] = min(limits)
+        return found
 
     def charge(self, client: str) -> None:
         """Write a contribution down. When this returns it is on disk.
@@ -86,6 +98,12 @@ class Contributions:
             "accountant": "gaussian",
             "target_epsilon": self.privacy.target_epsilon,
         }
-        limit = self.limit
-        if not self.ledgers[client].charge(entry, allowed=lambda history: limit is None or len(history) <= limit):
+        if not self.ledgers[client].charge(entry, allowed=self._allowed):
             raise PrivacyError(f"{self.paths[client]}: its ledger holds no further contribution; nothing is published")
+
+    def _allowed(self, history: list[Spend]) -> bool:
+        target, most = self.privacy.target_epsilon, self.privacy.max_updates
+        if most is not None and len(history) > most:
+            return False
+        noises = [spend.noise for spend in history]
+        return target is None or composed_epsilon(noises, delta=self.privacy.delta) <= target

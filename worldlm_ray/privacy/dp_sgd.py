@@ -77,7 +77,8 @@ class RecordGradients:
     def norms(self, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
         """L2 norm of every record's gradient [B], and every record's loss [B] (mean over its tokens)."""
         loss_B, calls, flows = self._flows(tokens_BT, targets_BT)
-        squared_B, _ = self._squared(calls, flows, keep=False)
+        with self._exactly():
+            squared_B, _ = self._squared(calls, flows, keep=False)
         return squared_B.sqrt(), loss_B
 
     def add(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -89,16 +90,22 @@ class RecordGradients:
             The records' losses [B], which are private.
         """
         loss_B, calls, flows = self._flows(tokens_BT, targets_BT)
-        squared_B, samples = self._squared(calls, flows, keep=True)
+        with self._exactly():
+            squared_B, samples = self._squared(calls, flows, keep=True)
         finite_B = torch.isfinite(squared_B)
         if not bool(finite_B.all()):  # 0 * inf is nan: such a record must not come near the sum
             if bool(finite_B.any()):
                 self.add(tokens_BT[finite_B], targets_BT[finite_B])
             return loss_B
         weight_B = (self.bound / (squared_B.sqrt() + 1e-6)).clamp(max=1.0)
-        for call, flow in zip(calls, flows, strict=True):
-            self._add_layer(call, flow, weight_B, samples)
+        with self._exactly():
+            for call, flow in zip(calls, flows, strict=True):
+                self._add_layer(call, flow, weight_B, samples)
         return loss_B
+
+    def _exactly(self) -> torch.autocast:
+        """Norms and sums in fp32, whatever the passes compute in: a rounded norm would be clipped too little."""
+        return torch.autocast(next(self.model.parameters()).device.type, enabled=False)
 
     def weights(self, norm_B: Tensor) -> Tensor:
         """The records' coefficients [B]: 0 for one whose gradient is not finite."""
@@ -130,12 +137,10 @@ class RecordGradients:
             rule = _NORMS.get(type(call.layer)) if by_norm else None
             flow = flow.float()  # of bf16, the norms must not be
             if rule is not None:
-                for norm_B in rule(call.layer, [call.input], flow).values():
+                for norm_B in rule(call.layer, [_upcast(call.input)], flow).values():
                     squared_B += norm_B.float().square()
                 continue
-            found = _SAMPLERS[type(call.layer)](
-                call.layer, [call.input.float() if call.input.is_floating_point() else call.input], flow
-            )
+            found = _SAMPLERS[type(call.layer)](call.layer, [_upcast(call.input)], flow)
             for gradient in found.values():
                 squared_B += gradient.flatten(1).float().square().sum(dim=1)
             if keep:
@@ -148,7 +153,7 @@ class RecordGradients:
         found = samples.get(id(call))
         if found is not None:
             for parameter, gradient in found.items():
-                parameter.grad.view(-1).addmv_(gradient.flatten(1).t(), weight_B.to(gradient.dtype))
+                parameter.grad.view(-1).addmv_(gradient.float().flatten(1).t(), weight_B)
             return
         flow = flow.float() * weight_B.view(-1, *[1] * (flow.dim() - 1))
         weight = call.layer.weight
@@ -272,3 +277,8 @@ def cheaper(candidates: dict[Mode, Callable[[], object]], *, repeats: int = 3) -
             best = min(best, time.perf_counter() - began)
         times[mode] = best
     return min(times, key=lambda mode: times[mode])
+
+
+def _upcast(values: Tensor) -> Tensor:
+    """Layer inputs in fp32; token ids as they are."""
+    return values.float() if values.is_floating_point() else values

@@ -7,6 +7,7 @@ noise z / sqrt(k) (Dong et al., arXiv 1905.02383, corollary 3.3).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from worldlm_ray.errors import PrivacyError
 
@@ -16,11 +17,16 @@ MOST = 1 << 20
 
 def gaussian_epsilon(noise: float, contributions: int, *, delta: float) -> float:
     """Epsilon at a delta for somebody who contributed so often, each time under noise of that many clipping norms."""
-    if contributions == 0:
+    return composed_epsilon([noise] * contributions, delta=delta)
+
+
+def composed_epsilon(noises: Sequence[float], *, delta: float) -> float:
+    """Epsilon at a delta for somebody who contributed once under each of these noises."""
+    if not noises:
         return 0.0
-    if noise == 0.0:
+    if min(noises) == 0.0:
         return math.inf
-    mu = math.sqrt(contributions) / noise
+    mu = math.sqrt(sum(noise**-2 for noise in noises))
 
     def delta_at(epsilon: float) -> float:
         exponent = epsilon + _log_phi(-mu / 2.0 - epsilon / mu)
@@ -37,17 +43,22 @@ def gaussian_epsilon(noise: float, contributions: int, *, delta: float) -> float
     return high
 
 
-def most_contributions(noise: float, *, target_epsilon: float, delta: float) -> int:
-    """How often one may contribute before a budget would break."""
-    if gaussian_epsilon(noise, 1, delta=delta) > target_epsilon:
+def most_contributions(noise: float, *, target_epsilon: float, delta: float, before: Sequence[float] = ()) -> int:
+    """How often one may contribute under a noise, after contributions under others, before a budget would break."""
+    spent = sum(other**-2 for other in before)
+
+    def fits(count: int) -> bool:
+        mu_squared = spent + count * noise**-2
+        return mu_squared == 0.0 or composed_epsilon([mu_squared**-0.5], delta=delta) <= target_epsilon
+
+    if not fits(1):
         return 0
     low, high = 1, 2
-    while high < MOST and gaussian_epsilon(noise, high, delta=delta) <= target_epsilon:
+    while high < MOST and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = gaussian_epsilon(noise, middle, delta=delta) <= target_epsilon
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

@@ -121,7 +121,10 @@ def _last(entries: list[dict[str, Any]]) -> str:
 
 
 def _check(body: Mapping[str, Any], before: str) -> str:
-    """A digest over a line and the one before it: lines can be neither changed nor taken out unnoticed."""
+    """A digest over a line and the one before it: none can be changed, or taken out between others, unnoticed.
+
+    Whether the last ones are there, the checkpoints of those who wrote them know.
+    """
     text = before + json.dumps(dict(body), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -6,7 +6,6 @@ Source: Abadi et al., arXiv 1607.00133, algorithm 1: the sum of clipped per-reco
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +18,7 @@ from worldlm_ray.config import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.params import Layout
 from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, cheaper, check_architecture
+from worldlm_ray.privacy.noise import Noise
 from worldlm_ray.training.local import LocalTrainer
 
 
@@ -52,9 +52,7 @@ class PrivateTrainer(LocalTrainer):
         # Records are clipped one by one: a second clipping of the noisy sum would only bend it.
         super().__init__(shape, layout, replace(training, grad_clip=0.0), threads=threads, device=device)
         self.privacy, self.noise = privacy, noise
-        self._generator = torch.Generator(device=self.device)
-        # From the operating system and never saved: noise that a restart draws again on other records cancels out.
-        self._generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
+        self._noise = Noise(self.device)
         self.mode = self._mode()
         check_architecture(shape, mode=self.mode)
         self._records = self._gradients(self.mode)
@@ -68,8 +66,7 @@ class PrivateTrainer(LocalTrainer):
             rows = slice(first, first + most)
             total += self._add(self._records, inputs[rows], targets[rows]).sum()
         if self.noise > 0.0:
-            noise = torch.empty_like(self.gradient).normal_(generator=self._generator)
-            self.gradient.add_(noise, alpha=self.noise * self.privacy.max_grad_norm)
+            self._noise.add(self.gradient, self.noise * self.privacy.max_grad_norm)
         self.gradient /= self.training.batch_size
         self._descend(learning_rate)
         return total / max(len(inputs), 1)

@@ -9,7 +9,6 @@ Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from worldlm_ray.training.trainer import MOMENTS, Batch
 
 if TYPE_CHECKING:
     from worldlm_ray.privacy.dp_sgd import RecordGradients
+    from worldlm_ray.privacy.noise import Noise
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def spans(layout: Layout) -> list[Span]:
 class _Private:
     """What a private worker has besides its engine."""
 
-    def __init__(self, records: RecordGradients, generator: torch.Generator, scale: float) -> None:
-        self.records, self.generator, self.scale = records, generator, scale
+    def __init__(self, records: RecordGradients, noise: Noise, scale: float) -> None:
+        self.records, self.noise, self.scale = records, noise, scale
         self.is_last = False
         """Whether the backward pass that comes is the last of its step: it carries the noise."""
         self.noised = 0
@@ -81,8 +81,9 @@ class _Private:
         self.noised += 1
         if self.scale == 0.0:
             return gradient
-        noise = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
-        return gradient + (noise.normal_(generator=self.generator) * self.scale).to(gradient.dtype)
+        noised = gradient.detach().clone(memory_format=torch.contiguous_format)
+        self.noise.add(noised, self.scale)
+        return noised
 
 
 class ZeroWorker:
@@ -256,6 +257,7 @@ class ZeroWorker:
 
     def _make_private(self, privacy: PrivacyConfig, noise: float, *, cuda: bool) -> _Private:
         from worldlm_ray.privacy.dp_sgd import RecordGradients, check_architecture, likely_cheaper
+        from worldlm_ray.privacy.noise import Noise
 
         mode = privacy.grad_sample_mode
         if mode == "auto":
@@ -263,12 +265,9 @@ class ZeroWorker:
         check_architecture(self.shape, mode=mode)
         bf16 = is_bf16(self.training, cuda=cuda)
         records = RecordGradients(self.engine.module, max_grad_norm=privacy.max_grad_norm, mode=mode, bf16=bf16)
-        generator = torch.Generator(device=self.device)
-        # Of each worker its own, from the operating system, and never saved: noise that is drawn again cancels out.
-        generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
         # Each of W workers adds noise of sigma C / sqrt(W); DeepSpeed takes the mean over workers, the loss is times W.
         scale = noise * privacy.max_grad_norm / self.workers**0.5 * self.workers / self.expected_records
-        private = _Private(records, generator, scale)
+        private = _Private(records, Noise(torch.device(self.device)), scale)
         for parameter in self.parameters.values():
             # A hook on the gradient: noise put into DeepSpeed's own shards would be lost under offloading, silently.
             parameter.register_hook(private.add_noise)
