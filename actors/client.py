@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -88,6 +89,10 @@ class ClientActor:
                 self._set_up()
                 self._is_set_up = True
             return self.client.round
+
+    def process(self) -> int:
+        """Id of this process."""
+        return os.getpid()
 
     def start(self) -> None:
         """Begin to live, unless the client lives already."""

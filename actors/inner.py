@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
+import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -80,6 +82,8 @@ class InnerActor:
         self._verdict: Verdict | None = None
         self._pulls: dict[str, asyncio.Future[Carried]] = {}
         self._published: tuple[Flat, Any] | None = None
+        self._handling = threading.RLock()
+        """Held while the machine changes: the process may be told to end at any moment."""
         self._is_up = False
         self._started = asyncio.Event()
         self._ended = asyncio.Event()
@@ -159,7 +163,11 @@ class InnerActor:
         self._perform(self.node.resume())
         self._spawn(self._live())
         self._spawn(self._tick())
-        atexit.register(self._last_words, asyncio.get_running_loop())
+        atexit.register(self._last_words)
+
+    async def process(self) -> int:
+        """Id of this process."""
+        return os.getpid()
 
     async def give_up(self, child: str) -> None:
         """There is no room for a client that has never been there."""
@@ -226,19 +234,21 @@ class InnerActor:
         except OSError:
             return  # the storage is away
 
-    def _last_words(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The process ends in an orderly way, as after SIGTERM: leave a checkpoint."""
-        asyncio.run_coroutine_threadsafe(self.save(), loop).result(LAST_WORDS_S)
+    def _last_words(self) -> None:
+        """The process ends in an orderly way, as after SIGTERM: leave a checkpoint. The event loop turns no more."""
+        if self._handling.acquire(timeout=LAST_WORDS_S):
+            self._save()
 
     # ---- the machine -----------------------------------------------------------------------------------------
 
     def _handle(self, event: Event) -> None:
-        began = time.perf_counter()
-        commands = self.node.handle(event)
-        if not self.node.ended:
-            self._ended.clear()  # somebody has come back
-        self._busy_s += time.perf_counter() - began
-        self._perform(commands)
+        with self._handling:
+            began = time.perf_counter()
+            commands = self.node.handle(event)
+            if not self.node.ended:
+                self._ended.clear()  # somebody has come back
+            self._busy_s += time.perf_counter() - began
+            self._perform(commands)
 
     def _perform(self, commands: list[Command]) -> None:
         records: list[Record] = []

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import checkpoint, launch, rundir
 from worldlm_ray.audit import proofs
 from worldlm_ray.plan import Plan
 
@@ -19,8 +25,8 @@ Tiny = Callable[..., Plan]
 ROUNDS = 8
 
 
-def run(tiny: Tiny, folder: Path, faults: list[str], **changes: Any) -> tuple[Plan, dict[str, Any]]:
-    """A run of two federations of two clients, whose rounds take about a second each."""
+def a_plan(tiny: Tiny, folder: Path, faults: list[str], **changes: Any) -> Plan:
+    """Two federations of two clients, whose rounds take about a second each."""
     settings: dict[str, Any] = {
         "budget": {"rounds": ROUNDS},
         "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
@@ -29,7 +35,12 @@ def run(tiny: Tiny, folder: Path, faults: list[str], **changes: Any) -> tuple[Pl
         "faults": faults,
     }
     plan = tiny(**(settings | changes))
-    plan = rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder))))
+    return rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder))))
+
+
+def run(tiny: Tiny, folder: Path, faults: list[str], **changes: Any) -> tuple[Plan, dict[str, Any]]:
+    """A whole run of such a plan."""
+    plan = a_plan(tiny, folder, faults, **changes)
     return plan, launch.train(plan).summary
 
 
@@ -79,3 +90,63 @@ def test_at_any_moment(cluster: None, tiny: Tiny, tmp_path: Path, request: pytes
             folder = tmp_path / f"{kind.replace('/', '-')}-{number}"
             plan, summary = run(tiny, folder, [f"{at_s:.2f}s kill {kind}"])
             check(plan, summary)
+
+
+def test_storage_that_is_taken_away_comes_back(
+    cluster: None, tiny: Tiny, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Really taken away: where checkpoints and the audit trail are written there is a file for some seconds."""
+    seconds = 30.0 if request.config.getoption("--soak") else 5.0
+    plan = a_plan(tiny, tmp_path / "run", [])
+    folders = [plan.run_dir / name for name in ("checkpoints", "audit")]
+    looks: list[dict[str, Any]] = []
+
+    def take_away() -> None:
+        while not looks or looks[-1]["accepted"] < 4:
+            time.sleep(0.1)
+        for folder in folders:
+            folder.rename(folder.with_suffix(".away"))
+            folder.write_text("in the way", encoding="utf-8")
+        time.sleep(seconds)
+        for folder in folders:
+            folder.unlink()
+            folder.with_suffix(".away").rename(folder)
+
+    thread = threading.Thread(target=take_away)
+    thread.start()
+    summary = launch.train(plan, on_progress=looks.append).summary
+    thread.join()
+    assert any(node["state"] == "warning" for look in looks for node in look["nodes"].values()), "nobody warned"
+    found = check(plan, summary)
+    assert len(found) == 6
+    for path in plan.kinds:
+        warnings: list[str] = []
+        loaded = checkpoint.load(checkpoint.folder(plan.run_dir, path), warn=warnings.append)
+        assert loaded is not None
+        assert warnings == [], path
+
+
+def test_sigterm_leaves_a_checkpoint(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    """As a machine that is reclaimed: every process of the run is told, and has some seconds."""
+    plan = a_plan(tiny, tmp_path / "run", [], checkpoint={"every_s": 1e6, "every_updates": 10**6})
+    looks: list[dict[str, Any]] = []
+    told: list[str] = []
+
+    def terminate() -> None:
+        while not looks or looks[-1]["accepted"] < 8:
+            time.sleep(0.1)
+        for actor in ("world/north/a", "world"):
+            os.kill(ray.get(ray.get_actor(actor, namespace=_namespace(plan)).process.remote()), signal.SIGTERM)
+            told.append(actor)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    summary = launch.train(plan, on_progress=looks.append).summary
+    thread.join()
+    found = check(plan, summary)
+    assert len(told) == 2
+    assert all(proof.again == 0 for proof in found if proof.node == "world"), "its last checkpoint knew everything"
+
+
+def _namespace(plan: Plan) -> str:
+    return str(json.loads((plan.run_dir / "cluster.json").read_text(encoding="utf-8"))["namespace"])
