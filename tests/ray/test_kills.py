@@ -57,11 +57,32 @@ def check(plan: Plan, summary: dict[str, Any]) -> list[Any]:
     return found
 
 
+def kill_at(plan: Plan, looks: list[dict[str, Any]], kills: list[tuple[int, str]], number: int) -> threading.Thread:
+    """Send a signal to actors' processes, one after the other, once so many updates have been accepted."""
+
+    def work() -> None:
+        for accepted, path in kills:
+            while not looks or looks[-1]["accepted"] < accepted:
+                time.sleep(0.05)
+            place = json.loads((plan.run_dir / "cluster.json").read_text(encoding="utf-8"))
+            actor = ray.get_actor(path, namespace=place["namespace"])
+            os.kill(ray.get(actor.process.remote()), number)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
 @pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
 def test_whoever_is_killed_nothing_is_lost(cluster: None, tiny: Tiny, tmp_path: Path, trigger: str) -> None:
-    kills = ["7s kill world", "8s kill world/north", "9s kill world/south/c", "12s kill world", "13s kill world/south"]
     seldom = {"every_s": 60.0, "every_updates": 6}  # so that there is something to be undone
-    plan, summary = run(tiny, tmp_path / "run", kills, aggregation={"trigger": trigger}, checkpoint=seldom)
+    plan = a_plan(tiny, tmp_path / "run", [], aggregation={"trigger": trigger}, checkpoint=seldom)
+    looks: list[dict[str, Any]] = []
+    kills = [(10, "world"), (14, "world/north"), (18, "world/south/c"), (24, "world"), (28, "world/south")]
+    thread = kill_at(plan, looks, kills, signal.SIGKILL)
+    summary = launch.train(plan, on_progress=looks.append).summary
+    thread.join(timeout=10.0)
+    assert not thread.is_alive(), "not everybody was killed"
     found = check(plan, summary)
     assert sum(proof.again for proof in found) > 0, "no kill undid anything: the test tests nothing"
 
@@ -130,23 +151,9 @@ def test_sigterm_leaves_a_checkpoint(cluster: None, tiny: Tiny, tmp_path: Path) 
     """As a machine that is reclaimed: every process of the run is told, and has some seconds."""
     plan = a_plan(tiny, tmp_path / "run", [], checkpoint={"every_s": 1e6, "every_updates": 10**6})
     looks: list[dict[str, Any]] = []
-    told: list[str] = []
-
-    def terminate() -> None:
-        while not looks or looks[-1]["accepted"] < 8:
-            time.sleep(0.1)
-        for actor in ("world/north/a", "world"):
-            os.kill(ray.get(ray.get_actor(actor, namespace=_namespace(plan)).process.remote()), signal.SIGTERM)
-            told.append(actor)
-
-    thread = threading.Thread(target=terminate)
-    thread.start()
+    thread = kill_at(plan, looks, [(8, "world/north/a"), (8, "world")], signal.SIGTERM)
     summary = launch.train(plan, on_progress=looks.append).summary
-    thread.join()
+    thread.join(timeout=10.0)
+    assert not thread.is_alive(), "not everybody was told"
     found = check(plan, summary)
-    assert len(told) == 2
     assert all(proof.again == 0 for proof in found if proof.node == "world"), "its last checkpoint knew everything"
-
-
-def _namespace(plan: Plan) -> str:
-    return str(json.loads((plan.run_dir / "cluster.json").read_text(encoding="utf-8"))["namespace"])
