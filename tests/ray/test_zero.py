@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import launch, rundir, spending
+from worldlm_ray import audit, launch, rundir, spending
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan
 from worldlm_ray.simulate import simulate
@@ -74,7 +73,7 @@ def test_stages_2_and_3_beside_a_plain_client_outlive_a_killed_worker(
             assert node["steps"] == 32, path
             assert node["accepted"] == 8, path
             assert node["loss"] < node["loss_start"], path
-    lines = [json.loads(line) for line in (plan.run_dir / "audit.jsonl").read_text().splitlines()]
+    lines = list(audit.read(plan.run_dir))
     back_at_s = min(x["now_s"] for x in lines if x["sender"] == "two" and x["now_s"] > kill.killed_at_s)
     meanwhile = [x["sender"] for x in lines if kill.killed_at_s < x["now_s"] < back_at_s]
     assert meanwhile.count("plain") >= 2, "others waited"
