@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from actors.shared import was_restarted
+from worldlm_ray import rundir
 from worldlm_ray.outcome import finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
@@ -21,6 +24,8 @@ class RecorderActor:
 
     def __init__(self, mapping: dict[str, Any]) -> None:
         self.plan = plan_from_mapping(mapping)
+        if was_restarted():  # nodes may have joined or left since it was made
+            self.plan = rundir.reopen(str(self.plan.run_dir), check_data=False)
         self.tracker = Tracker(
             self.plan.run_dir,
             kinds=self.plan.kinds,
@@ -31,6 +36,10 @@ class RecorderActor:
     def ready(self) -> bool:
         """Whether the actor is up."""
         return True
+
+    def process(self) -> int:
+        """Id of this process."""
+        return os.getpid()
 
     def record(self, records: list[Record]) -> None:
         """Take in what happened."""

@@ -15,6 +15,7 @@ NAMES = (
     "busy",
     "goodput",
     "node_loss",
+    "join",
     "zero",
     "zero_exchange",
     "privacy",

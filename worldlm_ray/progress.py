@@ -55,13 +55,16 @@ class Progress:
             self.show(snapshot())
 
     def show(self, snapshot: dict[str, Any]) -> None:
-        """Draw a snapshot of the run; a warning of a node is a line of its own, once."""
+        """Draw a snapshot of the run; a warning of a node, or of the run's files, is a line of its own, once."""
         now = time.monotonic()
-        for path, node in snapshot["nodes"].items():
-            warning = path, node.get("state_detail")
-            if node.get("state") == "warning" and warning not in self._warned:
+        warnings = [(path, node["state_detail"]) for path, node in snapshot["nodes"].items() if _warns(node)]
+        if snapshot.get("trouble"):
+            warnings.append((snapshot["run"], snapshot["trouble"]))
+        for warning in warnings:
+            if warning not in self._warned:
                 self._warned.add(warning)
-                self.console.print(f"WARNING {path}: {warning[1]}", style="bold red", markup=False, highlight=False)
+                line = f"WARNING {warning[0]}: {warning[1]}"
+                self.console.print(line, style="bold red", markup=False, highlight=False)
         if self._live is not None:
             self._live.update(live_table(snapshot), refresh=True)
         elif now - self._shown_at < LINE_EVERY_S:
@@ -69,6 +72,10 @@ class Progress:
         else:
             self.console.print(_line(snapshot), markup=False, highlight=False)
         self._shown_at = now
+
+
+def _warns(node: dict[str, Any]) -> bool:
+    return node.get("state") == "warning"
 
 
 def _line(snapshot: dict[str, Any]) -> str:

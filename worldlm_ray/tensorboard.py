@@ -32,6 +32,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
@@ -53,6 +54,8 @@ FLUSH_EVERY_S = 2.0
 """Longest time that an event stays in memory."""
 WAITING_BYTES = 4_000_000
 """Events that may stay in memory: whoever adds more writes them itself."""
+KEPT_BYTES = 16 * WAITING_BYTES
+"""Events that are kept while the storage refuses them; newer ones are dropped."""
 CELLS_WITH_NUMBERS = 400
 """A heat map with more cells than this shows colours only."""
 
@@ -85,63 +88,60 @@ class EventFiles:
         self._paths: dict[str, Path] = {}
         self._adding, self._writing = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
-        self._error: OSError | None = None
+        self.trouble = ""
+        """Why events wait in memory; empty if they do not."""
         self._thread = threading.Thread(target=self._write_often, name="event-files", daemon=True)
         self._thread.start()
 
     def add(self, run: str, event: Event) -> None:
-        """Have an event written within about `FLUSH_EVERY_S` seconds.
-
-        Raises:
-            OSError: events could not be written.
-        """
-        self._check()
+        """Have an event written within about `FLUSH_EVERY_S` seconds; later, while the storage refuses."""
+        if self._closing.is_set():
+            raise ValueError(f"the event files in {str(self._folder)!r} are closed")
         data = event.SerializeToString()
         with self._adding:
+            if self._waiting_bytes > KEPT_BYTES:
+                return
             self._waiting.setdefault(run, []).append(data)
             self._waiting_bytes += len(data)
-            full = self._waiting_bytes > WAITING_BYTES
+            full = self._waiting_bytes > WAITING_BYTES and not self.trouble
         if full:
-            self._write()
+            self.flush()
 
     def flush(self) -> None:
-        """Return when everything added so far is in the files.
-
-        Raises:
-            OSError: events could not be written.
-        """
-        self._check()
-        self._write()
+        """Return when everything added so far is in the files, or the storage has refused it: see `trouble`."""
+        with self._writing:
+            with self._adding:
+                waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
+            try:
+                for run in list(waiting):
+                    self._append(run, waiting[run])
+                    del waiting[run]
+                self.trouble = ""
+            except OSError as error:
+                self.trouble = f"cannot write {self._folder}: {error}; charts wait in memory"
+                self._keep(waiting)
 
     def close(self) -> None:
         """Write what waits, and stop the thread; nothing can be added after this."""
         self._closing.set()
         self._thread.join()
-        self._write()
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-        if self._closing.is_set():
-            raise ValueError(f"the event files in {str(self._folder)!r} are closed")
+        self.flush()
 
     def _write_often(self) -> None:
         while not self._closing.wait(FLUSH_EVERY_S):
-            try:
-                self._write()
-            except OSError as error:
-                self._error = error  # For the next one who adds.
-                return
+            self.flush()
 
-    def _write(self) -> None:
-        with self._writing:
-            with self._adding:
-                waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
-            for run, events in waiting.items():
-                self._append(run, events)
+    def _keep(self, events: dict[str, list[bytes]]) -> None:
+        """Put back what could not be written, before what has come since."""
+        with self._adding:
+            for run, since in self._waiting.items():
+                events.setdefault(run, []).extend(since)
+            self._waiting = events
+            self._waiting_bytes = sum(len(data) for datas in events.values() for data in datas)
 
     def _append(self, run: str, events: list[bytes]) -> None:
-        path = self._paths.get(run)
+        """Append to a run's file: all of the events or none of them, as far as the storage can be told."""
+        path = self._paths.pop(run, None)  # after an error the run goes on in a new file: this one may end anyhow
         if path is None:
             # TensorBoard reads the files of a run in the order of their names, which begin with the time.
             number = f"{os.getpid()}.{next(_file_numbers)}"
@@ -155,8 +155,14 @@ class EventFiles:
         records = RecordWriter(buffer)
         for event in events:
             records.write(event)
-        with path.open("ab") as file:
-            file.write(buffer.getvalue())
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab") as file:
+                file.write(buffer.getvalue())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise
         self._paths[run] = path
 
 
@@ -257,8 +263,13 @@ class Board:
         # TensorBoard reads the layout of the highest step: one that shows privacy replaces one that does not.
         self._add(self._root, Summary(value=[value]), step=int(private), now_s=now_s)
 
+    @property
+    def trouble(self) -> str:
+        """Why charts wait in memory; empty if they do not."""
+        return self._files.trouble
+
     def flush(self) -> None:
-        """Return when everything written so far is in the files."""
+        """Return when everything written so far is in the files, or the storage has refused it."""
         self._files.flush()
 
     def close(self) -> None:

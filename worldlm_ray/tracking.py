@@ -4,6 +4,8 @@
     tensorboard/    see worldlm_ray/tensorboard.py
     summary.json    the result of a finished run
 
+Storage that refuses costs no more than delay: files are written later, and the snapshot says why (`trouble`).
+
 A tracker that opens an existing folder continues it: verdicts are counted again from the audit trail, which inner
 nodes write themselves (worldlm_ray/audit.py); everything else comes from status.json and may be a second old.
 """
@@ -90,6 +92,7 @@ class Tracker:
         self._board = Board(run_dir / TENSORBOARD, root=root, started_at=self._started_at)
         self._introduce(hparams)
         self._last_status = self._last_image = -math.inf
+        self._trouble = ""
         self.flush()
 
     def record(self, *records: Record) -> None:
@@ -115,9 +118,10 @@ class Tracker:
             self._state.add(path, kind)
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that is known, ready for JSON: totals of the run, and `nodes` by path."""
+        """Everything that is known, ready for JSON: totals of the run, `trouble` with its files, `nodes` by path."""
         return {
             "run": self.run_dir.name,
+            "trouble": self._trouble or self._board.trouble,
             "started_at": self._started_at,
             "updated_at": self._wall(),
             **self._state.snapshot(),
@@ -256,8 +260,12 @@ class Tracker:
         self._last_image = self._clock()
 
     def _write_status(self) -> None:
-        _replace_json(self.run_dir / STATUS, self.snapshot())
         self._last_status = self._clock()
+        try:
+            _replace_json(self.run_dir / STATUS, self.snapshot())
+            self._trouble = ""
+        except OSError as error:
+            self._trouble = f"cannot write {self.run_dir / STATUS}: {error}; it waits"
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

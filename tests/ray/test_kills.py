@@ -6,9 +6,11 @@ import json
 import os
 import random
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,38 +53,64 @@ def check(plan: Plan, summary: dict[str, Any]) -> list[Any]:
         assert proof.holds, proof
     applied = {f"{proof.node}/{proof.sender}": len(proof.applied) for proof in found}
     for spec in plan.root.clients:
-        assert summary["nodes"][spec.path]["steps"] == ROUNDS * 4, spec.path
-        assert applied[spec.path] == ROUNDS, spec.path
+        assert summary["nodes"][spec.path]["steps"] == plan.config.budget.rounds * 4, spec.path
+        assert applied[spec.path] == plan.config.budget.rounds, spec.path
     assert summary["status"] == "finished"
     return found
 
 
-def kill_at(plan: Plan, looks: list[dict[str, Any]], kills: list[tuple[int, str]], number: int) -> threading.Thread:
-    """Send a signal to actors' processes, one after the other, once so many updates have been accepted."""
+class Killer(threading.Thread):
+    """Sends signals to actors' processes while a run goes on.
 
-    def work() -> None:
-        for accepted, path in kills:
-            while not looks or looks[-1]["accepted"] < accepted:
+    Args:
+        plan: the run.
+        moments: the number of accepted updates from which on, seconds to wait then, and the name of the actor.
+        number: of the signal.
+    """
+
+    def __init__(self, plan: Plan, moments: list[tuple[int, float, str]], number: int = signal.SIGKILL) -> None:
+        super().__init__(daemon=True)
+        self.plan, self.moments, self.number = plan, moments, number
+        self.accepted = -1
+        self.looks: list[dict[str, Any]] = []
+
+    def look(self, snapshot: dict[str, Any]) -> None:
+        self.looks.append(snapshot)
+        self.accepted = snapshot["accepted"]
+
+    def run(self) -> None:
+        for accepted, wait_s, name in self.moments:
+            while self.accepted < accepted:
                 time.sleep(0.05)
-            place = json.loads((plan.run_dir / "cluster.json").read_text(encoding="utf-8"))
-            actor = ray.get_actor(path, namespace=place["namespace"])
-            os.kill(ray.get(actor.process.remote()), number)
+            time.sleep(wait_s)
+            process = self.process(name)
+            os.kill(process, self.number)
+            while self.process(name) == process:
+                time.sleep(0.05)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
+    def process(self, name: str) -> int:
+        place = json.loads((self.plan.run_dir / "cluster.json").read_text(encoding="utf-8"))
+        while True:
+            with suppress(ray.exceptions.RayActorError):
+                actor = ray.get_actor(name, namespace=place["namespace"])
+                return int(ray.get(actor.process.remote()))
+            time.sleep(0.05)
+
+    def train(self) -> dict[str, Any]:
+        """The summary of the run, once everybody was killed."""
+        self.start()
+        summary = launch.train(self.plan, on_progress=self.look).summary
+        self.join(timeout=10.0)
+        assert not self.is_alive(), "not everybody was killed"
+        return summary
 
 
 @pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
 def test_whoever_is_killed_nothing_is_lost(cluster: None, tiny: Tiny, tmp_path: Path, trigger: str) -> None:
     seldom = {"every_s": 60.0, "every_updates": 6}  # so that there is something to be undone
     plan = a_plan(tiny, tmp_path / "run", [], aggregation={"trigger": trigger}, checkpoint=seldom)
-    looks: list[dict[str, Any]] = []
-    kills = [(10, "world"), (14, "world/north"), (18, "world/south/c"), (24, "world"), (28, "world/south")]
-    thread = kill_at(plan, looks, kills, signal.SIGKILL)
-    summary = launch.train(plan, on_progress=looks.append).summary
-    thread.join(timeout=10.0)
-    assert not thread.is_alive(), "not everybody was killed"
+    names = {10: "world", 14: "world/north", 18: "world/south/c", 24: "world", 28: "world/south"}
+    summary = Killer(plan, [(accepted, 0.0, name) for accepted, name in names.items()]).train()
     found = check(plan, summary)
     assert sum(proof.again for proof in found) > 0, "no kill undid anything: the test tests nothing"
 
@@ -102,15 +130,35 @@ def test_links_fail_and_storage_refuses(cluster: None, tiny: Tiny, tmp_path: Pat
 
 
 def test_at_any_moment(cluster: None, tiny: Tiny, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Soak: every kind of actor killed at twenty random moments; a few of them otherwise."""
+    """Every kind of actor killed at random moments: once each; as a soak, twenty times each in one run.
+
+    The soak also asks whether the models are as good as those of undisturbed runs. Three seeds say how much undisturbed
+    runs differ: a fourth of the same kind lies within three of their standard deviations.
+    """
     rng = random.Random(7)
-    moments = 20 if request.config.getoption("--soak") else 1
-    for kind in ("world", "world/north", "world/south/d"):
-        for number in range(moments):
-            at_s = rng.uniform(0.5, 9.0)
-            folder = tmp_path / f"{kind.replace('/', '-')}-{number}"
-            plan, summary = run(tiny, folder, [f"{at_s:.2f}s kill {kind}"])
-            check(plan, summary)
+    soak = request.config.getoption("--soak")
+    often, rounds = (20, 100) if soak else (1, ROUNDS)
+    expected = []
+    for seed in range(3) if soak else ():
+        plan = a_plan(tiny, tmp_path / f"undisturbed-{seed}", [], budget={"rounds": rounds}, seed=seed)
+        expected.append(losses(launch.train(plan).summary))
+    if soak:
+        print("\nundisturbed (mean over the clients, world):", *expected, sep="\n  ")
+    for name in ("world", "world/north", "world/south/d", "recorder"):
+        plan = a_plan(tiny, tmp_path / name.replace("/", "-"), [], budget={"rounds": rounds})
+        summary = Killer(plan, [(4, rng.uniform(0.1, 2.5), name) for _ in range(often)]).train()
+        check(plan, summary)
+        if soak:
+            again = sum(proof.again for proof in proofs(plan.run_dir))
+            print(f"{name} killed {often} times: {losses(summary)}; {again} updates undone and applied again, 0 lost")
+            for loss, undisturbed in zip(losses(summary), zip(*expected, strict=True), strict=True):
+                assert abs(loss - statistics.mean(undisturbed)) <= 3.0 * statistics.stdev(undisturbed)
+
+
+def losses(summary: dict[str, Any]) -> tuple[float, float]:
+    """The mean loss of the clients' own models, and the loss of the world's model."""
+    nodes = summary["nodes"]
+    return statistics.mean(node["loss"] for node in nodes.values() if node["kind"] == "client"), nodes["world"]["loss"]
 
 
 def test_storage_that_is_taken_away_comes_back(
@@ -150,10 +198,7 @@ def test_storage_that_is_taken_away_comes_back(
 def test_sigterm_leaves_a_checkpoint(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     """As a machine that is reclaimed: every process of the run is told, and has some seconds."""
     plan = a_plan(tiny, tmp_path / "run", [], checkpoint={"every_s": 1e6, "every_updates": 10**6})
-    looks: list[dict[str, Any]] = []
-    thread = kill_at(plan, looks, [(8, "world/north/a"), (8, "world")], signal.SIGTERM)
-    summary = launch.train(plan, on_progress=looks.append).summary
-    thread.join(timeout=10.0)
-    assert not thread.is_alive(), "not everybody was told"
+    moments = [(8, 0.0, "world/north/a"), (8, 0.0, "world")]
+    summary = Killer(plan, moments, signal.SIGTERM).train()
     found = check(plan, summary)
     assert all(proof.again == 0 for proof in found if proof.node == "world"), "its last checkpoint knew everything"

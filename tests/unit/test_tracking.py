@@ -503,27 +503,89 @@ def test_events_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(points(tmp_path, "world", "version/inner")) == 100
 
 
-def test_a_disk_that_refuses_events_is_reported_to_the_next_who_adds(
+def test_events_wait_while_the_disk_refuses_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "FLUSH_EVERY_S", 0.01)
+    in_the_way = tmp_path / "tensorboard"
+    in_the_way.write_text("a file stands where the folder should be")
+    board = Board(in_the_way, root="world", started_at=0.0)
+    board.scalars("world", {"version/inner": 1}, now_s=1.0)
+    assert eventually(lambda: bool(board.trouble))
+    assert "cannot write" in board.trouble
+    board.scalars("world", {"version/inner": 2}, now_s=2.0)
+    in_the_way.unlink()
+    assert eventually(lambda: not board.trouble)
+    board.scalars("world", {"version/inner": 3}, now_s=3.0)
+    board.close()
+    assert [value for _, value in points(tmp_path, "world", "version/inner")] == [1, 2, 3]
+
+
+def test_what_a_full_disk_tore_apart_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "FLUSH_EVERY_S", 1_000.0)
+    board = Board(tmp_path / "tensorboard", root="world", started_at=0.0)
+    board.scalars("world", {"version/inner": 1}, now_s=1.0)
+    board.flush()
+    [first] = (tmp_path / "tensorboard/world").iterdir()
+    whole = first.read_bytes()
+    opened = Path.open
+
+    class Full:
+        """Takes half of what it is given, and then there is no space left."""
+
+        def __init__(self, path: Path) -> None:
+            self.file = opened(path, "ab", buffering=0)
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> None:
+            self.file.write(data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, *_: Full(path))
+        board.scalars("world", {"version/inner": 2}, now_s=2.0)
+        board.flush()
+        assert "No space left" in board.trouble
+    assert first.read_bytes() == whole
+    board.close()
+    assert [value for _, value in points(tmp_path, "world", "version/inner")] == [1, 2]
+
+
+def test_events_that_the_disk_refuses_for_long_are_dropped_at_a_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorboard, "FLUSH_EVERY_S", 0.01)
-    (tmp_path / "world").write_text("a file stands where the folder should be")
-    files = EventFiles(tmp_path, started_at=0.0)
-    files.add("world", Event())
+    monkeypatch.setattr(tensorboard, "FLUSH_EVERY_S", 1_000.0)
+    monkeypatch.setattr(tensorboard, "WAITING_BYTES", 200)
+    monkeypatch.setattr(tensorboard, "KEPT_BYTES", 1_000)
+    in_the_way = tmp_path / "tensorboard"
+    in_the_way.write_text("a file stands where the folder should be")
+    board = Board(in_the_way, root="world", started_at=0.0)
+    for step in range(1_000):
+        board.scalars("world", {"version/inner": step}, now_s=step)
+    in_the_way.unlink()
+    board.close()
+    assert 10 < len(points(tmp_path, "world", "version/inner")) < 100
 
-    def refused() -> bool:
-        try:
-            files.add("elsewhere", Event())
-        except OSError:
-            return True
-        return False
 
-    assert eventually(refused)
-    with pytest.raises(FileExistsError):
-        files.flush()
-    files.close()
-    with pytest.raises(FileExistsError):
-        files.add("world", Event())
+def test_a_status_that_cannot_be_written_waits(tmp_path: Path) -> None:
+    clock = Clock()
+    run = tracker(tmp_path, clock=clock)
+    assert run.snapshot()["trouble"] == ""
+    before = read_status(tmp_path)
+    (tmp_path / "status.json.tmp").mkdir()
+    clock.now += 10.0
+    run.record(round_of(ITALY, tokens=100, loss=4.0))
+    assert "status.json" in run.snapshot()["trouble"]
+    assert read_status(tmp_path) == before
+    (tmp_path / "status.json.tmp").rmdir()
+    clock.now += 10.0
+    run.record(round_of(ITALY, tokens=200, loss=4.0))
+    assert run.snapshot()["trouble"] == ""
+    assert read_status(tmp_path)["tokens"] == 200
+    run.close()
 
 
 def test_closed_event_files_take_no_more(tmp_path: Path) -> None:

@@ -129,8 +129,9 @@ def _conduct(
         samples = dict(zip(world.clients, ray.get([a.sample.remote() for a in world.clients.values()]), strict=True))
     [parameters] = ask(world["world"], "parameters")
     wall_s = world.clock.now_s()
-    conclude = world.recorder.conclude
-    summary = ray.get(conclude.remote(parameters, measures=measures, samples=samples, wall_s=wall_s, status=status))
+    summary = ask(
+        world.recorder, "conclude", parameters, measures=measures, samples=samples, wall_s=wall_s, status=status
+    )
     return Outcome(summary=summary, samples=samples)
 
 
@@ -162,8 +163,10 @@ def _continued_from_s(plan: Plan) -> float:
 def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
     """Make an actor of every node: each finds its parent and the recorder by name."""
     namespace = f"worldlm-{plan.config.name}-{secrets.token_hex(4)}"
-    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "name": RECORDER, "namespace": namespace}
-    recorder = ray.remote(RecorderActor).options(**options, **lifetime(local)).remote(plan.to_mapping())
+    # What is sent while it is dead waits for its next life: a record counted twice is better than one that is lost.
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1} | lifetime(local)
+    named = ray.remote(RecorderActor).options(name=RECORDER, namespace=namespace, **options)
+    recorder = named.remote(plan.to_mapping())
     world = World(recorder, namespace, clock, local)
     for spec in plan.root.walk():
         if spec.kind != "client":
@@ -269,7 +272,7 @@ def _watch(plan: Plan, world: World, begun: list[str], on_progress: Progress, sh
         with suppress(ray.exceptions.GetTimeoutError, ActorUnavailableError):
             snapshot = ray.get(world.recorder.snapshot.remote(), timeout=5.0)
             on_progress(snapshot)
-            there |= {path for path, node in snapshot["nodes"].items() if node["state"] != "waiting"}
+            there |= {path for path, node in snapshot["nodes"].items() if node["state"] != "waiting" or node["steps"]}
             waiting |= _newcomers(world, snapshot, results)
         if should_stop():
             # At every look: a client that has been restarted since would not know.
@@ -317,11 +320,11 @@ def _give_up(world: World, path: str) -> None:
     ask(world.inner[parent], "give_up", name)
 
 
-def ask(actor: Any, method: str, *arguments: Any) -> Any:
+def ask(actor: Any, method: str, *arguments: Any, **named: Any) -> Any:
     """The answer of an actor, once it is alive (again)."""
     while True:
         try:
-            return ray.get(getattr(actor, method).remote(*arguments))
+            return ray.get(getattr(actor, method).remote(*arguments, **named))
         except ActorUnavailableError:
             time.sleep(POLL_S)
 
