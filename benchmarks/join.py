@@ -61,7 +61,7 @@ def _join(plan: Plan) -> dict[str, Any]:
         for number in range(JOINERS):
             name = f"new{number}"
             joined = membership.with_client(
-                plan, "world/south", name, files=[], overrides=["data.corpus=python_packages"]
+                plan, "world/south", name, files=[], overrides=["data.corpus=python_stdlib"]
             )
             began_s = looks[-1]["now_s"]
             took_s.append(launch.join(plan, joined, f"world/south/{name}"))

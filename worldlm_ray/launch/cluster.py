@@ -19,6 +19,8 @@ from worldlm_ray.tree import NodeSpec
 
 OBJECT_STORE_FLOOR_BYTES = 512 * 1024**2
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+SPARE_CPUS = 256
+"""Cores, by name only, that a local cluster has for clients that join later."""
 PLACE = "cluster.json"
 """Where a living run can be found: in its folder."""
 
@@ -38,8 +40,8 @@ def connected(plan: Plan, address: str | None) -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         try:
             if address is None:
-                # Clients may outnumber the cores: on one machine they share them, as threads of one would.
-                cpus = max(os.cpu_count() or 1, sum(workers(spec) * _each(spec)["CPU"] for spec in plan.root.clients))
+                # Clients may outnumber the cores: on one machine they share them, as threads of one would. More may join.
+                cpus = SPARE_CPUS + sum(workers(spec) * _each(spec)["CPU"] for spec in plan.root.clients)
                 processes = len(plan.kinds) + sum(workers(spec) for spec in plan.root.clients)
                 store = max(OBJECT_STORE_FLOOR_BYTES, 3 * processes * plan.layout.nbytes)
                 # Ray prints a warning when it starts more processes than the machine has cores. Here they are wanted.
@@ -121,6 +123,14 @@ def check_fits(plan: Plan) -> None:
                 f"the clients want {all_of_them} together, the cluster has {has:g}; "
                 f"add nodes or lower resources.{name.lower()}s"
             )
+
+
+def wanted(spec: NodeSpec) -> str:
+    """What a client wants, and what nobody uses now, in words."""
+    labels = "".join(f", {key}={value}" for key, value in spec.settings.placement.labels.items())
+    free = ray.available_resources()
+    wants = {name: amount * spec.settings.resources.worker_range[0] for name, amount in _each(spec).items() if amount}
+    return f"it wants {_text(wants)}{labels}; free now: {_text({name: free.get(name, 0.0) for name in wants})}"
 
 
 def _text(amounts: dict[str, float]) -> str:

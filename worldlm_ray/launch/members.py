@@ -16,6 +16,8 @@ from worldlm_ray.launch.run import World, ask, create, find, plain
 from worldlm_ray.plan import Plan
 
 POLL_S = 0.2
+PLACED_S = 10.0
+"""Seconds after which somebody who waits for a client to be placed is told what it waits for."""
 
 
 def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = lambda _: None) -> float:
@@ -39,10 +41,14 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
         on_phase(f"starting {path}")
         actor = create(new, new.node(path), world, detached=True)
         try:
+            there = actor.process.remote()
+            if not ray.wait([there], timeout=PLACED_S)[0]:  # an autoscaler may be about to make room
+                on_phase(f"waiting for room for {path}: {cluster.wanted(new.node(path))}")
+            ray.get(there)
             ray.get(actor.ready.remote())
-        except RayTaskError as error:
+        except BaseException as error:  # Ctrl-C, too: the run does not know of the client yet
             ray.kill(actor)
-            raise plain(error) from error
+            raise plain(error) if isinstance(error, RayTaskError) else error from None
         configuration.save(new.config, new.run_dir / rundir.CONFIG)
         ask(world.recorder, "replan", new.to_mapping())
         ask(actor, "start")
