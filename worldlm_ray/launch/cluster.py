@@ -40,7 +40,7 @@ def connected(plan: Plan, address: str | None) -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         try:
             if address is None:
-                # Clients may outnumber the cores: on one machine they share them, as threads of one would. More may join.
+                # Clients may outnumber the cores: they share them, as threads of one process would. More may join.
                 cpus = SPARE_CPUS + sum(workers(spec) * _each(spec)["CPU"] for spec in plan.root.clients)
                 processes = len(plan.kinds) + sum(workers(spec) for spec in plan.root.clients)
                 store = max(OBJECT_STORE_FLOOR_BYTES, 3 * processes * plan.layout.nbytes)

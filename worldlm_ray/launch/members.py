@@ -46,7 +46,7 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
                 on_phase(f"waiting for room for {path}: {cluster.wanted(new.node(path))}")
             ray.get(there)
             ray.get(actor.ready.remote())
-        except BaseException as error:  # Ctrl-C, too: the run does not know of the client yet
+        except BaseException as error:  # noqa: BLE001 - Ctrl-C, too: the run does not know of the client yet
             ray.kill(actor)
             raise plain(error) if isinstance(error, RayTaskError) else error from None
         configuration.save(new.config, new.run_dir / rundir.CONFIG)
