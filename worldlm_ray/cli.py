@@ -73,10 +73,11 @@ def train(
     from worldlm_ray.plan import make_plan
 
     if resume is not None:
-        plan = rundir.resume(resume, changes)
+        plan = rundir.resume(resume, changes, check_data=address is None)
     else:
         assert conf is not None
-        plan = rundir.create(make_plan(_load(conf, changes, run_dir)))
+        # On a cluster every machine looks for the texts of its own clients.
+        plan = rundir.create(make_plan(_load(conf, changes, run_dir), check_data=address is None))
     from worldlm_ray import launch
 
     console.print(f"run folder {plan.run_dir}", highlight=False, soft_wrap=True)
@@ -86,7 +87,13 @@ def train(
             progress.phase(name)
             stop.install()  # Ray sets handlers of its own when it starts
 
-        outcome = launch.train(plan, address=address, on_progress=progress.show, on_phase=phase, should_stop=stop.asked)
+        try:
+            outcome = launch.train(
+                plan, address=address, on_progress=progress.show, on_phase=phase, should_stop=stop.asked
+            )
+        except WorldLMError:
+            rundir.discard(plan)
+            raise
     _report(plan.run_dir, outcome.summary, outcome.samples)
 
 

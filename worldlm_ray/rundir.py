@@ -12,6 +12,7 @@ runs/NAME/
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from worldlm_ray import config as configuration
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan, make_plan
 
-CONFIG, SUMMARY = "config.yaml", "summary.json"
+CONFIG, STATUS, SUMMARY = "config.yaml", "status.json", "summary.json"
 
 
 def create(plan: Plan) -> Plan:
@@ -54,6 +55,14 @@ def create(plan: Plan) -> Plan:
     return plan
 
 
+def discard(plan: Plan) -> None:
+    """Take back the folder of a run that could not begin, so that the same command can be given again."""
+    if not (plan.run_dir / STATUS).exists():
+        (plan.run_dir / CONFIG).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something of somebody else's
+            plan.run_dir.rmdir()
+
+
 def find(run: str) -> Path:
     """The folder of a run, given its path or its name under `runs/`.
 
@@ -81,13 +90,18 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
     return make_plan(config, check_data=check_data)
 
 
-def resume(run: str, overrides: list[str]) -> Plan:
+def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:
     """The plan of a run that is to go on; changes are written to its config.yaml.
+
+    Args:
+        run: its folder, or its name under `runs/`.
+        overrides: `key=value` changes, such as a larger budget.
+        check_data: False where the files need not be on this machine.
 
     Raises:
         RunError: the run has ended at its full budget, and the budget is not changed; or it is a simulation.
     """
-    plan = reopen(run, overrides)
+    plan = reopen(run, overrides, check_data=check_data)
     summary = _summary(plan.run_dir)
     if summary.get("shell") == "simulate":
         raise RunError(f"{plan.run_dir} is a simulation, which is not continued; start it again")

@@ -41,7 +41,7 @@ def connected(plan: Plan, address: str | None) -> Iterator[None]:
         try:
             if address is None:
                 # Clients may outnumber the cores: they share them, as threads of one process would. More may join.
-                cpus = SPARE_CPUS + sum(workers(spec) * _each(spec)["CPU"] for spec in plan.root.clients)
+                cpus = SPARE_CPUS + sum(workers(spec) * each(spec)["CPU"] for spec in plan.root.clients)
                 processes = len(plan.kinds) + sum(workers(spec) for spec in plan.root.clients)
                 store = max(OBJECT_STORE_FLOOR_BYTES, 3 * processes * plan.layout.nbytes)
                 # Ray prints a warning when it starts more processes than the machine has cores. Here they are wanted.
@@ -76,7 +76,7 @@ def workers(spec: NodeSpec) -> int:
     return spec.settings.resources.worker_range[1]
 
 
-def _each(spec: NodeSpec) -> dict[str, float]:
+def each(spec: NodeSpec) -> dict[str, float]:
     """What each of them reserves, by Ray's names."""
     resources = spec.settings.resources
     return {"CPU": resources.cpus, "GPU": resources.gpus}
@@ -104,19 +104,19 @@ def check_fits(plan: Plan) -> None:
             raise RunError(f"{spec.key}.placement.labels: no node of the cluster carries {wanted}")
         if spec.kind != "client":
             continue
-        least, each = (spec.settings.resources.worker_range[0], {k: v for k, v in _each(spec).items() if v})
+        least, wants = spec.settings.resources.worker_range[0], {k: v for k, v in each(spec).items() if v}
         room = sum(
-            min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in each.items()) for node in labelled
+            min(int(node["Resources"].get(name, 0.0) / amount) for name, amount in wants.items()) for node in labelled
         )
         if room < least:
             raise RunError(
-                f"{spec.key}.resources: wants {least} workers with {_text(each)} each, the cluster can hold {room}; "
+                f"{spec.key}.resources: wants {least} workers with {_text(wants)} each, the cluster can hold {room}; "
                 "add nodes, or lower resources.workers, cpus or gpus"
             )
     for name in ("CPU", "GPU"):
         has = sum(node["Resources"].get(name, 0.0) for node in nodes)
         clients = [spec for spec in needed if spec.kind == "client"]
-        wanted_of_all = sum(s.settings.resources.worker_range[0] * _each(s)[name] for s in clients)
+        wanted_of_all = sum(s.settings.resources.worker_range[0] * each(s)[name] for s in clients)
         if has < wanted_of_all:
             all_of_them = _text({name: wanted_of_all})
             raise RunError(
@@ -129,7 +129,7 @@ def wanted(spec: NodeSpec) -> str:
     """What a client wants, and what nobody uses now, in words."""
     labels = "".join(f", {key}={value}" for key, value in spec.settings.placement.labels.items())
     free = ray.available_resources()
-    wants = {name: amount * spec.settings.resources.worker_range[0] for name, amount in _each(spec).items() if amount}
+    wants = {name: amount * spec.settings.resources.worker_range[0] for name, amount in each(spec).items() if amount}
     return f"it wants {_text(wants)}{labels}; free now: {_text({name: free.get(name, 0.0) for name in wants})}"
 
 

@@ -20,7 +20,7 @@ from actors.shared import RECORDER, Address, RunClock
 from actors.world import WorldActor
 from worldlm_ray import rundir
 from worldlm_ray.errors import RunError, WorldLMError
-from worldlm_ray.launch import cluster
+from worldlm_ray.launch import cluster, preflight
 from worldlm_ray.outcome import Outcome, combine
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import Measure
@@ -95,6 +95,8 @@ def _train(
     if world is not None:
         on_phase("the run lives: watching it")
     else:
+        if not local:
+            preflight.check(plan)
         on_phase(f"starting {len(plan.kinds)} nodes")
         world = _create(plan, RunClock(time.time(), _continued_from_s(plan)), local=local)
     try:

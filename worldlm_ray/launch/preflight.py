@@ -1,0 +1,86 @@
+"""What a run needs on the machines of its cluster, looked at before anything starts: package, run folder, texts."""
+
+from __future__ import annotations
+
+import secrets
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from worldlm_ray.config import DataConfig
+from worldlm_ray.data.text import check_sources
+from worldlm_ray.errors import ConfigError, RunError
+from worldlm_ray.launch import cluster
+from worldlm_ray.plan import Plan
+from worldlm_ray.tree import NodeSpec
+
+ANSWER_S = 60.0
+"""Within this time every machine must answer."""
+PACKAGE = "worldlm_ray"
+
+
+def check(plan: Plan) -> None:
+    """Have every machine look whether it has what the nodes that may be placed there need.
+
+    A client needs its text on every machine that carries its labels and has room for it: it may be started again on any
+    of them. All nodes need the run folder, the same everywhere.
+
+    Raises:
+        RunError: something is missing; a line for each.
+    """
+    machines = [machine for machine in ray.nodes() if machine["Alive"]]
+    marker = plan.run_dir / f".seen-{secrets.token_hex(4)}"
+    marker.touch()
+    try:
+        looks = {_look_on(machine, plan, marker): machine["NodeManagerHostname"] for machine in machines}
+        there, absent = ray.wait(list(looks), num_returns=len(looks), timeout=ANSWER_S)
+        problems = [f"{looks[ref]}: does not answer; look at `ray status`" for ref in absent]
+        for ref in there:
+            problems += [f"{looks[ref]}: {problem}" for problem in _answer(ref)]
+    finally:
+        marker.unlink(missing_ok=True)
+    if problems:
+        raise RunError("\n".join(sorted(problems)))
+
+
+def _look_on(machine: dict[str, Any], plan: Plan, marker: Path) -> Any:
+    """Ask one machine; returns the reference of its answer."""
+    clients = {c.key: c.settings.data for c in plan.root.clients if _may_hold(machine, c)}
+    only_there = NodeAffinitySchedulingStrategy(machine["NodeID"], soft=False)
+    task = ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=only_there)
+    return task.remote(str(marker), clients, version(PACKAGE))
+
+
+def _may_hold(machine: dict[str, Any], client: NodeSpec) -> bool:
+    labelled = client.settings.placement.labels.items() <= machine.get("Labels", {}).items()
+    return labelled and all(machine["Resources"].get(name, 0.0) >= n for name, n in cluster.each(client).items())
+
+
+def _look(marker: str, clients: dict[str, DataConfig], wanted: str) -> list[str]:
+    """What is missing on this machine."""
+    problems = []
+    if not Path(marker).is_file():
+        problems.append(
+            f"does not see the run folder {Path(marker).parent}; put it on storage that all machines mount (--run-dir)"
+        )
+    if (found := version(PACKAGE)) != wanted:
+        problems.append(f"has {PACKAGE} {found}, the run was started with {wanted}; install the same everywhere")
+    for key, data in clients.items():
+        try:
+            check_sources(data, f"{key}.data")
+        except ConfigError as error:
+            problems.append(f"{error}, or set {key}.placement.labels to where it is")
+    return problems
+
+
+def _answer(ref: Any) -> list[str]:
+    try:
+        return list(ray.get(ref))
+    except Exception as error:  # noqa: BLE001 - whatever keeps a machine from looking keeps it from training
+        missing = isinstance(getattr(error, "cause", error), ModuleNotFoundError) or "ModuleNotFoundError" in str(error)
+        if missing:
+            return [f"{PACKAGE} is not installed; install it on every machine"]
+        return [f"cannot look: {cluster.first_line(error)}"]
