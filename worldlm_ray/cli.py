@@ -304,6 +304,24 @@ def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as worl
 
 
 @app.command()
+def cluster(
+    file: Annotated[str, typer.Argument(help="a cluster description, such as cluster/onprem.yaml")],
+    world: Annotated[str | None, typer.Option(help="a configuration whose labels the machines must carry")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value settings of the world")] = None,
+    reach: Annotated[bool, typer.Option(help="ask machines whether they are there")] = True,
+) -> None:
+    """Check what `ray up` will be given, without starting anything: tokens, files, addresses, labels."""
+    from worldlm_ray.launch import cluster_file
+    from worldlm_ray.plan import make_plan
+
+    plan = make_plan(_load(world, overrides or [], None), check_data=False) if world is not None else None
+    with errors.status("checking"):
+        found = cluster_file.check(Path(file), plan, reach=reach)
+    for line in found:
+        console.print(line, highlight=False)
+
+
+@app.command()
 def audit(run: Run, as_json: Json = False) -> None:
     """Print what the audit trail of a run proves, edge by edge: no accepted update lost, none applied twice."""
     from worldlm_ray import rundir
