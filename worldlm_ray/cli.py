@@ -157,6 +157,44 @@ def compare(
 
 
 @app.command()
+def scale(
+    conf: Conf,
+    overrides: Overrides = None,
+    nodes: Annotated[str, typer.Option(help="numbers of machines; 1,2,4 grows and shrinks again: 1,2,4,2,1")] = "1,2,4",
+    method: Annotated[str, typer.Option(help="a method of `worldlm compare`")] = "worldlm",
+    seconds: Annotated[float, typer.Option(help="length of a stage")] = 30.0,
+    run_dir: RunDir = None,
+) -> None:
+    """Train one world while machines come and go (pretended ones, on this machine): speed, staleness, loss, a plot."""
+    from worldlm_ray import rundir, scaling
+    from worldlm_ray.audit import proofs
+    from worldlm_ray.launch import scale as experiment
+    from worldlm_ray.methods import configure
+    from worldlm_ray.plan import make_plan
+
+    machines = experiment.parse(nodes)
+    configuration.positive(seconds, "--seconds")
+    plan = rundir.create(experiment.elastic(make_plan(configure(_load(conf, overrides or [], run_dir), method))))
+    console.print(f"run folder {plan.run_dir}", highlight=False, soft_wrap=True)
+    with Stop(errors) as stop, Progress(console) as progress:
+
+        def phase(name: str) -> None:
+            progress.phase(name)
+            stop.install()  # Ray sets handlers of its own when it starts
+
+        stages, looks = experiment.scale(
+            plan, machines, stage_s=seconds, on_progress=progress.show, on_phase=phase, should_stop=stop.asked
+        )
+    tokens = {spec.path: plan.round_tokens(spec) for spec in plan.root.clients}
+    rows = scaling.figures(plan.run_dir, stages, round_tokens=tokens, looks=looks)
+    (plan.run_dir / "scaling.json").write_text(json.dumps(scaling.as_json(rows), indent=1), encoding="utf-8")
+    scaling.plot(plan.run_dir / "scaling.png", rows, looks, run_dir=plan.run_dir)
+    console.print(scaling.table(rows))
+    console.print(f"plot: {plan.run_dir / 'scaling.png'}", highlight=False, soft_wrap=True)
+    _conclude(proofs(plan.run_dir))
+
+
+@app.command()
 def show(conf: Conf, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print what a configuration means: the tree, the parameter split, bytes per push, memory per node."""
     from worldlm_ray.describe import describe, misfits, tables
@@ -329,14 +367,12 @@ def audit(run: Run, as_json: Json = False) -> None:
     from worldlm_ray.report import audit_table
 
     found = proofs(rundir.find(run))
-    broken = [proof for proof in found if not proof.holds]
     if as_json:
-        console.print_json(json.dumps({"edges": [vars(proof) for proof in found], "holds": not broken}))
+        holds = all(proof.holds for proof in found)
+        console.print_json(json.dumps({"edges": [vars(proof) for proof in found], "holds": holds}))
     else:
         console.print(audit_table(found))
-        console.print("nothing was lost and nothing applied twice" if not broken else "THE TRAIL IS BROKEN")
-    if broken:
-        raise typer.Exit(1)
+    _conclude(found, quiet=as_json)
 
 
 @app.command()
@@ -377,6 +413,15 @@ def _liveness(folder: Path, snapshot: dict[str, Any]) -> str:
 def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:
     changes = [*overrides, f"run_dir={json.dumps(run_dir)}"] if run_dir is not None else overrides
     return configuration.load(conf, changes)
+
+
+def _conclude(found: list[Any], *, quiet: bool = False) -> None:
+    """Say what an audit trail proves; a broken one is a failure."""
+    broken = [proof for proof in found if not proof.holds]
+    if not quiet:
+        console.print("nothing was lost and nothing applied twice" if not broken else "THE TRAIL IS BROKEN")
+    if broken:
+        raise typer.Exit(1)
 
 
 def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> None:

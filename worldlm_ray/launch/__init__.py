@@ -9,6 +9,7 @@ not its own the run goes on, and `worldlm train --resume` finds it.
     cluster_file  a description for `ray up`, checked
     preflight   what machines must have: looked at before a run begins
     run         the life of a run: create or find the actors, watch, measure
+    scale       machines come and go while a world trains
     members     clients join and nodes leave while the run goes on
 """
 

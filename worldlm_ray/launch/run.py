@@ -31,6 +31,8 @@ from worldlm_ray.tree import NodeSpec
 Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.5
 """How often progress is looked at."""
+ABSENT_S = 15.0
+"""A node that has not answered within this time when the run is to stop has no machine."""
 ACTORS = {"world": WorldActor, "federation": FederationActor, "client": ClientActor}
 
 
@@ -123,8 +125,11 @@ def _conduct(
     status = _watch(plan, world, begun, on_progress, should_stop)
     plan = rundir.reopen(str(plan.run_dir), check_data=False)  # nodes may have joined or left
     on_phase("measuring the models" if status == "finished" else "writing checkpoints")
-    for actor in world.inner.values():
-        ask(actor, "save")
+    for path, actor in world.inner.items():
+        if status == "finished" or _is_there(actor):
+            ask(actor, "save")
+        elif path == "world":
+            raise RunError("the world's aggregator has no machine; its last checkpoint holds the run: resume it later")
     measures = _measure(plan, world) if status == "finished" else {}
     samples = {}
     if status == "finished":
@@ -257,6 +262,7 @@ def _watch(plan: Plan, world: World, begun: list[str], on_progress: Progress, sh
     waiting = {actor.outcome.remote(): path for path, actor in world.clients.items()}
     ends = {actor.ended.remote(): path for path, actor in world.inner.items()}
     there, results = set(begun), dict[str, str]()
+    answers, asked_at = dict[str, Any](), 0.0
     while True:
         ready, _ = ray.wait([*waiting, *ends], num_returns=len(waiting) + len(ends), timeout=POLL_S)
         for ref in ready:
@@ -277,9 +283,18 @@ def _watch(plan: Plan, world: World, begun: list[str], on_progress: Progress, sh
             there |= {path for path, node in snapshot["nodes"].items() if node["state"] != "waiting" or node["steps"]}
             waiting |= _newcomers(world, snapshot, results)
         if should_stop():
+            if not answers:
+                asked_at = time.monotonic()
+                answers = {path: world.clients[path].process.remote() for path in waiting.values()}
             # At every look: a client that has been restarted since would not know.
             for path in there & set(world.clients):
                 world.clients[path].stop.remote()
+            if time.monotonic() - asked_at > ABSENT_S:
+                # Without a machine, it cannot stop any more than it is: its checkpoint is on disk.
+                lost = {path for path, answer in answers.items() if not ray.wait([answer], timeout=0.0)[0]}
+                waiting = {ref: path for ref, path in waiting.items() if path not in lost}
+                if not waiting:
+                    return "stopped"
         absent = {ref: path for ref, path in waiting.items() if path not in there}
         if len(absent) == len(waiting):
             for ref, path in absent.items():  # nobody else is left, and there is no room for them
@@ -320,6 +335,11 @@ def _give_up(world: World, path: str) -> None:
     ray.kill(world.clients.pop(path))
     parent, _, name = path.rpartition("/")
     ask(world.inner[parent], "give_up", name)
+
+
+def _is_there(actor: Any) -> bool:
+    """Whether an actor lives, or will in a moment."""
+    return bool(ray.wait([actor.process.remote()], timeout=ABSENT_S)[0])
 
 
 def ask(actor: Any, method: str, *arguments: Any, **named: Any) -> Any:
