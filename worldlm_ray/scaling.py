@@ -108,7 +108,7 @@ def plot(path: Path, rows: Sequence[Figures], looks: Sequence[dict[str, Any]], *
 
     figure = Figure(figsize=(10, 7.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, sharex=True).flat
+    axes = list(figure.subplots(2, 2, sharex=True).flat)
     most = max(row.machines for row in rows)
     titles = ("tokens/s", "efficiency: tokens/s per machine, against the first stage", "staleness (versions)", "loss")
     for axis, title in zip(axes, titles, strict=True):

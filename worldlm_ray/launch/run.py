@@ -296,8 +296,8 @@ def _watch(plan: Plan, world: World, begun: list[str], on_progress: Progress, sh
                 if not waiting:
                     return "stopped"
         absent = {ref: path for ref, path in waiting.items() if path not in there}
-        if len(absent) == len(waiting):
-            for ref, path in absent.items():  # nobody else is left, and there is no room for them
+        if len(absent) == len(waiting) and (results or not absent):
+            for ref, path in absent.items():  # everybody else has ended, and there never was room for them
                 del waiting[ref]
                 _give_up(world, path)
             if "stopped" in results.values():
