@@ -90,6 +90,12 @@ class Hosts:
     def plug(self, host: int) -> None:
         _ip("link", "set", f"wlmv{host}", "up")
 
+    def crash(self, host: int) -> None:
+        """Switch a host off and on again: all of its processes are gone, and what it had in /tmp and at home."""
+        os.killpg(self._processes[host].pid, signal.SIGKILL)
+        self._processes.pop(host).wait()
+        self._boot(host)
+
     def start(self) -> None:
         for name in ("key", "hostkey"):
             _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name))
@@ -97,6 +103,7 @@ class Hosts:
         _ip("addr", "add", f"{NET}.1/24", "dev", BRIDGE)
         _ip("link", "set", BRIDGE, "up")
         for host in range(1, self.number + 1):
+            self._connect(host)
             self._boot(host)
 
     def stop(self) -> None:
@@ -109,7 +116,7 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", f"wlm{host}"], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
-    def _boot(self, host: int) -> None:
+    def _connect(self, host: int) -> None:
         name, link = f"wlm{host}", f"wlmv{host}"
         _ip("netns", "add", name)
         _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -120,6 +127,9 @@ class Hosts:
         # Ray finds its own address by asking for a route; clouds' metadata must fail at once instead of in seconds.
         _ip("-n", name, "route", "add", "default", "via", f"{NET}.1")
         _ip("-n", name, "route", "add", "unreachable", "169.254.0.0/16")
+
+    def _boot(self, host: int) -> None:
+        name = f"wlm{host}"
         keep = [str(path) for path in (self.folder, self.shared, *_needed())]
         environment = os.environ | {
             "HOST": name,

@@ -188,9 +188,10 @@ def scale(
     tokens = {spec.path: plan.round_tokens(spec) for spec in plan.root.clients}
     rows = scaling.figures(plan.run_dir, stages, round_tokens=tokens, looks=looks)
     (plan.run_dir / "scaling.json").write_text(json.dumps(scaling.as_json(rows), indent=1), encoding="utf-8")
-    scaling.plot(plan.run_dir / "scaling.png", rows, looks, run_dir=plan.run_dir)
+    picture = plan.run_dir / "scaling.png"
+    scaling.plot(picture, rows, run_dir=plan.run_dir, round_tokens=tokens, looks=looks)
     console.print(scaling.table(rows))
-    console.print(f"plot: {plan.run_dir / 'scaling.png'}", highlight=False, soft_wrap=True)
+    console.print(f"plot: {picture}", highlight=False, soft_wrap=True)
     _conclude(proofs(plan.run_dir))
 
 

@@ -13,6 +13,8 @@ from rich.table import Table
 from worldlm_ray import audit
 from worldlm_ray.report import amount
 
+BIN_S = 4.0
+"""Seconds over which the plot's tokens/s are taken."""
 SETTLING = 0.5
 """Share of a stage at its beginning that its figures leave out: nodes move then, and newcomers start."""
 
@@ -100,8 +102,23 @@ def table(rows: Sequence[Figures]) -> Table:
     return shown
 
 
-def plot(path: Path, rows: Sequence[Figures], looks: Sequence[dict[str, Any]], *, run_dir: Path) -> None:
-    """Draw tokens/s, efficiency, staleness and loss by run time, with the number of machines behind them."""
+def plot(
+    path: Path,
+    rows: Sequence[Figures],
+    *,
+    run_dir: Path,
+    round_tokens: Mapping[str, int],
+    looks: Sequence[dict[str, Any]],
+) -> None:
+    """Draw tokens/s, efficiency, staleness and loss by run time, with the number of machines behind them.
+
+    Args:
+        path: of the PNG.
+        rows: the figures.
+        run_dir: the run folder.
+        round_tokens: tokens of an update, by path of the client.
+        looks: snapshots of the run, in their order.
+    """
     # Matplotlib takes half a second to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -129,22 +146,29 @@ def plot(path: Path, rows: Sequence[Figures], looks: Sequence[dict[str, Any]], *
         if axis.get_subplotspec().is_last_row():
             axis.set_xlabel("run time (s); the number of machines above")
     speed, efficiency, staleness, loss = axes
-    times = [look["now_s"] for look in looks]
-    speed.plot(times, [look["tokens_per_s"] for look in looks], color="0.6", lw=1, label="reported by clients")
+    lines = _accepted(run_dir)
+    speed.stairs(*_speeds(lines, round_tokens), color="0.6", lw=1, baseline=None, label=f"accepted in {BIN_S:g} s")
     for row in rows:
         settled = [row.begin_s + SETTLING * (row.end_s - row.begin_s), row.end_s]
-        label = "accepted, settled part of a stage" if row is rows[0] else None
+        label = "in the settled part of a stage" if row is rows[0] else None
         speed.plot(settled, [row.tokens_per_s] * 2, color="black", lw=2, label=label)
         efficiency.plot(settled, [row.efficiency] * 2, color="black", lw=2)
     efficiency.axhline(1.0, color="0.6", lw=1, ls="--")
-    lines = _accepted(run_dir)
     staleness.scatter([x["now_s"] for x in lines], [x["tau"] for x in lines], s=6, color="0.3", alpha=0.5)
     known = [(look["now_s"], look["nodes"]["world"]["loss"]) for look in looks]
     loss.plot(*zip(*[pair for pair in known if pair[1] is not None], strict=True), color="black", lw=1.5)
     speed.legend(fontsize=8)
     for axis in (speed, efficiency):
-        axis.set_ylim(bottom=0.0)
+        axis.set_ylim(0.0, 1.1 * axis.get_ylim()[1])
     figure.savefig(path)
+
+
+def _speeds(lines: Sequence[dict[str, Any]], round_tokens: Mapping[str, int]) -> tuple[list[float], list[float]]:
+    """Tokens/s of what was accepted, and the edges of the stretches of time in which it was."""
+    bins = [0.0] * (int(max((line["now_s"] for line in lines), default=0.0) / BIN_S) + 1)
+    for line in lines:
+        bins[int(line["now_s"] / BIN_S)] += round_tokens.get(f"{line['node']}/{line['sender']}", 0) / BIN_S
+    return bins, [BIN_S * index for index in range(len(bins) + 1)]
 
 
 def as_json(rows: Sequence[Figures]) -> list[dict[str, Any]]:

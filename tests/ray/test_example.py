@@ -13,3 +13,11 @@ from worlds import run_example
 def test_the_example_on_ray_runs(tmp_path: Path) -> None:
     assert "tensorboard --logdir" in run_example("two_levels_on_ray.py", str(tmp_path / "run"))
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_example_that_grows_and_shrinks_runs() -> None:
+    lines = run_example("elastic_scaling.py", "8").splitlines()
+    assert lines[-1] == "updates lost or applied twice: 0"
+    assert [line.split(":")[0] for line in lines[-4:-1]] == ["1 machines", "2 machines", "1 machines"]

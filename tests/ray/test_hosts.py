@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,7 @@ def test_federations_train_where_they_belong_and_nowhere_else(up: Cluster, tmp_p
     done = up.worldlm("train", str(conf), "--run-dir", str(run), "--address", "auto")
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    assert summary["status"] == "finished"
-    assert all(node["steps"] == 16 for node in summary["nodes"].values() if node["kind"] == "client")
-    assert all(proof.holds for proof in proofs(run))
+    check(run, rounds=4)
     # The proof: every actor of a federation, living or dead, on its host ...
     listed = made.run(1, f"python -c '{ACTORS}'")
     assert listed.returncode == 0, listed.stderr
@@ -187,25 +186,68 @@ def test_what_is_missing_on_a_machine_is_said_before_the_start(up: Cluster) -> N
 
 def test_a_host_that_is_cut_off_for_30_s_is_merged_again(up: Cluster) -> None:
     run = up.hosts.shared / "cut"
-    conf = a_world(up, "cut", rounds=80)
-    done: list[subprocess.CompletedProcess[str]] = []
-    arguments = ("train", str(conf), "--run-dir", str(run), "--address", "auto")
-    thread = threading.Thread(target=lambda: done.append(up.worldlm(*arguments)))
-    thread.start()
-    wait_for(run, "world/us/us0", 6)
-    up.hosts.unplug(3)
-    try:
-        time.sleep(30.0)
-    finally:
-        up.hosts.plug(3)
-    meanwhile = accepted(run)
-    thread.join(timeout=300.0)
-    assert done, "the run has not ended"
+    with a_run(up, "cut", rounds=80) as done:
+        wait_for(run, "world/us/us0", 6)
+        up.hosts.unplug(3)
+        try:
+            time.sleep(30.0)
+        finally:
+            up.hosts.plug(3)
+        meanwhile = accepted(run)
     assert done[0].returncode == 0, done[0].stderr
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    assert all(node["steps"] == 80 * 4 for node in summary["nodes"].values() if node["kind"] == "client")
-    assert all(proof.holds for proof in proofs(run))
+    check(run, rounds=80)
     assert meanwhile["world/eu/eu0"] > meanwhile["world/us/us0"] + 15, "the others went on"
+
+
+def test_a_run_is_a_job_that_can_be_left_and_found_again(up: Cluster) -> None:
+    run, conf = up.hosts.shared / "job", a_world(up, "job", rounds=30)
+    job = "--address http://127.0.0.1:8265"
+    train = f"worldlm train {conf} --run-dir {run} --address auto"
+    submitted = up.hosts.run(1, f"ray job submit {job} --submission-id left --no-wait -- {train}")
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_for(run, "world/us/us0", 3)
+    assert up.hosts.run(1, f"ray job stop {job} left").returncode == 0
+    there = accepted(run)["world/us/us0"]
+    wait_for(run, "world/us/us0", there + 3)
+    assert "us0" in up.hosts.run(3, f"worldlm status {run}").stdout, "from anywhere"
+    done = up.worldlm("train", "--resume", str(run), "--address", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "the run lives: watching it" in done.stdout
+    check(run, rounds=30)
+
+
+def test_a_run_whose_head_is_lost_goes_on_in_a_new_cluster(up: Cluster) -> None:
+    run = up.hosts.shared / "headless"
+    with a_run(up, "headless", rounds=20):
+        wait_for(run, "world/us/us0", 6)
+        up.hosts.crash(1)
+    started = up.ray("up", "-y", str(up.file))
+    assert started.returncode == 0, started.stdout + started.stderr
+    wait_for_machines(up, 3)
+    done = up.worldlm("train", "--resume", str(run), "--address", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "continuing" in done.stdout
+    check(run, rounds=20)
+
+
+@contextmanager
+def a_run(cluster: Cluster, name: str, *, rounds: int) -> Iterator[list[subprocess.CompletedProcess[str]]]:
+    """Train while something happens; at the end, the command that trained has come back."""
+    conf = a_world(cluster, name, rounds=rounds)
+    arguments = ("train", str(conf), "--run-dir", str(cluster.hosts.shared / name), "--address", "auto")
+    done: list[subprocess.CompletedProcess[str]] = []
+    thread = threading.Thread(target=lambda: done.append(cluster.worldlm(*arguments)))
+    thread.start()
+    yield done
+    thread.join(timeout=300.0)
+    assert done, "the command has not come back"
+
+
+def check(run: Path, *, rounds: int) -> None:
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["status"] == "finished"
+    assert all(node["steps"] == rounds * 4 for node in summary["nodes"].values() if node["kind"] == "client")
+    assert all(proof.holds for proof in proofs(run))
 
 
 def accepted(run: Path) -> dict[str, int]:

@@ -1,0 +1,70 @@
+"""Train a small world on pretended machines with labels, and print on which of them each actor lived: JSON.
+
+    python tests/placed.py FOLDER
+
+A program of its own, since a process has one Ray at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+from worlds import TINY_MODEL, client
+
+from worldlm_ray import config, launch, rundir
+from worldlm_ray.launch.cluster import QUIET
+from worldlm_ray.plan import make_plan
+
+REGIONS = ("eu", "us")
+
+
+def main(folder: Path) -> None:
+    children: list[dict[str, Any]] = [
+        {
+            "federation": region,
+            "placement": {"labels": {"region": region}},
+            "children": [client(f"{region}{number}", folder, seed + number) for number in range(2)],
+        }
+        for seed, region in enumerate(REGIONS)
+    ]
+    children[0]["children"][1] |= {"training": {"zero_stage": 2}, "resources": {"workers": 2}}
+    raw = {
+        "run_dir": str(folder / "run"),
+        "model": TINY_MODEL,
+        "budget": {"rounds": 4},
+        "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
+        "evaluation": {"tokens": 64, "final_tokens": 128},
+        "data": {"cache_dir": str(folder / "cache")},
+        "faults": ["6s kill world/us", "7s kill world/eu"],
+        "world": {"children": children},
+    }
+    plan = rundir.create(make_plan(config.from_mapping(raw)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            for region in REGIONS:
+                cluster.add_node(num_cpus=4, labels={"region": region})
+            cluster.add_node(num_cpus=8)  # where there is most room, and where nobody belongs
+            ray.init(cluster.address, **QUIET)
+            summary = launch.train(plan).summary
+            regions = {node["NodeID"]: node["Labels"].get("region", "") for node in ray.nodes()}
+            lived = [
+                [actor["Name"], actor["ActorClassName"], regions[actor["Address"]["NodeID"]], actor["NumRestarts"]]
+                for actor in actors().values()
+            ]
+            print(json.dumps({"status": summary["status"], "lived": lived}))
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
