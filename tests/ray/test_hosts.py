@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,7 @@ def test_a_host_that_is_cut_off_for_30_s_is_merged_again(up: Cluster) -> None:
     assert meanwhile["world/eu/eu0"] > meanwhile["world/us/us0"] + 15, "the others went on"
 
 
+@pytest.mark.skipif(find_spec("aiohttp_cors") is None, reason="jobs need the extra `cluster`: ray[default]")
 def test_a_run_is_a_job_that_can_be_left_and_found_again(up: Cluster) -> None:
     run, conf = up.hosts.shared / "job", a_world(up, "job", rounds=30)
     job = "--address http://127.0.0.1:8265"
