@@ -6,11 +6,20 @@ import atexit
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
 
-from actors.shared import Address, end_process, schedule_kills, was_restarted
+from actors.shared import (
+    LAST_WORDS_S,
+    STORAGE_AGAIN_S,
+    Address,
+    end_process,
+    schedule_kills,
+    was_restarted,
+    write_checkpoint,
+)
 from actors.uplink import Steps, Stopped, Uplink, wait_for
 from worldlm_ray import checkpoint
 from worldlm_ray.client import Client
@@ -21,10 +30,6 @@ from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import LifeRecord, Measure, Record
 from worldlm_ray.training.trainer import Trainer
 
-STORAGE_AGAIN_S = 2.0
-"""How long a client that was started again waits for storage that refuses, before it asks again."""
-LAST_WORDS_S = 20.0
-"""Time to end the step that is under way and to write a checkpoint after SIGTERM."""
 ARRIVAL_S = 10.0
 """How long a client that is told to stop still tries to have its last update arrive."""
 
@@ -125,10 +130,8 @@ class ClientActor:
         """Write a checkpoint now, or go on without."""
         self._saved_s = self.clock.now_s()
         try:
-            if self.faults.now(self.spec.path, "disk", self.clock.now_s()):
-                raise CheckpointError(f"{self._place}: the storage refuses on purpose")
-            keep = self.plan.config.checkpoint.keep
-            checkpoint.save(self._place, *self.client.state(), incarnation=self.client.incarnation, keep=keep)
+            state = self.client.state()
+            write_checkpoint(self.plan, self.spec.path, *state, incarnation=self.client.incarnation, clock=self.clock)
         except CheckpointError as error:
             self._warn(f"no checkpoint: {error}")
 
@@ -230,8 +233,7 @@ class ClientActor:
         update = self.client.update()
         shared = self._uplink.share(update)
         self.client.outbox.use_shared_copy(update.values, shared)
-        [kept] = self.client.outbox.after(update.seq - 1)
-        del update
+        update = replace(update, values=shared)  # the client's own buffer goes
         # The work is done and deserves to arrive, even if the client is told to stop meanwhile.
         stopped_at: list[float] = []
 
@@ -240,7 +242,7 @@ class ClientActor:
                 stopped_at.append(self.clock.now_s())
             return bool(stopped_at) and self.clock.now_s() - stopped_at[0] > ARRIVAL_S
 
-        wait_for(self._uplink.push(kept), enough)
+        wait_for(self._uplink.push(update), enough)
 
     def _finish(self) -> str:
         self.save()

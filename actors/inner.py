@@ -25,7 +25,16 @@ from typing import Any
 
 import ray
 
-from actors.shared import Address, Carried, end_process, schedule_kills, was_restarted
+from actors.shared import (
+    LAST_WORDS_S,
+    STORAGE_AGAIN_S,
+    Address,
+    Carried,
+    end_process,
+    schedule_kills,
+    was_restarted,
+    write_checkpoint,
+)
 from worldlm_ray import checkpoint
 from worldlm_ray.aggregation.events import (
     Answer,
@@ -49,16 +58,11 @@ from worldlm_ray.aggregation.events import (
 )
 from worldlm_ray.aggregation.outbox import Welcome
 from worldlm_ray.audit import AuditLog
-from worldlm_ray.errors import CheckpointError, MessageError, SupersededError
+from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.messages import Packed, pack
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
-
-STORAGE_AGAIN_S = 2.0
-"""How long a node that was started again waits for storage that refuses, before it asks again."""
-LAST_WORDS_S = 20.0
-"""Time to write a checkpoint after SIGTERM."""
 
 
 class InnerActor:
@@ -115,20 +119,11 @@ class InnerActor:
     async def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Carried:
         """Give the model to a child, as soon as the child may go on."""
         await self._started.wait()
-        future: asyncio.Future[Carried] = asyncio.get_running_loop().create_future()
-        before = self._pulls.get(child)
-        self._pulls[child] = future
-        try:
-            now_s = self.clock.now_s()
-            event = Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=now_s)
-            self._handle(event)
-        except MessageError:
-            if self._pulls.get(child) is future:
-                del self._pulls[child]
-                if before is not None:
-                    self._pulls[child] = before
-            raise
-        return await future
+        # Who asks again waits with those who asked before; who is refused leaves the place to the next.
+        future = self._pulls.setdefault(child, asyncio.get_running_loop().create_future())
+        now_s = self.clock.now_s()
+        self._handle(Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=now_s))
+        return await asyncio.shield(future)
 
     async def done(self, child: str, incarnation: int, to: int) -> None:
         """A child will train no more."""
@@ -331,11 +326,9 @@ class InnerActor:
         self._saved_s = self.clock.now_s()
         seqs = self.node.seqs()
         try:
-            if self.faults.now(self.spec.path, "disk", self.clock.now_s()):
-                raise CheckpointError(f"{self._place}: the storage refuses on purpose")
-            meta, arrays = self.node.state()
-            keep = self.plan.config.checkpoint.keep
-            checkpoint.save(self._place, meta, arrays, incarnation=self.node.incarnation, keep=keep)
+            write_checkpoint(
+                self.plan, self.spec.path, *self.node.state(), incarnation=self.node.incarnation, clock=self.clock
+            )
         except SupersededError as error:
             end_process(str(error))
         except CheckpointError as error:

@@ -12,11 +12,20 @@ from typing import Any
 
 import ray
 
+from worldlm_ray import checkpoint
+from worldlm_ray.errors import CheckpointError
 from worldlm_ray.faults import Faults
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import Plan
 from worldlm_ray.tree import parent_path
 
 RECORDER = "recorder"
 """Name of the recorder's actor in the run's namespace."""
+
+STORAGE_AGAIN_S = 2.0
+"""How long an actor that was started again waits for storage that refuses, before it asks again."""
+LAST_WORDS_S = 20.0
+"""Time to end what is under way and to write a checkpoint after SIGTERM."""
 
 Carried = tuple[bytes, list[Any]]
 """A message between actors: its header, and a list with the object reference of its buffer.
@@ -83,3 +92,18 @@ def schedule_kills(faults: Faults, path: str, clock: RunClock) -> None:
             timer = threading.Timer(left_s, os.kill, (os.getpid(), signal.SIGKILL))
             timer.daemon = True
             timer.start()
+
+
+def write_checkpoint(
+    plan: Plan, path: str, meta: dict[str, Any], arrays: dict[str, Flat], *, incarnation: int, clock: RunClock
+) -> None:
+    """Write a checkpoint of a node.
+
+    Raises:
+        CheckpointError: the storage refuses, by itself or because a fault script says so.
+        SupersededError: another process plays this node by now.
+    """
+    place = checkpoint.folder(plan.run_dir, path)
+    if plan.faults.now(path, "disk", clock.now_s()):
+        raise CheckpointError(f"{place}: the storage refuses on purpose")
+    checkpoint.save(place, meta, arrays, incarnation=incarnation, keep=plan.config.checkpoint.keep)

@@ -63,7 +63,7 @@ class Child(Protocol):
         """Tokens of all local rounds begun below."""
         ...
 
-    def welcomed(self, welcome: Welcome) -> list[Update]:
+    def welcomed(self, welcome: Welcome) -> None:
         """The parent is there, perhaps again."""
         ...
 

@@ -139,8 +139,8 @@ class Client:
         """Why the client ends before the others do, if it does."""
         return "its privacy budget is spent" if self.is_exhausted else ""
 
-    def welcomed(self, welcome: Welcome) -> list[Update]:
-        """The parent is there, perhaps again: what must be sent to it once more, in this order.
+    def welcomed(self, welcome: Welcome) -> None:
+        """The parent is there, perhaps again.
 
         Rounds that the parent has accepted since the checkpoint that this client came back from are counted. Every
         push is one round. Without this a restarted client would train and push them again, and they would count twice.
@@ -152,7 +152,6 @@ class Client:
             self.steps = self.round * self.training.local_steps
             self.tokens = self.round * self.round_tokens
         self.outbox.durable(welcome.durable_seq)
-        return self.outbox.after(welcome.last_seq)
 
     def answered(self, verdict: Verdict) -> None:
         """The parent's word about an update. A model that has diverged is given up for the parent's."""

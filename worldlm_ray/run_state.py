@@ -28,6 +28,8 @@ from worldlm_ray.records import (
 )
 
 ACCEPTED = "accepted"
+SILENT = 3.0
+"""A client that ends no round for so many times as long as its last one took does not count as training."""
 KINDS = ("world", "federation", "client")
 
 
@@ -55,6 +57,9 @@ class NodeState:
     """Staleness of the last update that this node sent."""
     tau_mean: float | None = None
     tokens_per_s: float = 0.0
+    round_s: float = 0.0
+    """Of a client: how long its last round took, pull and push included, and the run time at which it ended."""
+    round_at_s: float = 0.0
     busy_fraction: float = 0.0
     epsilon: float | None = None
     accepted: int = 0
@@ -194,7 +199,7 @@ class RunState:
             "now_s": self.now_s,
             "progress": self._progress(clients),
             "tokens": sum(node.tokens for node in clients),
-            "tokens_per_s": sum(node.tokens_per_s for node in clients),
+            "tokens_per_s": self._speed(clients),
             "accepted": sum(node.accepted for node in nodes),
             "refused": dict(refused),
             "bytes_up": sum(node.bytes_up for node in nodes),
@@ -237,6 +242,9 @@ class RunState:
             self._average(inner)
 
     def _round(self, node: NodeState, record: RoundRecord) -> None:
+        trained_s = (record.tokens - node.tokens) / record.tokens_per_s if record.tokens_per_s else 0.0
+        since_s = record.now_s - node.round_at_s if node.rounds else 0.0
+        node.round_s, node.round_at_s = max(trained_s, since_s), record.now_s
         node.rounds, node.steps, node.tokens = record.round, record.steps, record.tokens
         node.tokens_per_s, node.busy_fraction = record.tokens_per_s, record.busy_fraction
         if record.epsilon is not None:  # of client-level privacy the aggregator tells
@@ -247,9 +255,14 @@ class RunState:
             above, clients = self.nodes[inner], self._clients[inner]
             above.steps = sum(client.steps for client in clients)
             above.tokens = sum(client.tokens for client in clients)
-            above.tokens_per_s = sum(client.tokens_per_s for client in clients)
+            above.tokens_per_s = self._speed(clients)
             if record.loss is not None:
                 self._average(inner)
+
+    def _speed(self, clients: list[NodeState]) -> float:
+        """Tokens/s of those who train."""
+        heard = [c for c in clients if self.now_s - c.round_at_s <= SILENT * c.round_s]
+        return sum(client.tokens_per_s for client in heard)
 
     def _average(self, path: str) -> None:
         """Mean over the clients below that have measured; the others have no weight yet."""

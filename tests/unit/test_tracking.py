@@ -208,6 +208,17 @@ def test_an_inner_node_shows_the_mean_weighted_by_heldout_bytes(tmp_path: Path) 
     assert nodes["world/europe"]["tokens_per_s"] == 100.0
 
 
+def test_clients_that_fall_silent_do_not_count_as_training(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(round_of(ITALY, tokens=100, loss=2.0, now_s=10.0), round_of(FRANCE, tokens=100, loss=2.0, now_s=10.0))
+    assert run.snapshot()["tokens_per_s"] == 100.0
+    for now_s in (12.0, 14.0, 16.0, 18.0):  # France's last round took 2 s
+        run.record(round_of(ITALY, tokens=100 + int(now_s), loss=2.0, now_s=now_s))
+    snapshot = run.snapshot()
+    run.close()
+    assert snapshot["tokens_per_s"] == snapshot["nodes"]["world/europe"]["tokens_per_s"] == 50.0
+
+
 def test_a_round_without_a_measurement_draws_no_loss(tmp_path: Path) -> None:
     run = tracker(tmp_path)
     run.record(start(ITALY), round_of(ITALY, tokens=200, loss=None))

@@ -59,42 +59,37 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pull:
+class Word:
+    """Something that a child says to the node that it has joined."""
+
+    child: str
+    now_s: float
+    incarnation: int = 1
+    """The child's."""
+    to: int = 1
+    """Incarnation of the node that the child has joined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pull(Word):
     """A child asks for the model; `started_tokens` counts its local rounds including the one it is about to begin."""
 
-    child: str
     started_tokens: int
-    now_s: float
-    incarnation: int = 1
-    to: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParentModel:
-    """The parent's model arrived: the end of an exchange."""
-
-    model: Model
-    now_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
+class Done(Word):
     """A child will train no more in this run."""
 
-    child: str
-    now_s: float
-    incarnation: int = 1
-    to: int = 1
+
+@dataclass(frozen=True, kw_only=True)
+class Left(Word):
+    """A child is gone; what it had pushed stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Left:
-    """A child is gone; what it had pushed stays."""
-
-    child: str
-    now_s: float
-    incarnation: int = 1
-    to: int = 1
+class Beat(Word):
+    """A child lives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +104,18 @@ class Joined:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clock:
-    """Time has passed: asked for by a Wake command."""
+class ParentModel:
+    """The parent's model arrived: the end of an exchange."""
 
+    model: Model
     now_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
-    """A child lives."""
+class Clock:
+    """Time has passed: asked for by a Wake command."""
 
-    child: str
     now_s: float
-    incarnation: int = 1
-    to: int = 1
 
 
 Event = Push | Pull | ParentModel | Done | Left | Joined | Beat | Clock

@@ -43,6 +43,7 @@ from worldlm_ray.aggregation.events import (
     Serve,
     Verdict,
     Wake,
+    Word,
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
@@ -194,7 +195,7 @@ class Node:
             MessageError: unknown_sender, superseded or restarted: the event changes nothing. (A push is answered.)
         """
         commands: list[Command] = []
-        if isinstance(event, Pull | Done | Left | Beat):
+        if isinstance(event, Word):
             self._check(event.child, event.incarnation, to=event.to)
         if isinstance(event, Push | Pull | Beat | Joined):
             commands += self._hear(event.sender if isinstance(event, Push) else event.child, event.now_s)
@@ -213,11 +214,7 @@ class Node:
             commands += self._join(event)
         elif isinstance(event, Done | Left) and event.child in self.children:
             child = self.children[event.child]
-            child.active, child.left, child.awaited = (
-                False,
-                isinstance(event, Left),
-                False,
-            )
+            child.active, child.left, child.awaited = False, isinstance(event, Left), False
             self._waiting.pop(event.child, None)
         commands += self._advance(event.now_s)
         return commands
@@ -272,10 +269,9 @@ class Node:
         known = self.children[child]
         return Welcome(incarnation=self.incarnation, last_seq=known.last_seq, durable_seq=known.durable_seq)
 
-    def welcomed(self, welcome: Welcome) -> list[Update]:
-        """The parent is there, perhaps again: what must be sent to it once more, in this order."""
+    def welcomed(self, welcome: Welcome) -> None:
+        """The parent is there, perhaps again."""
         self.outbox.durable(welcome.durable_seq)
-        return self.outbox.after(welcome.last_seq)
 
     def answered(self, verdict: Verdict) -> None:
         """The parent's word about an update of this node."""
