@@ -181,6 +181,7 @@ class ClientActor:
         """Train until the budget is spent (`finished`), or `stop` or `leave` is called."""
         try:
             self._wait(self._uplink.join())
+            self._tell(self.client.stand_record(now_s=self.clock.now_s()))
             if self.client.steps == 0:
                 self._tell(self.client.start_record(now_s=self.clock.now_s()))
             self._began_s = self._saved_s = self.clock.now_s()
@@ -247,7 +248,7 @@ class ClientActor:
     def _finish(self) -> str:
         self.save()
         self._wait(self._uplink.done())
-        self._tell(self._life("finished", self.client.last_word))
+        self._tell(self.client.stand_record(now_s=self.clock.now_s()), self._life("finished", self.client.last_word))
         return "finished"
 
     def _say_goodbye(self) -> str:

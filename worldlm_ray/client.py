@@ -23,7 +23,7 @@ from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account, ledger_folder
 from worldlm_ray.privacy.ledger import Ledger
-from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord
+from worldlm_ray.records import Measure, Record, RoundRecord, StandRecord, StartRecord
 from worldlm_ray.seeds import derive
 from worldlm_ray.training.local import LocalTrainer, perplexity
 from worldlm_ray.training.sampling import sample
@@ -326,6 +326,10 @@ class Client:
     def report(self, tokens: int, *, parameters: Flat | None = None) -> Measure | None:
         """What `measure` gives, if that may leave the client."""
         return self.measure(tokens, parameters=parameters) if self.reports else None
+
+    def stand_record(self, *, now_s: float) -> StandRecord:
+        """How far this client is."""
+        return StandRecord(node=self.spec.path, now_s=now_s, round=self.round, steps=self.steps, tokens=self.tokens)
 
     def start_record(self, *, now_s: float) -> StartRecord:
         """Measure the model before the first round."""

@@ -37,6 +37,17 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StandRecord:
+    """How far a client is: told when it has found its parent and when it ends, for records of rounds may be lost."""
+
+    node: str
+    now_s: float
+    round: int
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartRecord:
     """A client measured its model before the first round."""
 
@@ -166,6 +177,7 @@ class LifeRecord:
 
 Record = (
     RoundRecord
+    | StandRecord
     | StartRecord
     | VerdictRecord
     | AggregationRecord

@@ -23,6 +23,7 @@ from worldlm_ray.records import (
     PushRecord,
     Record,
     RoundRecord,
+    StandRecord,
     StartRecord,
     VerdictRecord,
 )
@@ -134,7 +135,7 @@ class RunState:
             RunError: the record names an unknown node, or one that cannot have done this.
         """
         node = self.node(record.node)
-        if isinstance(record, RoundRecord | StartRecord) and node.kind != "client":
+        if isinstance(record, RoundRecord | StandRecord | StartRecord) and node.kind != "client":
             raise RunError(f"{record.node!r} is a {node.kind}, but only clients train and measure")
 
     def apply(self, record: Record) -> None:
@@ -149,6 +150,8 @@ class RunState:
         match record:
             case RoundRecord():
                 self._round(node, record)
+            case StandRecord():
+                self._stand(node, record)
             case StartRecord():
                 self._start(node, record)
             case VerdictRecord():
@@ -245,19 +248,22 @@ class RunState:
         trained_s = (record.tokens - node.tokens) / record.tokens_per_s if record.tokens_per_s else 0.0
         since_s = record.now_s - node.round_at_s if node.rounds else 0.0
         node.round_s, node.round_at_s = max(trained_s, since_s), record.now_s
-        node.rounds, node.steps, node.tokens = record.round, record.steps, record.tokens
         node.tokens_per_s, node.busy_fraction = record.tokens_per_s, record.busy_fraction
         if record.epsilon is not None:  # of client-level privacy the aggregator tells
             node.epsilon = record.epsilon
         if record.loss is not None:
             node.loss, node.perplexity = record.loss, record.perplexity
+        self._stand(node, record)
+        for inner in self.above[record.node] if record.loss is not None else ():
+            self._average(inner)
+
+    def _stand(self, node: NodeState, record: RoundRecord | StandRecord) -> None:
+        node.rounds, node.steps, node.tokens = record.round, record.steps, record.tokens
         for inner in self.above[record.node]:
             above, clients = self.nodes[inner], self._clients[inner]
             above.steps = sum(client.steps for client in clients)
             above.tokens = sum(client.tokens for client in clients)
             above.tokens_per_s = self._speed(clients)
-            if record.loss is not None:
-                self._average(inner)
 
     def _speed(self, clients: list[NodeState]) -> float:
         """Tokens/s of those who train."""

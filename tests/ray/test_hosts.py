@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hosts import Hosts, hosts, why_not
+from hosts import NET, Hosts, hosts, why_not
 from worlds import TINY_MODEL, write_text
 
 from worldlm_ray.audit import proofs
@@ -49,6 +51,8 @@ class Cluster:
 
     hosts: Hosts
     file: Path
+    head_start: str
+    """The command that starts Ray on the head."""
 
     def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         # Version 2 of the autoscaler starts only one machine of a list, as of Ray 2.60.
@@ -65,28 +69,35 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """cluster/onprem.yaml with its addresses filled in, on three hosts."""
     folder, shared = tmp_path_factory.mktemp("hosts"), tmp_path_factory.mktemp("shared")
     with hosts(folder, shared, 3) as made:
-        token, labels = folder / "token", folder / "labels"
-        token.write_text("0123456789abcdef" * 4, encoding="utf-8")
-        token.chmod(0o600)
-        labels.write_text(f"{made.address(2)} region=eu\n{made.address(3)} region=us\n", encoding="utf-8")
-        raw = yaml.safe_load((ROOT / "cluster/onprem.yaml").read_text(encoding="utf-8"))
-        raw["provider"] |= {"head_ip": made.address(1), "worker_ips": [made.address(2), made.address(3)]}
-        raw["auth"] = {"ssh_user": "root", "ssh_private_key": str(made.key)}
-        raw["file_mounts"] |= {TOKEN: str(token), LABELS: str(labels)}
-        file = folder / "cluster.yaml"
-        file.write_text(yaml.safe_dump(raw), encoding="utf-8")
-        checked = subprocess.run(
-            [BIN / "worldlm", "cluster", file], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert "3 machines answer" in checked.stdout, checked.stderr
-        cluster = Cluster(made, file)
-        started = cluster.ray("up", "-y", str(file))
-        assert started.returncode == 0, started.stdout + started.stderr
-        for host, region in ((2, "eu"), (3, "us")):
-            write_private_text(made, host, region)
-        wait_for_machines(cluster, 3)
-        yield cluster
-        assert cluster.ray("down", "-y", str(file)).returncode == 0
+        yield from bring_up(made)
+
+
+def bring_up(made: Hosts, *, redis: str = "") -> Iterator[Cluster]:
+    """A cluster that `ray up` has started, and that `ray down` stops; its head keeps what it knows in a Redis."""
+    folder = made.folder
+    token, labels = folder / "token", folder / "labels"
+    token.write_text("0123456789abcdef" * 4, encoding="utf-8")
+    token.chmod(0o600)
+    labels.write_text(f"{made.address(2)} region=eu\n{made.address(3)} region=us\n", encoding="utf-8")
+    raw = yaml.safe_load((ROOT / "cluster/onprem.yaml").read_text(encoding="utf-8"))
+    raw["provider"] |= {"head_ip": made.address(1), "worker_ips": [made.address(2), made.address(3)]}
+    raw["auth"] = {"ssh_user": "root", "ssh_private_key": str(made.key)}
+    raw["file_mounts"] |= {TOKEN: str(token), LABELS: str(labels)}
+    if redis:
+        keep = f"export RAY_REDIS_ADDRESS={redis} RAY_external_storage_namespace=worldlm; "
+        raw["head_start_ray_commands"][1] = keep + raw["head_start_ray_commands"][1] + " --redis-password=secret"
+    file = folder / "cluster.yaml"
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    checked = subprocess.run([BIN / "worldlm", "cluster", file], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "3 machines answer" in checked.stdout, checked.stderr
+    cluster = Cluster(made, file, raw["head_start_ray_commands"][1])
+    started = cluster.ray("up", "-y", str(file))
+    assert started.returncode == 0, started.stdout + started.stderr
+    for host, region in ((2, "eu"), (3, "us")):
+        write_private_text(made, host, region)
+    wait_for_machines(cluster, 3)
+    yield cluster
+    assert cluster.ray("down", "-y", str(file)).returncode == 0
 
 
 def write_private_text(made: Hosts, host: int, region: str) -> None:
@@ -231,6 +242,41 @@ def test_a_run_whose_head_is_lost_goes_on_in_a_new_cluster(up: Cluster) -> None:
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stdout
     check(run, rounds=20)
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs a redis-server")
+def test_with_redis_the_actors_outlive_the_head(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder, shared = tmp_path_factory.mktemp("hosts"), tmp_path_factory.mktemp("shared")
+    with hosts(folder, shared, 3) as made:
+        command = f"redis-server --bind {NET}.1 --port 6400 --requirepass secret --save ''"
+        store = subprocess.Popen(shlex.split(command), cwd=folder, stdout=subprocess.DEVNULL)
+        try:
+            for cluster in bring_up(made, redis=f"{NET}.1:6400"):
+                outlive_the_head(cluster)
+        finally:
+            store.kill()
+            store.wait()
+
+
+def outlive_the_head(cluster: Cluster) -> None:
+    run = cluster.hosts.shared / "redis"
+    with a_run(cluster, "redis", rounds=60) as done:
+        wait_for(run, "world/us/us0", 6)
+        # Every process of Ray's on the head, and of what it has placed there: nothing else runs on that host.
+        kill = "kill -9 $(grep -lsE 'gcs_server|raylet|ray::|dashboard|monitor' /proc/[0-9]*/cmdline | cut -d/ -f3)"
+        cluster.hosts.run(1, kill)
+        time.sleep(5.0)
+        back = cluster.hosts.run(1, cluster.head_start)
+        assert back.returncode == 0, back.stdout + back.stderr
+    assert done[0].returncode != 0, "the command that watched was on the head"
+    there = accepted(run)["world/us/us0"]
+    wait_for(run, "world/us/us0", there + 3)
+    resumed = cluster.worldlm("train", "--resume", str(run), "--address", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "the run lives: watching it" in resumed.stdout
+    check(run, rounds=60)
+    clients = [proof for proof in proofs(run) if proof.node in ("world/eu", "world/us")]
+    assert all(proof.again == 0 for proof in clients), "federations and clients lived on"
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.accounting import Spend, epsilon, noise_for, rounds_left
 from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, self_test
 from worldlm_ray.privacy.ledger import Ledger
-from worldlm_ray.records import Record, RoundRecord, StartRecord
+from worldlm_ray.records import Record, RoundRecord, StandRecord, StartRecord
 from worldlm_ray.rundir import create
 from worldlm_ray.simulate import simulate
 from worldlm_ray.training.private import PrivateTrainer
@@ -355,6 +355,7 @@ def test_noise_chosen_from_a_budget_stays_the_same_over_restarts(tiny: Tiny, tmp
 
 
 SAYS_NOTHING_OF_THE_TEXT = {
+    StandRecord: {"node", "now_s", "round", "steps", "tokens"},
     StartRecord: {"node", "now_s", "heldout_bytes"},
     RoundRecord: {
         "node",
