@@ -44,15 +44,15 @@ def cosine(own: np.ndarray, other: np.ndarray, initial: np.ndarray) -> float:
 def attend_to_keys(own: Tensors, updates: list[dict], initial: Tensors) -> tuple[np.ndarray, list[float]]:
     """softmax_i(cosine_i / temperature + log tokens_i + log s(tau_i)): likeness, data size and age in one."""
     logits = [
-        cosine(own["head.weight"], update["head.weight"], initial["head.weight"]) / TEMPERATURE
+        cosine(own["head.weight"], own["head.weight"] + update["head.weight"], initial["head.weight"]) / TEMPERATURE
         + math.log(update["tokens"])
         + math.log(staleness(update["tau"]))
         for update in updates
     ]
     weights = np.exp(np.array(logits) - max(logits))
     weights /= weights.sum()
-    blend = sum(weight * update["head.weight"] for weight, update in zip(weights, updates, strict=True))
-    return blend, [float(weight) for weight in weights]
+    change = sum(weight * update["head.weight"] for weight, update in zip(weights, updates, strict=True))
+    return own["head.weight"] + change, [float(weight) for weight in weights]
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
             "tokens": tokens,
             "tau": tau,
             "backbone.weight": rng.normal(size=(4, 3)).astype(np.float32),
-            "head.weight": own["head.weight"] + scale * rng.normal(size=(2, 4)).astype(np.float32),
+            "head.weight": scale * rng.normal(size=(2, 4)).astype(np.float32),
         }
         for tokens, tau, scale in [(1000, 0, 0.2), (3000, 1, 0.5), (2000, 3, 2.0)]
     ]

@@ -61,6 +61,8 @@ class Client:
         self.base = np.array(plan.initial())
         """The merged model that the current local round began from."""
         self.trainer.write(self.base)
+        self.parent_keys = self.base[plan.layout.backbone_size :].copy()
+        """The parent's key layers, as this client last heard them: what an update's are measured from."""
         self.merger = Merger(
             path=spec.path,
             layout=plan.layout,
@@ -185,11 +187,13 @@ class Client:
             own = self.trainer.read()
             m, judged = self.merger.judge(model, Moved(now=own, since=self.base), now_s=now_s)
             self.merger.backbone(m, own, own, model.values, out=self.base)
-            weights = self.merger.keys(m, own, model, own_tokens=float(self.round_tokens), now_s=now_s, out=self.base)
+            tokens = float(self.round_tokens)
+            weights = self.merger.keys(m, own, own, model, own_tokens=tokens, now_s=now_s, out=self.base)
             records = [judged] if weights is None else [judged, weights]
             self.trainer.write(self.base)
         else:
             self.trainer.read(self.base)
+        self.parent_keys[:] = model.values[self.plan.layout.backbone_size :]
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation = model.incarnation
         self.outbox.durable(model.durable_seq)
@@ -255,7 +259,8 @@ class Client:
         """The finished round as an update; the round is over."""
         split = self.plan.layout.backbone_size
         values = self.trainer.read()
-        np.subtract(values[:split], self.base[:split], out=values[:split])
+        values[:split] -= self.base[:split]
+        values[split:] -= self.parent_keys
         self.seq += 1
         self.began = False
         update = Update(
@@ -365,7 +370,7 @@ class Client:
         meta = {name: getattr(self, name) for name in _STATE}
         meta["layout"] = self.plan.layout.hash
         meta["charges"] = 0 if self.account is None else len(self.account.ledger.entries())
-        arrays = {"theta": self.trainer.read(), "base": self.base}
+        arrays = {"theta": self.trainer.read(), "base": self.base, "parent_keys": self.parent_keys}
         if self.merger.heard is not None:
             arrays["heard"] = self.merger.heard
         arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
@@ -389,7 +394,7 @@ class Client:
             self.step = min(self.step, self.training.local_steps - 1)
         if self.account is not None:
             self._pay_again(meta["charges"])
-        self.base = np.array(arrays["base"])
+        self.base, self.parent_keys = np.array(arrays["base"]), np.array(arrays["parent_keys"])
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = arrays["heard"]
         self.trainer.write(arrays["theta"])

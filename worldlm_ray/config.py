@@ -202,7 +202,7 @@ class AggregationConfig:
     max_staleness: int | None = None
     """Updates older than this many versions are refused."""
     max_update_norm: float | None = None
-    """Updates whose backbone change has a larger L2 norm are refused."""
+    """Updates with a larger L2 norm are refused."""
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     residuals: ResidualsConfig = field(default_factory=ResidualsConfig)

@@ -3,7 +3,7 @@
 The header carries the schema version and the layout hash; the buffer is the flat model or update itself and is
 never encoded, copied or pickled with the header. Whatever arrives is checked before anything uses it.
 
-    Update (up)    backbone part: change since the base version; key part: the key layers themselves
+    Update (up)    what the child changed: its backbone since it began, its key layers against the parent's then
     Model (down)   the whole model of the parent
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from worldlm_ray.errors import MessageError
 from worldlm_ray.params import Flat, Layout
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the message schema; a receiver refuses any other."""
 
 
@@ -59,7 +59,7 @@ class Update:
     started_tokens: int
     """Tokens of all local rounds that were begun below this child since the run began."""
     values: Flat
-    """[backbone change | key layers]."""
+    """[backbone change | change of the key layers]."""
     metrics: dict[str, float] = field(default_factory=dict)
     epsilon: float | None = None
     residuals: tuple[Residual, ...] = ()

@@ -10,7 +10,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +72,7 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         self.plan, self.moments, self.number = plan, moments, number
         self.accepted = -1
+        self.hit = 0
         self.looks: list[dict[str, Any]] = []
 
     def look(self, snapshot: dict[str, Any]) -> None:
@@ -85,24 +85,31 @@ class Killer(threading.Thread):
                 time.sleep(0.05)
             time.sleep(wait_s)
             process = self.process(name)
+            if process is None:
+                return
             os.kill(process, self.number)
+            self.hit += 1
             while self.process(name) == process:
                 time.sleep(0.05)
 
-    def process(self, name: str) -> int:
+    def process(self, name: str) -> int | None:
+        """Where an actor lives; None once the run is over."""
         place = json.loads((self.plan.run_dir / "cluster.json").read_text(encoding="utf-8"))
         while True:
-            with suppress(ray.exceptions.RayActorError):
+            try:
                 actor = ray.get_actor(name, namespace=place["namespace"])
                 return int(ray.get(actor.process.remote()))
-            time.sleep(0.05)
+            except ray.exceptions.RayActorError:
+                time.sleep(0.05)
+            except ValueError:
+                return None
 
     def train(self) -> dict[str, Any]:
         """The summary of the run, once everybody was killed."""
         self.start()
         summary = launch.train(self.plan, on_progress=self.look).summary
         self.join(timeout=10.0)
-        assert not self.is_alive(), "not everybody was killed"
+        assert self.hit == len(self.moments), "not everybody was killed"
         return summary
 
 

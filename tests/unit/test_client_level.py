@@ -72,11 +72,6 @@ def push(to: Node, layout: Layout, sender: str, values: list[float], *, seq: int
     return to.handle(Push(sender=sender, packed=pack(update, layout), now_s=1.0))
 
 
-def keys(*moved: float) -> list[float]:
-    """Key layers that stand so far from the node's own."""
-    return [float(own + by) for own, by in zip(START[3:], moved, strict=True)]
-
-
 def reason(commands: list[Any]) -> str:
     [answer] = [command for command in commands if isinstance(command, Answer)]
     return str(answer.verdict.reason)
@@ -91,8 +86,8 @@ def test_whole_updates_are_clipped_and_divided_by_the_number_that_is_meant_to_be
 ) -> None:
     """By hand: a's norm is 5 (3 in the backbone, 4 in a key layer), clipped to 1; b's is 0.5; three members, K = 2."""
     world = node(layout, endless)
-    push(world, layout, "a", [3.0, 0.0, 0.0, *keys(0.0, 4.0, 0.0, 0.0)], tokens=1)
-    push(world, layout, "b", [0.0, 0.5, 0.0, *keys(0.0, 0.0, 0.0, 0.0)], tokens=1_000_000)
+    push(world, layout, "a", [3.0, 0.0, 0.0, 0.0, 4.0, 0.0, 0.0], tokens=1)
+    push(world, layout, "b", [0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0], tokens=1_000_000)
     assert world.version == 1
     share = (1 / 2) * (2 / 3)
     expected = [0.6 * share, 0.5 * share, 0.0, 0.0, 0.8 * share, 0.0, 0.0]
@@ -101,7 +96,7 @@ def test_whole_updates_are_clipped_and_divided_by_the_number_that_is_meant_to_be
 
 def test_what_a_federation_sends_has_noise_of_its_own_and_is_not_clipped(layout: Layout, endless: BudgetConfig) -> None:
     world = node(layout, endless, rules={"buffer_size": 1}, expected=1)
-    commands = push(world, layout, "f", [30.0, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
+    commands = push(world, layout, "f", [30.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert moved(world.theta)[0] == pytest.approx(30.0 / 3)
     assert not [command for command in commands if isinstance(command, Charge)]
 
@@ -111,7 +106,7 @@ def test_the_noise_has_its_standard_deviation(layout: Layout, endless: BudgetCon
     for seed in range(400):
         world = node(layout, endless, noise=2.0, bound=0.5, generator=np.random.default_rng(seed))
         for sender in ("a", "b"):
-            push(world, layout, sender, [0.0, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
+            push(world, layout, sender, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
         drawn += moved(world.theta)
     assert np.std(drawn) == pytest.approx(2.0 * 0.5 / 3, rel=0.05)  # over K = 2, times the share 2 of 3
 
@@ -120,7 +115,7 @@ def test_a_contribution_is_charged_before_anybody_hears_of_it(layout: Layout, en
     world = node(layout, endless, rules={"buffer_size": 1}, noise=1.0)
     world.handle(Pull(child="b", started_tokens=0, now_s=0.0))
     world.handle(Pull(child="a", started_tokens=0, now_s=0.0))
-    commands = push(world, layout, "a", [0.1, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
+    commands = push(world, layout, "a", [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert commands[0] == Charge(child="a")
     [record] = [c.record for c in commands if isinstance(c, Note) and isinstance(c.record, PrivacyRecord)]
     assert (record.node, record.epsilon) == ("world/a", gaussian_epsilon(1.0, 1, delta=1e-5))
@@ -128,7 +123,7 @@ def test_a_contribution_is_charged_before_anybody_hears_of_it(layout: Layout, en
 
 def test_nobody_is_in_one_sum_twice(layout: Layout, endless: BudgetConfig) -> None:
     world = node(layout, endless)
-    still = [0.1, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)]
+    still = [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert reason(push(world, layout, "a", still)) == "accepted"
     again = push(world, layout, "a", still, seq=2)
     assert reason(again) == "too_soon"
@@ -138,7 +133,7 @@ def test_nobody_is_in_one_sum_twice(layout: Layout, endless: BudgetConfig) -> No
 
 def test_a_client_whose_budget_is_spent_is_refused_and_told_to_stop(layout: Layout, endless: BudgetConfig) -> None:
     world = node(layout, endless, rules={"buffer_size": 1}, limits={"a": 2, "b": 2}, contributions={"a": 1})
-    still = [0.1, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)]
+    still = [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert reason(push(world, layout, "a", still)) == "accepted"
     before = world.theta.copy()
     assert reason(push(world, layout, "a", still, seq=2)) == "privacy_exhausted"
@@ -154,18 +149,18 @@ def test_a_client_whose_budget_is_spent_is_refused_and_told_to_stop(layout: Layo
 
 def test_a_fold_that_is_open_survives_a_restart(layout: Layout, endless: BudgetConfig) -> None:
     one = node(layout, endless)
-    push(one, layout, "a", [0.3, 0.0, 0.0, *keys(0.0, 0.4, 0.0, 0.0)])
+    push(one, layout, "a", [0.3, 0.0, 0.0, 0.0, 0.4, 0.0, 0.0])
     other = node(layout, endless)
     other.restore(*one.state())
     for world in (one, other):
-        push(world, layout, "b", [0.0, 0.2, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
+        push(world, layout, "b", [0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert np.array_equal(one.theta, other.theta)
 
 
 def test_an_open_sum_is_paid_for_again_after_a_restart(layout: Layout, endless: BudgetConfig) -> None:
     """The life before may have published it, with noise that is forgotten."""
     one = node(layout, endless)
-    push(one, layout, "a", [0.3, 0.0, 0.0, *keys(0.0, 0.4, 0.0, 0.0)])
+    push(one, layout, "a", [0.3, 0.0, 0.0, 0.0, 0.4, 0.0, 0.0])
     other = node(layout, endless, contributions={"a": 1})
     other.restore(*one.state())
     assert [command for command in other.resume() if isinstance(command, Charge)] == [Charge(child="a")]
@@ -173,13 +168,13 @@ def test_an_open_sum_is_paid_for_again_after_a_restart(layout: Layout, endless: 
     poor = node(layout, endless, contributions={"a": 1}, limits={"a": 1})
     poor.restore(*one.state())
     assert poor.resume() == []
-    push(poor, layout, "b", [0.0, 0.2, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
+    push(poor, layout, "b", [0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert poor.version == 0, "the sum with what cannot be paid is gone"
 
 
 def test_a_ledger_that_has_lost_its_end_is_noticed(layout: Layout, endless: BudgetConfig) -> None:
     one = node(layout, endless)
-    push(one, layout, "a", [0.3, 0.0, 0.0, *keys(0.0, 0.4, 0.0, 0.0)])
+    push(one, layout, "a", [0.3, 0.0, 0.0, 0.0, 0.4, 0.0, 0.0])
     with pytest.raises(PrivacyError, match="holds 0 of 1 contributions"):
         node(layout, endless, contributions={"a": 0}).restore(*one.state())
 
@@ -187,7 +182,7 @@ def test_a_ledger_that_has_lost_its_end_is_noticed(layout: Layout, endless: Budg
 def test_somebody_whom_the_plan_does_not_know_is_clipped(layout: Layout, endless: BudgetConfig) -> None:
     world = node(layout, endless, rules={"buffer_size": 1})
     world.handle(Joined(child="stranger", now_s=0.0))
-    push(world, layout, "stranger", [1e6, 0.0, 0.0, *keys(0.0, 0.0, 0.0, 0.0)])
+    push(world, layout, "stranger", [1e6, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert np.linalg.norm(world.theta - START) <= 1.0
 
 

@@ -94,12 +94,10 @@ def update(
     tokens: int = 10,
     started: int = 0,
     change: float | Flat = 0.0,
-    keys: float | Flat | None = None,
+    keys: float | Flat = 0.0,
 ) -> Update:
-    values = START.copy()
-    values[:SPLIT] = change
-    if keys is not None:
-        values[SPLIT:] = keys
+    values = np.empty_like(START)
+    values[:SPLIT], values[SPLIT:] = change, keys
     return Update(sender=sender, seq=seq, base_version=base, tokens=tokens, started_tokens=started, values=values)
 
 
@@ -198,7 +196,7 @@ def test_staleness_is_in_the_prior_of_key_layers() -> None:
     to_version(node, 3)
     push(node, "a", 1, base=3, tokens=15, keys=0.0)
     push(node, "b", 1, base=0, tokens=30, keys=8.0)
-    assert keys(node) == pytest.approx([4, 4, 4, 4])
+    assert keys(node) == pytest.approx([14, 24, 34, 44])
 
 
 @pytest.mark.parametrize("score", ["uniform", "cosine"])
@@ -214,7 +212,7 @@ def test_equal_fresh_children_reduce_to_the_plain_mean(score: str, trigger: str,
     for name, change, layer in zip(NAMES, changes, layers, strict=True):
         push(node, name, 1, change=change, keys=layer)
     np.testing.assert_allclose(node.theta[:SPLIT], START[:SPLIT] + changes.mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(node.theta[SPLIT:], layers.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(node.theta[SPLIT:], START[SPLIT:] + layers.mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("score", ["uniform", "cosine", "dot", "fedamp", "fedatt"])
@@ -222,9 +220,9 @@ def test_children_that_agree_are_followed_whatever_the_score(score: str) -> None
     node = make(buffer_size=3, attention=AttentionConfig(score=score))
     for seq in (1, 2):
         for name in NAMES:
-            push(node, name, seq, base=seq - 1, change=1.0, keys=[11, 19, 33, 44])
+            push(node, name, seq, base=seq - 1, change=1.0, keys=[1, -1, 3, 4])
     assert body(node) == [3, 4, 5]
-    assert keys(node) == pytest.approx([11, 19, 33, 44])
+    assert keys(node) == pytest.approx([12, 18, 36, 48])
 
 
 def test_children_count_by_their_tokens() -> None:
@@ -232,16 +230,16 @@ def test_children_count_by_their_tokens() -> None:
     push(node, "a", 1, tokens=30, change=1.0, keys=0.0)
     push(node, "b", 1, tokens=10, change=5.0, keys=8.0)
     assert body(node) == pytest.approx([3, 4, 5])  # (30*1 + 10*5) / 40 = 2
-    assert keys(node) == pytest.approx([2, 2, 2, 2])
+    assert keys(node) == pytest.approx([12, 22, 32, 42])
 
 
 def test_attention_gives_more_to_the_child_that_moved_the_same_way() -> None:
     node = make(("a", "b"), buffer_size=2, attention=AttentionConfig(score="cosine", temperature=0.5))
     for name in ("a", "b"):
-        push(node, name, 1, keys=START[SPLIT:] + [1, 0, 0, 1])
+        push(node, name, 1, keys=[1, 0, 0, 1])
     # Both layers have moved by (1, 0) and (0, 1). a moves on; b goes across: cosines 1 and 0.
-    push(node, "a", 2, base=1, keys=START[SPLIT:] + [2, 0, 0, 2])
-    push(node, "b", 2, base=1, keys=START[SPLIT:] + [0, 2, 2, 0])
+    push(node, "a", 2, base=1, keys=[1, 0, 0, 1])
+    push(node, "b", 2, base=1, keys=[-1, 2, 2, -1])
     share = math.exp(2) / (math.exp(2) + 1)
     expected = START[SPLIT:] + [2 * share, 2 * (1 - share), 2 * (1 - share), 2 * share]
     assert keys(node) == pytest.approx(expected.tolist(), rel=1e-5)
@@ -250,14 +248,61 @@ def test_attention_gives_more_to_the_child_that_moved_the_same_way() -> None:
 def test_the_nodes_own_key_layers_stand_for_absent_children() -> None:
     # One of three children: its keys weigh a third, the node's own two thirds.
     node = make(buffer_size=1)
-    push(node, "a", 1, keys=START[SPLIT:] + 3)
+    push(node, "a", 1, keys=3.0)
     assert keys(node) == pytest.approx([11, 21, 31, 41])
+
+
+def test_attention_weighs_absent_children_by_what_they_last_were() -> None:
+    # One by one, a and b end where they would have ended together: neither is drowned by the node's own layers, which
+    # of course are most like themselves.
+    attention = AttentionConfig(score="cosine", temperature=0.5)
+    node = make(("a", "b"), buffer_size=1, attention=attention, staleness=StalenessConfig(fn="constant"))
+    push(node, "a", 1, keys=[1, 0, 0, 1])
+    push(node, "b", 1, base=1, keys=[1, 0, 0, 1])
+    before = node.theta[SPLIT:].copy()
+    push(node, "a", 2, base=2, keys=[1, 0, 0, 1])  # cosine 1
+    [record] = [
+        n.record
+        for n in of(Note, push(node, "b", 2, base=2, keys=[-1, 2, 2, -1]))
+        if isinstance(n.record, AttentionRecord)
+    ]
+    moved = before + np.float32([1, 0, 0, 1]) / 2 - START[SPLIT:]
+    share = math.exp(cosine(moved[:2] + [-1, 2], moved[:2]) / 0.5)
+    assert record.candidates == ("b", "(own)")
+    assert record.weights[0][0] == pytest.approx(share / (share + math.exp(1 / 0.5)), rel=1e-5)
+
+
+def test_a_stale_child_does_not_take_back_what_its_siblings_did() -> None:
+    rules: dict[str, Any] = {"buffer_size": 1, "staleness": StalenessConfig(fn="constant")}
+    node = make(("a", "b"), **rules)
+    for seq in range(1, 5):
+        push(node, "a", seq, base=seq - 1, keys=2.0)
+    assert keys(node) == pytest.approx([14, 24, 34, 44])
+    push(node, "b", 1, base=0, keys=2.0)  # trained from the model before all that
+    assert keys(node) == pytest.approx([15, 25, 35, 45])
+
+
+def test_what_a_federation_sends_of_its_key_layers_is_their_change_against_its_parents() -> None:
+    node = federation(children=("a",), buffer_size=1)
+    sent = exchange(node, push(node, "a", 1, keys=4.0))
+    assert sent.values[SPLIT:].tolist() == [4, 4, 4, 4]
+    answer(node, parent_model(1, 0.0, keys=START[SPLIT:] + 2, tokens=10.0))
+    assert keys(node) == pytest.approx([13, 23, 33, 43])
+    twin = federation(children=("a",), buffer_size=1)
+    twin.restore(*node.state())
+    for one in (node, twin):
+        sent = exchange(one, push(one, "a", 2, base=1, keys=1.0))
+        assert sent.values[SPLIT:].tolist() == pytest.approx([2, 2, 2, 2])
+
+
+def cosine(a: Any, b: Any) -> float:
+    return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def test_self_weight_counts_as_so_many_children() -> None:
     node = make(buffer_size=3, attention=AttentionConfig(score="uniform", self_weight=1.0))
     for name in NAMES:
-        push(node, name, 1, keys=START[SPLIT:] + 4)
+        push(node, name, 1, keys=4.0)
     assert keys(node) == pytest.approx([13, 23, 33, 43])  # three quarters of the way
 
 
@@ -320,7 +365,7 @@ REFUSALS: dict[str, tuple[str, Callable[[], Push]]] = {
     "negative tokens": ("malformed", pushed(tokens=-5)),
     "other schema": (
         "wrong_schema",
-        packed_as(lambda p: Packed(p.header.replace(b"schema\x03", b"schema\x04"), p.values)),
+        packed_as(lambda p: Packed(p.header.replace(b"schema\x04", b"schema\x05"), p.values)),
     ),
     "other layout": ("wrong_layout", wrong_layout),
     "one value too few": ("wrong_shape", packed_as(lambda p: Packed(p.header, p.values[:-1]))),
@@ -653,7 +698,7 @@ def test_an_exchange_is_due_after_push_every_aggregations() -> None:
     assert (sent.sender, sent.seq, sent.base_version) == ("europe", 1, 0)
     assert (sent.tokens, sent.started_tokens) == (30, 150)
     np.testing.assert_allclose(sent.values[:SPLIT], 3.0)
-    np.testing.assert_array_equal(sent.values[SPLIT:], node.theta[SPLIT:])
+    np.testing.assert_array_equal(sent.values[SPLIT:], node.theta[SPLIT:] - START[SPLIT:])
 
 
 def test_there_is_one_exchange_at_a_time() -> None:
@@ -704,7 +749,7 @@ def test_key_layers_attend_to_the_parent_by_tokens() -> None:
     node = federation(children=("a",), buffer_size=1)
     exchange(node, push(node, "a", 1, tokens=10, keys=4.0))
     commands = answer(node, parent_model(1, 0.0, keys=8.0, tokens=30.0))
-    assert keys(node) == pytest.approx([7, 7, 7, 7])
+    assert keys(node) == pytest.approx([9.5, 12, 14.5, 17])
     [record] = [n.record for n in of(Note, commands) if isinstance(n.record, AttentionRecord)]
     assert isinstance(record, AttentionRecord)
     assert (record.direction, record.candidates) == ("down", ("(own)", "(parent)"))
@@ -833,7 +878,7 @@ def saved_and_loaded(node: Node, place: Path, fresh: Node) -> Node:
 
 def random_push(node: Node, sender: str, seq: int, rng: np.random.Generator) -> list[Command]:
     base = max(node.version - seq % 2, 0)
-    change, layers = rng.standard_normal(3), START[SPLIT:] + rng.standard_normal(4)
+    change, layers = rng.standard_normal(3), rng.standard_normal(4)
     commands = push(node, sender, seq, base=base, tokens=7 + seq, change=change, keys=layers)
     assert reason(commands) == "accepted"
     return commands
@@ -879,13 +924,13 @@ def test_a_fold_that_outlives_a_merge_survives_a_restart(tmp_path: Path) -> None
     # Every update is scored by the key layers that the node has when it arrives, restored or not.
     rules: dict[str, Any] = {"buffer_size": 2, "attention": AttentionConfig()}
     node = federation(**rules)
-    push(node, "a", 1, keys=START[SPLIT:] + [1, 0, 0, 1])
-    exchange(node, push(node, "b", 1, keys=START[SPLIT:] + [1, 1, 0, 1]))
-    push(node, "a", 2, base=1, keys=START[SPLIT:] + [2, 0, 0, 2])
+    push(node, "a", 1, keys=[1, 0, 0, 1])
+    exchange(node, push(node, "b", 1, keys=[1, 1, 0, 1]))
+    push(node, "a", 2, base=1, keys=[2, 0, 0, 2])
     answer(node, parent_model(1, 8.0, keys=START[SPLIT:] - 1, tokens=1e6))
     twin = saved_and_loaded(node, tmp_path, federation(**rules))
     for one in (node, twin):
-        push(one, "b", 2, base=1, keys=START[SPLIT:] + [0, 2, 2, 0])
+        push(one, "b", 2, base=1, keys=[0, 2, 2, 0])
     assert twin.version == node.version == 2
     assert fingerprint(twin) == fingerprint(node)
 
@@ -1069,7 +1114,7 @@ class Walk:
             base=max(self.node.version - (number % 5 if kind == "late" else 0), 0),
             tokens=5 + number,
             change=math.nan if kind == "nan" else float(number),
-            keys=START[SPLIT:] + number,
+            keys=float(number),
         )
         commands = send(self.node, message, now_s=self.now_s)
         if reason(commands) == "accepted":

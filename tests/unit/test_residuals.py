@@ -129,7 +129,7 @@ def test_a_residual_is_a_candidate_of_its_layer_discounted_by_age() -> None:
         residuals=(residual("world/b", "head", 16, 0, age=3),),
     )
     out = np.zeros(5, np.float32)
-    record = merger.keys(1.0, np.zeros(5, np.float32), told, own_tokens=10.0, now_s=0.0, out=out)
+    record = merger.keys(1.0, np.zeros(5, np.float32), np.zeros(5, np.float32), told, own_tokens=10.0, now_s=0.0, out=out)
     # tokens 10, 10 and 10/sqrt(1 + 3): weights 0.4, 0.4, 0.2 for the head; the neck is half and half.
     assert out.tolist() == pytest.approx([0, 2, 2, 0.4 * 4 + 0.2 * 16, 0.4 * 4])
     assert record is not None
@@ -151,24 +151,26 @@ def node(**rules: Any) -> Node:
     )
 
 
-def push(ours: Node, child: str, seq: int, *values: float) -> None:
-    update = Update(sender=child, seq=seq, base_version=ours.version, tokens=10, started_tokens=0, values=flat(*values))
+def push(ours: Node, child: str, seq: int, *keys: float) -> None:
+    """An update that would bring the key layers here."""
+    values = flat(0, *keys) - flat(0, *ours.theta[1:])
+    update = Update(sender=child, seq=seq, base_version=ours.version, tokens=10, started_tokens=0, values=values)
     ours.handle(Push(sender=child, packed=pack(update, LAYOUT), now_s=0.0))
 
 
 def test_a_layer_that_does_not_fit_reaches_the_sibling_that_it_fits_or_rises() -> None:
     ours = node()
     ours.theta = flat(0, 1, 0, 1, 0)
-    push(ours, "a", 1, 0, 1, 0, -1, 1)  # its head points the other way
+    push(ours, "a", 1, 1, 0, -1, 1)  # its head points the other way
     assert [r.name for r in ours.residuals.held] == ["head of world/europe/a"]
-    push(ours, "b", 1, 0, 1, 0, -1, 2)
+    push(ours, "b", 1, 1, 0, -1, 2)
     [serve] = [c for c in ours.handle(Pull(child="b", started_tokens=0, now_s=0.0)) if hasattr(c, "model")]
     assert [r.name for r in serve.model.residuals] == ["head of world/europe/a"]
     assert unpack_model(pack(serve.model, LAYOUT), LAYOUT).residuals[0].values.tolist() == [-1, 1]
     ours.begin_exchange()
     ours.handle(ParentModel(model=replace(serve.model, version=0), now_s=0.0))
     ours.residuals.fits.clear()
-    push(ours, "a", 2, 0, 1, 0, 1, 0)
+    push(ours, "a", 2, 1, 0, 1, 0)
     assert [r.name for r in ours.begin_exchange().residuals] == ["head of world/europe/b"]
 
 

@@ -20,7 +20,6 @@ def judge(
     rules: AggregationConfig,
     last_seq: int | None,
     version: int,
-    backbone_size: int,
     incarnation: int = 1,
     waiting: str | None = None,
     exhausted: bool = False,
@@ -32,7 +31,6 @@ def judge(
         rules: max_staleness and max_update_norm.
         last_seq: highest seq accepted from this sender; None if it is not a child.
         version: the node's version now.
-        backbone_size: elements of the backbone part.
         incarnation: the node's.
         waiting: name of the refusal if the sender's last update is not in a version yet, and none may join it there.
         exhausted: whether the sender's privacy budget holds no further update.
@@ -45,7 +43,7 @@ def judge(
     if reason == ACCEPTED and update.base_incarnation > incarnation:
         reason, detail = "future_version", f"from incarnation {update.base_incarnation} of this node"
     if reason == ACCEPTED:
-        reason, detail = _values(update, rules, backbone_size)
+        reason, detail = _values(update, rules)
     return Verdict(
         reason=reason,
         seq=update.seq,
@@ -77,16 +75,15 @@ def _standing(
     return ACCEPTED, ""
 
 
-def _values(update: Update, rules: AggregationConfig, backbone_size: int) -> tuple[str, str]:
+def _values(update: Update, rules: AggregationConfig) -> tuple[str, str]:
     """Finite, and not larger than allowed. One pass over the buffer."""
-    change = squared_norm(update.values[:backbone_size])
-    size = change + squared_norm(update.values[backbone_size:])
-    if not math.isfinite(size):
+    norm = math.sqrt(squared_norm(update.values))
+    if not math.isfinite(norm):
         return "not_finite", "nan or infinity in the values"
-    if math.sqrt(size) > LARGEST_NORM:
-        return "not_finite", f"norm {math.sqrt(size):.4g} is too large to be summed in fp32"
-    if rules.max_update_norm is not None and change > rules.max_update_norm**2:
-        return "norm_exceeded", f"norm {math.sqrt(change):.4g} is above max_update_norm {rules.max_update_norm:g}"
+    if norm > LARGEST_NORM:
+        return "not_finite", f"norm {norm:.4g} is too large to be summed in fp32"
+    if rules.max_update_norm is not None and norm > rules.max_update_norm:
+        return "norm_exceeded", f"norm {norm:.4g} is above max_update_norm {rules.max_update_norm:g}"
     return ACCEPTED, ""
 
 

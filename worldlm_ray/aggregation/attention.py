@@ -81,12 +81,12 @@ class OnlineAttention:
         self.names: list[str] = []
         self.logits: list[list[float]] = []
 
-    def fold(self, name: str, values: Flat, logits: Sequence[float]) -> None:
+    def fold(self, name: str, values: Flat | None, logits: Sequence[float]) -> None:
         """Add a candidate.
 
         Args:
             name: who it is, for the record of weights.
-            values: its key part.
+            values: its key part; None is zero everywhere.
             logits: one per key layer; -inf leaves the candidate out.
         """
         self.names.append(name)
@@ -101,7 +101,8 @@ class OnlineAttention:
                 self.total[index] *= shrink
                 self.maximum[index] = logit
             weight = math.exp(logit - self.maximum[index])
-            add_scaled(part, values[layer.start : layer.stop], weight)
+            if values is not None:
+                add_scaled(part, values[layer.start : layer.stop], weight)
             self.total[index] += weight
 
     def result(self) -> Flat:
@@ -162,3 +163,9 @@ def attend(
 def with_prior(fit: Sequence[float], prior: float) -> list[float]:
     """Logits from scores and a prior weight; a prior of zero leaves the candidate out."""
     return [value + math.log(prior) if prior > 0.0 else -math.inf for value in fit]
+
+
+def log_sum(logits: Sequence[float]) -> float:
+    """Logit of a candidate that stands for several: log sum exp, -inf of none."""
+    largest = max(logits, default=-math.inf)
+    return largest + math.log(sum(math.exp(x - largest) for x in logits)) if largest > -math.inf else -math.inf

@@ -1,6 +1,9 @@
 """Updates on their way to becoming the next model: one buffer, folded into as they arrive.
 
-    flat = [ sum_i tokens_i s(tau_i) backbone change_i  |  unnormalised softmax blend of key layers ]
+    flat = [ sum_i tokens_i s(tau_i) backbone change_i  |  unnormalised softmax blend of key layers' changes ]
+
+A change is measured from the parent's model that the child began with. A child that has been away for some versions
+is therefore blended as it would stand now, and does not take back what its siblings have done meanwhile.
 
 A node's memory therefore does not grow with its number of children, and when the fold is finished the same buffer
 *is* the next model.
@@ -9,11 +12,12 @@ A node's memory therefore does not grow with its number of children, and when th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.attention import OnlineAttention, scores, with_prior
+from worldlm_ray.aggregation.attention import OnlineAttention, log_sum, scores, with_prior
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
@@ -39,6 +43,8 @@ class Fold:
         self.layout, self.rules, self.origin, self.first_s = layout, rules, origin, first_s
         self.flat = np.zeros(layout.size, np.float32)
         self.attention = OnlineAttention(layout.key_layers, self.flat[layout.backbone_size :])
+        self.fits: list[list[float]] = []
+        """Scores of the updates' key layers against the node's own, by the temperature."""
         self.tokens = 0
         """Undiscounted weight."""
         self.contributors: list[str] = []
@@ -54,40 +60,44 @@ class Fold:
             theta: the node's model now; its key layers are the query.
 
         Returns:
-            The scores of the update's key layers against the node's own.
+            The scores of the update's key layers against the node's own, by the temperature.
         """
         split = self.layout.backbone_size
         weight = update.tokens * discount(self.rules.staleness, tau)
-        factor, keys = self.clipping(update, theta), update.values[split:]
+        factor, change = self.clipping(update), update.values[split:]
         add_scaled(self.flat[:split], update.values[:split], weight * factor)
-        if factor < 1.0:
-            keys = theta[split:] + np.float32(factor) * (keys - theta[split:])
-        fit = self._attend(update.sender, keys, weight, query=theta[split:])
+        fit: list[float] = []
+        if self.layout.key_layers:
+            change = change if factor == 1.0 else np.float32(factor) * change
+            own = theta[split:]
+            fit = scores(self.rules.attention, self.layout.key_layers, own, own + change, self.origin)
+            self.attention.fold(update.sender, change, with_prior(fit, weight))
+            self.fits.append(fit)
         self.tokens += update.tokens
         self.contributors.append(update.sender)
         self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
-        return [value * self.rules.attention.temperature for value in fit]
+        return fit
 
-    def clipping(self, update: Update, theta: Flat) -> float:
-        """By how much an update is shortened: 1 unless its backbone change or any key layers go too far."""
-        bound, split = self.rules.robust.clip_norm, self.layout.backbone_size
-        if bound is None:
-            return 1.0
-        squared = squared_norm(update.values[:split]) + squared_norm(update.values[split:], theta[split:])
-        return min(1.0, bound / max(math.sqrt(squared), 1e-12))
+    def clipping(self, update: Update) -> float:
+        """By how much an update is shortened: 1 unless it goes too far."""
+        bound = self.rules.robust.clip_norm
+        return 1.0 if bound is None else min(1.0, bound / max(math.sqrt(squared_norm(update.values)), 1e-12))
 
-    def finish(self, theta: Flat, optimizer: ServerOptimizer, *, members: int) -> tuple[Flat, float, list[list[float]]]:
+    def finish(
+        self, theta: Flat, optimizer: ServerOptimizer, *, absent: Sequence[Sequence[float]]
+    ) -> tuple[Flat, float, list[list[float]]]:
         """Turn the sums into the next model. The fold must not be used afterwards.
 
-        The node's own key layers join the candidates for the children that are not in this aggregation, with as
-        much weight as each of them would have had: in a full round they count for nothing (the blend of equal
-        children is their plain mean), and with a buffer of one they keep the others' share. The step of the
+        The node's own key layers join the candidates for the children that are not in this aggregation, with the
+        weight that each of them would have had by its last scores: in a full round they count for nothing (the blend of
+        equal children is their plain mean), and with a buffer of one they keep the others' share. The step of the
         backbone is shortened to the share of children present in the same way, unless its rate was set.
 
         Args:
             theta: the model now.
             optimizer: the node's server optimizer.
-            members: number of children that belong to the node.
+            absent: what `add` returned last for each child that belongs to the node and is not in this aggregation;
+                empty of a child that was in none yet.
 
         Returns:
             The next model, the L2 norm of the backbone's step, and the attention weights [key layers][candidates].
@@ -98,35 +108,47 @@ class Fold:
         if self.tokens <= 0:
             raise AggregationError("nothing was folded in: there is no update to aggregate")
         split = self.layout.backbone_size
-        absent = max(members - len(set(self.contributors)), 0)
-        mean_tokens = self.tokens / len(self.contributors)
         weights: list[list[float]] = []
         if self.layout.key_layers:
-            own, mass = theta[split:], mean_tokens * (absent + self.rules.attention.self_weight)
-            self._attend(OWN, own, mass, query=own)
+            own = theta[split:]
+            self.attention.fold(OWN, None, self._own_logits(own, absent))
             weights = self.attention.weights()
-            self.attention.result()
+            keys = self.attention.result()
+            keys += own
         # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
         scale = 1.0 / self.tokens
         if self.rules.server_optimizer.lr is None:
-            # Updates that come one by one would otherwise add up to a step as many times too long.
-            scale *= 1.0 - absent / max(members, 1)
+            scale *= self.present(len(absent))
         self.shares = {name: weight * scale for name, weight in self.shares.items()}
         norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale)
         return self.flat, norm, weights
 
-    def _attend(self, name: str, keys: Flat, prior: float, *, query: Flat) -> list[float]:
-        if not self.layout.key_layers:
-            return []
-        fit = scores(self.rules.attention, self.layout.key_layers, query, keys, self.origin)
-        self.attention.fold(name, keys, with_prior(fit, prior))
-        return fit
+    def present(self, absent: int) -> float:
+        """Share of the children that are in this aggregation.
+
+        Updates that come one by one would otherwise add up to a step as many times too long.
+        """
+        here = len(set(self.contributors))
+        return here / (here + absent)
+
+    def _own_logits(self, own: Flat, absent: Sequence[Sequence[float]]) -> list[float]:
+        """The weight of those absent (and of the node itself, where that was asked for) for each key layer."""
+        tokens, rules = self.tokens / len(self.contributors), self.rules.attention
+        # Of a child that nobody has seen yet, these here are the best guess.
+        middle = [sum(column) / len(column) for column in zip(*self.fits, strict=True)]
+        fits = [fit or middle for fit in absent]
+        logits = [with_prior(fit, tokens) for fit in fits]
+        if rules.self_weight > 0.0:
+            fit = scores(rules, self.layout.key_layers, own, own, self.origin)
+            logits.append(with_prior(fit, tokens * rules.self_weight))
+        return [log_sum(column) for column in zip(*logits, strict=True)] or [-math.inf] * len(middle)
 
     def state(self) -> dict[str, Any]:
         """Everything but the buffers, as JSON values."""
         attention = self.attention
         return {
             "tokens": self.tokens,
+            "fits": [list(fit) for fit in self.fits],
             "contributors": list(self.contributors),
             "shares": dict(self.shares),
             "first_s": self.first_s,
@@ -144,7 +166,7 @@ class Fold:
         """Become what `state` and `arrays` described."""
         self.flat[:] = arrays["flat"]
         self.tokens, self.contributors = saved["tokens"], list(saved["contributors"])
-        self.shares = dict(saved.get("shares", {}))
+        self.fits, self.shares = [list(fit) for fit in saved["fits"]], dict(saved["shares"])
         self.first_s = saved["first_s"]
         self.attention.maximum, self.attention.total = list(saved["maximum"]), list(saved["total"])
         self.attention.names, self.attention.logits = list(saved["names"]), [list(row) for row in saved["logits"]]

@@ -1,9 +1,9 @@
 """How a node moves to its parent on a pull; the same for clients and federations.
 
     backbone   theta <- theta + m (parent - anchor)
-    keys       attention over the node's own and the parent's
+    keys       theta <- theta + attention(anchor, parent) - anchor
 
-The anchor is the node's backbone as it was when it last pushed. Where nothing happened since, anchor and theta are one
+The anchor is the node's model as it was when it last pushed. Where nothing happened since, anchor and theta are one
 and the rule reads theta = (1 - m) own + m parent. Where children went on meanwhile, their progress theta - anchor is
 kept whole, whatever m is.
 
@@ -137,13 +137,14 @@ class Merger:
         return moved
 
     def keys(
-        self, m: float, own: Flat, model: Model, *, own_tokens: float, now_s: float, out: Flat
+        self, m: float, theta: Flat, anchor: Flat, model: Model, *, own_tokens: float, now_s: float, out: Flat
     ) -> AttentionRecord | None:
-        """Blend the key parts of whole buffers into `out`.
+        """Blend the key parts of whole buffers into `out`: those of the anchor with the parent's, progress since kept.
 
         Args:
             m: what `judge` said: a node that does not follow keeps its key layers, too.
-            own: the node's model.
+            theta: the node's model.
+            anchor: the node's model when it last pushed.
             model: the parent's.
             own_tokens: tokens per update of the node's own work, beside the parent's `model.tokens`.
             now_s: run time, for the record.
@@ -157,15 +158,18 @@ class Merger:
         if not layout.key_layers:
             return None
         if self.rules.attention.personal or (self.adaptive and m == 0.0):
-            out[part] = own[part]
+            out[part] = theta[part]
             return None
-        out[part] = 0.0
-        candidates = [(OWN, own[part], own_tokens), (PARENT, model.values[part], model.tokens)]
-        blend = attend(self.rules.attention, layout.key_layers, own[part], candidates, self.origin, out=out[part])
+        own, keys = anchor[part], out[part]
+        keys[:] = 0.0
+        candidates = [(OWN, own, own_tokens), (PARENT, model.values[part], model.tokens)]
+        blend = attend(self.rules.attention, layout.key_layers, own, candidates, self.origin, out=keys)
         for residual in model.residuals:
-            self._fold_residual(blend, residual, own[part])
+            self._fold_residual(blend, residual, own)
         weights = blend.weights()
         blend.result()
+        if anchor is not theta:
+            keys += theta[part] - own
         return AttentionRecord(
             node=self.path,
             now_s=now_s,

@@ -83,6 +83,8 @@ class Child:
     """When it spoke last."""
     gaps: list[float] = field(default_factory=list)
     """Seconds between its last signs of life."""
+    fit: list[float] = field(default_factory=list)
+    """Scores of its key layers when it was last heard, by the temperature."""
     share: float = 0.0
     """How much of its work since its last pull has been aggregated here, in multiples of one update; of this ..."""
     pushed: float = 0.0
@@ -156,7 +158,9 @@ class Node:
         self.theta = frozen(initial)
         """The published model. Never changed in place."""
         self.anchor = self.theta
-        """What the next update to the parent is measured from: work before it has been pushed."""
+        """The model as it was last pushed, moved with the parent since: where the backbone's next update begins."""
+        self.parent_keys = self.merger.origin
+        """What its key layers are measured from: the parent's, as this node last heard them."""
         self.children = {name: Child(active=name not in awaited, awaited=name in awaited) for name in children}
         self.version = 0
         self.base_version = 0
@@ -361,7 +365,6 @@ class Node:
             rules=self.aggregation,
             last_seq=None if child is None or child.left else child.last_seq,
             version=self.version,
-            backbone_size=self.layout.backbone_size,
             incarnation=self.incarnation,
             waiting=self._waiting_room() if self._contributed(update.sender) else None,
             exhausted=self._is_exhausted(update.sender),
@@ -396,9 +399,9 @@ class Node:
     def _fold_in(self, update: Update, tau: int, now_s: float) -> None:
         if self._fold is None:
             self._fold = self._new_fold(now_s)
-        fit = self._fold.add(update, tau, self.theta)
-        keys = update.values[self.layout.backbone_size :]
-        if self.privacy is None:  # a residual is one client's key layer as it is: no noise would cover it
+        fit = self.children[update.sender].fit = self._fold.add(update, tau, self.theta)
+        if self.residuals.on and self.privacy is None:  # a residual is one client's key layer: no noise would cover it
+            keys = self.theta[self.layout.backbone_size :] + update.values[self.layout.backbone_size :]
             self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
     def _new_fold(self, first_s: float) -> Fold:
@@ -442,8 +445,8 @@ class Node:
         fold, self._fold = self._fold, None
         if fold is None:
             raise AggregationError(f"{self.path}: nothing to aggregate")
-        members = sum(not child.left for child in self.children.values())
-        flat, norm, weights = fold.finish(self.theta, self.optimizer, members=members)
+        absent = [c.fit for name, c in self.children.items() if not c.left and name not in fold.contributors]
+        flat, norm, weights = fold.finish(self.theta, self.optimizer, absent=absent)
         self.theta = frozen(flat)
         for name, share in fold.shares.items():
             if name in self.children:
@@ -520,7 +523,7 @@ class Node:
         split = self.layout.backbone_size
         values = np.empty(self.layout.size, np.float32)
         np.subtract(self.theta[:split], self.anchor[:split], out=values[:split])
-        values[split:] = self.theta[split:]
+        np.subtract(self.theta[split:], self.parent_keys, out=values[split:])
         self.seq += 1
         self.in_flight = Update(
             sender=self.path.rsplit("/", 1)[-1],
@@ -547,13 +550,16 @@ class Node:
         self.base_incarnation, self.finished = model.incarnation, model.finished
         self.outbox.durable(model.durable_seq)
         self.seq = max(self.seq, model.last_seq)
+        self.parent_keys = frozen(model.values[self.layout.backbone_size :].copy())
         if model.version == 0:
             return []  # the parent has aggregated nothing yet: it has nothing to say
         moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
         m, judged = self.merger.judge(model, moved, now_s=event.now_s)
         merged = np.empty(self.layout.size, np.float32)
         anchor = self.merger.backbone(m, self.theta, self.anchor, model.values, out=merged)
-        record = self.merger.keys(m, self.theta, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged)
+        record = self.merger.keys(
+            m, self.theta, self.anchor, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged
+        )
         for child in self.children.values():
             child.pushed *= 1.0 - m + m * model.share
         self.theta = frozen(merged)
@@ -628,6 +634,8 @@ class Node:
         arrays = {"theta": self.theta, **{f"optimizer.{k}": v for k, v in self.optimizer.buffers.items()}}
         if self.anchor is not self.theta:
             arrays["anchor"] = self.anchor
+        if self.has_parent and self.layout.key_layers:
+            arrays["parent_keys"] = self.parent_keys
         if self.merger.heard is not None:
             arrays["heard"] = self.merger.heard
         meta: dict[str, Any] = {name: copy(getattr(self, name)) for name in _STATE}
@@ -690,6 +698,7 @@ class Node:
             self._spend(0.0)
         self.theta = frozen(arrays["theta"])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.theta
+        self.parent_keys = frozen(arrays.get("parent_keys", self.parent_keys))
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = frozen(arrays["heard"])
         self.optimizer.steps = meta["optimizer_steps"]

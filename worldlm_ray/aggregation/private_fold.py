@@ -1,6 +1,6 @@
 """Client-level privacy: updates clipped as a whole as they arrive, and noise on their sum.
 
-    flat = sum_i s(tau_i) clip([backbone change_i | key layers_i - the node's own], C)
+    flat = sum_i s(tau_i) clip(change_i, C)
     next = model + rate (flat + N(0, (z C)^2)) / K
 
 Nothing but the clipping looks at an update: its weight is not its tokens, there is no attention over key layers, and
@@ -13,7 +13,7 @@ Source: McMahan et al., arXiv 1710.06963, algorithm 1, with a fixed denominator.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,21 +73,18 @@ class PrivateFold(Fold):
 
     def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
         """Clip an update and fold it in."""
-        split = self.layout.backbone_size
         weight = discount(self.rules.staleness, tau)
         if update.sender not in self.privacy.federations:
-            squared = squared_norm(update.values[:split]) + squared_norm(update.values[split:], theta[split:])
-            weight *= min(1.0, self.privacy.bound / max(math.sqrt(squared), 1e-12))
-        add_scaled(self.flat[:split], update.values[:split], weight)
-        if self.layout.key_layers:
-            add_scaled(self.flat[split:], update.values[split:], weight)
-            add_scaled(self.flat[split:], theta[split:], -weight)
+            weight *= min(1.0, self.privacy.bound / max(math.sqrt(squared_norm(update.values)), 1e-12))
+        add_scaled(self.flat, update.values, weight)
         self.tokens += update.tokens
         self.contributors.append(update.sender)
         self.shares[update.sender] = weight
         return []
 
-    def finish(self, theta: Flat, optimizer: ServerOptimizer, *, members: int) -> tuple[Flat, float, list[list[float]]]:
+    def finish(
+        self, theta: Flat, optimizer: ServerOptimizer, *, absent: Sequence[Sequence[float]]
+    ) -> tuple[Flat, float, list[list[float]]]:
         """Add the noise and turn the sum into the next model; see `Fold.finish`."""
         if self.tokens <= 0:
             raise AggregationError("nothing was folded in: there is no update to aggregate")
@@ -100,7 +97,7 @@ class PrivateFold(Fold):
                 block += noise
         scale = 1.0 / privacy.expected
         if self.rules.server_optimizer.lr is None:
-            scale *= min(privacy.expected / max(members, 1), 1.0)
+            scale *= min(privacy.expected / (len(set(self.contributors)) + len(absent)), 1.0)
         self.shares = {name: weight * scale for name, weight in self.shares.items()}
         keys = self.flat[split:]
         keys *= np.float32(scale)

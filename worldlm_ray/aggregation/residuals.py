@@ -66,7 +66,7 @@ class Pool:
         Args:
             child: its name.
             keys: its key part.
-            scores: of its key layers against the node's own, in the order of the layers.
+            scores: of its key layers against the node's own, by the temperature, in the order of the layers.
             tokens: the update's.
             passed: residuals that the child passes on.
         """
@@ -74,6 +74,7 @@ class Pool:
             return
         source = f"{self.path}/{child}"
         for layer, value in zip(self.layers.values(), scores, strict=True):
+            value *= self.attention.temperature
             if value < self.config.threshold:
                 copied = frozen(keys[layer.start : layer.stop].copy())
                 found = Residual(origin=source, layer=layer.name, tokens=tokens, age=0, values=copied)

@@ -1,6 +1,6 @@
 """Aggregation that does not trust the children: what most of them agree on, coordinate by coordinate.
 
-    v_i  = s(tau_i) [backbone change_i | key layers_i - the node's own]      one per child
+    v_i  = s(tau_i) change_i      one per child
     next = model + rate trimmed_mean_i(v_i)      or the median
 
 Nothing but staleness weighs an update: tokens are what a child claims. A child is heard once, however often it pushes:
@@ -12,6 +12,7 @@ Source: Yin et al., arXiv 1803.01498, definitions 1 and 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,19 +39,16 @@ class RobustFold(Fold):
 
     def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
         """Keep an update."""
-        split, weight = self.layout.backbone_size, discount(self.rules.staleness, tau)
         kept = self._sums.setdefault(update.sender, np.zeros(self.layout.size, np.float32))
-        factor = weight * self.clipping(update, theta)
-        add_scaled(kept[:split], update.values[:split], factor)
-        if self.layout.key_layers:
-            add_scaled(kept[split:], update.values[split:], factor)
-            add_scaled(kept[split:], theta[split:], -factor)
+        add_scaled(kept, update.values, discount(self.rules.staleness, tau) * self.clipping(update))
         self._counts[update.sender] = self._counts.get(update.sender, 0) + 1
         self.tokens += update.tokens
         self.contributors.append(update.sender)
         return []
 
-    def finish(self, theta: Flat, optimizer: ServerOptimizer, *, members: int) -> tuple[Flat, float, list[list[float]]]:
+    def finish(
+        self, theta: Flat, optimizer: ServerOptimizer, *, absent: Sequence[Sequence[float]]
+    ) -> tuple[Flat, float, list[list[float]]]:
         """Turn what the children agree on into the next model; see `Fold.finish`."""
         if not self._sums:
             raise AggregationError("nothing was folded in: there is no update to aggregate")
@@ -58,8 +56,7 @@ class RobustFold(Fold):
         for part in blocks(self.layout.size):
             rows = np.stack([self._sums[name][part] / np.float32(self._counts[name]) for name in names])
             self.flat[part] = _agreed(rows, self.rules.robust.rule, self.rules.robust.trim)
-        absent = max(members - len(names), 0)
-        scale = 1.0 - absent / max(members, 1) if self.rules.server_optimizer.lr is None else 1.0
+        scale = self.present(len(absent)) if self.rules.server_optimizer.lr is None else 1.0
         self.shares = dict.fromkeys(names, scale / len(names))
         keys = self.flat[split:]
         keys *= np.float32(scale)

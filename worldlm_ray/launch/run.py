@@ -33,6 +33,8 @@ POLL_S = 0.5
 """How often progress is looked at."""
 ABSENT_S = 15.0
 """A node that has not answered within this time when the run is to stop has no machine."""
+SILENT_S = 60.0
+"""Whoever watches is told once the recorder has not answered for so long."""
 ACTORS = {"world": WorldActor, "federation": FederationActor, "client": ClientActor}
 
 
@@ -122,7 +124,7 @@ def _conduct(
     for path in begun:
         ask(world[path], "start")
     on_phase("training")
-    status = _watch(plan, world, begun, on_progress, should_stop)
+    status = _watch(plan, world, begun, on_progress, on_phase, should_stop)
     plan = rundir.reopen(str(plan.run_dir), check_data=False)  # nodes may have joined or left
     on_phase("measuring the models" if status == "finished" else "writing checkpoints")
     for path, actor in world.inner.items():
@@ -257,12 +259,20 @@ def _options(spec: NodeSpec) -> dict[str, Any]:
     return options
 
 
-def _watch(plan: Plan, world: World, begun: list[str], on_progress: Progress, should_stop: Callable[[], bool]) -> str:
+def _watch(
+    plan: Plan,
+    world: World,
+    begun: list[str],
+    on_progress: Progress,
+    on_phase: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> str:
     """Wait for the clients and then for the world; returns `finished` or `stopped`."""
     waiting = {actor.outcome.remote(): path for path, actor in world.clients.items()}
     ends = {actor.ended.remote(): path for path, actor in world.inner.items()}
     there, results = set(begun), dict[str, str]()
     answers, asked_at = dict[str, Any](), 0.0
+    heard_at, missed = time.monotonic(), False
     while True:
         ready, _ = ray.wait([*waiting, *ends], num_returns=len(waiting) + len(ends), timeout=POLL_S)
         for ref in ready:
@@ -279,9 +289,13 @@ def _watch(plan: Plan, world: World, begun: list[str], on_progress: Progress, sh
                 ends[world.inner[path].ended.remote()] = path
         with suppress(ray.exceptions.GetTimeoutError, ActorUnavailableError):
             snapshot = ray.get(world.recorder.snapshot.remote(), timeout=5.0)
+            heard_at, missed = time.monotonic(), False
             on_progress(snapshot)
             there |= {path for path, node in snapshot["nodes"].items() if node["state"] != "waiting" or node["steps"]}
             waiting |= _newcomers(world, snapshot, results)
+        if time.monotonic() - heard_at > SILENT_S and not missed:
+            missed = True
+            on_phase(f"nothing was heard of the run for {SILENT_S:.0f} s: {_advice(plan, world)}")
         if should_stop():
             if not answers:
                 asked_at = time.monotonic()
@@ -304,6 +318,12 @@ def _watch(plan: Plan, world: World, begun: list[str], on_progress: Progress, sh
                 return "stopped"
             if "world" not in ends.values():
                 return "finished"
+
+
+def _advice(plan: Plan, world: World) -> str:
+    if world.local:
+        return "still waiting"
+    return f"if its cluster lives, it goes on; leave (Ctrl-C twice), and come back with --resume {plan.run_dir}"
 
 
 def _newcomers(world: World, snapshot: dict[str, Any], ended: Collection[str]) -> dict[Any, str]:
