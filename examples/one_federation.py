@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from worldlm_ray.aggregation.node import Node, Push
-from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
+from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, StalenessConfig
 from worldlm_ray.messages import Update, pack
 from worldlm_ray.params import make_layout
 
@@ -78,7 +78,7 @@ def main() -> None:
     node = Node(
         path="world",
         children=("a", "b", "c"),
-        aggregation=AggregationConfig(buffer_size=3),
+        aggregation=AggregationConfig(buffer_size=3, staleness=StalenessConfig(fn="polynomial")),
         merge=MergeConfig(),
         has_parent=False,
         layout=layout,

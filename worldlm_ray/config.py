@@ -121,9 +121,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StalenessConfig:
-    """How much an update that is tau versions old still counts. Names and defaults: FedAsync, FedBuff."""
+    """How much an update that is tau versions old still counts. Names and defaults of a and b: FedAsync, FedBuff."""
 
-    fn: StalenessName = "polynomial"
+    fn: StalenessName = "constant"
+    """Where updates come one by one, each is as many versions old as there are siblings: a discount shortens every
+    step alike, and those of slow clients, whose text is worth as much, most. Measured in docs/results.md."""
     a: float | None = None
     """Polynomial 0.5, hinge 10, exponential 0.5, harmonic 1 unless given."""
     b: float = 4.0
@@ -156,6 +158,8 @@ class ResidualsConfig:
     """Aggregations for which it keeps them."""
     offers: int = 2
     """Residuals that a pulling child is offered."""
+    discount: StalenessConfig = field(default_factory=lambda: StalenessConfig(fn="polynomial"))
+    """How much a residual that is so many aggregations old still counts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,7 @@ def test_tokens_two_to_one_give_weights_two_thirds_and_one_third() -> None:
 
 def test_staleness_is_part_of_the_prior() -> None:
     # 300 tokens at tau 3 count as 300 * 4^-0.5 = 150 fresh ones.
-    stale = 300 * discount(StalenessConfig(), 3)
+    stale = 300 * discount(StalenessConfig(fn="polynomial"), 3)
     [row] = blend([("stale", vec(1, 0), stale), ("fresh", vec(0, 1), 150.0)], query=vec(1, 1)).weights()
     assert row == pytest.approx([0.5, 0.5])
 

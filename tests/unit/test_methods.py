@@ -165,7 +165,7 @@ def merged(config: RunConfig) -> list[float]:
     )
     m, _ = merger.judge(parent, None, now_s=0.0)
     merger.backbone(m, own, own, parent.values, out=out)
-    merger.keys(m, own, parent, own_tokens=1.0, now_s=0.0, out=out)
+    merger.keys(m, own, own, parent, own_tokens=1.0, now_s=0.0, out=out)
     return out.tolist()
 
 

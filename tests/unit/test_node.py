@@ -54,6 +54,7 @@ SPLIT = LAYOUT.backbone_size
 START = np.array([1, 2, 3, 10, 20, 30, 40], np.float32)
 NAMES = ("a", "b", "c")
 UNIFORM = AttentionConfig(score="uniform")
+FEDBUFF = StalenessConfig(fn="polynomial")
 UNIT_SGD = ServerOptimizerConfig(lr=1.0)
 """The rate given: a lone update is not scaled by the share of children that it comes from."""
 
@@ -173,7 +174,7 @@ def test_staleness_shortens_the_step_as_in_fedbuff() -> None:
     # Updates of 1, 2, 3 with 10, 20, 30 tokens at tau 0, 1, 3, and s = (1 + tau)^-0.5:
     # (10*1*1 + 20*2*0.70711 + 30*3*0.5) / (10 + 20 + 30) = 83.28427 / 60 = 1.3880712
     # Dividing by the discounted weight, as FedScale does, gives 83.28427 / 39.14214 = 2.1277.
-    node = make(buffer_size=3)
+    node = make(buffer_size=3, staleness=FEDBUFF)
     to_version(node, 3)
     push(node, "a", 1, base=3, tokens=10, change=1.0)
     push(node, "b", 1, base=2, tokens=20, change=2.0)
@@ -184,7 +185,7 @@ def test_staleness_shortens_the_step_as_in_fedbuff() -> None:
 
 @pytest.mark.parametrize(("tau", "step"), [(0, 4.0), (1, 4 / math.sqrt(2)), (3, 2.0)])
 def test_a_lone_stale_update_makes_a_shorter_step(tau: int, step: float) -> None:
-    node = make(buffer_size=1)
+    node = make(buffer_size=1, staleness=FEDBUFF)
     to_version(node, 3)
     push(node, "a", 1, base=3 - tau, change=4.0)
     assert body(node) == pytest.approx([1 + step, 2 + step, 3 + step], rel=1e-6)
@@ -192,7 +193,7 @@ def test_a_lone_stale_update_makes_a_shorter_step(tau: int, step: float) -> None
 
 def test_staleness_is_in_the_prior_of_key_layers() -> None:
     # s = 1/2 at tau 3: 30 stale tokens weigh as much as 15 fresh ones. No child is absent.
-    node = make(("a", "b"), buffer_size=2)
+    node = make(("a", "b"), buffer_size=2, staleness=FEDBUFF)
     to_version(node, 3)
     push(node, "a", 1, base=3, tokens=15, keys=0.0)
     push(node, "b", 1, base=0, tokens=30, keys=8.0)
@@ -256,7 +257,7 @@ def test_attention_weighs_absent_children_by_what_they_last_were() -> None:
     # One by one, a and b end where they would have ended together: neither is drowned by the node's own layers, which
     # of course are most like themselves.
     attention = AttentionConfig(score="cosine", temperature=0.5)
-    node = make(("a", "b"), buffer_size=1, attention=attention, staleness=StalenessConfig(fn="constant"))
+    node = make(("a", "b"), buffer_size=1, attention=attention)
     push(node, "a", 1, keys=[1, 0, 0, 1])
     push(node, "b", 1, base=1, keys=[1, 0, 0, 1])
     before = node.theta[SPLIT:].copy()
@@ -273,8 +274,7 @@ def test_attention_weighs_absent_children_by_what_they_last_were() -> None:
 
 
 def test_a_stale_child_does_not_take_back_what_its_siblings_did() -> None:
-    rules: dict[str, Any] = {"buffer_size": 1, "staleness": StalenessConfig(fn="constant")}
-    node = make(("a", "b"), **rules)
+    node = make(("a", "b"), buffer_size=1)
     for seq in range(1, 5):
         push(node, "a", seq, base=seq - 1, keys=2.0)
     assert keys(node) == pytest.approx([14, 24, 34, 44])
@@ -1215,7 +1215,8 @@ def served(node: Node, child: str) -> Model:
 
 
 def test_a_child_is_told_its_share_of_the_movement_since_its_last_pull() -> None:
-    node = make(buffer_size=1, server_optimizer=ServerOptimizerConfig())  # the rate is a child's share: a third
+    # The rate is a child's share: a third.
+    node = make(buffer_size=1, server_optimizer=ServerOptimizerConfig(), staleness=FEDBUFF)
     push(node, "a", 1, change=1.0)
     push(node, "b", 1, change=1.0)
     assert served(node, "a").share == pytest.approx(1 / 3)

@@ -129,7 +129,9 @@ def test_a_residual_is_a_candidate_of_its_layer_discounted_by_age() -> None:
         residuals=(residual("world/b", "head", 16, 0, age=3),),
     )
     out = np.zeros(5, np.float32)
-    record = merger.keys(1.0, np.zeros(5, np.float32), np.zeros(5, np.float32), told, own_tokens=10.0, now_s=0.0, out=out)
+    record = merger.keys(
+        1.0, np.zeros(5, np.float32), np.zeros(5, np.float32), told, own_tokens=10.0, now_s=0.0, out=out
+    )
     # tokens 10, 10 and 10/sqrt(1 + 3): weights 0.4, 0.4, 0.2 for the head; the neck is half and half.
     assert out.tolist() == pytest.approx([0, 2, 2, 0.4 * 4 + 0.2 * 16, 0.4 * 4])
     assert record is not None
@@ -159,7 +161,7 @@ def push(ours: Node, child: str, seq: int, *keys: float) -> None:
 
 
 def test_a_layer_that_does_not_fit_reaches_the_sibling_that_it_fits_or_rises() -> None:
-    ours = node()
+    ours = node(residuals=ResidualsConfig(per_round=2, max_age=2))
     ours.theta = flat(0, 1, 0, 1, 0)
     push(ours, "a", 1, 1, 0, -1, 1)  # its head points the other way
     assert [r.name for r in ours.residuals.held] == ["head of world/europe/a"]
@@ -170,8 +172,8 @@ def test_a_layer_that_does_not_fit_reaches_the_sibling_that_it_fits_or_rises() -
     ours.begin_exchange()
     ours.handle(ParentModel(model=replace(serve.model, version=0), now_s=0.0))
     ours.residuals.fits.clear()
-    push(ours, "a", 2, 1, 0, 1, 0)
-    assert [r.name for r in ours.begin_exchange().residuals] == ["head of world/europe/b"]
+    push(ours, "a", 2, 1, 0, -1, 2)
+    assert [r.name for r in ours.begin_exchange().residuals] == ["head of world/europe/a"]
 
 
 def broken(change: dict[str, Any]) -> Packed:

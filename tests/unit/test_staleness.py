@@ -66,7 +66,7 @@ def test_polynomial_is_not_nvflares_formula() -> None:
 
 def test_asking_again_gives_the_same_number() -> None:
     # Plato's FedAsync multiplies its mixing rate in place until it is zero.
-    config = StalenessConfig()
+    config = StalenessConfig(fn="polynomial")
     assert [discount(config, 3) for _ in range(5)] == [0.5] * 5
 
 

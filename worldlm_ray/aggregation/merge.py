@@ -189,7 +189,9 @@ class Merger:
                 here = slice(layer.start, layer.stop)
                 values[here] = residual.values
                 [found] = scores(self.rules.attention, [layer], own, values, self.origin)
-                [fit[index]] = with_prior([found], residual.tokens * discount(self.rules.staleness, residual.age))
+                [fit[index]] = with_prior(
+                    [found], residual.tokens * discount(self.rules.residuals.discount, residual.age)
+                )
         blend.fold(f"{RESIDUAL}{residual.origin}", values, fit)
 
 
