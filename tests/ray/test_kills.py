@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import ray
-from worlds import TINY_MODEL
 
 from worldlm_ray import checkpoint, launch, rundir
 from worldlm_ray.audit import proofs
@@ -146,18 +145,12 @@ def test_at_any_moment(cluster: None, tiny: Tiny, tmp_path: Path, request: pytes
     """Every kind of actor killed at random moments: once each; as a soak, twenty times each in one run.
 
     The soak also asks whether the models are as good as those of undisturbed runs. Three seeds say how much undisturbed
-    runs differ: a fourth of the same kind is at most three of their standard deviations worse. (Averaged without key
-    layers and without a discount, as in the comparisons of docs/results.md: what a federation's model is worth then
-    hardly depends on how often it exchanges, and the world is dead for half of the time here.)
+    runs differ: a fourth of the same kind is at most three of their standard deviations worse.
     """
     rng = random.Random(name)
     soak = request.config.getoption("--soak")
     often, rounds = (20, 100) if soak else (1, ROUNDS)
-    settings: dict[str, Any] = {
-        "budget": {"rounds": rounds},
-        "model": TINY_MODEL | {"key_layers": []},
-        "aggregation": {"staleness": {"fn": "constant"}},
-    }
+    settings: dict[str, Any] = {"budget": {"rounds": rounds}}
     for seed in range(len(undisturbed), 3 if soak else 0):
         plan = a_plan(tiny, tmp_path / f"undisturbed-{seed}", [], seed=seed, **settings)
         undisturbed.append(losses(launch.train(plan).summary))
