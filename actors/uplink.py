@@ -23,9 +23,10 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from actors.shared import Address
 from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.outbox import Outbox, Welcome
+from worldlm_ray.compression import nbytes
 from worldlm_ray.errors import MessageError, SupersededError
 from worldlm_ray.faults import damaged
-from worldlm_ray.messages import Model, Packed, Update, pack, unpack_model
+from worldlm_ray.messages import Model, Packed, Update, buffer_of, pack_header, unpack_model
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
@@ -172,9 +173,10 @@ class Uplink:
             after = updates[0].seq
 
     def _push(self, update: Update) -> Steps[None]:
-        packed, ref = pack(update, self._plan.layout), self._share(update)
-        header = damaged(packed.header) if self._faulty("corrupt") else packed.header
-        self._tell(PushRecord(node=self._address.path, now_s=self._clock.now_s(), bytes=packed.nbytes))
+        header, ref = pack_header(update, self._plan.layout), self._share(update)
+        size = len(header) + nbytes(update.codec, update.values.size)
+        self._tell(PushRecord(node=self._address.path, now_s=self._clock.now_s(), bytes=size))
+        header = damaged(header) if self._faulty("corrupt") else header
         while True:
             verdict: Verdict = yield from self._call("push", header, [ref])
             if verdict.reason == "superseded":
@@ -221,13 +223,14 @@ class Uplink:
         return answer
 
     def share(self, update: Update) -> Flat:
-        """Move an update's buffer into the object store; returns the shared copy, for the child to keep instead."""
+        """Move an update into the object store; returns a buffer with its values for the child to keep instead."""
+        ref = self._share(update)
         # Blocking is right here: the object is on this machine already.
-        return ray.get(self._share(update))  # type: ignore[no-any-return]
+        return ray.get(ref) if update.codec == "fp32" else update.values
 
     def _share(self, update: Update) -> Any:
         if update.seq not in self._refs:
-            self._refs[update.seq] = ray.put(update.values)
+            self._refs[update.seq] = ray.put(buffer_of(update))
         return self._refs[update.seq]
 
     def _faulty(self, kind: str) -> bool:

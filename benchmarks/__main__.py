@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 NAMES = (
+    "exchange",
     "client_overhead",
     "node_memory",
     "busy",

@@ -16,6 +16,7 @@ import numpy as np
 from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.outbox import Outbox, Welcome
+from worldlm_ray.compression import lossy, memory
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
 from worldlm_ray.messages import Model, Update
@@ -63,6 +64,8 @@ class Client:
         self.trainer.write(self.base)
         self.parent_keys = self.base[plan.layout.backbone_size :].copy()
         """The parent's key layers, as this client last heard them: what an update's are measured from."""
+        self.lost = memory(spec.settings.exchange.codec, plan.layout.backbone_size)
+        """What the codec has lost of the updates so far; None of one that loses nothing."""
         self.merger = Merger(
             path=spec.path,
             layout=plan.layout,
@@ -261,6 +264,8 @@ class Client:
         values = self.trainer.read()
         values[:split] -= self.base[:split]
         values[split:] -= self.parent_keys
+        codec = self.spec.settings.exchange.codec
+        values = lossy(codec, values, self.lost)
         self.seq += 1
         self.began = False
         update = Update(
@@ -272,6 +277,7 @@ class Client:
             values=values,
             metrics={"train_loss": self.train_loss} if self.reports else {},
             epsilon=self.account.epsilon() if self.account is not None else None,
+            codec=codec,
             base_incarnation=self.base_incarnation,
         )
         self.outbox.add(update)
@@ -373,6 +379,8 @@ class Client:
         arrays = {"theta": self.trainer.read(), "base": self.base, "parent_keys": self.parent_keys}
         if self.merger.heard is not None:
             arrays["heard"] = self.merger.heard
+        if self.lost is not None:
+            arrays["lost"] = self.lost
         arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
         meta["outbox"], kept = self.outbox.state()
         return meta, arrays | kept
@@ -395,6 +403,8 @@ class Client:
         if self.account is not None:
             self._pay_again(meta["charges"])
         self.base, self.parent_keys = np.array(arrays["base"]), np.array(arrays["parent_keys"])
+        if self.lost is not None and "lost" in arrays:
+            self.lost[:] = arrays["lost"]
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = arrays["heard"]
         self.trainer.write(arrays["theta"])

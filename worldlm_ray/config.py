@@ -24,6 +24,7 @@ from worldlm_ray.errors import ConfigError
 T = TypeVar("T")
 
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
+CodecName = Literal["fp32", "bf16", "int8", "int4"]
 RobustRule = Literal["none", "trimmed_mean", "median"]
 StalenessName = Literal["constant", "polynomial", "hinge", "exponential", "harmonic"]
 ScoreName = Literal["cosine", "dot", "fedamp", "fedatt", "uniform"]
@@ -228,6 +229,15 @@ class MergeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """How a node's updates travel to its parent: see worldlm_ray/compression.py."""
+
+    codec: CodecName = "fp32"
+    """`bf16` takes half of the bytes, `int8` a quarter, `int4` an eighth. What rounding loses goes with the next
+    update."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResourcesConfig:
     """What a client may use."""
 
@@ -345,6 +355,7 @@ class NodeSettings:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
@@ -371,6 +382,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from worldlm_ray.aggregation.server_optimizer import state_buffers
+from worldlm_ray.compression import nbytes
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.plan import Plan
 from worldlm_ray.report import amount
@@ -37,18 +38,21 @@ def describe(plan: Plan) -> dict[str, Any]:
             "key_layers": {layer.name: layer.stop - layer.start for layer in layout.key_layers},
             "layout_hash": layout.hash,
         },
-        "bytes_per_push": layout.nbytes,
+        "bytes_per_pull": layout.nbytes,
         "nodes": {spec.path: _node(plan, spec) for spec in plan.root.walk()},
     }
 
 
 def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     settings, size = spec.settings, plan.layout.nbytes
+    codec = settings.exchange.codec
+    push = {} if spec.kind == "world" else {"codec": codec, "bytes_per_push": nbytes(codec, plan.layout.size)}
     if spec.kind == "client":
         training = settings.training
         buffers = (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
         if is_zero(settings):
             buffers = (ZERO_CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
+        buffers += 4 * plan.layout.backbone_size * (codec != "fp32")  # what the codec has lost
         return {
             "kind": spec.kind,
             "data": describe_data(settings.data),
@@ -56,6 +60,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
             "local_steps": training.local_steps,
             "lr": training.lr,
             "memory_bytes": buffers,
+            **push,
             "workers": _workers(plan, spec, buffers),
         }
     rules = settings.aggregation
@@ -63,6 +68,8 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     buffers = (2 if spec.kind == "world" else 3) * size
     if spec.kind == "federation" and settings.merge.federation == "adaptive":
         buffers += size  # what the parent said last
+    if spec.kind == "federation" and codec != "fp32":
+        buffers += 4 * plan.layout.backbone_size  # what the codec has lost
     buffers += 4 * plan.layout.backbone_size * len(state_buffers(rules.server_optimizer))
     return {
         "kind": spec.kind,
@@ -72,6 +79,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         "score": rules.attention.score,
         "server_optimizer": rules.server_optimizer.name,
         "memory_bytes": buffers,
+        **push,
     }
 
 
@@ -126,15 +134,16 @@ def tables(facts: Mapping[str, Any]) -> Iterator[Table]:
         split.add_row(name, f"{number:,}", f"{number / model['parameters']:.1%}")
     split.add_row("all", f"{model['parameters']:,}", "100.0%")
     shape = ", ".join(f"{name} {model[name]}" for name in ("hidden_size", "layers", "heads", "context", "vocab_size"))
-    split.caption = f"preset {model['preset']}: {shape}; a push or a pull is {amount(facts['bytes_per_push'])}B"
+    split.caption = f"preset {model['preset']}: {shape}; a pull is {amount(facts['bytes_per_pull'])}B"
     yield split
     tree = Table(title="the tree", title_justify="left")
-    for name in ("node", "kind", "what it does", "memory"):
-        tree.add_column(name, justify="right" if name == "memory" else "left")
+    for name in ("node", "kind", "what it does", "push", "memory"):
+        tree.add_column(name, justify="right" if name in ("push", "memory") else "left")
     for path, node in facts["nodes"].items():
         indent = "  " * path.count("/") + path.rsplit("/", 1)[-1]
-        tree.add_row(indent, node["kind"], _what(node), f"{amount(node['memory_bytes'])}B")
-    tree.caption = "memory: parameter-sized buffers, without activations and the interpreter"
+        push = f"{amount(node['bytes_per_push'])}B" if "codec" in node else ""
+        tree.add_row(indent, node["kind"], _what(node), push, f"{amount(node['memory_bytes'])}B")
+    tree.caption = "push: bytes of an update; memory: parameter-sized buffers, without activations and the interpreter"
     yield tree
     if any(node["kind"] == "client" and (node["workers"]["stage"] is not None) for node in facts["nodes"].values()):
         yield _sharding(facts)

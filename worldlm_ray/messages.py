@@ -1,7 +1,8 @@
 """What travels between a child and its parent: a small msgpack header beside one raw fp32 buffer.
 
-The header carries the schema version and the layout hash; the buffer is the flat model or update itself and is
-never encoded, copied or pickled with the header. Whatever arrives is checked before anything uses it.
+The header carries the schema version and the layout hash; the buffer is the flat model or update itself. It is never
+copied or pickled with the header, and encoded only if the sender's codec says so. Whatever arrives is checked before
+anything uses it.
 
     Update (up)    what the child changed: its backbone since it began, its key layers against the parent's then
     Model (down)   the whole model of the parent
@@ -16,6 +17,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from worldlm_ray.compression import CODECS, Bytes, decode, encode, nbytes
 from worldlm_ray.errors import MessageError
 from worldlm_ray.params import Flat, Layout
 
@@ -64,6 +66,8 @@ class Update:
     epsilon: float | None = None
     residuals: tuple[Residual, ...] = ()
     """What fitted nobody below the sender."""
+    codec: str = "fp32"
+    """How the values travel: one of compression.CODECS."""
     base_incarnation: int = 1
     """The parent's when it gave the base version. Versions of an earlier life of the parent may never come again."""
 
@@ -101,7 +105,7 @@ class Packed:
 
     header: bytes
     values: Any
-    """The raw buffer: a numpy array here, an object reference while Ray carries it."""
+    """The raw buffer (encoded: bytes): a numpy array here, an object reference while Ray carries it."""
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +120,7 @@ _UPDATE = {
     "tokens": int,
     "started_tokens": int,
     "metrics": dict,
+    "codec": str,
     "base_incarnation": int,
 }
 _MODEL = {
@@ -131,13 +136,25 @@ _MODEL = {
 
 
 def pack(message: Update | Model, layout: Layout) -> Packed:
-    """Put a message into its travelling form, without copying the buffer."""
+    """Put a message into its travelling form: without copying the buffer, unless it has to be encoded."""
+    return Packed(pack_header(message, layout), buffer_of(message))
+
+
+def pack_header(message: Update | Model, layout: Layout) -> bytes:
+    """What travels beside the buffer."""
     fields = {name: value for name, value in vars(message).items() if name != "values"}
     # Few and small: they travel in the header, as bytes.
     fields["residuals"] = [vars(residual) | {"values": residual.values.tobytes()} for residual in message.residuals]
     kind = type(message).__name__.lower()
-    header = {"schema": SCHEMA, "kind": kind, "layout": layout.hash, **fields}
-    return Packed(msgpack.packb(header), message.values)
+    header: bytes = msgpack.packb({"schema": SCHEMA, "kind": kind, "layout": layout.hash, **fields})
+    return header
+
+
+def buffer_of(message: Update | Model) -> Flat | Bytes:
+    """The buffer that travels: the message's own, or its encoding."""
+    if isinstance(message, Model) or message.codec == "fp32":
+        return message.values
+    return encode(message.codec, message.values)
 
 
 def unpack_update(packed: Packed, layout: Layout) -> Update:
@@ -146,7 +163,7 @@ def unpack_update(packed: Packed, layout: Layout) -> Update:
     Raises:
         MessageError: malformed, wrong_schema, wrong_layout, wrong_shape or not_finite.
     """
-    return Update(**_checked(packed, layout, "update", _UPDATE), values=packed.values)
+    return Update(**_checked(packed, layout, "update", _UPDATE))
 
 
 def unpack_model(packed: Packed, layout: Layout) -> Model:
@@ -155,7 +172,7 @@ def unpack_model(packed: Packed, layout: Layout) -> Model:
     Raises:
         MessageError: malformed, wrong_schema, wrong_layout or wrong_shape.
     """
-    return Model(**_checked(packed, layout, "model", _MODEL), values=packed.values)
+    return Model(**_checked(packed, layout, "model", _MODEL))
 
 
 def read_header(header: bytes) -> dict[str, Any]:
@@ -182,10 +199,8 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type])
     got = fields.pop("layout", None)
     if got != layout.hash:
         raise MessageError("wrong_layout", f"got layout {got}, expected {layout.hash}: use one model config everywhere")
-    values = packed.values
-    if not isinstance(values, np.ndarray) or values.dtype != np.float32 or values.shape != (layout.size,):
-        shape = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
-        raise MessageError("wrong_shape", f"got {shape}, expected float32 [{layout.size}]")
+    codec = _field("codec", fields.get("codec", "fp32"), str)
+    _check_shape(packed.values, codec, layout.size)
     fields["residuals"] = tuple(_residual(each, layout) for each in _field("residuals", fields.get("residuals"), list))
     for name, kind_ in schema.items():
         fields[name] = _field(name, fields.get(name), kind_)
@@ -194,7 +209,16 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type])
     unknown = set(fields) - set(schema) - {"residuals"} - ({"epsilon"} if kind == "update" else set())
     if unknown:
         raise MessageError("malformed", f"unknown fields {sorted(unknown)}")
-    return fields
+    return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, layout.size)}
+
+
+def _check_shape(values: Any, codec: str, size: int) -> None:
+    if codec not in CODECS:
+        raise MessageError("malformed", f"codec is {codec!r}, expected one of {', '.join(CODECS)}")
+    kind, shape = (np.float32, (size,)) if codec == "fp32" else (np.uint8, (nbytes(codec, size),))
+    if not isinstance(values, np.ndarray) or values.dtype != kind or values.shape != shape:
+        got = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise MessageError("wrong_shape", f"got {got}, expected {np.dtype(kind)} {list(shape)}")
 
 
 def _residual(raw: Any, layout: Layout) -> Residual:

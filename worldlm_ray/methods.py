@@ -250,6 +250,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniform": {"aggregation.attention.score": "uniform"},
     "dot": {"aggregation.attention.score": "dot"},
     "residuals": {"aggregation.residuals.per_round": 2},
+    "bf16": {"exchange.codec": "bf16"},
+    "int8": {"exchange.codec": "int8"},
+    "int4": {"exchange.codec": "int4"},
     "personal": {"aggregation.attention.personal": True},
 }
 """What a variant changes, by name."""

@@ -119,6 +119,7 @@ class Plan:
             awaited=[child.name for child in spec.children if spec.elastic and child.kind == "client"],
             min_clients=spec.min_clients or 0,
             liveness=self.config.liveness,
+            codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
         )
 
     @property

@@ -71,6 +71,7 @@ def make(
     layout: Layout = LAYOUT,
     initial: Flat = START,
     liveness: LivenessConfig | None = None,
+    codec: str = "fp32",
     **rules: Any,
 ) -> Node:
     rules = {"attention": UNIFORM, "server_optimizer": UNIT_SGD} | rules
@@ -84,6 +85,7 @@ def make(
         initial=initial.copy(),
         budget=budget or BudgetConfig(rounds=1_000),
         liveness=liveness,
+        codec=codec,
     )
 
 

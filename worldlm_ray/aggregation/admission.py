@@ -8,7 +8,7 @@ from worldlm_ray.aggregation.events import ACCEPTED, Verdict
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.messages import Packed, Update, read_header
-from worldlm_ray.params import squared_norm
+from worldlm_ray.params import rough_norm
 
 LARGEST_NORM = 1e15
 """Of an update: its square, and sums of it over tokens and children, stay far inside fp32."""
@@ -77,7 +77,7 @@ def _standing(
 
 def _values(update: Update, rules: AggregationConfig) -> tuple[str, str]:
     """Finite, and not larger than allowed. One pass over the buffer."""
-    norm = math.sqrt(squared_norm(update.values))
+    norm = rough_norm(update.values)
     if not math.isfinite(norm):
         return "not_finite", "nan or infinity in the values"
     if norm > LARGEST_NORM:

@@ -23,7 +23,7 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.messages import Update
-from worldlm_ray.params import Flat, Layout, add_scaled, squared_norm
+from worldlm_ray.params import Flat, Layout, add_scaled, scaled, squared_norm
 
 OWN = "(own)"
 """The node itself, among the candidates of attention."""
@@ -37,11 +37,15 @@ class Fold:
         rules: staleness and attention.
         origin: the run's initial key layers.
         first_s: when the first update arrived.
+        buffer: to fold into, instead of a new one; its contents do not matter. Fresh memory costs as much as a copy.
     """
 
-    def __init__(self, layout: Layout, rules: AggregationConfig, *, origin: Flat, first_s: float) -> None:
+    def __init__(
+        self, layout: Layout, rules: AggregationConfig, *, origin: Flat, first_s: float, buffer: Flat | None = None
+    ) -> None:
         self.layout, self.rules, self.origin, self.first_s = layout, rules, origin, first_s
-        self.flat = np.zeros(layout.size, np.float32)
+        self.flat = np.empty(layout.size, np.float32) if buffer is None else buffer
+        self.flat[layout.backbone_size :] = 0.0
         self.attention = OnlineAttention(layout.key_layers, self.flat[layout.backbone_size :])
         self.fits: list[list[float]] = []
         """Scores of the updates' key layers against the node's own, by the temperature."""
@@ -65,7 +69,10 @@ class Fold:
         split = self.layout.backbone_size
         weight = update.tokens * discount(self.rules.staleness, tau)
         factor, change = self.clipping(update), update.values[split:]
-        add_scaled(self.flat[:split], update.values[:split], weight * factor)
+        if self.contributors:
+            add_scaled(self.flat[:split], update.values[:split], weight * factor)
+        else:
+            scaled(update.values[:split], weight * factor, out=self.flat[:split])
         fit: list[float] = []
         if self.layout.key_layers:
             change = change if factor == 1.0 else np.float32(factor) * change

@@ -52,10 +52,11 @@ from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
+from worldlm_ray.compression import lossy, memory
 from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
 from worldlm_ray.messages import Model, Update, unpack_update
-from worldlm_ray.params import Flat, Layout, frozen
+from worldlm_ray.params import Flat, Layout, difference, frozen
 from worldlm_ray.records import AggregationRecord, AttentionRecord, LifeRecord, PrivacyRecord, VerdictRecord
 
 GAPS = 16
@@ -109,6 +110,7 @@ class Node:
         awaited: children that nobody waits for until they join.
         min_clients: of these, so many must have joined before any of them is served.
         liveness: when a silent child is given up; None for never.
+        codec: how updates travel to the parent.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Node:
         awaited: Collection[str] = (),
         min_clients: int = 0,
         liveness: LivenessConfig | None = None,
+        codec: str = "fp32",
     ) -> None:
         self.incarnation = 1
         """How often this node has been started: for the shell to set."""
@@ -179,6 +182,8 @@ class Node:
         self.ended = False
         self.began_s: float | None = None
         """When the first child began: a budget of seconds counts from here."""
+        self.codec, self.lost = codec, memory(codec, layout.backbone_size)
+        """How updates travel to the parent, and what was lost of them by that so far."""
         self.in_flight: Update | None = None
         """The update of an exchange that has not come back yet."""
         self.outbox = Outbox()
@@ -187,6 +192,10 @@ class Node:
         self.accepted = 0
         self.refused: dict[str, int] = {}
         self._fold: Fold | None = None
+        self._made: Flat | None = None
+        """The buffer that the published model lies in, if an aggregation has made it."""
+        self._spare: Flat | None = None
+        """A buffer for the next aggregation: the published model that lay in it lies in shared memory by now."""
         self._held: dict[str, tuple[Update, int]] = {}
         self._waiting: dict[str, int] = {}
 
@@ -295,6 +304,9 @@ class Node:
             self.anchor = view
         if self.theta is own:
             self.theta = view
+            if own.base is self._made:
+                self._spare = self._made
+            self._made = None
         if self.in_flight is not None and self.in_flight.values is own:
             self.in_flight = replace(self.in_flight, values=view)
         self.outbox.use_shared_copy(own, view)
@@ -405,10 +417,12 @@ class Node:
             self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
     def _new_fold(self, first_s: float) -> Fold:
+        named: dict[str, Any] = {"origin": self.merger.origin, "first_s": first_s, "buffer": self._spare}
+        self._spare = None
         if self.privacy is not None:
-            return PrivateFold(self.layout, self.aggregation, self.privacy, origin=self.merger.origin, first_s=first_s)
+            return PrivateFold(self.layout, self.aggregation, self.privacy, **named)
         kind = Fold if self.aggregation.robust.rule == "none" else RobustFold
-        return kind(self.layout, self.aggregation, origin=self.merger.origin, first_s=first_s)
+        return kind(self.layout, self.aggregation, **named)
 
     # ---- moving on -------------------------------------------------------------------------------------------
 
@@ -447,7 +461,7 @@ class Node:
             raise AggregationError(f"{self.path}: nothing to aggregate")
         absent = [c.fit for name, c in self.children.items() if not c.left and name not in fold.contributors]
         flat, norm, weights = fold.finish(self.theta, self.optimizer, absent=absent)
-        self.theta = frozen(flat)
+        self.theta, self._made = frozen(flat), flat
         for name, share in fold.shares.items():
             if name in self.children:
                 self.children[name].share += share * self.optimizer.rate
@@ -522,8 +536,9 @@ class Node:
             return self.in_flight
         split = self.layout.backbone_size
         values = np.empty(self.layout.size, np.float32)
-        np.subtract(self.theta[:split], self.anchor[:split], out=values[:split])
+        difference(self.theta[:split], self.anchor[:split], out=values[:split])
         np.subtract(self.theta[split:], self.parent_keys, out=values[split:])
+        values = lossy(self.codec, values, self.lost)
         self.seq += 1
         self.in_flight = Update(
             sender=self.path.rsplit("/", 1)[-1],
@@ -533,6 +548,7 @@ class Node:
             started_tokens=self.started_tokens,
             values=frozen(values),
             residuals=self.residuals.rise(),
+            codec=self.codec,
             base_incarnation=self.base_incarnation,
         )
         self.outbox.add(self.in_flight)
@@ -636,6 +652,8 @@ class Node:
             arrays["anchor"] = self.anchor
         if self.has_parent and self.layout.key_layers:
             arrays["parent_keys"] = self.parent_keys
+        if self.lost is not None:
+            arrays["lost"] = self.lost
         if self.merger.heard is not None:
             arrays["heard"] = self.merger.heard
         meta: dict[str, Any] = {name: copy(getattr(self, name)) for name in _STATE}
@@ -699,6 +717,8 @@ class Node:
         self.theta = frozen(arrays["theta"])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.theta
         self.parent_keys = frozen(arrays.get("parent_keys", self.parent_keys))
+        if self.lost is not None and "lost" in arrays:
+            self.lost[:] = arrays["lost"]
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = frozen(arrays["heard"])
         self.optimizer.steps = meta["optimizer_steps"]

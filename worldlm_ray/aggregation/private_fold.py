@@ -63,13 +63,22 @@ class PrivateFold(Fold):
         privacy: clipping and noise.
         origin: the run's initial key layers.
         first_s: when the first update arrived.
+        buffer: to fold into, instead of a new one.
     """
 
     def __init__(
-        self, layout: Layout, rules: AggregationConfig, privacy: ClientPrivacy, *, origin: Flat, first_s: float
+        self,
+        layout: Layout,
+        rules: AggregationConfig,
+        privacy: ClientPrivacy,
+        *,
+        origin: Flat,
+        first_s: float,
+        buffer: Flat | None = None,
     ) -> None:
-        super().__init__(layout, rules, origin=origin, first_s=first_s)
+        super().__init__(layout, rules, origin=origin, first_s=first_s, buffer=buffer)
         self.privacy = privacy
+        self.flat[:] = 0.0
 
     def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
         """Clip an update and fold it in."""

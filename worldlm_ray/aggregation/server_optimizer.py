@@ -15,10 +15,14 @@ updated in place, a cache-sized block at a time; nothing as large as the model i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from itertools import chain
+
 import numpy as np
 
 from worldlm_ray.config import ServerOptimizerConfig
-from worldlm_ray.params import BLOCK, Flat, blocks
+from worldlm_ray.params import BLOCK, Flat, spread
 
 _BUFFERS = {
     "sgd": (),
@@ -73,18 +77,21 @@ class ServerOptimizer:
             scale: makes the sum a mean: one over the undiscounted weight.
 
         Returns:
-            L2 norm of the step taken.
+            L2 norm of the step taken, for the record: to five digits or so.
         """
         self.steps += 1
-        temporary = np.empty(min(BLOCK, update.size), np.float32)
-        squared = 0.0
-        for part in blocks(update.size):
-            step = update[part]
-            step *= np.float32(scale)
-            self._step(step, part, temporary[: part.stop - part.start])
-            squared += float(np.dot(step.astype(np.float64), step))
-            np.add(theta[part], step, out=step)
-        return float(np.sqrt(squared))
+
+        def work(parts: Iterable[slice]) -> list[float]:
+            temporary, squared = np.empty(min(BLOCK, update.size), np.float32), []
+            for part in parts:
+                step = update[part]
+                step *= np.float32(scale)
+                self._step(step, part, temporary[: part.stop - part.start])
+                squared.append(float(np.dot(step, step)))
+                np.add(theta[part], step, out=step)
+            return squared
+
+        return math.sqrt(sum(chain.from_iterable(spread(update.size, work))))
 
     def _step(self, g: Flat, part: slice, temporary: Flat) -> None:
         """Turn one block of the mean update into the step to take, in place."""

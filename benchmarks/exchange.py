@@ -1,0 +1,211 @@
+"""Time of an exchange without training, in copies of the model: ours, Flower's and NVFlare's, in one run.
+
+Four clients and a world, a process each, on this machine. A client pulls, and pushes an update that it has ready: what
+is left is the exchange itself, which is pull, push, check, fold, and publishing the next model. The peers exchange as
+many fp32 parameters in rounds of FedAvg, their clients returning what they got.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.recorder import RecorderActor
+from actors.shared import RECORDER, Address, RunClock
+from actors.uplink import Uplink, wait_for
+from actors.world import WorldActor
+from worldlm_ray import config
+from worldlm_ray.aggregation.events import Verdict
+from worldlm_ray.aggregation.outbox import Outbox, Welcome
+from worldlm_ray.launch import cluster
+from worldlm_ray.messages import Update
+from worldlm_ray.plan import Plan, make_plan, plan_from_mapping
+
+CLIENTS, ROUNDS = 4, 6
+PEERS = Path(__file__).parent / "peers"
+PINNED = {"flower": "flwr==1.41.0", "nvflare": "nvflare==2.9.0"}
+"""What is measured stands in the tables, so it must not change by itself."""
+WARM = 2
+"""Rounds that do not count: the first of each side makes its buffers."""
+
+
+class Idle:
+    """A client without training: what `Uplink` asks of a child, and updates that are ready beforehand."""
+
+    def __init__(self, address: Address) -> None:
+        plan = plan_from_mapping(address.mapping)
+        self.name, self.layout = plan.node(address.path).name, plan.layout
+        self.incarnation, self.seq, self.outbox = 1, 0, Outbox()
+        self.started_tokens = 0
+        self.uplink = Uplink(address, plan, self, tell=lambda record: None)
+        self.values = np.full(plan.layout.size, 1e-6, np.float32)
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """Nothing to learn."""
+
+    def answered(self, verdict: Verdict) -> None:
+        """Keep nothing: what checkpoints cost is not what is measured here."""
+        assert verdict.accepted, verdict
+        self.outbox.durable(verdict.seq)
+
+    def ready(self) -> None:
+        """Join the parent."""
+        wait_for(self.uplink.join())
+
+    def exchange(self, rounds: int) -> tuple[float, float]:
+        """So many times pull and push; returns when it began and ended."""
+        began = time.time()
+        for _ in range(rounds):
+            model = wait_for(self.uplink.pull())
+            self.seq += 1
+            update = Update(
+                sender=self.name,
+                seq=self.seq,
+                base_version=model.version,
+                tokens=100,
+                started_tokens=100 * self.seq,
+                values=self.values,
+            )
+            self.outbox.add(update)
+            wait_for(self.uplink.push(update))
+        return began, time.time()
+
+
+def plan_for(folder: str, **rules: Any) -> Plan:
+    """A world of four clients; a model of 127 million parameters, all backbone."""
+    raw = {
+        "run_dir": folder,
+        "model": {"preset": "125m", "layers": 18, "key_layers": []},
+        "budget": {"rounds": 1_000},
+        "checkpoint": {"every_s": 1e9, "every_updates": 10**9},
+        "aggregation": rules,
+        "world": {"children": [{"client": f"c{i}", "data": {"corpus": "python_reference"}} for i in range(CLIENTS)]},
+    }
+    return make_plan(config.from_mapping(raw))
+
+
+def ours(plan: Plan) -> float:
+    """Seconds per update through real actors, on a cluster that is connected."""
+    mapping, clock, namespace = plan.to_mapping(), RunClock(time.time()), f"exchange-{time.time_ns()}"
+    options: dict[str, Any] = {"num_cpus": 0, "namespace": namespace}
+    recorder = ray.remote(RecorderActor).options(name=RECORDER, **options).remote(mapping)
+    ray.get(recorder.ready.remote())
+    actor = ray.remote(WorldActor).options(name="world", max_concurrency=1_000, **options)
+    world = actor.remote(Address(mapping, "world", clock, namespace))
+    ray.get(world.ready.remote())
+    ray.get(world.start.remote())
+    made = ray.remote(Idle).options(**options)
+    clients = [made.remote(Address(mapping, spec.path, clock, namespace)) for spec in plan.root.clients]
+    ray.get([client.ready.remote() for client in clients])
+    ray.get([client.exchange.remote(WARM) for client in clients])
+    spans = ray.get([client.exchange.remote(ROUNDS) for client in clients])
+    for gone in (*clients, world, recorder):
+        ray.kill(gone)
+    began, ended = min(span[0] for span in spans), max(span[1] for span in spans)
+    return (ended - began) / (CLIENTS * ROUNDS)
+
+
+def copy_s(size: int) -> float:
+    """Seconds of one numpy copy of so many fp32 numbers, into memory that is there already; median of 9."""
+    source, target = np.ones(size, np.float32), np.ones(size, np.float32)
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def python_of(peer: str) -> Path:
+    """The interpreter of a peer's own virtual environment, which is made once."""
+    place = Path(__file__).parent / "out" / f"venv-{PINNED[peer]}"
+    python = place / "bin" / "python"
+    if not (place / "ready").exists():
+        print(f"  (installing {PINNED[peer]} in an environment of its own)", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", PINNED[peer]], check=True)
+        (place / "ready").touch()
+    return python
+
+
+def flower(size: int) -> float:
+    """Seconds per update."""
+    python, script = str(python_of("flower")), str(PEERS / "flower_exchange.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    quiet = {"stderr": subprocess.DEVNULL, "text": True}
+    rounds = ROUNDS + WARM
+    server = subprocess.Popen(
+        [python, script, "server", port, str(size), str(CLIENTS), str(rounds)], stdout=subprocess.PIPE, **quiet
+    )
+    clients = [
+        subprocess.Popen([python, script, "client", port], stdout=subprocess.DEVNULL, **quiet) for _ in range(CLIENTS)
+    ]
+    try:
+        out, _ = server.communicate(timeout=1_800)
+    finally:
+        for process in (server, *clients):
+            process.kill()
+            process.wait()
+    return _per_update(out, skip=WARM)
+
+
+def nvflare(size: int) -> float:
+    """Seconds per update."""
+    script = str(PEERS / "nvflare_exchange.py")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(python_of("nvflare")), script, str(size), str(CLIENTS), str(ROUNDS + WARM + 1), folder]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3_600, check=False)
+    # Its rounds are the times between arrivals, one fewer than the models.
+    return _per_update(done.stdout, skip=WARM)
+
+
+def _per_update(out: str, *, skip: int) -> float:
+    rounds = json.loads(out.strip().splitlines()[-1])["rounds_s"][skip:]
+    return statistics.median(rounds) / CLIENTS
+
+
+def run() -> dict[str, Any]:
+    """Measure all, with a numpy copy before and after each, and print a table."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_for(f"{folder}/run")
+        size = plan.layout.size
+        sides: dict[str, Callable[[], float]] = {}
+        for name, rules in (
+            ("worldlm_ray, asynchronous", {}),
+            ("worldlm_ray, synchronous", {"trigger": "synchronous"}),
+        ):
+            sides[name] = lambda rules=rules: _connected(plan_for(f"{folder}/run", **rules))
+        sides["Flower 1.41.0"] = lambda: flower(size)
+        sides["NVFlare 2.9.0"] = lambda: nvflare(size)
+        rows = []
+        for name, measure in sides.items():
+            before = copy_s(size)
+            took = measure()
+            copy = (before + copy_s(size)) / 2
+            rows.append({"side": name, "update_s": took, "copy_s": copy, "copies": took / copy})
+            print(f"  {name}: done", flush=True)
+    best = rows[0]["update_s"]
+    print(f"{size / 1e6:.0f}M parameters in fp32, {4 * size / 1e6:.0f} MB; {CLIENTS} clients")
+    print(f"{'':28} {'s per update':>13} {'numpy copies':>13} {'times ours':>11}")
+    for row in rows:
+        print(f"{row['side']:28} {row['update_s']:13.3f} {row['copies']:13.1f} {row['update_s'] / best:11.1f}")
+    print("target: at most 6 copies, and the fastest peer at least 10 times ours")
+    return {"rows": rows}
+
+
+def _connected(plan: Plan) -> float:
+    with cluster.connected(plan, None):
+        return ours(plan)
