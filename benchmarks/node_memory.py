@@ -19,10 +19,11 @@ import ray
 
 from actors.federation import FederationActor
 from actors.recorder import RecorderActor
-from actors.shared import RECORDER, Address, RunClock, carry
+from actors.shared import RECORDER, Address, RunClock
 from actors.world import WorldActor
 from worldlm_ray import config
-from worldlm_ray.launch import _cluster, _options
+from worldlm_ray.launch import cluster
+from worldlm_ray.launch.run import _options
 from worldlm_ray.messages import Update, pack
 from worldlm_ray.plan import Plan, make_plan
 
@@ -118,12 +119,14 @@ def measure(children: int) -> dict[str, Any]:
             ray.get(actors[spec.path].ready.remote())
             ray.get(actors[spec.path].start.remote())
         federation = actors["world/f"]
+        for index in range(children):
+            ray.get(federation.join.remote(f"c{index}", 1, 0))
         store = Sampler(store_bytes)
         values = np.full(plan.layout.size, 1e-3, np.float32)
         for seq in (1, 2):
             for index in range(children):
                 name = f"c{index}"
-                header, refs = ray.get(federation.pull.remote(name, seq * 100))
+                header, refs = ray.get(federation.pull.remote(name, 1, 1, seq * 100))
                 base = Update(
                     sender=name,
                     seq=seq,
@@ -133,8 +136,9 @@ def measure(children: int) -> dict[str, Any]:
                     values=values,
                 )
                 del refs, header
-                header, refs = carry(pack(base, plan.layout))
-                verdict = ray.get(federation.push.remote(name, header, refs))
+                packed = pack(base, plan.layout)
+                refs = [ray.put(packed.values)]
+                verdict = ray.get(federation.push.remote(name, 1, 1, packed.header, refs))
                 assert verdict.accepted, verdict
                 del refs
             time.sleep(1.0)
@@ -154,7 +158,7 @@ def measure(children: int) -> dict[str, Any]:
 def run() -> dict[str, Any]:
     """Print private memory of each node, and the store that both share, in models."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder, _cluster(plan_for(2, folder), None):
+    with tempfile.TemporaryDirectory() as folder, cluster.connected(plan_for(2, folder), None):
         rows = [measure(children) for children in CHILDREN]
     print(f"{'children':>8} {'world':>8} {'federation':>11} {'store (both, and the update in flight)':>40}")
     for row in rows:

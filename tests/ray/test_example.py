@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from worlds import run_example
+
+from benchmarks.__main__ import NAMES as BENCHMARKS
 
 
 @pytest.mark.ray
@@ -21,3 +24,10 @@ def test_the_example_that_grows_and_shrinks_runs() -> None:
     lines = run_example("elastic_scaling.py", "8").splitlines()
     assert lines[-1] == "updates lost or applied twice: 0"
     assert [line.split(":")[0] for line in lines[-4:-1]] == ["1 machines", "2 machines", "1 machines"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_can_be_imported(name: str) -> None:
+    """They run for minutes, so that no test runs them; a name that has moved would not be noticed otherwise."""
+    assert callable(import_module(f"benchmarks.{name}").run)
