@@ -36,7 +36,7 @@ from safetensors.numpy import load_file
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.params import Flat
 
-FORMAT = 2
+FORMAT = 3
 _INCARNATIONS = "incarnations"
 _NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 
