@@ -60,6 +60,7 @@ class FederationActor(InnerActor):
                     await follow(self._uplink.done())
 
     def _finish(self) -> None:
+        self._audit.flush()
         self._tell("finished")
         self._work.set()
 

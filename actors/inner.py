@@ -35,7 +35,7 @@ from actors.shared import (
     was_restarted,
     write_checkpoint,
 )
-from worldlm_ray import checkpoint
+from worldlm_ray import checkpoint, storage
 from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
@@ -219,12 +219,15 @@ class InnerActor:
         while True:
             await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
             self._check_newest()
+            self._audit.flush()
             self._handle(Clock(now_s=self.clock.now_s()))
 
     def _check_newest(self) -> None:
         """The world has no parent that would tell it that another process plays it by now."""
         try:
-            if checkpoint.newest_incarnation(self._place) > self.node.incarnation:
+            with storage.refusals(self._place):
+                newest = checkpoint.newest_incarnation(self._place)
+            if newest > self.node.incarnation:
                 end_process(f"{self.spec.path}: incarnation {self.node.incarnation} was replaced")
         except OSError:
             return  # the storage is away
@@ -285,6 +288,7 @@ class InnerActor:
         raise NotImplementedError(f"{self.spec.path} has no parent")
 
     def _finish(self) -> None:
+        self._audit.flush()
         self._tell("finished")
         self._ended.set()
 
@@ -323,6 +327,7 @@ class InnerActor:
 
     def _save(self) -> None:
         """Write a checkpoint, or go on without: what children keep grows until the storage is back."""
+        self._audit.flush()  # a checkpoint knows of no update that the trail does not
         self._saved_s = self.clock.now_s()
         seqs = self.node.seqs()
         try:

@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from actors.client import ClientActor
 from actors.shared import Address
 from actors.zero_worker import LEAVE, Task, work
+from worldlm_ray import storage
 from worldlm_ray.errors import RunError
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
@@ -393,6 +393,7 @@ class ZeroClientActor(ClientActor):
             "token": self._token,
             "noise": noise,
         }
+        path, filesystem = self._storage()
         wanted = {"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {})
         try:
             with warnings.catch_warnings():
@@ -410,7 +411,8 @@ class ZeroClientActor(ClientActor):
                     ),
                     run_config=RunConfig(
                         name=f"{self.spec.name}-{self._token}",
-                        storage_path=str(self._storage()),
+                        storage_path=path,
+                        storage_filesystem=filesystem,
                         # Which failure is the last is decided above: by those in a row, not by all in a long life.
                         failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
                     ),
@@ -421,12 +423,12 @@ class ZeroClientActor(ClientActor):
             lines = [line for line in str(error).splitlines() if line.strip()]
             self._desk.end(f"{self.spec.path}: its workers failed: {lines[-1] if lines else type(error).__name__}")
 
-    def _storage(self) -> Path:
-        """Where Ray Train keeps its own notes."""
+    def _storage(self) -> tuple[str, Any]:
+        """Where Ray Train keeps its own notes: a path and a file system."""
         folder = self.plan.run_dir / "workers" / self.spec.path
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
-        return folder
+            storage.make_folder(folder)
+        return storage.for_arrow(folder)
 
     # ---- called by the workers ---------------------------------------------------------------------------------
 

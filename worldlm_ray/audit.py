@@ -11,15 +11,19 @@ every edge of the tree, that nothing was lost and nothing applied twice.
 from __future__ import annotations
 
 import json
-import os
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from worldlm_ray import storage
 from worldlm_ray.records import VerdictRecord
 
 FOLDER = "audit"
+OBJECTS_EVERY_S = 2.0
+"""Between two writes to an object store."""
 RESTORED = "restored"
 ACCEPTED = "accepted"
 
@@ -35,11 +39,20 @@ class AuditLog:
 
     def __init__(self, run_dir: Path, node: str, *, warn: Callable[[str], None] = lambda _: None) -> None:
         self._path = run_dir / FOLDER / f"{node}.jsonl"
+        self._file = storage.Growing(self._path, closing=b"\n")
+        self._every_s = OBJECTS_EVERY_S if storage.is_remote(run_dir) else 0.0
+        self._flushed_s = -math.inf
         self._node, self._warn = node, warn
         self._waiting: list[bytes] = []
+        self._told = False
+        """Whether the storage's refusal has been reported."""
 
     def verdict(self, record: VerdictRecord) -> None:
-        """Write down what became of an update. In the file when this returns, if the storage is well."""
+        """Write down what became of an update.
+
+        In the file when this returns, if the storage is well. Lines for an object store wait for each other, up to
+        `OBJECTS_EVERY_S` or the next `flush`.
+        """
         values = asdict(record)
         self._write({"now_s": values.pop("now_s"), **values})
 
@@ -52,18 +65,20 @@ class AuditLog:
         """Write lines that are still waiting."""
         if not self._waiting:
             return
+        self._flushed_s = time.monotonic()
         try:
-            # Opened anew every time: storage that was away and is back may be another file.
-            with _open(self._path) as file:
-                file.write(b"".join(self._waiting))
+            self._file.add(b"".join(self._waiting))
             self._waiting.clear()
+            self._told = False
         except OSError as error:
-            if len(self._waiting) == 1:
+            if not self._told:
                 self._warn(f"cannot write {self._path}: {error}; its lines wait in memory")
+            self._told = True
 
     def _write(self, values: Mapping[str, Any]) -> None:
         self._waiting.append((json.dumps(values) + "\n").encode())
-        self.flush()
+        if time.monotonic() - self._flushed_s >= self._every_s:
+            self.flush()
 
 
 @dataclass
@@ -133,14 +148,3 @@ def proofs(run_dir: Path) -> list[Proof]:
 def _go_back(proof: Proof, last_seq: int, undone: set[int]) -> None:
     undone.update(seq for seq in proof.applied if seq > last_seq)
     proof.applied = [seq for seq in proof.applied if seq <= last_seq]
-
-
-def _open(path: Path) -> BinaryIO:
-    # Unbuffered: a killed process loses no line. What a kill tore apart in the last line is closed off.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab+", buffering=0)
-    if file.seek(0, os.SEEK_END) > 0:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    return file

@@ -6,8 +6,9 @@
             meta.json           written last; holds the sizes and the SHA-256 of the arrays
         incarnations/2          how often the node has been started
 
-A checkpoint is written under a temporary name, flushed to disk and renamed; loading takes the newest that is
-whole, falls back to the one before if it is not, and says so.
+A checkpoint is written under a temporary name, flushed to disk and renamed; in an object store, where nothing is
+renamed, it counts from when its meta.json is there. Loading takes the newest that is whole, falls back to the one
+before if it is not, and says so.
 
 After a node of the cluster was lost, two processes may play one actor for a while. Each has claimed an incarnation of
 its own, by creating a file that nobody else can create. The older one learns of the newer when it saves: before it
@@ -22,7 +23,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,11 +33,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from worldlm_ray import storage
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.params import Flat
 
 FORMAT = 3
-_INCARNATIONS = "incarnations"
+_INCARNATIONS, _META = "incarnations", "meta.json"
 _NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 
 
@@ -54,18 +55,19 @@ def claim(place: Path) -> int:
     """
     folder = place / _INCARNATIONS
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        number = newest_incarnation(place) + 1
-        while True:
-            try:
-                (folder / str(number)).touch(exist_ok=False)
-                break
-            except FileExistsError:
-                number += 1
-        _sync(folder)
-        for path in folder.iterdir():
-            if path.name.isdigit() and int(path.name) < number:
-                path.unlink(missing_ok=True)
+        with storage.refusals(place):
+            storage.make_folder(folder)
+            number = newest_incarnation(place) + 1
+            while True:
+                try:
+                    storage.create_exclusively(folder / str(number))
+                    break
+                except FileExistsError:
+                    number += 1
+            storage.flush_folder(folder)
+            for path in folder.iterdir():
+                if path.name.isdigit() and int(path.name) < number:
+                    path.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write to {place}: {error}; free the storage") from error
     return number
@@ -100,35 +102,40 @@ def save(
     """
     temporary = place / f".writing-{secrets.token_hex(4)}"
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        _check_newest(place, incarnation)
-        old = _numbered(place)
-        number = max((number for (_, number), _ in old), default=0) + 1
-        temporary.mkdir()
-        file = temporary / "arrays.safetensors"
-        digest = _write_arrays(file, arrays)
-        manifest = {
-            "format": FORMAT,
-            "bytes": file.stat().st_size,
-            "sha256": digest,
-            "meta": dict(meta),
-            "meta_sha256": _sha256_of(meta),
-        }
-        (temporary / "meta.json").write_text(json.dumps(manifest), encoding="utf-8")
-        _sync(temporary / "meta.json")
-        final = place / f"{incarnation:04d}-{number:06d}-{secrets.token_hex(2)}"
-        temporary.rename(final)
-        _sync(place)
-        _check_newest(place, incarnation)
+        with storage.refusals(place):
+            storage.make_folder(place)
+            _check_newest(place, incarnation)
+            old = _numbered(place)
+            number = max((number for (_, number), _ in old), default=0) + 1
+            final = place / f"{incarnation:04d}-{number:06d}-{secrets.token_hex(2)}"
+            if storage.is_remote(place):
+                temporary = final  # nothing can be renamed there: a checkpoint counts when its meta.json is there
+            storage.make_folder(temporary)
+            file = temporary / "arrays.safetensors"
+            size, digest = _write_arrays(file, arrays)
+            manifest = {
+                "format": FORMAT,
+                "bytes": size,
+                "sha256": digest,
+                "meta": dict(meta),
+                "meta_sha256": _sha256_of(meta),
+            }
+            storage.replace_text(temporary / _META, json.dumps(manifest), durable=True)
+            if temporary is not final:
+                temporary.rename(final)
+            storage.flush_folder(place)
+            _check_newest(place, incarnation)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):
+        storage.remove_tree(temporary)
+        with suppress(OSError), storage.refusals(place):
             _check_newest(place, incarnation)  # a newer life clears away what an older one has not finished
         raise CheckpointError(f"cannot write a checkpoint to {place}: {error}; free the storage") from error
-    for unfinished in place.glob(".writing-*"):  # of a writer that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with suppress(OSError), storage.refusals(place):
+        for path in place.iterdir():
+            if path.name.startswith(".writing-") or _is_leftover(path, before=(incarnation, number)):
+                storage.remove_tree(path)  # of a writer that was killed
     for _, stale in old[: max(len(old) + 1 - keep, 0)]:
-        shutil.rmtree(stale, ignore_errors=True)
+        storage.remove_tree(stale)
     return final
 
 
@@ -142,7 +149,11 @@ def load(place: Path, *, warn: Callable[[str], None] = lambda _: None) -> tuple[
     Raises:
         CheckpointError: there are checkpoints and none is whole.
     """
-    found = _numbered(place)
+    try:
+        with storage.refusals(place):
+            found = _numbered(place)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {place}: {error}") from error
     for _, path in reversed(found):
         try:
             return _read(path)
@@ -155,21 +166,22 @@ def load(place: Path, *, warn: Callable[[str], None] = lambda _: None) -> tuple[
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Flat]]:
     try:
-        manifest = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        file = path / "arrays.safetensors"
+        with storage.refusals(path):
+            manifest = json.loads((path / _META).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
-        if file.stat().st_size != manifest["bytes"] or _sha256(file) != manifest["sha256"]:
-            raise CheckpointError(f"{path}: the arrays are damaged")
-        if _sha256_of(manifest["meta"]) != manifest["meta_sha256"]:
-            raise CheckpointError(f"{path}: meta.json is damaged")
-        return manifest["meta"], load_file(file)
+        with storage.local_copy(path / "arrays.safetensors") as file:
+            if file.stat().st_size != manifest["bytes"] or _sha256(file) != manifest["sha256"]:
+                raise CheckpointError(f"{path}: the arrays are damaged")
+            if _sha256_of(manifest["meta"]) != manifest["meta_sha256"]:
+                raise CheckpointError(f"{path}: {_META} is damaged")
+            return manifest["meta"], load_file(file)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _write_arrays(file: Path, arrays: Mapping[str, Flat]) -> str:
-    """Write flat fp32 buffers as safetensors, flushed to disk; returns the SHA-256 of the file.
+def _write_arrays(file: Path, arrays: Mapping[str, Flat]) -> tuple[int, str]:
+    """Write flat fp32 buffers as safetensors, flushed to disk; returns the size of the file and its SHA-256.
 
     The library's own writer makes a copy of every tensor first. This one streams the buffers as they lie, since
     a node that holds three times its model must not need six to save it; the library reads the result.
@@ -190,9 +202,10 @@ def _write_arrays(file: Path, arrays: Mapping[str, Flat]) -> str:
         for piece in pieces:
             stream.write(piece)
             digest.update(piece)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return digest.hexdigest()
+        if not storage.is_remote(file):
+            stream.flush()
+            os.fsync(stream.fileno())
+    return 8 + len(head) + offset, digest.hexdigest()
 
 
 def _check_newest(place: Path, incarnation: int) -> None:
@@ -206,7 +219,17 @@ def _numbered(place: Path) -> list[tuple[tuple[int, int], Path]]:
     if not place.is_dir():
         return []
     found = [(_NAME.fullmatch(path.name), path) for path in place.iterdir() if path.is_dir()]
+    if storage.is_remote(place):
+        found = [(match, path) for match, path in found if match and (path / _META).is_file()]
     return sorted(((int(match[1]), int(match[2])), path) for match, path in found if match)
+
+
+def _is_leftover(path: Path, *, before: tuple[int, int]) -> bool:
+    """Whether an unfinished checkpoint lies in an object store whose writer must have ended."""
+    match = _NAME.fullmatch(path.name)
+    if match is None or not storage.is_remote(path) or (int(match[1]), int(match[2])) >= before:
+        return False
+    return not (path / _META).is_file()
 
 
 def _sha256(file: Path) -> str:
@@ -216,11 +239,3 @@ def _sha256(file: Path) -> str:
 
 def _sha256_of(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(meta), sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

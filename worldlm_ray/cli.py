@@ -40,6 +40,9 @@ Overrides = Annotated[
 Run = Annotated[str, typer.Argument(help="a run's folder, or its name under runs/")]
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="folder of the run; runs/NAME unless given")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+PerGb = Annotated[
+    float | None, typer.Option("--per-gb", min=0.0, help="price of a GB between places: adds up what moves")
+]
 
 
 @app.callback()
@@ -196,9 +199,9 @@ def scale(
 
 
 @app.command()
-def show(conf: Conf, overrides: Overrides = None, as_json: Json = False) -> None:
+def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb: PerGb = None) -> None:
     """Print what a configuration means: the tree, the parameter split, bytes per push, memory per node."""
-    from worldlm_ray.describe import describe, misfits, tables
+    from worldlm_ray.describe import crossing_table, describe, misfits, tables
     from worldlm_ray.plan import make_plan
 
     plan = make_plan(_load(conf, overrides or [], None))
@@ -208,6 +211,10 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False) -> None
         return
     for table in tables(facts):
         console.print(table)
+    if facts["crossings"]:
+        console.print(crossing_table(facts, per_gb=per_gb))
+    elif per_gb is not None:
+        console.print("nothing moves between places: no node has placement.labels of its own")
     for line in misfits(facts):
         console.print(line, style="yellow")
     from worldlm_ray.spending import planned, planned_table, private_clients

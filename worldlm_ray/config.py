@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from worldlm_ray import storage
 from worldlm_ray.errors import ConfigError
 
 T = TypeVar("T")
@@ -427,10 +428,11 @@ def find(conf: str) -> Path:
     Raises:
         ConfigError: there is neither a file nor a preset of that name.
     """
-    path = Path(conf).expanduser()
+    path = storage.place(conf) if "://" in conf else Path(conf).expanduser()
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
+        with storage.refusals(path):
+            if path.is_file():
+                return path
         raise ConfigError("CONF", f"there is no file {conf!r}", "give the path of a YAML file or a preset's name")
     known = presets()
     if conf in known:
@@ -450,7 +452,8 @@ def load(conf: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = find(conf)
     try:
-        raw = OmegaConf.load(path)
+        with path.open(encoding="utf-8") as file:
+            raw = OmegaConf.load(file)
     except Exception as error:
         detail = " ".join(str(error).split())
         raise ConfigError(str(path), f"is not valid YAML ({detail})", "mend the file") from error
@@ -518,9 +521,7 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML: the whole file or nothing."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))), encoding="utf-8")
-    temporary.replace(path)
+    storage.replace_text(path, OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))))
 
 
 def check_run(config: RunConfig) -> None:

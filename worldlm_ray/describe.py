@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,7 +41,50 @@ def describe(plan: Plan) -> dict[str, Any]:
         },
         "bytes_per_pull": layout.nbytes,
         "nodes": {spec.path: _node(plan, spec) for spec in plan.root.walk()},
+        "crossings": crossings(plan),
     }
+
+
+def crossings(plan: Plan) -> list[dict[str, Any]]:
+    """Edges whose ends are placed differently, and what moves over each in a whole run; in bytes.
+
+    Exchanges are those of a budget that is spent evenly; of a federation, which does not begin one while another is
+    under way, at most so many. None where the budget is in seconds.
+    """
+    found = []
+    for parent in plan.root.inner:
+        for child in parent.children:
+            if child.settings.placement.labels == parent.settings.placement.labels:
+                continue
+            exchanges = _exchanges(plan, child)
+            push = nbytes(child.settings.exchange.codec, plan.layout.size)
+            found.append(
+                {
+                    "node": child.path,
+                    "from": dict(child.settings.placement.labels),
+                    "to": dict(parent.settings.placement.labels),
+                    "exchanges": exchanges,
+                    "bytes_up": None if exchanges is None else exchanges * push,
+                    "bytes_down": None if exchanges is None else exchanges * plan.layout.nbytes,
+                }
+            )
+    return found
+
+
+def _exchanges(plan: Plan, spec: NodeSpec) -> int | None:
+    if spec.kind == "client":
+        return plan.planned_rounds(spec)
+    below = [_exchanges(plan, child) for child in spec.children]
+    known = [number for number in below if number is not None]
+    if len(known) < len(below):
+        return None
+    rules = spec.settings.aggregation
+    together = {
+        "goal_achieved": math.ceil(sum(known) / rules.buffer_size),
+        "synchronous": max(known),
+        "time_up": math.ceil(sum(known) / rules.quorum),
+    }
+    return math.ceil(together[rules.trigger] / rules.push_every)
 
 
 def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
@@ -171,6 +215,31 @@ def _sharding(facts: Mapping[str, Any]) -> Table:
         table.add_section()
     table.caption = "* as configured; by ZeRO's arithmetic for the fewest workers, without activations and buckets"
     return table
+
+
+def crossing_table(facts: Mapping[str, Any], *, per_gb: float | None) -> Table:
+    """What moves between places, and what that costs."""
+    table = Table(title="what moves between places", title_justify="left")
+    for name in ("node", "from", "to", "exchanges", "up", "down", *(["price"] if per_gb is not None else [])):
+        table.add_column(name, justify="left" if name in ("node", "from", "to") else "right")
+    total = 0.0
+    for edge in facts["crossings"]:
+        row = [edge["node"].removeprefix("world/"), _labels(edge["from"]), _labels(edge["to"])]
+        if edge["exchanges"] is None:
+            table.add_row(*row, "?", "?", "?")
+            continue
+        price = (edge["bytes_up"] + edge["bytes_down"]) / 1e9 * (per_gb or 0.0)
+        total += price
+        row += [f"{edge['exchanges']:,}", f"{amount(edge['bytes_up'])}B", f"{amount(edge['bytes_down'])}B"]
+        table.add_row(*row, *([f"{price:,.2f}"] if per_gb is not None else []))
+    table.caption = "one pull and one push an exchange; exchanges of the whole budget, of federations at most"
+    if per_gb is not None:
+        table.caption += f"; {total:,.2f} in all at {per_gb:g} per GB"
+    return table
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in labels.items()) or "anywhere"
 
 
 def misfits(facts: Mapping[str, Any]) -> list[str]:

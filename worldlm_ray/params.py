@@ -204,14 +204,16 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="blocks")
 
 
-def add_scaled(target: Flat, values: Flat, scale: float) -> None:
-    """`target += scale * values`, in place."""
+def add_scaled(target: Flat, values: Flat, scale: float, *, first: tuple[Flat, float] | None = None) -> None:
+    """`target += scale * values`, in place; with `first`, `target = first[1] * first[0] + scale * values`."""
     factor = np.float32(scale)
 
     def work(parts: Iterable[slice]) -> None:
         temporary = np.empty(min(BLOCK, target.size), np.float32)
         for part in parts:
             product = temporary[: part.stop - part.start]
+            if first is not None:
+                np.multiply(first[0][part], np.float32(first[1]), out=target[part])
             np.multiply(values[part], factor, out=product)
             np.add(target[part], product, out=target[part])
 

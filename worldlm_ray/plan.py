@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray import huggingface, tree
+from worldlm_ray import huggingface, storage, tree
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config import RunConfig, from_mapping, to_mapping
@@ -42,7 +42,7 @@ class Plan:
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
-        return Path(self.config.run_dir or f"runs/{self.config.name}").expanduser().absolute()
+        return storage.place(self.config.run_dir or f"runs/{self.config.name}")
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -196,6 +196,14 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
         if client.settings.privacy.unit == "record":
             _check_private(client, config)
+    for node in root.walk():
+        privacy = node.settings.privacy
+        if privacy.unit != "none" and privacy.ledger_dir is None and "://" in (config.run_dir or ""):
+            raise ConfigError(
+                f"{node.key}.privacy.ledger_dir",
+                "an object store cannot lock a ledger against a second writer",
+                "give a folder on a file system",
+            )
     if check_data:
         for client in root.clients:
             check_sources(client.settings.data, f"{client.key}.data")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray import config as configuration
+from worldlm_ray import storage
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan, make_plan
 
@@ -36,22 +37,24 @@ def create(plan: Plan) -> Plan:
         RunError: the named folder already holds a run, or cannot be made.
     """
     run_dir = plan.run_dir
-    if plan.config.run_dir is None:
-        number = 2
-        while (run_dir / CONFIG).exists():
-            run_dir = plan.run_dir.with_name(f"{plan.run_dir.name}-{number}")
-            number += 1
-    elif (run_dir / CONFIG).exists():
-        raise RunError(
-            f"{run_dir} already holds a run; continue it with `worldlm train --resume {run_dir}`, "
-            "or give another --run-dir"
-        )
-    plan = replace(plan, config=replace(plan.config, run_dir=str(run_dir)))
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        configuration.save(plan.config, run_dir / CONFIG)
+        with storage.refusals(run_dir):
+            if plan.config.run_dir is None:
+                number = 2
+                while (run_dir / CONFIG).exists():
+                    run_dir = plan.run_dir.with_name(f"{plan.run_dir.name}-{number}")
+                    number += 1
+            elif (run_dir / CONFIG).exists():
+                raise RunError(
+                    f"{run_dir} already holds a run; continue it with `worldlm train --resume {run_dir}`, "
+                    "or give another --run-dir"
+                )
+            plan = replace(plan, config=replace(plan.config, run_dir=str(run_dir)))
+            storage.make_folder(run_dir)
+            configuration.save(plan.config, run_dir / CONFIG)
     except OSError as error:
-        raise RunError(f"cannot write the run folder {run_dir}: {error.strerror}; give another --run-dir") from error
+        why = error.strerror or str(error)
+        raise RunError(f"cannot write the run folder {run_dir}: {why}; give another --run-dir") from error
     return plan
 
 
@@ -59,8 +62,9 @@ def discard(plan: Plan) -> None:
     """Take back the folder of a run that could not begin, so that the same command can be given again."""
     if not (plan.run_dir / STATUS).exists():
         (plan.run_dir / CONFIG).unlink(missing_ok=True)
-        with suppress(OSError):  # it holds something of somebody else's
-            plan.run_dir.rmdir()
+        if not storage.is_remote(plan.run_dir):
+            with suppress(OSError):  # it holds something of somebody else's
+                plan.run_dir.rmdir()
 
 
 def find(run: str) -> Path:
@@ -69,9 +73,13 @@ def find(run: str) -> Path:
     Raises:
         RunError: there is no such run.
     """
-    for path in (Path(run).expanduser(), Path("runs") / run):
-        if (path / CONFIG).is_file():
-            return path.absolute()
+    for path in [storage.place(run)] if "://" in run else [storage.place(run), storage.place(f"runs/{run}")]:
+        try:
+            with storage.refusals(path):
+                if (path / CONFIG).is_file():
+                    return path
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error}") from error
     known = sorted(path.parent.name for path in Path("runs").glob(f"*/{CONFIG}"))
     there = f"runs/ holds {', '.join(known)}" if known else "runs/ holds none yet"
     raise RunError(f"there is no run {run!r}; give its folder or its name ({there})")

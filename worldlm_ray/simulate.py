@@ -159,6 +159,8 @@ class Simulation:
 
     def conclude(self, status: str) -> Outcome:
         """Measure every model, write checkpoints and summary.json."""
+        for trail in self.audit.values():
+            trail.flush()
         measures = {path: client.report(self._final_tokens) for path, client in self.clients.items()}
         for path, node in self.nodes.items():
             below = [self.clients[spec.path] for spec in self.specs[path].clients]

@@ -32,7 +32,6 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
@@ -46,12 +45,15 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from worldlm_ray import storage
 from worldlm_ray.records import AttentionRecord
 
 Scalar = str | int | float | bool
 
 FLUSH_EVERY_S = 2.0
 """Longest time that an event stays in memory."""
+OBJECTS_EVERY_S = 10.0
+"""The same where files are objects: each is written anew."""
 WAITING_BYTES = 4_000_000
 """Events that may stay in memory: whoever adds more writes them itself."""
 KEPT_BYTES = 16 * WAITING_BYTES
@@ -85,7 +87,8 @@ class EventFiles:
         self._folder, self._started_at = folder, started_at
         self._waiting: dict[str, list[bytes]] = {}
         self._waiting_bytes = 0
-        self._paths: dict[str, Path] = {}
+        self._runs: dict[str, storage.Growing] = {}
+        self._every_s = OBJECTS_EVERY_S if storage.is_remote(folder) else FLUSH_EVERY_S
         self._adding, self._writing = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
         self.trouble = ""
@@ -94,7 +97,7 @@ class EventFiles:
         self._thread.start()
 
     def add(self, run: str, event: Event) -> None:
-        """Have an event written within about `FLUSH_EVERY_S` seconds; later, while the storage refuses."""
+        """Have an event written within a few seconds; later, while the storage refuses."""
         if self._closing.is_set():
             raise ValueError(f"the event files in {str(self._folder)!r} are closed")
         data = event.SerializeToString()
@@ -128,7 +131,7 @@ class EventFiles:
         self.flush()
 
     def _write_often(self) -> None:
-        while not self._closing.wait(FLUSH_EVERY_S):
+        while not self._closing.wait(self._every_s):
             self.flush()
 
     def _keep(self, events: dict[str, list[bytes]]) -> None:
@@ -141,13 +144,12 @@ class EventFiles:
 
     def _append(self, run: str, events: list[bytes]) -> None:
         """Append to a run's file: all of the events or none of them, as far as the storage can be told."""
-        path = self._paths.pop(run, None)  # after an error the run goes on in a new file: this one may end anyhow
-        if path is None:
+        file = self._runs.pop(run, None)  # after an error the run goes on in a new file: this one may end anyhow
+        if file is None:
             # TensorBoard reads the files of a run in the order of their names, which begin with the time.
             number = f"{os.getpid()}.{next(_file_numbers)}"
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{number}"
-            path = self._folder / run / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            file = storage.Growing(self._folder / run / name)
             source = SourceMetadata(writer="worldlm_ray.tensorboard")
             first = Event(wall_time=self._started_at, file_version="brain.Event:2", source_metadata=source)
             events = [first.SerializeToString(), *events]
@@ -155,15 +157,8 @@ class EventFiles:
         records = RecordWriter(buffer)
         for event in events:
             records.write(event)
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("ab") as file:
-                file.write(buffer.getvalue())
-        except OSError:
-            with suppress(OSError):
-                os.truncate(path, size)
-            raise
-        self._paths[run] = path
+        file.add(buffer.getvalue())
+        self._runs[run] = file
 
 
 class Board:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import audit
+from worldlm_ray import audit, storage
 from worldlm_ray.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
@@ -80,7 +79,7 @@ class Tracker:
         self._new_taus: dict[str, list[int]] = {}
         """Staleness of what each child sent since the last aggregation of its parent."""
         self._images: dict[tuple[str, str], AttentionRecord] = {}
-        run_dir.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(run_dir)
         try:
             status = read_status(run_dir)
         except RunError:
@@ -334,12 +333,4 @@ def write_summary(
 
 
 def _replace_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    """Replace a file as a whole: a reader sees the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    storage.replace_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)

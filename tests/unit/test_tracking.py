@@ -556,7 +556,7 @@ def test_what_a_full_disk_tore_apart_is_cut_off(tmp_path: Path, monkeypatch: pyt
         """Takes half of what it is given, and then there is no space left."""
 
         def __init__(self, path: Path) -> None:
-            self.file = opened(path, "ab", buffering=0)
+            self.file = opened(path, "ab+", buffering=0)
 
         def __enter__(self) -> Full:
             return self
@@ -564,12 +564,15 @@ def test_what_a_full_disk_tore_apart_is_cut_off(tmp_path: Path, monkeypatch: pyt
         def __exit__(self, *_: object) -> None:
             self.file.close()
 
+        def seek(self, offset: int, whence: int) -> int:
+            return self.file.seek(offset, whence)
+
         def write(self, data: bytes) -> None:
             self.file.write(data[: len(data) // 2])
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda path, *_: Full(path))
+        patch.setattr(Path, "open", lambda path, *_, **__: Full(path))
         board.scalars("world", {"version/inner": 2}, now_s=2.0)
         board.flush()
         assert "No space left" in board.trouble

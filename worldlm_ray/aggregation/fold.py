@@ -46,6 +46,9 @@ class Fold:
         self.layout, self.rules, self.origin, self.first_s = layout, rules, origin, first_s
         self.flat = np.empty(layout.size, np.float32) if buffer is None else buffer
         self.flat[layout.backbone_size :] = 0.0
+        self._first: tuple[Flat, float] | None = None
+        """The first update's backbone and its weight, as long as it is the only one and not in `flat` yet. Whatever
+        pass comes next, for the second or for the next model, reads it too."""
         self.attention = OnlineAttention(layout.key_layers, self.flat[layout.backbone_size :])
         self.fits: list[list[float]] = []
         """Scores of the updates' key layers against the node's own, by the temperature."""
@@ -69,10 +72,11 @@ class Fold:
         split = self.layout.backbone_size
         weight = update.tokens * discount(self.rules.staleness, tau)
         factor, change = self.clipping(update), update.values[split:]
-        if self.contributors:
-            add_scaled(self.flat[:split], update.values[:split], weight * factor)
+        if not self.contributors:
+            self._first = (update.values[:split], weight * factor)
         else:
-            scaled(update.values[:split], weight * factor, out=self.flat[:split])
+            add_scaled(self.flat[:split], update.values[:split], weight * factor, first=self._first)
+            self._first = None
         fit: list[float] = []
         if self.layout.key_layers:
             change = change if factor == 1.0 else np.float32(factor) * change
@@ -127,7 +131,7 @@ class Fold:
         if self.rules.server_optimizer.lr is None:
             scale *= self.present(len(absent))
         self.shares = {name: weight * scale for name, weight in self.shares.items()}
-        norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale)
+        norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale, first=self._first)
         return self.flat, norm, weights
 
     def present(self, absent: int) -> float:
@@ -167,6 +171,10 @@ class Fold:
 
     def arrays(self) -> dict[str, Flat]:
         """The buffers."""
+        if self._first is not None:
+            values, weight = self._first
+            scaled(values, weight, out=self.flat[: self.layout.backbone_size])
+            self._first = None
         return {"flat": self.flat}
 
     def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:

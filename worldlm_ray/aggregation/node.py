@@ -194,8 +194,10 @@ class Node:
         self._fold: Fold | None = None
         self._made: Flat | None = None
         """The buffer that the published model lies in, if an aggregation has made it."""
-        self._spare: Flat | None = None
-        """A buffer for the next aggregation: the published model that lay in it lies in shared memory by now."""
+        self._spare: list[Flat] = []
+        """Buffers for the next aggregations: the models that lay there lie in shared memory, or nobody saw them."""
+        self._lent = True
+        """Whether somebody may still read the buffer in which the model lies."""
         self._held: dict[str, tuple[Update, int]] = {}
         self._waiting: dict[str, int] = {}
 
@@ -304,8 +306,8 @@ class Node:
             self.anchor = view
         if self.theta is own:
             self.theta = view
-            if own.base is self._made:
-                self._spare = self._made
+            if self._made is not None and own.base is self._made:
+                self._spare.append(own.base)
             self._made = None
         if self.in_flight is not None and self.in_flight.values is own:
             self.in_flight = replace(self.in_flight, values=view)
@@ -417,8 +419,8 @@ class Node:
             self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
     def _new_fold(self, first_s: float) -> Fold:
-        named: dict[str, Any] = {"origin": self.merger.origin, "first_s": first_s, "buffer": self._spare}
-        self._spare = None
+        named: dict[str, Any] = {"origin": self.merger.origin, "first_s": first_s}
+        named["buffer"] = self._spare.pop() if self._spare else None
         if self.privacy is not None:
             return PrivateFold(self.layout, self.aggregation, self.privacy, **named)
         kind = Fold if self.aggregation.robust.rule == "none" else RobustFold
@@ -461,7 +463,9 @@ class Node:
             raise AggregationError(f"{self.path}: nothing to aggregate")
         absent = [c.fit for name, c in self.children.items() if not c.left and name not in fold.contributors]
         flat, norm, weights = fold.finish(self.theta, self.optimizer, absent=absent)
-        self.theta, self._made = frozen(flat), flat
+        if self._made is not None and not self._lent and (not self.has_parent or self.anchor is not self.theta):
+            self._spare.append(self._made)  # several updates came before any child pulled
+        self.theta, self._made, self._lent = frozen(flat), flat, False
         for name, share in fold.shares.items():
             if name in self.children:
                 self.children[name].share += share * self.optimizer.rate
@@ -614,6 +618,7 @@ class Node:
 
     def model(self, child: str) -> Model:
         """The published model as this child would get it."""
+        self._lent = True
         known = self.children.get(child, Child())
         return Model(
             version=self.version,
@@ -647,6 +652,7 @@ class Node:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """Everything that a restart needs: plain values, and buffers that must be written before the next event."""
+        self._lent = True
         arrays = {"theta": self.theta, **{f"optimizer.{k}": v for k, v in self.optimizer.buffers.items()}}
         if self.anchor is not self.theta:
             arrays["anchor"] = self.anchor

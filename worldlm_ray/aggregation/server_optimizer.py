@@ -68,13 +68,14 @@ class ServerOptimizer:
         }
         return rates.get(config.name, 1.0)
 
-    def apply(self, update: Flat, theta: Flat, *, scale: float = 1.0) -> float:
+    def apply(self, update: Flat, theta: Flat, *, scale: float = 1.0, first: tuple[Flat, float] | None = None) -> float:
         """Turn a mean update into the new backbone: afterwards `update` holds theta's successor.
 
         Args:
             update: the sum of weighted updates; overwritten with the new backbone.
             theta: the backbone now; not changed.
             scale: makes the sum a mean: one over the undiscounted weight.
+            first: the only update of the sum and its weight, instead of what is in `update`.
 
         Returns:
             L2 norm of the step taken, for the record: to five digits or so.
@@ -85,6 +86,8 @@ class ServerOptimizer:
             temporary, squared = np.empty(min(BLOCK, update.size), np.float32), []
             for part in parts:
                 step = update[part]
+                if first is not None:
+                    np.multiply(first[0][part], np.float32(first[1]), out=step)
                 step *= np.float32(scale)
                 self._step(step, part, temporary[: part.stop - part.start])
                 squared.append(float(np.dot(step, step)))
@@ -117,7 +120,8 @@ class ServerOptimizer:
             np.sqrt(variance, out=temporary)
             temporary += np.float32(config.eps)
             np.divide(momentum, temporary, out=g)
-        g *= lr
+        if self.lr != 1.0:
+            g *= lr
 
     def _delayed(self, g: Flat, part: slice, temporary: Flat) -> None:
         momentum, delayed = self.buffers["momentum"][part], self.buffers["delayed"][part]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from worldlm_ray import storage
 from worldlm_ray.config import DataConfig
 from worldlm_ray.data.text import check_sources
 from worldlm_ray.errors import ConfigError, RunError
@@ -33,7 +33,7 @@ def check(plan: Plan) -> None:
     """
     machines = [machine for machine in ray.nodes() if machine["Alive"]]
     marker = plan.run_dir / f".seen-{secrets.token_hex(4)}"
-    marker.touch()
+    marker.write_text("")
     try:
         looks = {_look_on(machine, plan, marker): machine["NodeManagerHostname"] for machine in machines}
         there, absent = ray.wait(list(looks), num_returns=len(looks), timeout=ANSWER_S)
@@ -46,7 +46,7 @@ def check(plan: Plan) -> None:
         raise RunError("\n".join(sorted(problems)))
 
 
-def _look_on(machine: dict[str, Any], plan: Plan, marker: Path) -> Any:
+def _look_on(machine: dict[str, Any], plan: Plan, marker: Any) -> Any:
     """Ask one machine; returns the reference of its answer."""
     clients = {c.key: c.settings.data for c in plan.root.clients if _may_hold(machine, c)}
     only_there = NodeAffinitySchedulingStrategy(machine["NodeID"], soft=False)
@@ -62,10 +62,16 @@ def _may_hold(machine: dict[str, Any], client: NodeSpec) -> bool:
 def _look(marker: str, clients: dict[str, DataConfig], wanted: str) -> list[str]:
     """What is missing on this machine."""
     problems = []
-    if not Path(marker).is_file():
-        problems.append(
-            f"does not see the run folder {Path(marker).parent}; put it on storage that all machines mount (--run-dir)"
-        )
+    try:
+        place = storage.place(marker)
+        with storage.refusals(place):
+            if not place.is_file():
+                problems.append(
+                    f"does not see the run folder {place.parent}; put it on storage that all machines mount, or in an "
+                    "object store (--run-dir)"
+                )
+    except (RunError, OSError) as error:
+        problems.append(f"cannot use the run folder: {error}")
     if (found := version(PACKAGE)) != wanted:
         problems.append(f"has {PACKAGE} {found}, the run was started with {wanted}; install the same everywhere")
     for key, data in clients.items():
