@@ -20,6 +20,7 @@ class FederationActor(InnerActor):
 
     def __init__(self, address: Address) -> None:
         self._work = asyncio.Event()
+        self._exchange_saved: asyncio.Task[None] | None = None
         super().__init__(address)
         self._uplink = Uplink(address, self.plan, self.node, tell=self._record)
 
@@ -27,8 +28,7 @@ class FederationActor(InnerActor):
         """Hand the update over to the task that talks to the parent."""
         update = self.node.begin_exchange()
         self.node.use_shared_copy(update.values, self._uplink.share(update))
-        # Saved before it is sent: after a crash the same update goes out again under the same seq.
-        self._save()
+        self._exchange_saved = self._save()
         self._work.set()
 
     async def _live(self) -> None:
@@ -37,9 +37,12 @@ class FederationActor(InnerActor):
         told = False
         while True:
             if self.node.in_flight is not None:
+                # Saved before it is sent: after a crash the same update goes out again under the same seq.
+                if self._exchange_saved is not None:
+                    await self._exchange_saved
                 await follow(self._uplink.push(self.node.in_flight))
                 model = await follow(self._uplink.pull())
-                self._handle(ParentModel(model=model, now_s=self.clock.now_s()))
+                await self._handle(ParentModel(model=model, now_s=self.clock.now_s()))
             elif self.node.ended and not told:
                 await follow(self._uplink.done())
                 told = True

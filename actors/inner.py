@@ -8,6 +8,10 @@ lock. The order of one exchange, for concurrency's sake:
     3. the model is put into the object store once; the second and later children get the same reference, and the
        machine then works on the shared copy instead of its own
 
+Checkpoints are written by a thread beside. Buffers that change in place (a fold that is under way, an optimizer's) are
+written first, and only so long events wait; models, anchors and updates never change, and are written while the node
+goes on. What a child may forget it is told when the checkpoint is on disk.
+
 Ray starts the actor again when its process dies. It then claims a new incarnation, goes back to its last checkpoint and
 begins by itself; its children notice, join again, and send what the checkpoint does not know.
 """
@@ -16,11 +20,15 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import json
 import os
 import threading
 import time
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -88,6 +96,12 @@ class InnerActor:
         self._published: tuple[Flat, Any] | None = None
         self._handling = threading.RLock()
         """Held while the machine changes: the process may be told to end at any moment."""
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._saving: asyncio.Task[None] | None = None
+        self._next_save: asyncio.Task[None] | None = None
+        self._steady = asyncio.Event()
+        """Unset while buffers that events change are being written."""
+        self._steady.set()
         self._is_up = False
         self._started = asyncio.Event()
         self._ended = asyncio.Event()
@@ -102,7 +116,7 @@ class InnerActor:
     async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
         """A child is here; returns what it must know."""
         await self._started.wait()
-        self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=self.clock.now_s()))
+        await self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=self.clock.now_s()))
         return self.node.welcome(child)
 
     async def push(self, sender: str, incarnation: int, to: int, header: bytes, refs: list[Any]) -> Verdict:
@@ -110,7 +124,7 @@ class InnerActor:
         values = await refs[0]
         await self._started.wait()
         packed, now_s = Packed(header, values), self.clock.now_s()
-        self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=now_s))
+        await self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=now_s))
         verdict = self._verdict
         assert verdict is not None
         self._save_if_due()
@@ -122,23 +136,25 @@ class InnerActor:
         # Who asks again waits with those who asked before; who is refused leaves the place to the next.
         future = self._pulls.setdefault(child, asyncio.get_running_loop().create_future())
         now_s = self.clock.now_s()
-        self._handle(Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=now_s))
+        await self._handle(
+            Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=now_s)
+        )
         return await asyncio.shield(future)
 
     async def done(self, child: str, incarnation: int, to: int) -> None:
         """A child will train no more."""
         await self._started.wait()
-        self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+        await self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
 
     async def left(self, child: str, incarnation: int, to: int) -> None:
         """A child leaves the run for good."""
         await self._started.wait()
-        self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+        await self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
 
     async def beat(self, child: str, incarnation: int, to: int) -> None:
         """A child lives."""
         await self._started.wait()
-        self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+        await self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
 
     # ---- called by the launcher ------------------------------------------------------------------------------
 
@@ -167,7 +183,7 @@ class InnerActor:
     async def give_up(self, child: str) -> None:
         """There is no room for a client that has never been there."""
         if self.node.children[child].awaited:
-            self._handle(Done(child=child, to=self.node.incarnation, now_s=self.clock.now_s()))
+            await self._handle(Done(child=child, to=self.node.incarnation, now_s=self.clock.now_s()))
 
     async def ended(self) -> None:
         """Return when everything below has ended and has been passed on.
@@ -185,7 +201,7 @@ class InnerActor:
 
     async def save(self) -> int:
         """Write a checkpoint now; returns the version in it."""
-        self._save()
+        await self._save()
         return self.node.version
 
     # ---- life --------------------------------------------------------------------------------------------------
@@ -220,7 +236,7 @@ class InnerActor:
             await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
             self._check_newest()
             self._audit.flush()
-            self._handle(Clock(now_s=self.clock.now_s()))
+            await self._handle(Clock(now_s=self.clock.now_s()))
 
     def _check_newest(self) -> None:
         """The world has no parent that would tell it that another process plays it by now."""
@@ -235,11 +251,15 @@ class InnerActor:
     def _last_words(self) -> None:
         """The process ends in an orderly way, as after SIGTERM: leave a checkpoint. The event loop turns no more."""
         if self._handling.acquire(timeout=LAST_WORDS_S):
-            self._save()
+            self._audit.flush()
+            with suppress(CheckpointError, SupersededError):
+                self._write(*self.node.state())
 
     # ---- the machine -----------------------------------------------------------------------------------------
 
-    def _handle(self, event: Event) -> None:
+    async def _handle(self, event: Event) -> None:
+        while not self._steady.is_set():
+            await self._steady.wait()
         with self._handling:
             began = time.perf_counter()
             commands = self.node.handle(event)
@@ -265,7 +285,8 @@ class InnerActor:
                     header = pack(command.model, self.plan.layout).header
                     future.set_result((header, [self._publish()]))
             elif isinstance(command, Save):
-                self._save()
+                if self._saving is None or self._saving.done():
+                    self._save()  # else it is asked for again if the one under way does not do
             elif isinstance(command, Exchange):
                 self._publish()
                 self._exchange()
@@ -294,7 +315,7 @@ class InnerActor:
 
     async def _wake(self, at_s: float) -> None:
         await asyncio.sleep(max(at_s - self.clock.now_s(), 0.0))
-        self._handle(Clock(now_s=max(at_s, self.clock.now_s())))
+        await self._handle(Clock(now_s=max(at_s, self.clock.now_s())))
 
     def _publish(self) -> Any:
         """The one object-store reference of the published model."""
@@ -306,10 +327,11 @@ class InnerActor:
             self._published = (self.node.use_shared_copy(values, ray.get(ref)), ref)
         return self._published[1]
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -320,26 +342,72 @@ class InnerActor:
             self._error = error
             self._ended.set()
 
+    # ---- checkpoints -----------------------------------------------------------------------------------------
+
     def _save_if_due(self) -> None:
         every_s = self.plan.config.checkpoint.every_s
-        if self.clock.now_s() - self._saved_s >= every_s:
+        if self.clock.now_s() - self._saved_s >= every_s and (self._saving is None or self._saving.done()):
             self._save()
 
-    def _save(self) -> None:
-        """Write a checkpoint, or go on without: what children keep grows until the storage is back."""
-        self._audit.flush()  # a checkpoint knows of no update that the trail does not
+    def _save(self) -> asyncio.Task[None]:
+        """Have a checkpoint written of the state as it is now, or as it is when the one under way is written.
+
+        Returns:
+            A task that ends when it is on disk, or when the storage has refused it: then the run goes on without, and
+            what children keep grows until the storage is back.
+        """
+        if self._saving is None or self._saving.done():
+            self._saving = self._begin_save()
+            return self._saving
+        if self._next_save is None:
+            self._next_save = self._spawn(self._save_after(self._saving))
+        return self._next_save
+
+    async def _save_after(self, before: asyncio.Task[None]) -> None:
+        await before
+        self._saving, self._next_save = self._begin_save(), None
+        await self._saving
+
+    def _begin_save(self) -> asyncio.Task[None]:
         self._saved_s = self.clock.now_s()
-        seqs = self.node.seqs()
+        self._audit.flush()  # a checkpoint knows of no update that the trail does not
+        meta, arrays = self.node.state()
+        if any(map(self.node.changes, arrays)):
+            self._steady.clear()  # events wait until these are written, and no longer
+        # Plain values are copied, which is nothing; buffers are not: the others never change.
+        return self._spawn(self._save_beside(self.node.seqs(), json.loads(json.dumps(meta)), arrays))
+
+    async def _save_beside(self, seqs: dict[str, int], meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
+        """Write while the machine goes on."""
+        loop = asyncio.get_running_loop()
+
+        def steady() -> None:
+            loop.call_soon_threadsafe(self._steady.set)
+
         try:
-            write_checkpoint(
-                self.plan, self.spec.path, *self.node.state(), incarnation=self.node.incarnation, clock=self.clock
-            )
+            await loop.run_in_executor(self._disk, partial(self._write, meta, arrays, on_steady=steady))
         except SupersededError as error:
             end_process(str(error))
         except CheckpointError as error:
             self._warn(f"no checkpoint: {error}")
         else:
             self.node.saved(seqs)
+        finally:
+            self._steady.set()
+
+    def _write(self, meta: dict[str, Any], arrays: dict[str, Flat], **options: Any) -> None:
+        write_checkpoint(
+            self.plan,
+            self.spec.path,
+            meta,
+            arrays,
+            incarnation=self.node.incarnation,
+            clock=self.clock,
+            changing=[name for name in arrays if self.node.changes(name)],
+            **options,
+        )
+
+    # ---- what is told ----------------------------------------------------------------------------------------
 
     def _with_busy(self, record: Record) -> Record:
         if isinstance(record, AggregationRecord):

@@ -95,9 +95,16 @@ def schedule_kills(faults: Faults, path: str, clock: RunClock) -> None:
 
 
 def write_checkpoint(
-    plan: Plan, path: str, meta: dict[str, Any], arrays: dict[str, Flat], *, incarnation: int, clock: RunClock
+    plan: Plan,
+    path: str,
+    meta: dict[str, Any],
+    arrays: dict[str, Flat],
+    *,
+    incarnation: int,
+    clock: RunClock,
+    **options: Any,
 ) -> None:
-    """Write a checkpoint of a node.
+    """Write a checkpoint of a node; options are those of `checkpoint.save`.
 
     Raises:
         CheckpointError: the storage refuses, by itself or because a fault script says so.
@@ -106,4 +113,4 @@ def write_checkpoint(
     place = checkpoint.folder(plan.run_dir, path)
     if plan.faults.now(path, "disk", clock.now_s()):
         raise CheckpointError(f"{place}: the storage refuses on purpose")
-    checkpoint.save(place, meta, arrays, incarnation=incarnation, keep=plan.config.checkpoint.keep)
+    checkpoint.save(place, meta, arrays, incarnation=incarnation, keep=plan.config.checkpoint.keep, **options)

@@ -24,7 +24,7 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,14 @@ def newest_incarnation(place: Path) -> int:
 
 
 def save(
-    place: Path, meta: Mapping[str, Any], arrays: Mapping[str, Flat], *, incarnation: int = 1, keep: int = 2
+    place: Path,
+    meta: Mapping[str, Any],
+    arrays: Mapping[str, Flat],
+    *,
+    incarnation: int = 1,
+    keep: int = 2,
+    changing: Collection[str] = (),
+    on_steady: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint and drop the oldest.
 
@@ -92,6 +99,8 @@ def save(
         arrays: flat buffers.
         incarnation: the writer's.
         keep: checkpoints to keep, this one included.
+        changing: names of buffers that must not change before they are written: they come first, and then ...
+        on_steady: ... is called, while the rest is still being written.
 
     Returns:
         The folder of the new checkpoint.
@@ -112,7 +121,9 @@ def save(
                 temporary = final  # nothing can be renamed there: a checkpoint counts when its meta.json is there
             storage.make_folder(temporary)
             file = temporary / "arrays.safetensors"
-            size, digest = _write_arrays(file, arrays)
+            in_order = sorted(arrays, key=lambda name: name not in changing)
+            first = sum(name in changing for name in in_order)
+            size, digest = _write_arrays(file, {n: arrays[n] for n in in_order}, first=first, on_steady=on_steady)
             manifest = {
                 "format": FORMAT,
                 "bytes": size,
@@ -180,7 +191,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Flat]]:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _write_arrays(file: Path, arrays: Mapping[str, Flat]) -> tuple[int, str]:
+def _write_arrays(
+    file: Path, arrays: Mapping[str, Flat], *, first: int, on_steady: Callable[[], None]
+) -> tuple[int, str]:
     """Write flat fp32 buffers as safetensors, flushed to disk; returns the size of the file and its SHA-256.
 
     The library's own writer makes a copy of every tensor first. This one streams the buffers as they lie, since
@@ -198,10 +211,12 @@ def _write_arrays(file: Path, arrays: Mapping[str, Flat]) -> tuple[int, str]:
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with file.open("wb") as stream:
-        pieces: list[Any] = [struct.pack("<Q", len(head)), head, *map(np.ascontiguousarray, arrays.values())]
-        for piece in pieces:
+        pieces: list[Any] = [struct.pack("<Q", len(head)) + head, *map(np.ascontiguousarray, arrays.values())]
+        for number, piece in enumerate(pieces):
             stream.write(piece)
             digest.update(piece)
+            if number == first:
+                on_steady()
         if not storage.is_remote(file):
             stream.flush()
             os.fsync(stream.fileno())

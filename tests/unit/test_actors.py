@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +20,7 @@ import actors.uplink
 from actors.federation import FederationActor
 from actors.shared import Address, RunClock
 from actors.world import WorldActor
+from worldlm_ray import checkpoint
 from worldlm_ray.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
@@ -103,6 +107,122 @@ def an_update(plan: Plan, sender: str, seq: int = 1, tokens: int = 10) -> tuple[
     return packed.header, [Ref(packed.values)]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop and the threads beside it turn until something is so."""
+    deadline = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        await asyncio.sleep(0.002)
+
+
+class SlowStorage:
+    """Storage that takes each step of a checkpoint when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = self.ended = 0
+        self.steady, self.rest = threading.Event(), threading.Event()
+        write = checkpoint.save
+
+        def save(*arguments: Any, on_steady: Callable[[], None], **options: Any) -> Path:
+            self.begun += 1
+            assert self.steady.wait(20.0)
+            on_steady()
+            assert self.rest.wait(20.0)
+            try:
+                return write(*arguments, on_steady=on_steady, **options)
+            finally:
+                self.ended += 1
+
+        monkeypatch.setattr(checkpoint, "save", save)
+
+
+def test_a_node_answers_while_its_checkpoint_is_written(
+    fake: FakeRay, tiny: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny(checkpoint={"every_s": 0.0})
+    first, second = (child.name for child in plan.root.children)
+    storage = SlowStorage(monkeypatch)
+
+    async def scene() -> WorldActor:
+        world = WorldActor(address(plan, "world"))
+        await world.start()
+        assert (await world.push(first, 1, 1, *an_update(plan, first))).accepted
+        await until(lambda: storage.begun == 1)
+        # Not a byte is written yet, and nothing that changes is in it: the world goes on.
+        for seq in (2, 3):
+            assert (await world.push(first, 1, 1, *an_update(plan, first, seq, 10 * seq))).accepted
+        assert (await world.push(second, 1, 1, *an_update(plan, second))).accepted
+        await world.pull(second, 1, 1, 20)
+        assert world.node.version == 4
+        assert world.node.children[first].durable_seq == 0
+        storage.steady.set()
+        storage.rest.set()
+        await until(lambda: world.node.children[first].durable_seq == 1)
+        await world.save()
+        assert world.node.children[first].durable_seq == 3
+        return world
+
+    world = asyncio.run(scene())
+    found = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))
+    assert found is not None
+    assert found[0]["version"] == 4
+    np.testing.assert_array_equal(found[1]["theta"], world.node.theta)
+
+
+def test_events_wait_only_until_what_they_change_is_written(
+    fake: FakeRay, tiny: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny(checkpoint={"every_s": 0.0}, aggregation={"buffer_size": 3})
+    first, second = (child.name for child in plan.root.children)
+    storage = SlowStorage(monkeypatch)
+
+    async def scene() -> WorldActor:
+        world = WorldActor(address(plan, "world"))
+        await world.start()
+        await world.push(first, 1, 1, *an_update(plan, first))  # waits in the fold
+        await until(lambda: storage.begun == 1)
+        push = asyncio.create_task(world.push(second, 1, 1, *an_update(plan, second)))
+        await asyncio.sleep(0.1)
+        assert not push.done(), "it would change the fold that is being written"
+        storage.steady.set()
+        assert (await push).accepted
+        assert storage.ended == 0
+        storage.rest.set()
+        await until(lambda: storage.ended >= 1)
+        return world
+
+    asyncio.run(scene())
+    found = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))
+    assert found is not None
+    assert found[0]["fold"]["contributors"] in ([first], [first, second])
+
+
+def test_an_exchange_goes_out_when_it_is_on_disk(
+    fake: FakeRay, tiny: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny()
+    path = plan.root.children[0].path
+    storage = SlowStorage(monkeypatch)
+    storage.steady.set()
+
+    async def scene() -> None:
+        world = WorldActor(address(plan, "world"))
+        fake.actors["world"] = Handle(world)
+        await world.start()
+        actor = FederationActor(address(plan, path))
+        await actor.start()
+        await actor.join("a", 1, 0)
+        assert (await actor.push("a", 1, 1, *an_update(plan, "a"))).accepted
+        await until(lambda: storage.begun == 1)
+        await asyncio.sleep(0.1)
+        assert world.node.accepted == 0, "a crash now would send another update under the same seq"
+        await actor.pull("a", 1, 1, 20)
+        storage.rest.set()
+        await until(lambda: world.node.accepted == 1)
+
+    asyncio.run(scene())
+
+
 def test_children_that_pull_a_version_share_one_copy(fake: FakeRay, tiny: Callable[..., Plan]) -> None:
     plan = tiny()
     federation_path = plan.root.children[0].path
@@ -141,8 +261,7 @@ def test_a_federation_serves_its_children_while_it_exchanges(fake: FakeRay, tiny
         assert actor.node.exchanging
         await actor.pull("a", 1, 1, 20)
         still = actor.node.exchanging
-        for _ in range(200):
-            await asyncio.sleep(0)
+        await until(lambda: not actor.node.exchanging)
         return actor, world, still
 
     actor, world, still_exchanging = asyncio.run(scene())

@@ -651,8 +651,11 @@ class Node:
     # ---- durability ------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
-        """Everything that a restart needs: plain values, and buffers that must be written before the next event."""
-        self._lent = True
+        """Everything that a restart needs: plain values, and buffers.
+
+        Those whose name `changes` says so change with the next event; the others never do.
+        """
+        self._made = None  # whoever writes the model down may take a while
         arrays = {"theta": self.theta, **{f"optimizer.{k}": v for k, v in self.optimizer.buffers.items()}}
         if self.anchor is not self.theta:
             arrays["anchor"] = self.anchor
@@ -685,6 +688,11 @@ class Node:
             if all(values is not self.in_flight.values for values in kept.values()):
                 arrays["in_flight"] = self.in_flight.values
         return meta, arrays
+
+    @staticmethod
+    def changes(name: str) -> bool:
+        """Whether a buffer of the state changes in place."""
+        return name == "lost" or name.startswith(("fold.", "optimizer."))
 
     def seqs(self) -> dict[str, int]:
         """Highest accepted seq of every child."""
