@@ -11,6 +11,7 @@ from pathlib import Path
 
 NAMES = (
     "exchange",
+    "aggregation",
     "client_overhead",
     "node_memory",
     "busy",

@@ -220,17 +220,6 @@ def add_scaled(target: Flat, values: Flat, scale: float, *, first: tuple[Flat, f
     spread(target.size, work)
 
 
-def scaled(values: Flat, scale: float, *, out: Flat) -> None:
-    """`out = scale * values`."""
-    factor = np.float32(scale)
-
-    def work(parts: Iterable[slice]) -> None:
-        for part in parts:
-            np.multiply(values[part], factor, out=out[part])
-
-    spread(values.size, work)
-
-
 def difference(left: Flat, right: Flat, *, out: Flat) -> None:
     """`out = left - right`."""
 

@@ -165,7 +165,13 @@ def with_prior(fit: Sequence[float], prior: float) -> list[float]:
     return [value + math.log(prior) if prior > 0.0 else -math.inf for value in fit]
 
 
-def log_sum(logits: Sequence[float]) -> float:
-    """Logit of a candidate that stands for several: log sum exp, -inf of none."""
-    largest = max(logits, default=-math.inf)
-    return largest + math.log(sum(math.exp(x - largest) for x in logits)) if largest > -math.inf else -math.inf
+def log_sum(logits: Sequence[Sequence[float]]) -> list[float]:
+    """Logits of a candidate that stands for several: log sum exp over [candidates][key layers]; -inf of none.
+
+    In one piece: a node may have thousands of children.
+    """
+    rows = np.array(logits, np.float64)
+    largest = rows.max(axis=0)
+    with np.errstate(divide="ignore"):
+        found = np.log(np.exp(rows - np.where(np.isfinite(largest), largest, 0.0)).sum(axis=0)) + largest
+    return [float(value) for value in found]

@@ -23,7 +23,7 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.messages import Update
-from worldlm_ray.params import Flat, Layout, add_scaled, scaled, squared_norm
+from worldlm_ray.params import Flat, Layout, add_scaled, squared_norm
 
 OWN = "(own)"
 """The node itself, among the candidates of attention."""
@@ -47,8 +47,8 @@ class Fold:
         self.flat = np.empty(layout.size, np.float32) if buffer is None else buffer
         self.flat[layout.backbone_size :] = 0.0
         self._first: tuple[Flat, float] | None = None
-        """The first update's backbone and its weight, as long as it is the only one and not in `flat` yet. Whatever
-        pass comes next, for the second or for the next model, reads it too."""
+        """The first update's backbone and its weight, as long as it is the only one: it is in `flat` only when the next
+        pass, for the second or for the next model, has read it."""
         self.attention = OnlineAttention(layout.key_layers, self.flat[layout.backbone_size :])
         self.fits: list[list[float]] = []
         """Scores of the updates' key layers against the node's own, by the temperature."""
@@ -147,12 +147,11 @@ class Fold:
         tokens, rules = self.tokens / len(self.contributors), self.rules.attention
         # Of a child that nobody has seen yet, these here are the best guess.
         middle = [sum(column) / len(column) for column in zip(*self.fits, strict=True)]
-        fits = [fit or middle for fit in absent]
-        logits = [with_prior(fit, tokens) for fit in fits]
+        logits = [with_prior(log_sum([fit or middle for fit in absent]), tokens)] if absent else []
         if rules.self_weight > 0.0:
             fit = scores(rules, self.layout.key_layers, own, own, self.origin)
             logits.append(with_prior(fit, tokens * rules.self_weight))
-        return [log_sum(column) for column in zip(*logits, strict=True)] or [-math.inf] * len(middle)
+        return log_sum(logits) if logits else [-math.inf] * len(middle)
 
     def state(self) -> dict[str, Any]:
         """Everything but the buffers, as JSON values."""
@@ -163,6 +162,7 @@ class Fold:
             "contributors": list(self.contributors),
             "shares": dict(self.shares),
             "first_s": self.first_s,
+            "first_weight": None if self._first is None else self._first[1],
             "maximum": list(attention.maximum),
             "total": list(attention.total),
             "names": list(attention.names),
@@ -171,15 +171,14 @@ class Fold:
 
     def arrays(self) -> dict[str, Flat]:
         """The buffers."""
-        if self._first is not None:
-            values, weight = self._first
-            scaled(values, weight, out=self.flat[: self.layout.backbone_size])
-            self._first = None
-        return {"flat": self.flat}
+        if self._first is None:
+            return {"flat": self.flat}
+        return {"first": self._first[0], "flat": self.flat[self.layout.backbone_size :]}
 
     def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` and `arrays` described."""
-        self.flat[:] = arrays["flat"]
+        self._first = (arrays["first"], saved["first_weight"]) if "first" in arrays else None
+        self.flat[self.flat.size - arrays["flat"].size :] = arrays["flat"]
         self.tokens, self.contributors = saved["tokens"], list(saved["contributors"])
         self.fits, self.shares = [list(fit) for fit in saved["fits"]], dict(saved["shares"])
         self.first_s = saved["first_s"]

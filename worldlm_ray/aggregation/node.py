@@ -449,9 +449,9 @@ class Node:
         fold, rules = self._fold, self.aggregation
         if fold is None:
             return False
-        active = [name for name, child in self.children.items() if child.active]
-        if self.synchronous or not active:
-            return not self._held and all(name in fold.contributors for name in active)
+        if self.synchronous or not any(child.active for child in self.children.values()):
+            heard = set(fold.contributors)
+            return not self._held and all(name in heard for name, child in self.children.items() if child.active)
         if rules.trigger == "goal_achieved":
             return len(fold.contributors) >= rules.buffer_size
         return len(fold.contributors) >= rules.quorum and now_s >= fold.first_s + rules.time_up_s
@@ -461,7 +461,8 @@ class Node:
         fold, self._fold = self._fold, None
         if fold is None:
             raise AggregationError(f"{self.path}: nothing to aggregate")
-        absent = [c.fit for name, c in self.children.items() if not c.left and name not in fold.contributors]
+        heard = set(fold.contributors)
+        absent = [c.fit for name, c in self.children.items() if not c.left and name not in heard]
         flat, norm, weights = fold.finish(self.theta, self.optimizer, absent=absent)
         if self._made is not None and not self._lent and (not self.has_parent or self.anchor is not self.theta):
             self._spare.append(self._made)  # several updates came before any child pulled
@@ -692,7 +693,7 @@ class Node:
     @staticmethod
     def changes(name: str) -> bool:
         """Whether a buffer of the state changes in place."""
-        return name == "lost" or name.startswith(("fold.", "optimizer."))
+        return name == "lost" or (name.startswith(("fold.", "optimizer.")) and name != "fold.first")
 
     def seqs(self) -> dict[str, int]:
         """Highest accepted seq of every child."""

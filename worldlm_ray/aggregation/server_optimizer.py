@@ -86,9 +86,10 @@ class ServerOptimizer:
             temporary, squared = np.empty(min(BLOCK, update.size), np.float32), []
             for part in parts:
                 step = update[part]
-                if first is not None:
-                    np.multiply(first[0][part], np.float32(first[1]), out=step)
-                step *= np.float32(scale)
+                if first is None:
+                    step *= np.float32(scale)
+                else:
+                    np.multiply(first[0][part], np.float32(first[1] * scale), out=step)
                 self._step(step, part, temporary[: part.stop - part.start])
                 squared.append(float(np.dot(step, step)))
                 np.add(theta[part], step, out=step)

@@ -1,0 +1,83 @@
+"""Cost of an update at a node with 10 to 1,000 children, and of a world of up to 100,000 clients, per update.
+
+No Ray and no training: updates go straight into the state machine (pull, push, fold, aggregation, publishing), which is
+what grows with the number of children if anything does.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+from worldlm_ray.aggregation.events import Joined, Pull, Push
+from worldlm_ray.aggregation.node import Node
+from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
+from worldlm_ray.messages import Packed, Update, pack
+from worldlm_ray.params import Layout, frozen, make_layout
+
+CHILDREN = (10, 100, 1_000, 10_000)
+SIZES = {"1.3M parameters (nano)": 1_300_000, "13M parameters": 13_000_000}
+KEYS = 4
+"""Key layers, a twentieth of the parameters each."""
+UPDATES = 300
+
+
+def layout_of(size: int) -> Layout:
+    """A backbone and key layers."""
+    part = size // 20
+    shapes = [(f"model.layers.{i}.weight", (part,)) for i in range(KEYS)] + [("model.body", (size - KEYS * part,))]
+    return make_layout(shapes, [f"model.layers.{i}.*" for i in range(KEYS)], layers=KEYS)
+
+
+def seconds_per_update(layout: Layout, children: int) -> float:
+    """Median over updates, each of another child in turn."""
+    names = tuple(f"c{index}" for index in range(children))
+    node = Node(
+        path="world",
+        children=names,
+        aggregation=AggregationConfig(),
+        merge=MergeConfig(),
+        has_parent=False,
+        layout=layout,
+        initial=frozen(np.zeros(layout.size, np.float32)),
+        budget=BudgetConfig(rounds=10**6),
+    )
+    for name in names:
+        node.handle(Joined(child=name, incarnation=1, seq=0, now_s=0.0))
+    values = np.full(layout.size, 1e-4, np.float32)
+    times, shared = [], np.empty(layout.size, np.float32)
+    for number in range(UPDATES):
+        name, seq = names[number * 7 % children], number * 7 // children + 1
+        seq = node.children[name].last_seq + 1
+        update = Update(
+            sender=name, seq=seq, base_version=node.version, tokens=100, started_tokens=100 * seq, values=values
+        )
+        packed = pack(update, layout)
+        began = time.perf_counter()
+        node.handle(Pull(child=name, incarnation=1, to=1, started_tokens=100 * seq, now_s=0.0))
+        node.handle(Push(sender=name, packed=Packed(packed.header, values), incarnation=1, to=1, now_s=0.0))
+        np.copyto(shared, node.theta)  # a shell puts it into shared memory
+        node.use_shared_copy(node.theta, shared)
+        times.append(time.perf_counter() - began)
+        node.saved(node.seqs()) if number % 50 == 0 else None
+    assert node.version == UPDATES
+    return statistics.median(times)
+
+
+def run() -> dict[str, Any]:
+    """Measure, and print a table."""
+    rows = []
+    print(f"{'':24} {'children':>9} {'ms per update':>14} {'against 10':>11}")
+    for name, size in SIZES.items():
+        layout = layout_of(size)
+        first = None
+        for children in CHILDREN:
+            took = seconds_per_update(layout, children)
+            first = first or took
+            rows.append({"model": name, "children": children, "update_s": took, "ratio": took / first})
+            print(f"{name:24} {children:9,} {1e3 * took:14.3f} {took / first:11.2f}")
+    print("target: within 1.2 from 10 to 1,000")
+    return {"rows": rows}
