@@ -12,6 +12,7 @@ from pathlib import Path
 NAMES = (
     "exchange",
     "aggregation",
+    "scale",
     "client_overhead",
     "node_memory",
     "busy",
@@ -29,6 +30,11 @@ OUT = Path(__file__).parent / "out"
 def main() -> None:
     """Run what was asked for, or everything."""
     wanted = sys.argv[1:] or NAMES
+    if {"-h", "--help"} & set(wanted):
+        print("python -m benchmarks [NAME ...]: all of them, or\n")
+        for name in NAMES:
+            print(f"  {name:16} {import_module(f'benchmarks.{name}').__doc__.splitlines()[0]}")
+        return
     for name in wanted:
         if name not in NAMES:
             sys.exit(f"there is no benchmark {name!r}; there are {', '.join(NAMES)}")

@@ -1,7 +1,7 @@
 """Passes over buffers at an inner node, in bytes per second, against a copy by as many threads: in one process.
 
-Counted is what a pass must read and write once. A copy moves two bytes for each of the model's; it is measured before
-and after each pass.
+Counted is what a pass must read and write once; a copy moves two bytes for each of the model's. The two are measured in
+turn, and the ratio is the median over pairs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ from worldlm_ray.messages import Update
 from worldlm_ray.params import THREADS, Flat, Layout, lerp, make_layout, rough_norm, spread
 
 SIZE = 127_000_000
-TIMES = 7
+PAIRS = 15
 
 
-def best_s(work: Callable[[], object]) -> float:
-    """Median of several times."""
-    times = []
-    for _ in range(TIMES):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def seconds(work: Callable[[], object]) -> float:
+    """Of doing something once."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def copy(source: Flat, target: Flat) -> None:
@@ -82,14 +79,23 @@ def run() -> dict[str, Any]:
     source, target = np.ones(SIZE, np.float32), np.ones(SIZE, np.float32)
     for name, (units, work) in passes(layout).items():
         work()
-        before = best_s(lambda: copy(source, target))
-        took = best_s(work)
-        copied = 2.0 / ((before + best_s(lambda: copy(source, target))) / 2)
-        rows.append({"pass": name, "s": took, "gb_per_s": 4e-9 * SIZE * units / took, "ratio": units / took / copied})
-        rows[-1]["copy_gb_per_s"] = 4e-9 * SIZE * copied
+        pairs = [(seconds(lambda: copy(source, target)), seconds(work)) for _ in range(PAIRS)]
+        took = statistics.median(pair[1] for pair in pairs)
+        ratios = sorted(units / took / (2 / copied) for copied, took in pairs)
+        rows.append(
+            {
+                "pass": name,
+                "s": took,
+                "gb_per_s": 4e-9 * SIZE * units / took,
+                "ratio": statistics.median(ratios),
+                "quarters": [ratios[PAIRS // 4], ratios[-PAIRS // 4]],
+                "copy_gb_per_s": 8e-9 * SIZE / statistics.median(pair[0] for pair in pairs),
+            }
+        )
     print(f"{SIZE / 1e6:.0f}M parameters in fp32, {THREADS} threads")
-    print(f"{'':38} {'s':>7} {'GB/s':>7} {'of a copy':>10}")
+    print(f"{'':38} {'s':>7} {'GB/s':>7} {'of a copy':>10} {'middle half':>14}")
     for row in rows:
-        print(f"{row['pass']:38} {row['s']:7.3f} {row['gb_per_s']:7.1f} {row['ratio']:10.2f}")
+        low, high = row["quarters"]
+        print(f"{row['pass']:38} {row['s']:7.3f} {row['gb_per_s']:7.1f} {row['ratio']:10.2f} {low:8.2f}-{high:.2f}")
     print(f"a copy: {statistics.median(row['copy_gb_per_s'] for row in rows):.1f} GB/s; target: 0.7 of it")
     return {"rows": rows}

@@ -1,4 +1,4 @@
-"""Time of an exchange without training, in copies of the model: ours, Flower's and NVFlare's, in one run.
+"""Time of an exchange without training, in copies of the model: ours, Flower's, NVFlare's and APPFL's, in one run.
 
 Four clients and a world, a process each, on this machine. A client pulls, and pushes an update that it has ready: what
 is left is the exchange itself, which is pull, push, check, fold, and publishing the next model. The peers exchange as
@@ -8,6 +8,7 @@ which not every peer's memory suffices, and with 29 million.
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import socket
@@ -36,8 +37,9 @@ from worldlm_ray.plan import Plan, make_plan, plan_from_mapping
 
 CLIENTS, ROUNDS = 4, 10
 PEERS = Path(__file__).parent / "peers"
-PINNED = {"flower": "flwr==1.41.0", "nvflare": "nvflare==2.9.0"}
+PINNED = {"flower": "flwr==1.41.0", "nvflare": "nvflare==2.9.0", "appfl": "appfl==1.12.0"}
 """What is measured stands in the tables, so it must not change by itself."""
+BESIDE = {"appfl": ["torch<2.14"]}  # as ours: later ones bring gigabytes for GPUs
 LAYERS = (18, 4)
 """Of the sizes that are measured."""
 WARM = 8
@@ -45,6 +47,8 @@ WARM = 8
 
 PEER_WARM, PEER_ROUNDS = 2, 6
 """Their rounds do not become faster with time."""
+SLOW_ROUNDS = 4
+"""Of the slowest peer; the first does not count."""
 
 
 class Idle:
@@ -89,11 +93,11 @@ class Idle:
         return began, time.time()
 
 
-def plan_for(folder: str, layers: int = LAYERS[0], **rules: Any) -> Plan:
-    """A world of four clients; a model of so many layers of 7 million parameters, all backbone."""
+def plan_for(folder: str, layers: int = LAYERS[0], preset: str = "125m", **rules: Any) -> Plan:
+    """A world of four clients; a model of so many layers (of 125m's: 7 million parameters each), all backbone."""
     raw = {
         "run_dir": folder,
-        "model": {"preset": "125m", "layers": layers, "key_layers": []},
+        "model": {"preset": preset, "layers": layers, "key_layers": []},
         "budget": {"rounds": 1_000},
         "checkpoint": {"every_s": 1e9, "every_updates": 10**9},
         "aggregation": rules,
@@ -141,7 +145,7 @@ def python_of(peer: str) -> Path:
     if not (place / "ready").exists():
         print(f"  (installing {PINNED[peer]} in an environment of its own)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-qqq", PINNED[peer]], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-qqq", PINNED[peer], *BESIDE.get(peer, [])], check=True)
         (place / "ready").touch()
     return python
 
@@ -153,9 +157,7 @@ class OutOfMemoryError(Exception):
 def flower(size: int) -> float:
     """Seconds per update; raises `OutOfMemoryError` where this machine's memory is too small for it."""
     python, script = str(python_of("flower")), str(PEERS / "flower_exchange.py")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = _free_port()
     quiet = {"stderr": subprocess.DEVNULL, "text": True}
     rounds = PEER_ROUNDS + PEER_WARM
     server = subprocess.Popen(
@@ -190,6 +192,37 @@ def nvflare(size: int) -> float:
     return _per_update(done.stdout, skip=PEER_WARM)
 
 
+def appfl(size: int) -> float:
+    """Seconds per update; raises `OutOfMemoryError` where this machine's memory is too small for it."""
+    python, script = str(python_of("appfl")), str(PEERS / "appfl_exchange.py")
+    port, quiet = _free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = [str(number) for number in (size, CLIENTS, SLOW_ROUNDS)]
+        server = subprocess.Popen([python, script, "server", port, *numbers, folder], **quiet)
+        clients = [
+            subprocess.Popen([python, script, "client", port, f"c{i}", str(SLOW_ROUNDS), folder], **quiet)
+            for i in range(CLIENTS)
+        ]
+        try:
+            while server.poll() is None and any(client.poll() is None for client in clients):
+                time.sleep(0.5)
+            if any(process.poll() not in (None, 0) for process in (server, *clients)):
+                raise OutOfMemoryError
+        finally:
+            for process in (server, *clients):
+                process.kill()
+                process.wait()
+        arrivals = [json.loads(path.read_text()) for path in Path(folder).glob("arrivals-*.json")]
+    spans = [[b - a for a, b in itertools.pairwise(times)] for times in arrivals]
+    return statistics.median(statistics.mean(row) for row in list(zip(*spans, strict=True))[1:]) / CLIENTS
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def _per_update(out: str, *, skip: int) -> float:
     rounds = json.loads(out.strip().splitlines()[-1])["rounds_s"][skip:]
     return statistics.median(rounds) / CLIENTS
@@ -208,12 +241,13 @@ def _table(layers: int) -> list[dict[str, Any]]:
         plan = plan_for(f"{folder}/run", layers)
         size = plan.layout.size
         sides: dict[str, Callable[[], float]] = {
-            "worldlm_ray, asynchronous": lambda: _connected(plan),
-            "worldlm_ray, synchronous": lambda: _connected(
+            "worldlm_ray, asynchronous": lambda: connected(plan),
+            "worldlm_ray, synchronous": lambda: connected(
                 plan_for(f"{folder}/synchronous", layers, trigger="synchronous")
             ),
             PINNED["flower"]: lambda: flower(size),
             PINNED["nvflare"]: lambda: nvflare(size),
+            PINNED["appfl"]: lambda: appfl(size),
         }
         for name, measure in sides.items():
             before = copy_s(size)
@@ -236,6 +270,7 @@ def _table(layers: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _connected(plan: Plan) -> float:
+def connected(plan: Plan) -> float:
+    """Seconds per update, on a cluster of its own."""
     with cluster.connected(plan, None):
         return ours(plan)

@@ -226,6 +226,40 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb:
 
 
 @app.command()
+def size(
+    clients: Annotated[float, typer.Option(help="clients of the whole world, such as 1e6")],
+    parameters: Annotated[float, typer.Option(help="of the model, such as 70e9")],
+    fan_out: Annotated[int, typer.Option(help="children of an aggregator, at most")] = 32,
+    round_s: Annotated[float, typer.Option(help="seconds of training between two exchanges of a client")] = 600.0,
+    push_every: Annotated[int, typer.Option(help="aggregations between two exchanges of a federation")] = 1,
+    codec: Annotated[str, typer.Option(help="of updates: fp32, bf16, int8 or int4")] = "fp32",
+    link_gbit: Annotated[float, typer.Option(help="network of every machine, Gbit/s", min=1e-6)] = 10.0,
+    copy_gb_per_s: Annotated[
+        float | None, typer.Option(help="memory speed; without it this machine's", min=0.1)
+    ] = None,
+) -> None:
+    """Print what a world of any size needs: nodes, how busy they are, network and memory, from measured constants."""
+    from worldlm_ray import sizing
+
+    wish = sizing.Wish(
+        clients=int(clients),
+        parameters=int(parameters),
+        fan_out=fan_out,
+        round_s=round_s,
+        push_every=push_every,
+        codec=codec,
+    )
+    copied = sizing.measure_copy() if copy_gb_per_s is None else 1e9 * copy_gb_per_s
+    machine = sizing.Machine(copy_bytes_per_s=copied, link_bytes_per_s=1e9 / 8 * link_gbit)
+    found = sizing.tiers(wish, machine)
+    console.print(sizing.table(wish, machine, found))
+    for tier in found:
+        if max(tier.busy, tier.link) > 1.0:
+            what = "is busier than it can be" if tier.busy > tier.link else "needs more network than it has"
+            console.print(f"{tier.name} {what}: exchange less often, have fewer children, or push less", style="yellow")
+
+
+@app.command()
 def presets() -> None:
     """List the configurations that ship with the package."""
     for name, path in configuration.presets().items():

@@ -1,0 +1,182 @@
+"""worldlm size: what a world of any size needs, from what was measured and this machine's memory.
+
+    t_update = FIXED_S + COPIES * model bytes / copy bandwidth        an aggregator's work per child's update
+    busy     = updates per second * t_update + exchanges with the parent per second * t_exchange
+
+The two constants are printed by `python -m benchmarks exchange` and `python -m benchmarks scale`; what they leave out
+is the network, which is bytes by bandwidth. An aggregator that is busy for more than `FULL` of the time makes children
+wait.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+from rich.table import Table
+
+from worldlm_ray.compression import nbytes
+from worldlm_ray.config import CodecName, one_of
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.report import amount, duration
+
+COPIES = 5.6
+"""Pull, push, checks, fold, aggregation and publishing, in copies of the model (`exchange`, asynchronous)."""
+FIXED_S = 5e-3
+"""The same for a model of no size: calls between processes (`scale`)."""
+EXCHANGE_COPIES = 6.0
+"""A federation's exchange with its parent: difference, share and merge, two passes over three buffers (counted)."""
+FEDERATION_BUFFERS, WORLD_BUFFERS, CLIENT_BYTES = 4, 3, 20
+"""Buffers of an aggregator, the shared one of its published model included; bytes per parameter of a plain client."""
+FULL = 0.7
+"""Share of the time that an aggregator may be busy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a machine of the cluster can do."""
+
+    copy_bytes_per_s: float
+    """Bytes of a buffer that are copied in a second."""
+    link_bytes_per_s: float
+    """Of its network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """The world to be sized."""
+
+    clients: int
+    parameters: int
+    fan_out: int
+    """Children of an aggregator, at most."""
+    round_s: float
+    """Seconds of training between two exchanges of a client."""
+    push_every: int = 1
+    """Aggregations between two exchanges of a federation."""
+    codec: str = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """Nodes of one depth."""
+
+    name: str
+    nodes: int
+    children: float
+    updates_per_s: float
+    """That reach each of them."""
+    busy: float
+    """Share of the time that each is busy; of a client, that its training waits for the exchange."""
+    link: float
+    """Share of its network that each uses."""
+    memory_bytes: int
+
+
+def measure_copy() -> float:
+    """Bytes of a buffer that this machine copies in a second; takes about one."""
+    source, target = np.ones(64_000_000, np.float32), np.ones(64_000_000, np.float32)
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - began)
+    return source.nbytes / sorted(times)[len(times) // 2]
+
+
+def tiers(wish: Wish, machine: Machine) -> list[Tier]:
+    """Every depth of the tree, the world first.
+
+    Raises:
+        ConfigError: a number is not positive, or an aggregator shall have fewer than two children.
+    """
+    for name in ("clients", "parameters", "round_s", "push_every"):
+        if getattr(wish, name) <= 0:
+            raise ConfigError(name, f"got {getattr(wish, name)}", "give a number above 0")
+    known = get_args(CodecName)
+    if wish.codec not in known:
+        raise ConfigError("codec", f"got {wish.codec!r}", one_of(wish.codec, known))
+    if wish.fan_out < 2:
+        raise ConfigError("fan_out", f"got {wish.fan_out}", "an aggregator has 2 children or more")
+    model = 4 * wish.parameters
+    up, copy_s = nbytes(wish.codec, wish.parameters), model / machine.copy_bytes_per_s
+    moved_s = (up + model) / machine.link_bytes_per_s
+    found = [
+        Tier(
+            name="clients",
+            nodes=wish.clients,
+            children=0.0,
+            updates_per_s=0.0,
+            busy=(moved_s + FIXED_S + 2 * copy_s) / wish.round_s,
+            link=moved_s / wish.round_s,
+            memory_bytes=CLIENT_BYTES * wish.parameters,
+        )
+    ]
+    below, rate = wish.clients, 1.0 / (wish.round_s + moved_s)
+    """Nodes of the tier below, and how often each of them pushes."""
+    while below > 1 or len(found) == 1:
+        nodes = math.ceil(below / wish.fan_out)
+        children, is_world = below / nodes, nodes == 1
+        updates = children * rate
+        exchange_s = FIXED_S + EXCHANGE_COPIES * copy_s
+        # One exchange at a time: what comes meanwhile goes with the next.
+        pushes = 0.0 if is_world else min(updates / wish.push_every, 1.0 / (exchange_s + moved_s))
+        found.append(
+            Tier(
+                name="world" if is_world else f"federations {len(found)} up",
+                nodes=nodes,
+                children=children,
+                updates_per_s=updates,
+                busy=updates * update_s(wish, machine) + pushes * exchange_s,
+                link=(updates + pushes) * moved_s,
+                memory_bytes=(WORLD_BUFFERS if is_world else FEDERATION_BUFFERS) * model,
+            )
+        )
+        below, rate = nodes, pushes
+    return found[::-1]
+
+
+def update_s(wish: Wish, machine: Machine) -> float:
+    """An aggregator's seconds per update."""
+    return FIXED_S + COPIES * 4 * wish.parameters / machine.copy_bytes_per_s
+
+
+def most_children(wish: Wish, machine: Machine) -> tuple[int, str]:
+    """Clients that one federation serves when it is busy for `FULL` of the time, and what limits them."""
+    model, up = 4 * wish.parameters, nbytes(wish.codec, wish.parameters)
+    moved_s = (up + model) / machine.link_bytes_per_s
+    exchange_s = FIXED_S + EXCHANGE_COPIES * model / machine.copy_bytes_per_s
+    by_memory = FULL / (update_s(wish, machine) + exchange_s / wish.push_every)
+    by_link = FULL / (moved_s * (1.0 + 1.0 / wish.push_every))
+    limit = "its network" if by_link < by_memory else "its memory's speed"
+    return int(min(by_memory, by_link) * (wish.round_s + moved_s)), limit
+
+
+def table(wish: Wish, machine: Machine, found: Sequence[Tier]) -> Table:
+    """The tiers for the terminal."""
+    title = f"{wish.clients:,} clients, {amount(wish.parameters)} parameters, an exchange per {duration(wish.round_s)}"
+    shown = Table(title=title, title_justify="left")
+    for name in ("", "nodes", "children", "updates/s", "busy", "network", "memory each"):
+        shown.add_column(name, justify="right" if name else "left")
+    for tier in found:
+        above = "bold red" if max(tier.busy, tier.link) > 1.0 else ""
+        shown.add_row(
+            tier.name,
+            f"{tier.nodes:,}",
+            f"{tier.children:.0f}" if tier.children else "",
+            f"{tier.updates_per_s:.3g}" if tier.children else "",
+            f"{tier.busy:.1%}",
+            f"{tier.link:.1%}",
+            f"{amount(tier.memory_bytes)}B",
+            style=above,
+        )
+    most, limit = most_children(wish, machine)
+    shown.caption = (
+        f"a copy {machine.copy_bytes_per_s / 1e9:.1f} GB/s, a link {8e-9 * machine.link_bytes_per_s:g} Gbit/s, "
+        f"{wish.codec} upwards; one federation serves {most:,} such clients, limited by {limit}"
+    )
+    return shown
