@@ -19,6 +19,7 @@ NAMES = (
     "goodput",
     "node_loss",
     "join",
+    "start",
     "zero",
     "zero_exchange",
     "privacy",

@@ -39,7 +39,6 @@ CLIENTS, ROUNDS = 4, 10
 PEERS = Path(__file__).parent / "peers"
 PINNED = {"flower": "flwr==1.41.0", "nvflare": "nvflare==2.9.0", "appfl": "appfl==1.12.0"}
 """What is measured stands in the tables, so it must not change by itself."""
-BESIDE = {"appfl": ["torch<2.14"]}  # as ours: later ones bring gigabytes for GPUs
 LAYERS = (18, 4)
 """Of the sizes that are measured."""
 WARM = 8
@@ -145,7 +144,7 @@ def python_of(peer: str) -> Path:
     if not (place / "ready").exists():
         print(f"  (installing {PINNED[peer]} in an environment of its own)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-qqq", PINNED[peer], *BESIDE.get(peer, [])], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-qqq", PINNED[peer]], check=True)
         (place / "ready").touch()
     return python
 
@@ -179,13 +178,13 @@ def flower(size: int) -> float:
 
 
 def nvflare(size: int) -> float:
-    """Seconds per update; raises `OutOfMemoryError` where it does not come to its end."""
+    """Seconds per update; raises `OutOfMemoryError` where this machine's memory is too small for it."""
     script = str(PEERS / "nvflare_exchange.py")
     with tempfile.TemporaryDirectory() as folder:
         command = [str(python_of("nvflare")), script, str(size), str(CLIENTS), str(PEER_ROUNDS + PEER_WARM + 1), folder]
         done = subprocess.run(command, capture_output=True, text=True, timeout=3_600, check=False)
     if done.returncode:
-        if "-9" in done.stderr or "have finished" in done.stderr:
+        if "-9" in done.stderr:
             raise OutOfMemoryError
         raise RuntimeError(done.stderr[-2_000:])
     # Its rounds are the times between arrivals, one fewer than the models.
@@ -206,8 +205,11 @@ def appfl(size: int) -> float:
         try:
             while server.poll() is None and any(client.poll() is None for client in clients):
                 time.sleep(0.5)
-            if any(process.poll() not in (None, 0) for process in (server, *clients)):
+            ended = {process.poll() for process in (server, *clients)} - {None, 0}
+            if -signal.SIGKILL in ended:
                 raise OutOfMemoryError
+            if ended:
+                raise RuntimeError(f"{PINNED['appfl']}: a process ended with {ended}; run {script} by hand")
         finally:
             for process in (server, *clients):
                 process.kill()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -75,7 +74,7 @@ def _sharded(stage: int, is_private: bool) -> dict[str, float]:
 def _measured(made: Callable[[Layout, Flat], Callable[[], object]], shape: Any) -> dict[str, float]:
     """CPU seconds of a step (median), and by how much the process grew from before the trainer was made."""
     layout, initial = start(shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kb()
     step = made(layout, initial)
     step()
     times = []
@@ -83,5 +82,11 @@ def _measured(made: Callable[[Layout, Flat], Callable[[], object]], shape: Any) 
         began = time.process_time()
         step()
         times.append(time.process_time() - began)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = _peak_kb() - before
     return {"cpu_s": statistics.median(times), "memory": 1024.0 * grown}
+
+
+def _peak_kb() -> int:
+    """Largest resident memory of this process so far. (What `getrusage` says may be that of the process before it.)"""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -170,7 +171,7 @@ def log_sum(logits: Sequence[Sequence[float]]) -> list[float]:
 
     In one piece: a node may have thousands of children.
     """
-    rows = np.array(logits, np.float64)
+    rows = np.fromiter(chain.from_iterable(logits), np.float64).reshape(len(logits), -1)
     largest = rows.max(axis=0)
     with np.errstate(divide="ignore"):
         found = np.log(np.exp(rows - np.where(np.isfinite(largest), largest, 0.0)).sum(axis=0)) + largest

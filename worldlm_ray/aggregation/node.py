@@ -196,6 +196,8 @@ class Node:
         """The buffer that the published model lies in, if an aggregation has made it."""
         self._spare: list[Flat] = []
         """Buffers for the next aggregations: the models that lay there lie in shared memory, or nobody saw them."""
+        self._sent: Flat | None = None
+        """The buffer in which the update in flight was made, as long as it lies there."""
         self._lent = True
         """Whether somebody may still read the buffer in which the model lies."""
         self._held: dict[str, tuple[Update, int]] = {}
@@ -311,6 +313,9 @@ class Node:
             self._made = None
         if self.in_flight is not None and self.in_flight.values is own:
             self.in_flight = replace(self.in_flight, values=view)
+            if self._sent is not None and own.base is self._sent and own is not shared:
+                self._spare.append(own.base)
+            self._sent = None
         self.outbox.use_shared_copy(own, view)
         return view
 
@@ -419,12 +424,15 @@ class Node:
             self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
     def _new_fold(self, first_s: float) -> Fold:
-        named: dict[str, Any] = {"origin": self.merger.origin, "first_s": first_s}
-        named["buffer"] = self._spare.pop() if self._spare else None
+        named: dict[str, Any] = {"origin": self.merger.origin, "first_s": first_s, "buffer": self._buffer()}
         if self.privacy is not None:
             return PrivateFold(self.layout, self.aggregation, self.privacy, **named)
         kind = Fold if self.aggregation.robust.rule == "none" else RobustFold
         return kind(self.layout, self.aggregation, **named)
+
+    def _buffer(self) -> Flat:
+        """A buffer as large as the model, whatever it holds."""
+        return self._spare.pop() if self._spare else np.empty(self.layout.size, np.float32)
 
     # ---- moving on -------------------------------------------------------------------------------------------
 
@@ -540,7 +548,7 @@ class Node:
         if self.in_flight is not None:
             return self.in_flight
         split = self.layout.backbone_size
-        values = np.empty(self.layout.size, np.float32)
+        self._sent = values = self._buffer()
         difference(self.theta[:split], self.anchor[:split], out=values[:split])
         np.subtract(self.theta[split:], self.parent_keys, out=values[split:])
         values = lossy(self.codec, values, self.lost)
@@ -576,14 +584,14 @@ class Node:
             return []  # the parent has aggregated nothing yet: it has nothing to say
         moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
         m, judged = self.merger.judge(model, moved, now_s=event.now_s)
-        merged = np.empty(self.layout.size, np.float32)
+        merged = self._buffer()
         anchor = self.merger.backbone(m, self.theta, self.anchor, model.values, out=merged)
         record = self.merger.keys(
             m, self.theta, self.anchor, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged
         )
         for child in self.children.values():
             child.pushed *= 1.0 - m + m * model.share
-        self.theta = frozen(merged)
+        self.theta, self._made, self._lent = frozen(merged), merged, False
         self.anchor = self.theta if anchor is None else frozen(anchor)
         return [Note(record=judged), *([Note(record=record)] if record is not None else [])]
 
