@@ -26,6 +26,7 @@ from worldlm_ray.privacy.account import Account, ledger_folder
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import Measure, Record, RoundRecord, StandRecord, StartRecord
 from worldlm_ray.seeds import derive
+from worldlm_ray.training.common import Common
 from worldlm_ray.training.local import LocalTrainer, perplexity
 from worldlm_ray.training.sampling import sample
 from worldlm_ray.training.schedule import learning_rate
@@ -62,6 +63,8 @@ class Client:
         self.base = np.array(plan.initial())
         """The merged model that the current local round began from."""
         self.trainer.write(self.base)
+        self.common = self._common()
+        """The parent's model, trained beside the client's own once they have parted; None unless asked for."""
         self.parent_keys = self.base[plan.layout.backbone_size :].copy()
         """The parent's key layers, as this client last heard them: what an update's are measured from."""
         self.lost = memory(spec.settings.exchange.codec, plan.layout.backbone_size)
@@ -95,6 +98,14 @@ class Client:
         """Whether the next pull replaces the model and the optimizer's state."""
         self._stretch_steps = 0
         """Steps of the last call of `train`."""
+
+    def _common(self) -> Common | None:
+        share = self.spec.settings.merge.common_fraction
+        if not share:
+            return None
+        threads = self.spec.settings.resources.cpus
+        trainer = LocalTrainer(self.plan.shape, self.plan.layout, self.training, threads=threads)
+        return Common(trainer, rows=round(share * self.training.batch_size))
 
     def _trainer(self) -> Trainer:
         shape, layout, threads = self.plan.shape, self.plan.layout, self.spec.settings.resources.cpus
@@ -183,17 +194,13 @@ class Client:
             self.merger.judge(model, None, now_s=now_s)
             self.base[:] = model.values
             self.trainer.write(self.base)
+            if self.common is not None:
+                self.common.end()
             if self.start_over:
                 self.trainer.forget()
                 self.start_over = False
         elif model.version > 0:
-            own = self.trainer.read()
-            m, judged = self.merger.judge(model, Moved(now=own, since=self.base), now_s=now_s)
-            self.merger.backbone(m, own, own, model.values, out=self.base)
-            tokens = float(self.round_tokens)
-            weights = self.merger.keys(m, own, own, model, own_tokens=tokens, now_s=now_s, out=self.base)
-            records = [judged] if weights is None else [judged, weights]
-            self.trainer.write(self.base)
+            records = self._merge(model, now_s=now_s)
         else:
             self.trainer.read(self.base)
         self.parent_keys[:] = model.values[self.plan.layout.backbone_size :]
@@ -205,6 +212,25 @@ class Client:
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []
 
+    def _merge(self, model: Model, *, now_s: float) -> list[Record]:
+        """Move to the parent's model, or keep the client's own and train the parent's beside it."""
+        own = self.trainer.read()
+        moved = Moved(now=own, since=self.base)
+        if self.common is not None and self.common.active:
+            moved = Moved(now=own, change=self.common.trainer.read() - self.base)
+        m, judged = self.merger.judge(model, moved, now_s=now_s)
+        if self.common is not None and m == 0.0:
+            self.common.begin(model.values, self.trainer.optimizer_state())
+            self.base[:] = model.values
+            return [judged]
+        if self.common is not None:
+            self.common.end()
+        self.merger.backbone(m, own, own, model.values, out=self.base)
+        tokens = float(self.round_tokens)
+        weights = self.merger.keys(m, own, own, model, own_tokens=tokens, now_s=now_s, out=self.base)
+        self.trainer.write(self.base)
+        return [judged] if weights is None else [judged, weights]
+
     def train(self, should_stop: Any = lambda: False) -> float:
         """Train the round that is under way, or the rest of it.
 
@@ -215,7 +241,16 @@ class Client:
             Seconds of training.
         """
         settings, first = self.training, self.step
-        result = self.trainer.run(self._batches(first), lambda step: self._rate(first + step), should_stop=should_stop)
+        batches, train_s = self._batches(first), 0.0
+
+        def rate(step: int) -> float:
+            return self._rate(first + step)
+
+        if self.common is not None:
+            batches = iter(self.common.own(batches))
+        result = self.trainer.run(batches, rate, should_stop=should_stop)
+        if self.common is not None:
+            train_s = self.common.train(islice(self._batches(first), result.steps), rate)
         self._stretch_steps = result.steps
         self.step += result.steps
         self.steps += result.steps
@@ -226,7 +261,7 @@ class Client:
         self.learning_rate = result.learning_rate
         if self.step == settings.local_steps:
             self.round += 1
-        return result.train_s
+        return result.train_s + train_s
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """The batches of the round from a step on; a private client's are drawn anew every time, and by chance."""
@@ -261,7 +296,8 @@ class Client:
     def update(self) -> Update:
         """The finished round as an update; the round is over."""
         split = self.plan.layout.backbone_size
-        values = self.trainer.read()
+        trained = self.common.trainer if self.common is not None and self.common.active else self.trainer
+        values = trained.read()
         values[:split] -= self.base[:split]
         values[split:] -= self.parent_keys
         codec = self.spec.settings.exchange.codec
@@ -382,6 +418,8 @@ class Client:
         if self.lost is not None:
             arrays["lost"] = self.lost
         arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
+        if self.common is not None:
+            arrays |= self.common.state()
         meta["outbox"], kept = self.outbox.state()
         return meta, arrays | kept
 
@@ -408,6 +446,8 @@ class Client:
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = arrays["heard"]
         self.trainer.write(arrays["theta"])
+        if self.common is not None:
+            self.common.restore(arrays)
         self.outbox.restore(meta["outbox"], arrays)
         prefix = "optimizer."
         self.trainer.load_optimizer_state(

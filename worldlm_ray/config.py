@@ -227,6 +227,9 @@ class MergeConfig:
     """The same for federations."""
     agreement: float = 0.6
     """`adaptive`: a node follows its parent while the cosine of its own movement and the others' is at least this."""
+    common_fraction: float = 0.0
+    """`adaptive`: share of every batch with which a client that keeps its own model trains its parent's on. At 0 such
+    a client pushes what it did to its own model: see worldlm_ray/training/common.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -587,6 +590,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
     if not -1.0 <= settings.merge.agreement <= 1.0:
         got = f"got {settings.merge.agreement}"
         raise ConfigError(f"{at}merge.agreement", got, "give a cosine, from -1 to 1")
+    _common(settings, at)
     positive(settings.resources.cpus, f"{at}resources.cpus")
     not_negative(settings.resources.gpus, f"{at}resources.gpus")
     if settings.resources.memory_gb is not None:
@@ -622,6 +626,26 @@ def fraction(value: float, key: str) -> None:
     """Raise a ConfigError unless the value lies in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ConfigError(key, f"got {value}", "give a number from 0 to 1")
+
+
+def _common(settings: NodeSettings, at: str) -> None:
+    """Whether a client can train its parent's model beside its own."""
+    share, batch, key = settings.merge.common_fraction, settings.training.batch_size, f"{at}merge.common_fraction"
+    fraction(share, key)
+    if not share:
+        return
+    if settings.merge.client != "adaptive":
+        got = f"got {share}, but merge.client is {settings.merge.client}"
+        raise ConfigError(key, got, "set merge.client to adaptive, or this to 0: others never leave their parent")
+    if not 0 < round(share * batch) < batch:
+        got = f"{share} of {batch} sequences is {round(share * batch)}"
+        raise ConfigError(key, got, "leave at least one sequence for either model")
+    if settings.privacy.unit == "record":
+        got = f"got {share}, but privacy.unit is record, whose noise is for one model"
+        raise ConfigError(key, got, "set it to 0 at clients that promise privacy of records")
+    if settings.training.zero_stage or settings.resources.worker_range[1] > 1:
+        got = f"got {share}, but the client has DeepSpeed's workers, which hold one model"
+        raise ConfigError(key, got, "set it to 0 at clients with several workers or a zero_stage")
 
 
 def _robust(aggregation: AggregationConfig, key: str) -> None:

@@ -19,6 +19,8 @@ from worldlm_ray.tree import NodeSpec
 
 CLIENT_BUFFERS = 5
 """Flat buffers of a client: parameters, gradient, two AdamW moments, the round's base."""
+COMMON_BUFFERS = 4
+"""Of a client that can train its parent's model beside its own: that model, its gradient and its moments."""
 ZERO_CLIENT_BUFFERS = 3
 """Of one whose workers hold the model: the round's base, the update, and the parameters known last."""
 
@@ -96,6 +98,8 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         buffers = (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
         if is_zero(settings):
             buffers = (ZERO_CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
+        if settings.merge.common_fraction:
+            buffers += COMMON_BUFFERS * size
         buffers += 4 * plan.layout.backbone_size * (codec != "fp32")  # what the codec has lost
         return {
             "kind": spec.kind,

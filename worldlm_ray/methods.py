@@ -244,6 +244,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge_quarter": {"merge.client": 0.25},
     "merge_adaptive": {"merge.client": "adaptive"},
     "federations_adaptive": {"merge.federation": "adaptive"},
+    "common": {"merge.common_fraction": 0.25},
+    "common_eighth": {"merge.common_fraction": 0.125},
     "eager": {"merge.agreement": 0.5},
     "wary": {"merge.agreement": 0.7},
     "keys": {"model.key_layers": ModelConfig().key_layers},

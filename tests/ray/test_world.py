@@ -32,7 +32,7 @@ def deep(folder: Path) -> list[dict[str, Any]]:
     return inner
 
 
-ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.7}
+ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.7, "common_fraction": 0.25}
 RESIDUALS = {"residuals": {"per_round": 2, "threshold": 0.99, "max_age": 2}}
 
 
