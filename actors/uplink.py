@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from actors.shared import Address
+from actors.shared import Address, Carried
 from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.outbox import Outbox, Welcome
 from worldlm_ray.compression import nbytes
@@ -62,6 +62,11 @@ class Child(Protocol):
     @property
     def started_tokens(self) -> int:
         """Tokens of all local rounds begun below."""
+        ...
+
+    @property
+    def wanted_fragment(self) -> int | None:
+        """Which part of the backbone to pull; None for all of it."""
         ...
 
     def welcomed(self, welcome: Welcome) -> None:
@@ -120,7 +125,7 @@ class Uplink:
         """The parent's model."""
         while True:
             try:
-                header, refs = yield from self._call("pull", self._child.started_tokens)
+                header, refs = yield from self._ask()
                 packed = Packed(header, (yield refs[0]))
                 model = unpack_model(packed, self._plan.layout)
                 path, now_s = self._address.path, self._clock.now_s()
@@ -188,8 +193,12 @@ class Uplink:
             if verdict.reason != "out_of_turn":
                 break
             # Sent again after a restart, while its forerunner waits for its siblings': not before that is through.
-            yield from self._call("pull", self._child.started_tokens)
+            yield from self._ask()
         self._refs = {seq: ref for seq, ref in self._refs.items() if seq in self._child.outbox}
+
+    def _ask(self) -> Steps[Carried]:
+        found: Carried = yield from self._call("pull", self._child.started_tokens, self._child.wanted_fragment)
+        return found
 
     def _call(self, method: str, *arguments: Any) -> Steps[Any]:
         """A call that only the parent that was joined may take."""

@@ -37,7 +37,7 @@ from worldlm_ray import storage
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.params import Flat
 
-FORMAT = 3
+FORMAT = 4
 _INCARNATIONS, _META = "incarnations", "meta.json"
 _NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 

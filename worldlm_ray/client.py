@@ -15,11 +15,12 @@ import numpy as np
 
 from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.merge import Merger, Moved
+from worldlm_ray.aggregation.node import require_fragments
 from worldlm_ray.aggregation.outbox import Outbox, Welcome
 from worldlm_ray.compression import lossy, memory
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
-from worldlm_ray.messages import Model, Update
+from worldlm_ray.messages import Model, Update, carried, fragment_of
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account, ledger_folder
@@ -61,7 +62,8 @@ class Client:
         """What the client may spend of its text's privacy; None without such a promise."""
         self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
         self.base = np.array(plan.initial())
-        """The merged model that the current local round began from."""
+        """The merged model that the current local round began from; of each fragment, the model as it was when that was
+        last sent, moved with the parent since. What differs from it has not been sent."""
         self.trainer.write(self.base)
         self.common = self._common()
         """The parent's model, trained beside the client's own once they have parted; None unless asked for."""
@@ -96,6 +98,8 @@ class Client:
         """Whether a round is under way: begun and not yet turned into an update."""
         self.start_over = False
         """Whether the next pull replaces the model and the optimizer's state."""
+        self.is_behind = False
+        """Whether the parent knows rounds that this client has lost: the next pull brings all fragments."""
         self._stretch_steps = 0
         """Steps of the last call of `train`."""
 
@@ -163,11 +167,35 @@ class Client:
         """
         missed = welcome.last_seq - self.seq
         if missed > 0:
-            self.seq, self.began, self.step = welcome.last_seq, False, 0
+            self._have_sent(welcome.last_seq)
+            self.seq, self.began, self.step, self.is_behind = welcome.last_seq, False, 0, True
             self.round += missed
             self.steps = self.round * self.training.local_steps
             self.tokens = self.round * self.round_tokens
         self.outbox.durable(welcome.durable_seq)
+
+    @property
+    def fragments(self) -> int:
+        """Parts of the backbone that travel in turn."""
+        return self.spec.settings.exchange.fragments
+
+    @property
+    def wanted_fragment(self) -> int | None:
+        """What to ask the parent for: the fragment that was pushed last; None, the whole model, where that will not do.
+
+        A fragment is pulled right after its push, as in Streaming DiLoCo, so that it is never older than need be.
+        """
+        whole = self.fragments == 1 or self.round == 0 or self.start_over or self.is_behind
+        return None if whole else fragment_of(self.seq, self.fragments)
+
+    def _have_sent(self, seq: int) -> None:
+        """An earlier life has sent updates up to this one: what they carried is not to be sent again."""
+        if self.fragments == 1:
+            return
+        own = self.trainer.read()
+        for number in {fragment_of(missed, self.fragments) for missed in range(self.seq + 1, seq + 1)}:
+            part = self.plan.layout.fragments(self.fragments)[number]
+            self.base[part] = own[part]
 
     def answered(self, verdict: Verdict) -> None:
         """The parent's word about an update. A model that has diverged is given up for the parent's."""
@@ -201,14 +229,14 @@ class Client:
                 self.start_over = False
         elif model.version > 0:
             records = self._merge(model, now_s=now_s)
-        else:
+        elif self.fragments == 1:
             self.trainer.read(self.base)
-        self.parent_keys[:] = model.values[self.plan.layout.backbone_size :]
+        self.parent_keys[:] = carried(model, self.plan.layout)[2]
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation = model.incarnation
         self.outbox.durable(model.durable_seq)
         self.seq = max(self.seq, model.last_seq)
-        self.step, self.loss_sum, self.began = 0, 0.0, True
+        self.step, self.loss_sum, self.began, self.is_behind = 0, 0.0, True, False
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []
 
@@ -225,10 +253,17 @@ class Client:
             return [judged]
         if self.common is not None:
             self.common.end()
-        self.merger.backbone(m, own, own, model.values, out=self.base)
+        if self.fragments == 1:
+            merged = self.base
+            self.merger.backbone(m, own, own, model, out=merged)
+        else:
+            merged = np.empty_like(own)
+            anchor = self.merger.backbone(m, own, self.base, model, out=merged, exact=True)
+            assert anchor is not None, "the base is a buffer of its own"
+            self.base = anchor
         tokens = float(self.round_tokens)
-        weights = self.merger.keys(m, own, own, model, own_tokens=tokens, now_s=now_s, out=self.base)
-        self.trainer.write(self.base)
+        weights = self.merger.keys(m, own, own, model, own_tokens=tokens, now_s=now_s, out=merged)
+        self.trainer.write(merged)
         return [judged] if weights is None else [judged, weights]
 
     def train(self, should_stop: Any = lambda: False) -> float:
@@ -295,13 +330,19 @@ class Client:
 
     def update(self) -> Update:
         """The finished round as an update; the round is over."""
-        split = self.plan.layout.backbone_size
+        layout, split = self.plan.layout, self.plan.layout.backbone_size
+        number = fragment_of(self.seq + 1, self.fragments)
+        part = layout.fragments(self.fragments)[number]
         trained = self.common.trainer if self.common is not None and self.common.active else self.trainer
-        values = trained.read()
-        values[:split] -= self.base[:split]
-        values[split:] -= self.parent_keys
+        values, size = trained.read(), part.stop - part.start
+        if self.fragments > 1:
+            own, values = values, np.concatenate((values[part], values[split:]))
+        values[:size] -= self.base[part]
+        values[size:] -= self.parent_keys
+        if self.fragments > 1:
+            self.base[part] = own[part]
         codec = self.spec.settings.exchange.codec
-        values = lossy(codec, values, self.lost)
+        values = lossy(codec, values, None if self.lost is None else self.lost[part])
         self.seq += 1
         self.began = False
         update = Update(
@@ -314,6 +355,8 @@ class Client:
             metrics={"train_loss": self.train_loss} if self.reports else {},
             epsilon=self.account.epsilon() if self.account is not None else None,
             codec=codec,
+            fragment=number,
+            fragments=self.fragments,
             base_incarnation=self.base_incarnation,
         )
         self.outbox.add(update)
@@ -410,7 +453,7 @@ class Client:
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """Everything that a restart needs, down to the step within a round."""
         meta = {name: getattr(self, name) for name in _STATE}
-        meta["layout"] = self.plan.layout.hash
+        meta["layout"], meta["fragments"] = self.plan.layout.hash, self.fragments
         meta["charges"] = 0 if self.account is None else len(self.account.ledger.entries())
         arrays = {"theta": self.trainer.read(), "base": self.base, "parent_keys": self.parent_keys}
         if self.merger.heard is not None:
@@ -433,6 +476,7 @@ class Client:
             raise CheckpointError(
                 f"{self.spec.path}: the checkpoint is of another model or another choice of key layers"
             )
+        require_fragments(self.spec.path, self.fragments, meta["fragments"])
         for name in _STATE:
             setattr(self, name, meta[name])
         if self.began:
@@ -506,4 +550,5 @@ _STATE = (
     "learning_rate",
     "began",
     "start_over",
+    "is_behind",
 )

@@ -239,6 +239,9 @@ class ExchangeConfig:
     codec: CodecName = "fp32"
     """`bf16` takes half of the bytes, `int8` a quarter, `int4` an eighth. What rounding loses goes with the next
     update."""
+    fragments: int = 1
+    """Parts of the backbone that travel in turn, one with each exchange, up and down; key layers travel with each.
+    Children of one node have equally many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -591,6 +594,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
         got = f"got {settings.merge.agreement}"
         raise ConfigError(f"{at}merge.agreement", got, "give a cosine, from -1 to 1")
     _common(settings, at)
+    positive(settings.exchange.fragments, f"{at}exchange.fragments")
     positive(settings.resources.cpus, f"{at}resources.cpus")
     not_negative(settings.resources.gpus, f"{at}resources.gpus")
     if settings.resources.memory_gb is not None:

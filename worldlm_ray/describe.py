@@ -12,6 +12,7 @@ from rich.table import Table
 from worldlm_ray.aggregation.server_optimizer import state_buffers
 from worldlm_ray.compression import nbytes
 from worldlm_ray.data import describe as describe_data
+from worldlm_ray.messages import fragment_of
 from worldlm_ray.plan import Plan
 from worldlm_ray.report import amount
 from worldlm_ray.training.deepspeed_config import is_zero, worker_bytes
@@ -59,18 +60,35 @@ def crossings(plan: Plan) -> list[dict[str, Any]]:
             if child.settings.placement.labels == parent.settings.placement.labels:
                 continue
             exchanges = _exchanges(plan, child)
-            push = nbytes(child.settings.exchange.codec, plan.layout.size)
             found.append(
                 {
                     "node": child.path,
                     "from": dict(child.settings.placement.labels),
                     "to": dict(parent.settings.placement.labels),
                     "exchanges": exchanges,
-                    "bytes_up": None if exchanges is None else exchanges * push,
-                    "bytes_down": None if exchanges is None else exchanges * plan.layout.nbytes,
+                    "bytes_up": None if exchanges is None else _bytes_up(plan, child, exchanges),
+                    "bytes_down": None if exchanges is None else _bytes_down(plan, child, exchanges),
                 }
             )
     return found
+
+
+def _bytes_up(plan: Plan, spec: NodeSpec, exchanges: int) -> int:
+    sizes = _sizes(plan, spec, spec.settings.exchange.codec)
+    return sum(sizes[fragment_of(seq, len(sizes))] for seq in range(1, exchanges + 1))
+
+
+def _bytes_down(plan: Plan, spec: NodeSpec, exchanges: int) -> int:
+    """The first pull brings the whole model; a client makes it before its first push, a federation after it."""
+    sizes, first = _sizes(plan, spec, "fp32"), 1 if spec.kind == "client" else 2
+    later = sum(sizes[fragment_of(seq, len(sizes))] for seq in range(first, first + exchanges - 1))
+    return later + (plan.layout.nbytes if exchanges else 0)
+
+
+def _sizes(plan: Plan, spec: NodeSpec, codec: str) -> list[int]:
+    """Bytes of an exchange one way, for every fragment."""
+    parts = plan.layout.fragments(spec.settings.exchange.fragments)
+    return [nbytes(codec, part.stop - part.start + plan.layout.key_size) for part in parts]
 
 
 def _exchanges(plan: Plan, spec: NodeSpec) -> int | None:
@@ -92,7 +110,13 @@ def _exchanges(plan: Plan, spec: NodeSpec) -> int | None:
 def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     settings, size = spec.settings, plan.layout.nbytes
     codec = settings.exchange.codec
-    push = {} if spec.kind == "world" else {"codec": codec, "bytes_per_push": nbytes(codec, plan.layout.size)}
+    exchange = {
+        "codec": codec,
+        "fragments": settings.exchange.fragments,
+        "bytes_per_push": max(_sizes(plan, spec, codec)),
+        "bytes_per_pull": max(_sizes(plan, spec, "fp32")),
+    }
+    push = {} if spec.kind == "world" else exchange
     if spec.kind == "client":
         training = settings.training
         buffers = (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
@@ -119,6 +143,8 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     if spec.kind == "federation" and codec != "fp32":
         buffers += 4 * plan.layout.backbone_size  # what the codec has lost
     buffers += 4 * plan.layout.backbone_size * len(state_buffers(rules.server_optimizer))
+    if spec.children[0].settings.exchange.fragments > 1:
+        buffers += size  # the fragments that children ask for, beside the whole
     return {
         "kind": spec.kind,
         "trigger": rules.trigger,
@@ -182,16 +208,19 @@ def tables(facts: Mapping[str, Any]) -> Iterator[Table]:
         split.add_row(name, f"{number:,}", f"{number / model['parameters']:.1%}")
     split.add_row("all", f"{model['parameters']:,}", "100.0%")
     shape = ", ".join(f"{name} {model[name]}" for name in ("hidden_size", "layers", "heads", "context", "vocab_size"))
-    split.caption = f"preset {model['preset']}: {shape}; a pull is {amount(facts['bytes_per_pull'])}B"
+    split.caption = f"preset {model['preset']}: {shape}; a whole model is {amount(facts['bytes_per_pull'])}B"
     yield split
     tree = Table(title="the tree", title_justify="left")
-    for name in ("node", "kind", "what it does", "push", "memory"):
-        tree.add_column(name, justify="right" if name in ("push", "memory") else "left")
+    for name in ("node", "kind", "what it does", "push", "pull", "memory"):
+        tree.add_column(name, justify="right" if name in ("push", "pull", "memory") else "left")
     for path, node in facts["nodes"].items():
         indent = "  " * path.count("/") + path.rsplit("/", 1)[-1]
-        push = f"{amount(node['bytes_per_push'])}B" if "codec" in node else ""
-        tree.add_row(indent, node["kind"], _what(node), push, f"{amount(node['memory_bytes'])}B")
-    tree.caption = "push: bytes of an update; memory: parameter-sized buffers, without activations and the interpreter"
+        moved = [f"{amount(node[f'bytes_per_{way}'])}B" if "codec" in node else "" for way in ("push", "pull")]
+        tree.add_row(indent, node["kind"], _what(node), *moved, f"{amount(node['memory_bytes'])}B")
+    tree.caption = (
+        "push, pull: bytes of an update and of what is pulled after it, of the largest fragment; "
+        "memory: parameter-sized buffers, without activations and the interpreter"
+    )
     yield tree
     if any(node["kind"] == "client" and (node["workers"]["stage"] is not None) for node in facts["nodes"].values()):
         yield _sharding(facts)

@@ -5,7 +5,11 @@ copied or pickled with the header, and encoded only if the sender's codec says s
 anything uses it.
 
     Update (up)    what the child changed: its backbone since it began, its key layers against the parent's then
-    Model (down)   the whole model of the parent
+    Model (down)   the model of the parent
+
+With `exchange.fragments` above 1 either holds one fragment of the backbone and all key layers: which one follows from
+the child's seq, so that whoever is restarted, and whatever is sent again, agrees. A child that knows nothing yet gets
+the whole model, which is fragment 0 of 1.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from worldlm_ray.compression import CODECS, Bytes, decode, encode, nbytes
 from worldlm_ray.errors import MessageError
 from worldlm_ray.params import Flat, Layout
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the message schema; a receiver refuses any other."""
 
 
@@ -61,13 +65,17 @@ class Update:
     started_tokens: int
     """Tokens of all local rounds that were begun below this child since the run began."""
     values: Flat
-    """[backbone change | change of the key layers]."""
+    """[change of the backbone's fragment | change of the key layers]."""
     metrics: dict[str, float] = field(default_factory=dict)
     epsilon: float | None = None
     residuals: tuple[Residual, ...] = ()
     """What fitted nobody below the sender."""
     codec: str = "fp32"
     """How the values travel: one of compression.CODECS."""
+    fragment: int = 0
+    """Which part of the backbone is here: `fragment_of(seq, fragments)` ..."""
+    fragments: int = 1
+    """... of so many."""
     base_incarnation: int = 1
     """The parent's when it gave the base version. Versions of an earlier life of the parent may never come again."""
 
@@ -87,7 +95,7 @@ class Model:
     last_seq: int
     """Highest seq that the parent has accepted from this child."""
     values: Flat
-    """[backbone | key layers], read-only."""
+    """[the backbone's fragment | key layers], read-only."""
     residuals: tuple[Residual, ...] = ()
     """What may fit the child."""
     share: float = 0.0
@@ -97,6 +105,10 @@ class Model:
     """The parent's."""
     durable_seq: int = 0
     """Highest seq of this child that the parent's checkpoints cover."""
+    fragment: int = 0
+    """Which part of the backbone is here ..."""
+    fragments: int = 1
+    """... of so many; 1 of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,8 @@ _UPDATE = {
     "started_tokens": int,
     "metrics": dict,
     "codec": str,
+    "fragment": int,
+    "fragments": int,
     "base_incarnation": int,
 }
 _MODEL = {
@@ -132,7 +146,21 @@ _MODEL = {
     "share": float,
     "incarnation": int,
     "durable_seq": int,
+    "fragment": int,
+    "fragments": int,
 }
+
+
+def fragment_of(seq: int, fragments: int) -> int:
+    """Which fragment an exchange carries: all in turn."""
+    return seq % fragments
+
+
+def carried(message: Update | Model, layout: Layout) -> tuple[slice, Flat, Flat]:
+    """What a message carries: where in the backbone its fragment lies, the fragment's values, and the key layers'."""
+    part = layout.fragments(message.fragments)[message.fragment]
+    size = part.stop - part.start
+    return part, message.values[:size], message.values[size:]
 
 
 def pack(message: Update | Model, layout: Layout) -> Packed:
@@ -161,7 +189,7 @@ def unpack_update(packed: Packed, layout: Layout) -> Update:
     """Check a travelling update and give it back.
 
     Raises:
-        MessageError: malformed, wrong_schema, wrong_layout, wrong_shape or not_finite.
+        MessageError: malformed, wrong_schema, wrong_layout, wrong_fragment, wrong_shape or not_finite.
     """
     return Update(**_checked(packed, layout, "update", _UPDATE))
 
@@ -170,7 +198,7 @@ def unpack_model(packed: Packed, layout: Layout) -> Model:
     """Check a travelling model and give it back.
 
     Raises:
-        MessageError: malformed, wrong_schema, wrong_layout or wrong_shape.
+        MessageError: malformed, wrong_schema, wrong_layout, wrong_fragment or wrong_shape.
     """
     return Model(**_checked(packed, layout, "model", _MODEL))
 
@@ -200,7 +228,8 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type])
     if got != layout.hash:
         raise MessageError("wrong_layout", f"got layout {got}, expected {layout.hash}: use one model config everywhere")
     codec = _field("codec", fields.get("codec", "fp32"), str)
-    _check_shape(packed.values, codec, layout.size)
+    size = _elements(fields, layout)
+    _check_shape(packed.values, codec, size)
     fields["residuals"] = tuple(_residual(each, layout) for each in _field("residuals", fields.get("residuals"), list))
     for name, kind_ in schema.items():
         fields[name] = _field(name, fields.get(name), kind_)
@@ -209,7 +238,22 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type])
     unknown = set(fields) - set(schema) - {"residuals"} - ({"epsilon"} if kind == "update" else set())
     if unknown:
         raise MessageError("malformed", f"unknown fields {sorted(unknown)}")
-    return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, layout.size)}
+    return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, size)}
+
+
+def _elements(fields: dict[str, Any], layout: Layout) -> int:
+    """Elements of a message's buffer, after a look at which fragment it says that it carries."""
+    fragment, fragments = (_field(name, fields.get(name), int) for name in ("fragment", "fragments"))
+    try:
+        part = layout.fragments(fragments)[fragment]
+    except (ValueError, IndexError) as error:
+        raise MessageError("wrong_fragment", f"there is no fragment {fragment} of {fragments}") from error
+    if "seq" in fields:
+        seq = _field("seq", fields["seq"], int)
+        if fragment != fragment_of(seq, fragments):
+            expected = fragment_of(seq, fragments)
+            raise MessageError("wrong_fragment", f"got fragment {fragment} with seq {seq}, expected {expected}")
+    return int(part.stop - part.start) + layout.key_size
 
 
 def _check_shape(values: Any, codec: str, size: int) -> None:

@@ -255,6 +255,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"exchange.codec": "bf16"},
     "int8": {"exchange.codec": "int8"},
     "int4": {"exchange.codec": "int4"},
+    "fragments": {"exchange.fragments": 4},
     "personal": {"aggregation.attention.personal": True},
 }
 """What a variant changes, by name."""

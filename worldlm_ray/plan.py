@@ -120,6 +120,8 @@ class Plan:
             min_clients=spec.min_clients or 0,
             liveness=self.config.liveness,
             codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
+            fragments=spec.settings.exchange.fragments if spec.kind != "world" else 1,
+            child_fragments=spec.children[0].settings.exchange.fragments,
         )
 
     @property
@@ -185,6 +187,7 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         if layout.backbone_size == 0 and "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
             got = "adaptive, but every layer is a key layer: there is no backbone to judge by"
             raise ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
+    _check_fragments(root, layout)
     for node in root.inner:
         if node.settings.privacy.unit == "client":
             _check_client_level(node, config)
@@ -225,6 +228,38 @@ def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPriva
         # From the operating system and never saved: noise that a restart draws again cancels out.
         generator=np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little"))),
     )
+
+
+def _check_fragments(root: NodeSpec, layout: Layout) -> None:
+    """What an exchange of one fragment at a time cannot be combined with."""
+    in_parts = [node for node in root.walk() if node.kind != "world" and node.settings.exchange.fragments > 1]
+    for node in in_parts:
+        try:
+            layout.fragments(node.settings.exchange.fragments)
+        except ValueError as error:
+            got = f"got {node.settings.exchange.fragments}, but {error}"
+            raise ConfigError(f"{node.key}.exchange.fragments", got, "give a smaller number") from error
+        for below in node.walk():
+            kind = "client" if below.kind == "client" else "federation"
+            if getattr(below.settings.merge, kind) == "adaptive":
+                got = f"adaptive judges by the whole backbone, of which {node.path} exchanges a fragment at a time"
+                cure = f"give a number, or set exchange.fragments of {node.path} to 1"
+                raise ConfigError(f"{below.key}.merge.{kind}", got, cure)
+    for parent in root.inner:
+        numbers = {child.settings.exchange.fragments: child for child in parent.children}
+        if len(numbers) > 1:
+            first, second = list(numbers.items())[:2]
+            got = f"{second[0]} differs from the {first[0]} of {first[1].path}"
+            raise ConfigError(f"{second[1].key}.exchange.fragments", got, "give all children of a node the same")
+        [(number, child)] = numbers.items()
+        if number > 1 and parent.settings.privacy.unit == "client":
+            got = f"{number} fragments, but client-level noise of {parent.path} is made for whole updates"
+            raise ConfigError(f"{child.key}.exchange.fragments", got, "set it to 1")
+        if number > 1 and parent.settings.aggregation.robust.rule != "none":
+            rule = parent.settings.aggregation.robust.rule
+            got = f"{number} fragments, of which {rule} would find the agreement of those few that came"
+            cure = f"set it to 1, or aggregation.robust.rule of {parent.path} to none"
+            raise ConfigError(f"{child.key}.exchange.fragments", got, cure)
 
 
 def _check_whose_promise(client: NodeSpec, parent: NodeSpec) -> None:

@@ -185,8 +185,13 @@ class Simulation:
         if client.is_done:
             self._leave(path)
             return
-        name, started = self.specs[path].name, client.started_tokens
-        self._call(path, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), self._receiver(path))
+        self._call(path, 0, self._asking(path), self._receiver(path))
+
+    def _asking(self, path: str) -> Callable[[dict[str, Any]], Pull]:
+        """A pull, as it is when it is sent."""
+        node, name = self.clients.get(path) or self.nodes[path], self.specs[path].name
+        started, fragment = node.started_tokens, node.wanted_fragment
+        return lambda lives: Pull(child=name, started_tokens=started, fragment=fragment, **lives)
 
     def _receiver(self, path: str) -> Callable[[Model], None]:
         return lambda model: self._receive(path, model)
@@ -266,9 +271,7 @@ class Simulation:
 
     def _wait_for_turn(self, child: str, then: Callable[[], None]) -> None:
         """Wait until the parent would serve the child; the model itself is not wanted."""
-        name = self.specs[child].name
-        started = (self.clients.get(child) or self.nodes[child]).started_tokens
-        self._call(child, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), lambda _: then())
+        self._call(child, 0, self._asking(child), lambda _: then())
 
     def _join(self, child: str) -> None:
         """Find the parent (again), and send what it does not have."""
@@ -302,12 +305,10 @@ class Simulation:
             self._pull_up(child)
 
     def _pull_up(self, path: str) -> None:
-        name, started = self.specs[path].name, self.nodes[path].started_tokens
-
         def received(model: Model) -> None:
             self._take(path, ParentModel(model=model, now_s=self.now_s))
 
-        self._call(path, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), received)
+        self._call(path, 0, self._asking(path), received)
 
     # ---- inner nodes -----------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def test_an_adaptive_node_follows_or_keeps_all_of_its_own(parent: tuple[float, f
     assert record.agreement is not None
     assert (record.agreement >= 0.6) == (m == 1.0)
     out = flat(0, 0, 0, 0)
-    rule.backbone(found, own, own, told.values, out=out)
+    rule.backbone(found, own, own, told, out=out)
     weights = rule.keys(found, own, own, told, own_tokens=1.0, now_s=2.0, out=out)
     # Following: the parent's backbone, and key layers half and half; else nothing is touched, key layers included.
     assert out.tolist() == ([3, 4, 4, 4] if m else own.tolist())

@@ -164,7 +164,7 @@ def merged(config: RunConfig) -> list[float]:
         initial=np.zeros(4, np.float32),
     )
     m, _ = merger.judge(parent, None, now_s=0.0)
-    merger.backbone(m, own, own, parent.values, out=out)
+    merger.backbone(m, own, own, parent, out=out)
     merger.keys(m, own, own, parent, own_tokens=1.0, now_s=0.0, out=out)
     return out.tolist()
 

@@ -32,6 +32,7 @@ REASONS = {
     "malformed",
     "wrong_schema",
     "wrong_layout",
+    "wrong_fragment",
     "wrong_shape",
     "unknown_sender",
     "duplicate",

@@ -29,8 +29,8 @@ class Verdict:
     """What a node decided about an update, and why."""
 
     reason: str
-    """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_shape, unknown_sender, superseded, restarted,
-    duplicate, out_of_turn, too_soon, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
+    """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_fragment, wrong_shape, unknown_sender, superseded,
+    restarted, duplicate, out_of_turn, too_soon, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
     seq: int
     base_version: int
     version: int
@@ -75,6 +75,8 @@ class Pull(Word):
     """A child asks for the model; `started_tokens` counts its local rounds including the one it is about to begin."""
 
     started_tokens: int
+    fragment: int | None = None
+    """Which part of the backbone the child wants, of the children's `exchange.fragments`; None for all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,9 @@
 A change is measured from the parent's model that the child began with. A child that has been away for some versions
 is therefore blended as it would stand now, and does not take back what its siblings have done meanwhile.
 
+With `exchange.fragments` above 1 an update carries one part of the backbone. Each part has a sum and tokens of its own,
+is aggregated over the updates that carried it, and stays as it is where none did; key layers come with every update.
+
 A node's memory therefore does not grow with its number of children, and when the fold is finished the same buffer
 *is* the next model.
 """
@@ -22,11 +25,12 @@ from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import AggregationError
-from worldlm_ray.messages import Update
+from worldlm_ray.messages import Update, carried
 from worldlm_ray.params import Flat, Layout, add_scaled, squared_norm
 
 OWN = "(own)"
 """The node itself, among the candidates of attention."""
+_FIRST, _SUM = "first.", "sum."
 
 
 class Fold:
@@ -38,22 +42,33 @@ class Fold:
         origin: the run's initial key layers.
         first_s: when the first update arrived.
         buffer: to fold into, instead of a new one; its contents do not matter. Fresh memory costs as much as a copy.
+        fragments: parts of the backbone, of which an update carries one.
     """
 
     def __init__(
-        self, layout: Layout, rules: AggregationConfig, *, origin: Flat, first_s: float, buffer: Flat | None = None
+        self,
+        layout: Layout,
+        rules: AggregationConfig,
+        *,
+        origin: Flat,
+        first_s: float,
+        buffer: Flat | None = None,
+        fragments: int = 1,
     ) -> None:
         self.layout, self.rules, self.origin, self.first_s = layout, rules, origin, first_s
+        self.parts = layout.fragments(fragments)
         self.flat = np.empty(layout.size, np.float32) if buffer is None else buffer
         self.flat[layout.backbone_size :] = 0.0
-        self._first: tuple[Flat, float] | None = None
-        """The first update's backbone and its weight, as long as it is the only one: it is in `flat` only when the next
-        pass, for the second or for the next model, has read it."""
+        self._first: dict[int, tuple[Flat, float]] = {}
+        """Of each fragment: its first update and that one's weight, as long as it is the only one. It is in `flat` only
+        when the next pass, for the second or for the next model, has read it."""
+        self.carried: list[dict[str, int]] = [{} for _ in self.parts]
+        """Of each fragment: undiscounted weight by child."""
         self.attention = OnlineAttention(layout.key_layers, self.flat[layout.backbone_size :])
         self.fits: list[list[float]] = []
         """Scores of the updates' key layers against the node's own, by the temperature."""
         self.tokens = 0
-        """Undiscounted weight."""
+        """Undiscounted weight of all updates, whatever they carried."""
         self.contributors: list[str] = []
         self.shares: dict[str, float] = {}
         """Weight of every child's work in the sum; after `finish`, in the mean."""
@@ -71,12 +86,12 @@ class Fold:
         """
         split = self.layout.backbone_size
         weight = update.tokens * discount(self.rules.staleness, tau)
-        factor, change = self.clipping(update), update.values[split:]
-        if not self.contributors:
-            self._first = (update.values[:split], weight * factor)
+        part, backbone, change = carried(update, self.layout)
+        factor, number = self.clipping(update), update.fragment
+        if not self.carried[number]:
+            self._first[number] = (backbone, weight * factor)
         else:
-            add_scaled(self.flat[:split], update.values[:split], weight * factor, first=self._first)
-            self._first = None
+            add_scaled(self.flat[part], backbone, weight * factor, first=self._first.pop(number, None))
         fit: list[float] = []
         if self.layout.key_layers:
             change = change if factor == 1.0 else np.float32(factor) * change
@@ -84,10 +99,16 @@ class Fold:
             fit = scores(self.rules.attention, self.layout.key_layers, own, own + change, self.origin)
             self.attention.fold(update.sender, change, with_prior(fit, weight))
             self.fits.append(fit)
-        self.tokens += update.tokens
-        self.contributors.append(update.sender)
+        self.count(update)
         self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
         return fit
+
+    def count(self, update: Update) -> None:
+        """Note who is in the sum, with what."""
+        self.tokens += update.tokens
+        self.contributors.append(update.sender)
+        mine = self.carried[update.fragment]
+        mine[update.sender] = mine.get(update.sender, 0) + update.tokens
 
     def clipping(self, update: Update) -> float:
         """By how much an update is shortened: 1 unless it goes too far."""
@@ -126,21 +147,28 @@ class Fold:
             weights = self.attention.weights()
             keys = self.attention.result()
             keys += own
-        # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
-        scale = 1.0 / self.tokens
-        if self.rules.server_optimizer.lr is None:
-            scale *= self.present(len(absent))
-        self.shares = {name: weight * scale for name, weight in self.shares.items()}
-        norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale, first=self._first)
-        return self.flat, norm, weights
+        if len(self.parts) > 1:
+            self.shares = {}  # adaptive nodes ask for them, and those exchange the whole backbone
+        norms = []
+        for number, part in enumerate(self.parts):
+            if not self.carried[number]:
+                self.flat[part] = theta[part]
+                continue
+            # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
+            scale = 1.0 / sum(self.carried[number].values())
+            if self.rules.server_optimizer.lr is None:
+                scale *= self.present(len(absent), number)
+            self.shares = {name: weight * scale for name, weight in self.shares.items()}
+            first = self._first.get(number)
+            norms.append(optimizer.apply(self.flat[part], theta[part], scale=scale, first=first, number=number))
+        return self.flat, math.hypot(*norms), weights
 
-    def present(self, absent: int) -> float:
-        """Share of the children that are in this aggregation.
+    def present(self, absent: int, number: int = 0) -> float:
+        """Share of the children that are in this aggregation with a fragment.
 
         Updates that come one by one would otherwise add up to a step as many times too long.
         """
-        here = len(set(self.contributors))
-        return here / (here + absent)
+        return len(self.carried[number]) / (len(set(self.contributors)) + absent)
 
     def _own_logits(self, own: Flat, absent: Sequence[Sequence[float]]) -> list[float]:
         """The weight of those absent (and of the node itself, where that was asked for) for each key layer."""
@@ -162,7 +190,8 @@ class Fold:
             "contributors": list(self.contributors),
             "shares": dict(self.shares),
             "first_s": self.first_s,
-            "first_weight": None if self._first is None else self._first[1],
+            "carried": [dict(tokens) for tokens in self.carried],
+            "first_weights": {str(number): weight for number, (_, weight) in self._first.items()},
             "maximum": list(attention.maximum),
             "total": list(attention.total),
             "names": list(attention.names),
@@ -171,14 +200,23 @@ class Fold:
 
     def arrays(self) -> dict[str, Flat]:
         """The buffers."""
-        if self._first is None:
-            return {"flat": self.flat}
-        return {"first": self._first[0], "flat": self.flat[self.layout.backbone_size :]}
+        found = {f"{_FIRST}{number}": values for number, (values, _) in self._first.items()}
+        found |= {
+            f"{_SUM}{number}": self.flat[part]
+            for number, part in enumerate(self.parts)
+            if self.carried[number] and number not in self._first
+        }
+        return found | {"keys": self.flat[self.layout.backbone_size :]}
 
     def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` and `arrays` described."""
-        self._first = (arrays["first"], saved["first_weight"]) if "first" in arrays else None
-        self.flat[self.flat.size - arrays["flat"].size :] = arrays["flat"]
+        self.carried = [dict(tokens) for tokens in saved["carried"]]
+        weights = saved["first_weights"]
+        self._first = {int(number): (arrays[f"{_FIRST}{number}"], weight) for number, weight in weights.items()}
+        self.flat[self.layout.backbone_size :] = arrays["keys"]
+        for number, part in enumerate(self.parts):
+            if f"{_SUM}{number}" in arrays:
+                self.flat[part] = arrays[f"{_SUM}{number}"]
         self.tokens, self.contributors = saved["tokens"], list(saved["contributors"])
         self.fits, self.shares = [list(fit) for fit in saved["fits"]], dict(saved["shares"])
         self.first_s = saved["first_s"]

@@ -55,7 +55,7 @@ from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.compression import lossy, memory
 from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
-from worldlm_ray.messages import Model, Update, unpack_update
+from worldlm_ray.messages import Model, Update, carried, fragment_of, unpack_update
 from worldlm_ray.params import Flat, Layout, difference, frozen
 from worldlm_ray.records import AggregationRecord, AttentionRecord, LifeRecord, PrivacyRecord, VerdictRecord
 
@@ -111,6 +111,8 @@ class Node:
         min_clients: of these, so many must have joined before any of them is served.
         liveness: when a silent child is given up; None for never.
         codec: how updates travel to the parent.
+        fragments: parts of the backbone that travel in turn between this node and its parent ...
+        child_fragments: ... and between its children and this node.
     """
 
     def __init__(
@@ -131,6 +133,8 @@ class Node:
         min_clients: int = 0,
         liveness: LivenessConfig | None = None,
         codec: str = "fp32",
+        fragments: int = 1,
+        child_fragments: int = 1,
     ) -> None:
         self.incarnation = 1
         """How often this node has been started: for the shell to set."""
@@ -142,7 +146,9 @@ class Node:
         self.path, self.aggregation, self.layout = path, aggregation, layout
         self.budget, self.has_parent = budget, has_parent
         self.synchronous = aggregation.trigger == "synchronous"
-        self.optimizer = ServerOptimizer(aggregation.server_optimizer, layout.backbone_size)
+        self.fragments, self.child_fragments = fragments, child_fragments
+        parts = layout.fragments(child_fragments)
+        self.optimizer = ServerOptimizer(aggregation.server_optimizer, layout.backbone_size, parts)
         self.merger = Merger(
             path=path,
             layout=layout,
@@ -161,7 +167,8 @@ class Node:
         self.theta = frozen(initial)
         """The published model. Never changed in place."""
         self.anchor = self.theta
-        """The model as it was last pushed, moved with the parent since: where the backbone's next update begins."""
+        """The model as it was last pushed, moved with the parent since: where the backbone's next update begins. Of
+        each fragment it is as that was last pushed."""
         self.parent_keys = self.merger.origin
         """What its key layers are measured from: the parent's, as this node last heard them."""
         self.children = {name: Child(active=name not in awaited, awaited=name in awaited) for name in children}
@@ -201,7 +208,10 @@ class Node:
         self._lent = True
         """Whether somebody may still read the buffer in which the model lies."""
         self._held: dict[str, tuple[Update, int]] = {}
-        self._waiting: dict[str, int] = {}
+        self._waiting: dict[str, tuple[int, int | None]] = {}
+        """Children that wait for the model: their started tokens, and the fragment that they want."""
+        self.cuts: dict[int, Flat] = {}
+        """[fragment | key layers] of the published model, as far as they have been asked for."""
 
     # ---- events ----------------------------------------------------------------------------------------------
 
@@ -223,8 +233,11 @@ class Node:
         elif isinstance(event, Pull):
             if event.child not in self.children:
                 raise MessageError("unknown_sender", f"{self.path} has no child {event.child!r}")
+            if event.fragment is not None and not 0 <= event.fragment < self.child_fragments:
+                got = f"there is no fragment {event.fragment} of {self.child_fragments}"
+                raise MessageError("wrong_fragment", got)
             self.began_s = event.now_s if self.began_s is None else self.began_s
-            self._waiting[event.child] = event.started_tokens
+            self._waiting[event.child] = (event.started_tokens, event.fragment)
         elif isinstance(event, ParentModel):
             commands += self._merge(event)
         elif isinstance(event, Joined):
@@ -316,6 +329,7 @@ class Node:
             if self._sent is not None and own.base is self._sent and own is not shared:
                 self._spare.append(own.base)
             self._sent = None
+        self.cuts = {number: view if cut is own else cut for number, cut in self.cuts.items()}
         self.outbox.use_shared_copy(own, view)
         return view
 
@@ -327,6 +341,9 @@ class Node:
             if update.sender != event.sender:
                 raise MessageError("unknown_sender", f"{event.sender!r} sent an update of {update.sender!r}")
             self._check(event.sender, event.incarnation, to=event.to)
+            if update.fragments != self.child_fragments:
+                got = f"got one of {update.fragments} fragments, expected one of {self.child_fragments}"
+                raise MessageError("wrong_fragment", f"{got}: give all children of {self.path} one exchange.fragments")
             verdict = self._judge(update)
         except MessageError as error:
             update, verdict = None, refuse_malformed(event.packed, error, version=self.version)
@@ -420,13 +437,14 @@ class Node:
             self._fold = self._new_fold(now_s)
         fit = self.children[update.sender].fit = self._fold.add(update, tau, self.theta)
         if self.residuals.on and self.privacy is None:  # a residual is one client's key layer: no noise would cover it
-            keys = self.theta[self.layout.backbone_size :] + update.values[self.layout.backbone_size :]
+            keys = self.theta[self.layout.backbone_size :] + carried(update, self.layout)[2]
             self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
     def _new_fold(self, first_s: float) -> Fold:
         named: dict[str, Any] = {"origin": self.merger.origin, "first_s": first_s, "buffer": self._buffer()}
         if self.privacy is not None:
             return PrivateFold(self.layout, self.aggregation, self.privacy, **named)
+        named["fragments"] = self.child_fragments
         kind = Fold if self.aggregation.robust.rule == "none" else RobustFold
         return kind(self.layout, self.aggregation, **named)
 
@@ -474,7 +492,7 @@ class Node:
         flat, norm, weights = fold.finish(self.theta, self.optimizer, absent=absent)
         if self._made is not None and not self._lent and (not self.has_parent or self.anchor is not self.theta):
             self._spare.append(self._made)  # several updates came before any child pulled
-        self.theta, self._made, self._lent = frozen(flat), flat, False
+        self.theta, self._made, self._lent, self.cuts = frozen(flat), flat, False, {}
         for name, share in fold.shares.items():
             if name in self.children:
                 self.children[name].share += share * self.optimizer.rate
@@ -547,11 +565,16 @@ class Node:
         self._exchange_asked = False
         if self.in_flight is not None:
             return self.in_flight
-        split = self.layout.backbone_size
-        self._sent = values = self._buffer()
-        difference(self.theta[:split], self.anchor[:split], out=values[:split])
-        np.subtract(self.theta[split:], self.parent_keys, out=values[split:])
-        values = lossy(self.codec, values, self.lost)
+        split, number = self.layout.backbone_size, fragment_of(self.seq + 1, self.fragments)
+        part = self.layout.fragments(self.fragments)[number]
+        size = part.stop - part.start
+        if self.fragments == 1:
+            self._sent = values = self._buffer()
+        else:
+            values = np.empty(size + self.layout.key_size, np.float32)
+        difference(self.theta[part], self.anchor[part], out=values[:size])
+        np.subtract(self.theta[split:], self.parent_keys, out=values[size:])
+        values = lossy(self.codec, values, None if self.lost is None else self.lost[part])
         self.seq += 1
         self.in_flight = Update(
             sender=self.path.rsplit("/", 1)[-1],
@@ -562,36 +585,59 @@ class Node:
             values=frozen(values),
             residuals=self.residuals.rise(),
             codec=self.codec,
+            fragment=number,
+            fragments=self.fragments,
             base_incarnation=self.base_incarnation,
         )
         self.outbox.add(self.in_flight)
-        self.anchor = self.theta
+        self._is_sent(number)
         for child in self.children.values():
             child.pushed, child.share = child.pushed + child.share, 0.0
         self.unpushed_aggregations, self.unpushed_tokens = 0, 0
         return self.in_flight
 
+    def _is_sent(self, number: int) -> None:
+        """What there is of a fragment, and of the key layers, is on its way: the next update measures from here."""
+        if self.fragments == 1:
+            self.anchor = self.theta
+            return
+        anchor = self.anchor.copy()  # others may still read the one before
+        for part in (self.layout.fragments(self.fragments)[number], slice(self.layout.backbone_size, None)):
+            anchor[part] = self.theta[part]
+        self.anchor = frozen(anchor)
+
+    @property
+    def wanted_fragment(self) -> int | None:
+        """What to ask the parent for: the fragment that was pushed last; None, the whole, as long as nothing is known.
+
+        A fragment is pulled right after its push, as in Streaming DiLoCo, so that it is never older than need be.
+        """
+        return None if self.fragments == 1 or not self.base_version else fragment_of(self.seq, self.fragments)
+
     def _merge(self, event: ParentModel) -> list[Command]:
         """Move to the parent and keep whatever the children did meanwhile."""
         model, pushed = event.model, self.in_flight
+        _, _, parent_keys = carried(model, self.layout)
         self.in_flight = None
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation, self.finished = model.incarnation, model.finished
         self.outbox.durable(model.durable_seq)
+        for seq in range(self.seq + 1, model.last_seq + 1)[-self.fragments :] if self.fragments > 1 else ():
+            self._is_sent(fragment_of(seq, self.fragments))  # by an earlier life of this node
         self.seq = max(self.seq, model.last_seq)
-        self.parent_keys = frozen(model.values[self.layout.backbone_size :].copy())
+        self.parent_keys = frozen(parent_keys.copy())
         if model.version == 0:
             return []  # the parent has aggregated nothing yet: it has nothing to say
         moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
         m, judged = self.merger.judge(model, moved, now_s=event.now_s)
         merged = self._buffer()
-        anchor = self.merger.backbone(m, self.theta, self.anchor, model.values, out=merged)
+        anchor = self.merger.backbone(m, self.theta, self.anchor, model, out=merged, exact=self.fragments > 1)
         record = self.merger.keys(
             m, self.theta, self.anchor, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged
         )
         for child in self.children.values():
             child.pushed *= 1.0 - m + m * model.share
-        self.theta, self._made, self._lent = frozen(merged), merged, False
+        self.theta, self._made, self._lent, self.cuts = frozen(merged), merged, False, {}
         self.anchor = self.theta if anchor is None else frozen(anchor)
         return [Note(record=judged), *([Note(record=record)] if record is not None else [])]
 
@@ -615,19 +661,22 @@ class Node:
         return name in self._held or (self._fold is not None and name in self._fold.contributors)
 
     def _serve(self, name: str, now_s: float) -> Model:
-        child, started = self.children[name], self._waiting.pop(name)
+        child, (started, fragment) = self.children[name], self._waiting.pop(name)
         if not self.has_parent and not self.synchronous:
             # In synchronous mode this is settled once per version instead, so that all children hear the same.
             self._spend(now_s)
         if not self.finished:
             child.started_tokens = max(child.started_tokens, started)
-        model = self.model(name)
+        model = self.model(name, fragment)
         child.share = child.pushed = 0.0
         return model
 
-    def model(self, child: str) -> Model:
-        """The published model as this child would get it."""
-        self._lent = True
+    def model(self, child: str, fragment: int | None = None) -> Model:
+        """The published model, or one fragment of it, as this child would get it."""
+        if fragment is None or self.child_fragments == 1:
+            self._lent, values, number, count = True, self.theta, 0, 1
+        else:
+            values, number, count = self._cut(fragment), fragment, self.child_fragments
         known = self.children.get(child, Child())
         return Model(
             version=self.version,
@@ -639,8 +688,18 @@ class Node:
             incarnation=self.incarnation,
             durable_seq=known.durable_seq,
             residuals=self.residuals.offer(child),
-            values=self.theta,
+            values=values,
+            fragment=number,
+            fragments=count,
         )
+
+    def _cut(self, fragment: int) -> Flat:
+        """[fragment | key layers] of the published model, in a buffer that its children share."""
+        if fragment not in self.cuts:
+            part = self.layout.fragments(self.child_fragments)[fragment]
+            both = (self.theta[part], self.theta[self.layout.backbone_size :])
+            self.cuts[fragment] = frozen(np.concatenate(both))
+        return self.cuts[fragment]
 
     def _spend(self, now_s: float) -> None:
         """The world alone: how much of the budget is spent, and whether new rounds may begin."""
@@ -679,7 +738,8 @@ class Node:
         for child in meta["children"].values():
             # All that is read back is durable, and the time in which nobody listened is no silence.
             del child["durable_seq"], child["heard_s"], child["gaps"]
-        meta["layout"], meta["optimizer_steps"] = self.layout.hash, self.optimizer.steps
+        meta["layout"], meta["optimizer_steps"] = self.layout.hash, list(self.optimizer.steps)
+        meta["fragments"] = [self.fragments, self.child_fragments]
         meta["contributions"] = dict(self.contributions)
         if self._fold is not None:
             arrays |= {f"fold.{name}": values for name, values in self._fold.arrays().items()}
@@ -701,7 +761,7 @@ class Node:
     @staticmethod
     def changes(name: str) -> bool:
         """Whether a buffer of the state changes in place."""
-        return name == "lost" or (name.startswith(("fold.", "optimizer.")) and name != "fold.first")
+        return name == "lost" or (name.startswith(("fold.", "optimizer.")) and not name.startswith("fold.first."))
 
     def seqs(self) -> dict[str, int]:
         """Highest accepted seq of every child."""
@@ -720,6 +780,8 @@ class Node:
         """
         if meta["layout"] != self.layout.hash:
             raise CheckpointError(f"{self.path}: the checkpoint is of another model or another choice of key layers")
+        for got, known in zip((self.fragments, self.child_fragments), meta["fragments"], strict=True):
+            require_fragments(self.path, got, known)
         for name, count in meta["contributions"].items():
             if self.privacy is not None and self.contributions.get(name, count) < count:
                 raise PrivacyError(
@@ -737,14 +799,14 @@ class Node:
         self.finished = False
         if self.budget.tokens is not None and not self.has_parent:
             self._spend(0.0)
-        self.theta = frozen(arrays["theta"])
+        self.theta, self.cuts = frozen(arrays["theta"]), {}
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.theta
         self.parent_keys = frozen(arrays.get("parent_keys", self.parent_keys))
         if self.lost is not None and "lost" in arrays:
             self.lost[:] = arrays["lost"]
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = frozen(arrays["heard"])
-        self.optimizer.steps = meta["optimizer_steps"]
+        self.optimizer.steps = list(meta["optimizer_steps"])
         for name in self.optimizer.buffers:
             self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
         self.residuals.restore(meta.get("residuals", NO_RESIDUALS), arrays)
@@ -761,6 +823,16 @@ class Node:
             if name not in self.children:
                 continue
             self._held[name] = (Update(**entry["update"], values=arrays[f"held.{name}"]), entry["tau"])
+
+
+def require_fragments(path: str, got: int, known: int) -> None:
+    """Refuse to go on in other fragments: updates on their way would be lost.
+
+    Raises:
+        CheckpointError: the checkpoint was written with another number.
+    """
+    if got != known:
+        raise CheckpointError(f"{path}: exchange.fragments is {got}, but the checkpoint was written with {known}")
 
 
 def patience_s(gaps: Sequence[float], rules: LivenessConfig) -> float:

@@ -86,8 +86,7 @@ class PrivateFold(Fold):
         if update.sender not in self.privacy.federations:
             weight *= min(1.0, self.privacy.bound / max(math.sqrt(squared_norm(update.values)), 1e-12))
         add_scaled(self.flat, update.values, weight)
-        self.tokens += update.tokens
-        self.contributors.append(update.sender)
+        self.count(update)
         self.shares[update.sender] = weight
         return []
 

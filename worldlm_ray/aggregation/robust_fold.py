@@ -42,8 +42,7 @@ class RobustFold(Fold):
         kept = self._sums.setdefault(update.sender, np.zeros(self.layout.size, np.float32))
         add_scaled(kept, update.values, discount(self.rules.staleness, tau) * self.clipping(update))
         self._counts[update.sender] = self._counts.get(update.sender, 0) + 1
-        self.tokens += update.tokens
-        self.contributors.append(update.sender)
+        self.count(update)
         return []
 
     def finish(

@@ -16,7 +16,7 @@ updated in place, a cache-sized block at a time; nothing as large as the model i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -48,13 +48,14 @@ class ServerOptimizer:
     Args:
         config: which rule, and its numbers.
         size: elements of the backbone.
+        parts: those of it that are aggregated each for itself; the whole unless given.
     """
 
-    def __init__(self, config: ServerOptimizerConfig, size: int) -> None:
-        self.config = config
+    def __init__(self, config: ServerOptimizerConfig, size: int, parts: Sequence[slice] | None = None) -> None:
+        self.config, self.parts = config, parts or (slice(0, size),)
         self.lr = default_lr(config) if config.lr is None else config.lr
-        self.steps = 0
-        """Aggregations applied so far."""
+        self.steps = [0] * len(self.parts)
+        """Aggregations applied so far, of each part."""
         self.buffers: dict[str, Flat] = {name: np.zeros(size, np.float32) for name in state_buffers(config)}
 
     @property
@@ -68,19 +69,31 @@ class ServerOptimizer:
         }
         return rates.get(config.name, 1.0)
 
-    def apply(self, update: Flat, theta: Flat, *, scale: float = 1.0, first: tuple[Flat, float] | None = None) -> float:
-        """Turn a mean update into the new backbone: afterwards `update` holds theta's successor.
+    def apply(
+        self,
+        update: Flat,
+        theta: Flat,
+        *,
+        scale: float = 1.0,
+        first: tuple[Flat, float] | None = None,
+        number: int = 0,
+    ) -> float:
+        """Turn a mean update into the new backbone, or into one part of it: afterwards `update` is theta's successor.
 
         Args:
-            update: the sum of weighted updates; overwritten with the new backbone.
-            theta: the backbone now; not changed.
+            update: the sum of weighted updates; overwritten with the new values.
+            theta: the values now; not changed.
             scale: makes the sum a mean: one over the undiscounted weight.
             first: the only update of the sum and its weight, instead of what is in `update`.
+            number: which part; the state of the others stays.
 
         Returns:
             L2 norm of the step taken, for the record: to five digits or so.
         """
-        self.steps += 1
+        self.steps[number] += 1
+        held = {name: buffer[self.parts[number]] for name, buffer in self.buffers.items()}
+        is_last = self.steps[number] % self.config.delay == 0
+        """Of `delay` aggregations."""
 
         def work(parts: Iterable[slice]) -> list[float]:
             temporary, squared = np.empty(min(BLOCK, update.size), np.float32), []
@@ -90,26 +103,27 @@ class ServerOptimizer:
                     step *= np.float32(scale)
                 else:
                     np.multiply(first[0][part], np.float32(first[1] * scale), out=step)
-                self._step(step, part, temporary[: part.stop - part.start])
+                state = {name: buffer[part] for name, buffer in held.items()}
+                self._step(step, state, temporary[: part.stop - part.start], is_last=is_last)
                 squared.append(float(np.dot(step, step)))
                 np.add(theta[part], step, out=step)
             return squared
 
         return math.sqrt(sum(chain.from_iterable(spread(update.size, work))))
 
-    def _step(self, g: Flat, part: slice, temporary: Flat) -> None:
+    def _step(self, g: Flat, state: dict[str, Flat], temporary: Flat, *, is_last: bool) -> None:
         """Turn one block of the mean update into the step to take, in place."""
         lr, config = np.float32(self.lr), self.config
         if config.name == "nesterov":
-            momentum, mu = self.buffers["momentum"][part], np.float32(config.momentum)
+            momentum, mu = state["momentum"], np.float32(config.momentum)
             momentum *= mu
             momentum += g
             np.multiply(momentum, mu, out=temporary)
             g += temporary
         elif config.name == "delayed_nesterov":
-            self._delayed(g, part, temporary)
+            self._delayed(g, state, temporary, is_last=is_last)
         elif config.name == "adam":
-            momentum, variance = self.buffers["momentum"][part], self.buffers["variance"][part]
+            momentum, variance = state["momentum"], state["variance"]
             beta1, beta2 = np.float32(config.betas[0]), np.float32(config.betas[1])
             np.multiply(g, g, out=temporary)
             temporary *= np.float32(1.0) - beta2
@@ -124,12 +138,12 @@ class ServerOptimizer:
         if self.lr != 1.0:
             g *= lr
 
-    def _delayed(self, g: Flat, part: slice, temporary: Flat) -> None:
-        momentum, delayed = self.buffers["momentum"][part], self.buffers["delayed"][part]
+    def _delayed(self, g: Flat, state: dict[str, Flat], temporary: Flat, *, is_last: bool) -> None:
+        momentum, delayed = state["momentum"], state["delayed"]
         mu, share = np.float32(self.config.momentum), np.float32(1.0 / self.config.delay)
         delayed += g
         g *= share
-        if self.steps % self.config.delay == 0:
+        if is_last:
             np.multiply(delayed, share, out=temporary)
             momentum *= mu
             momentum += temporary
