@@ -217,6 +217,8 @@ class Client:
         records: list[Record] = []
         if self.account is not None and not self.account.charge(self.round + 1):
             return records
+        if model.last_seq > self.seq:
+            self._have_sent(model.last_seq)
         if self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
             self.merger.judge(model, None, now_s=now_s)

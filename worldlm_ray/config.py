@@ -241,7 +241,7 @@ class ExchangeConfig:
     update."""
     fragments: int = 1
     """Parts of the backbone that travel in turn, one with each exchange, up and down; key layers travel with each.
-    Children of one node have equally many."""
+    Children of one node have equally many. Not with `merge: adaptive`, robust rules or client-level privacy."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,14 +36,21 @@ ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.7, "c
 RESIDUALS = {"residuals": {"per_round": 2, "threshold": 0.99, "max_age": 2}}
 
 
-@pytest.mark.parametrize(("merge", "rules"), [({}, {}), (ADAPTIVE, RESIDUALS)], ids=["plain", "adaptive"])
+FRAGMENTS = {"fragments": 2, "codec": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("merge", "rules", "exchanged"),
+    [({}, {}, {}), (ADAPTIVE, RESIDUALS, {}), ({"client": 0.5}, RESIDUALS, FRAGMENTS)],
+    ids=["plain", "adaptive", "fragments"],
+)
 def test_synchronous_mode_gives_the_same_bits_in_both_shells(
-    cluster: None, tiny: Tiny, tmp_path: Path, merge: dict[str, Any], rules: dict[str, Any]
+    cluster: None, tiny: Tiny, tmp_path: Path, merge: dict[str, Any], rules: dict[str, Any], exchanged: dict[str, Any]
 ) -> None:
-    plan = tiny(aggregation={"trigger": "synchronous", **rules}, merge=merge, budget={"rounds": 3})
+    plan = tiny(aggregation={"trigger": "synchronous", **rules}, merge=merge, exchange=exchanged, budget={"rounds": 3})
     records: list[Record] = []
     simulated = simulate(in_folder(plan, tmp_path / "simulated"), on_record=records.append).summary
-    if merge:  # else the test would compare nothing new
+    if merge == ADAPTIVE:  # else the test would compare nothing new
         assert {record.m for record in records if isinstance(record, MergeRecord)} == {0.0, 1.0}
     real = launch.train(in_folder(plan, tmp_path / "real")).summary
     assert real["params_sha256"] == simulated["params_sha256"]
@@ -51,6 +58,7 @@ def test_synchronous_mode_gives_the_same_bits_in_both_shells(
         assert real["nodes"][path]["loss"] == node["loss"], path
         assert real["nodes"][path]["steps"] == node["steps"], path
         assert real["nodes"][path]["bytes_up"] == node["bytes_up"], path
+        assert real["nodes"][path]["bytes_down"] == pytest.approx(node["bytes_down"], rel=0.01), path
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])

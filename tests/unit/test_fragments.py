@@ -13,6 +13,7 @@ import pytest
 from drift import drifting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_faults import run
 from test_node import fingerprint, make, of, reason, saved_and_loaded, send
 from worlds import client as client_entry
 from worlds import two_levels
@@ -165,6 +166,19 @@ def test_a_fragment_that_is_not_there_is_not_served() -> None:
     node = make(("a",), **PLAIN)
     with pytest.raises(MessageError, match="there is no fragment 2 of 2"):
         node.handle(Pull(child="a", started_tokens=0, fragment=2, now_s=0.0))
+
+
+def test_children_that_want_the_same_fragment_share_one_buffer() -> None:
+    node = make(("a", "b"), buffer_size=1, **PLAIN)
+    asked = [Pull(child=name, started_tokens=0, fragment=1, now_s=0.0) for name in ("a", "b")]
+    first, second = (of(Serve, node.handle(pull))[0].model for pull in asked)
+    assert first.values is second.values
+    assert first.values.tolist() == [3, 4, 5, 10, 20]
+    shared = node.use_shared_copy(first.values, first.values.copy())
+    assert of(Serve, node.handle(asked[0]))[0].model.values is shared
+    send(node, update("a", 1, [1, 1, 1]))
+    assert of(Serve, node.handle(asked[0]))[0].model.values.tolist() == [4, 5, 6, 10, 20]
+    assert first.values.tolist() == [3, 4, 5, 10, 20]
 
 
 def test_wrong_configurations_say_so(tiny: Tiny, tmp_path: Path) -> None:
@@ -368,13 +382,14 @@ OPS = st.lists(
 )
 
 
-@given(OPS, st.sampled_from([1, 2, 3, 5]), st.sampled_from([1.0, 0.5]))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(OPS, st.sampled_from([1, 2, 5]), st.sampled_from([1.0, 0.5]))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_was_trained_has_arrived_once_or_waits(
     tiny: Tiny, tmp_path: Path, zero: None, ops: list[Any], count: int, m: float
 ) -> None:
-    plan = in_fragments(tiny, tmp_path, count, merge={"client": m, "federation": m})
-    tree = Tree(plan, DATASETS)
+    if (count, m) not in PLANS:
+        PLANS[count, m] = in_fragments(tiny, tmp_path, count, merge={"client": m, "federation": m})
+    tree = Tree(PLANS[count, m], DATASETS)
     for op in ops:
         if isinstance(op, str):
             getattr(tree, op)()
@@ -388,6 +403,7 @@ def test_what_was_trained_has_arrived_once_or_waits(
     np.testing.assert_allclose(tree.arrived, tree.trained, atol=1e-3)
 
 
+PLANS: dict[tuple[int, float], Plan] = {}
 DATASETS: dict[str, Any] = {}
 
 
@@ -433,8 +449,7 @@ def simulated(plan: Plan, folder: Path) -> tuple[dict[str, Any], list[Record]]:
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_bytes_on_the_wire_are_those_of_a_fragment(tiny: Tiny, tmp_path: Path, codec: str) -> None:
     plan = tiny(exchange={"fragments": 2, "codec": codec}, budget={"rounds": 5}, aggregation={"trigger": "synchronous"})
-    summary, records = simulated(plan, tmp_path / "parts")
-    whole, _ = simulated(tiny(budget={"rounds": 5}, aggregation={"trigger": "synchronous"}), tmp_path / "whole")
+    _, records = run(plan, tmp_path / "parts", [])
     parts, keys = plan.layout.fragments(2), plan.layout.key_size
     sizes = [4 * (part.stop - part.start + keys) for part in parts]
     for path in ("world/north", "world/north/a"):
@@ -451,8 +466,6 @@ def test_bytes_on_the_wire_are_those_of_a_fragment(tiny: Tiny, tmp_path: Path, c
         facts = describe(plan)["nodes"][path]
         assert 0 < max(pushes) - facts["bytes_per_push"] < 450
         assert facts["bytes_per_pull"] == max(sizes)
-        assert summary["nodes"][path]["bytes_up"] == sum(pushes)
-        assert sum(pushes) < (1.0 if codec == "fp32" else 0.3) * whole["nodes"][path]["bytes_up"]
 
 
 def test_what_crosses_between_places_is_counted_by_fragments(tiny: Tiny, tmp_path: Path) -> None:
