@@ -416,7 +416,7 @@ def busy() -> Node:
     push(node, "a", 4, base=2, change=0.25)
     node.handle(Left(child="gone", now_s=0.5))
     assert (node.version, node.exchanging, node.refused) == (2, True, {})
-    assert "fold.sum.0" in node.state()[1]
+    assert "fold.first.0" in node.state()[1]
     return node
 
 
