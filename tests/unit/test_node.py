@@ -371,7 +371,7 @@ REFUSALS: dict[str, tuple[str, Callable[[], Push]]] = {
     "negative tokens": ("malformed", pushed(tokens=-5)),
     "other schema": (
         "wrong_schema",
-        packed_as(lambda p: Packed(p.header.replace(b"schema\x04", b"schema\x05"), p.values)),
+        packed_as(lambda p: Packed(p.header.replace(b"schema\x05", b"schema\x06"), p.values)),
     ),
     "other layout": ("wrong_layout", wrong_layout),
     "one value too few": ("wrong_shape", packed_as(lambda p: Packed(p.header, p.values[:-1]))),
