@@ -398,11 +398,14 @@ class RunConfig:
     """The tree: see worldlm_ray/tree.py."""
 
 
+NAMED = 50
+"""As many names are listed in a message, at most."""
 INHERITED = tuple(f.name for f in fields(NodeSettings))
 NODE_KEYS = (
     "world",
     "federation",
     "client",
+    "copies",
     "children",
     "min_clients",
     "max_clients",
@@ -838,4 +841,10 @@ def one_of(got: str, known: Sequence[str]) -> str:
     if not known:
         return "remove it"
     close = difflib.get_close_matches(got, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "expected one of " + ", ".join(sorted(known))
+    return f"did you mean {close[0]!r}?" if close else "expected one of " + listed(sorted(known))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas; of very many the first ones."""
+    more = len(names) - NAMED
+    return ", ".join(names) if more <= 0 else ", ".join(names[:NAMED]) + f" and {more:,} more"
