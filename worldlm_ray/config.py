@@ -296,6 +296,11 @@ class SimulationConfig:
     bandwidth_gbps: float = 1.0
     """Of the link to the parent, each way, in 10^9 bits per second."""
     latency_s: float = 0.05
+    speed_spread: float = 0.0
+    """How unlike clients are: each is exp(s z) times as fast as `tokens_per_s`, z normal and drawn by its path."""
+    train: bool = True
+    """False, for the whole world: a cost model in place of the model, for worlds of 100,000 clients. No text is read
+    and nothing learned; staleness, times and bytes are those of the run with training (worldlm_ray/cost_model.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -605,6 +610,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
     positive(settings.simulation.tokens_per_s, f"{at}simulation.tokens_per_s")
     positive(settings.simulation.bandwidth_gbps, f"{at}simulation.bandwidth_gbps")
     not_negative(settings.simulation.latency_s, f"{at}simulation.latency_s")
+    not_negative(settings.simulation.speed_spread, f"{at}simulation.speed_spread")
     if not 0.0 < settings.data.heldout_fraction < 1.0:
         raise ConfigError(
             f"{at}data.heldout_fraction",

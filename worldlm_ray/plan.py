@@ -211,12 +211,24 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
                 "an object store cannot lock a ledger against a second writer",
                 "give a folder on a file system",
             )
-    if check_data:
+    for node in nodes:
+        _check_cost_model(node, root)
+    if check_data and root.settings.simulation.train:
         for client in clients:
             check_sources(client.settings.data, f"{client.key}.data")
     plan = Plan(config=config, root=root, shape=shape, layout=layout)
     Faults.parse(config.faults, kinds=plan.kinds)
     return plan
+
+
+def _check_cost_model(node: NodeSpec, root: NodeSpec) -> None:
+    train, privacy = node.settings.simulation.train, node.settings.privacy
+    if train != root.settings.simulation.train:
+        got = f"{str(train).lower()}, and {str(not train).lower()} at the world"
+        raise ConfigError(f"{node.key}.simulation.train", got, "a world trains or does not: set it once, at the top")
+    if not train and privacy.unit != "none":
+        got = f"{privacy.unit}, but simulation.train is false: without text and updates nothing is spent"
+        raise ConfigError(f"{node.key}.privacy.unit", got, "leave privacy out of a simulation without training")
 
 
 def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPrivacy:

@@ -85,6 +85,35 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
     return table
 
 
+def cost_table(summary: Mapping[str, Any]) -> Table:
+    """What a simulation without training says of every node: who works, who waits, what is sent.
+
+    Args:
+        summary: what `write_summary` returned, or summary.json as read.
+    """
+    wall_s = float(summary["wall_s"] or 0.0)
+    head = f"{summary['run']}   {duration(wall_s)} of virtual time   {amount(summary['tokens'])} tokens"
+    table = _table(head)
+    table.add_column("node")
+    for name in ("updates", "refused", "staleness", "tokens", "tokens/s", "busy", "waits", "sent up", "sent down"):
+        _numbers(table, name)
+    for path, node in folded(summary["nodes"]):
+        is_client = node["kind"] == "client"
+        table.add_row(
+            _name(path, node["kind"]),
+            NOTHING if node["kind"] == "world" else amount(node["accepted"]),
+            NOTHING if node["kind"] == "world" else amount(sum(node["refused"].values())),
+            _or(node.get("tau_mean"), ".2f"),
+            amount(node["tokens"]),
+            amount(node["tokens"] / wall_s if wall_s else None),
+            _or(node["busy_fraction"] if is_client else None, ".1%"),
+            _or(1.0 - node["busy_fraction"] if is_client else None, ".1%"),
+            f"{amount(node['bytes_up'])}B",
+            f"{amount(node['bytes_down'])}B",
+        )
+    return table
+
+
 def audit_table(proofs: Sequence[Proof]) -> Table:
     """What an audit trail proves, a line per edge of the tree."""
     table = _table("updates by edge")
@@ -153,7 +182,7 @@ def _under(path: str, children: Mapping[str, list[str]]) -> Iterator[str]:
 def _together(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One line for many nodes: None where none of them has a value."""
     line: dict[str, Any] = {"kind": nodes[0]["kind"], "refused": {}}
-    for name in ("tokens", "accepted", "tokens_per_s"):
+    for name in ("tokens", "accepted", "tokens_per_s", "bytes_up", "bytes_down"):
         line[name] = sum(node.get(name) or 0 for node in nodes)
     for name in ("tau", "tau_mean", "loss", "perplexity", "perplexity_start", "busy_fraction"):
         known = [node[name] for node in nodes if node.get(name) is not None]
