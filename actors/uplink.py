@@ -152,6 +152,17 @@ class Uplink:
         if parent is not None and to and not self._faulty("cut"):
             parent.beat.remote(self._name, self._child.incarnation, to)
 
+    def word(self) -> tuple[str, int, int] | None:
+        """A sign of life for a process that gives those of many children at once; None while none would be heard."""
+        if self._parent is None or not self._to or self._faulty("cut"):
+            return None
+        return self._name, self._child.incarnation, self._to
+
+    @property
+    def parent(self) -> Any:
+        """Handle of the parent's actor; None while it is being looked for."""
+        return self._parent
+
     # ---- calls ---------------------------------------------------------------------------------------------------
 
     def _until_heard(self, word: str) -> Steps[None]:

@@ -251,9 +251,12 @@ class ResourcesConfig:
     """GPUs of a client; of each worker where there are several."""
     workers: Any = 1
     """Processes that train the client's model together, by DeepSpeed; [min, max] takes what the cluster has."""
+    share: int = 1
+    """Clients per process: so many siblings that are alike take turns at one model, with the cores of one of them."""
     memory_gb: float | None = None
     """Memory of one worker in 10^9 bytes, of its GPU if it has one: `worldlm show` says which clients will not fit.
-    Unless given, that of the machine where `show` runs."""
+    Unless given, that of the machine where `show` runs. Clients that share a process keep as much of their state in
+    memory as this, and the rest in mapped files; without it, all in memory."""
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -600,6 +603,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
         raise ConfigError(f"{at}merge.agreement", got, "give a cosine, from -1 to 1")
     _common(settings, at)
     positive(settings.resources.cpus, f"{at}resources.cpus")
+    positive(settings.resources.share, f"{at}resources.share")
     not_negative(settings.resources.gpus, f"{at}resources.gpus")
     if settings.resources.memory_gb is not None:
         positive(settings.resources.memory_gb, f"{at}resources.memory_gb")

@@ -127,7 +127,7 @@ class Plan:
             codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
         )
 
-    @property
+    @cached_property
     def faults(self) -> Faults:
         """The run's faults on purpose."""
         return Faults.parse(self.config.faults, kinds=self.kinds)
@@ -199,6 +199,7 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         for child in {child.key: child for child in reversed(node.children)}.values():
             if child.kind == "client":
                 _check_whose_promise(child, node)
+                _check_share(child, node)
     for client in clients:
         deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
         if client.settings.privacy.unit == "record":
@@ -244,6 +245,20 @@ def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPriva
         # From the operating system and never saved: noise that a restart draws again cancels out.
         generator=np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little"))),
     )
+
+
+def _check_share(client: NodeSpec, parent: NodeSpec) -> None:
+    """Who cannot share a process with others."""
+    settings, key = client.settings, f"{client.key}.resources.share"
+    got = ""
+    if deepspeed_config.is_zero(settings):
+        got = "a client that DeepSpeed trains has workers of its own"
+    elif settings.privacy.unit == "record":
+        got = "a client that trains with differential privacy has a trainer with noise of its own"
+    elif parent.elastic:
+        got = f"clients of {parent.path} come and go one by one (min_clients, max_clients)"
+    if settings.resources.share > 1 and got:
+        raise ConfigError(key, f"{settings.resources.share}, but {got}", "set it to 1 there")
 
 
 def _check_whose_promise(client: NodeSpec, parent: NodeSpec) -> None:

@@ -89,6 +89,29 @@ def parent_path(path: str) -> str | None:
     return path.rsplit("/", 1)[0] if "/" in path else None
 
 
+def processes(root: NodeSpec) -> list[tuple[NodeSpec, ...]]:
+    """The clients of a tree by the process that they live in, in the order of the tree.
+
+    Siblings that train alike, with the same resources and placement, share one if `resources.share` says so.
+    """
+    found = list[tuple[NodeSpec, ...]]()
+    for inner in root.inner:
+        open_: list[NodeSpec] = []
+        for child in (child for child in inner.children if child.kind == "client"):
+            if open_ and (len(open_) == open_[0].settings.resources.share or not _may_share(open_[0], child)):
+                found.append(tuple(open_))
+                open_ = []
+            open_.append(child)
+        if open_:
+            found.append(tuple(open_))
+    return found
+
+
+def _may_share(one: NodeSpec, other: NodeSpec) -> bool:
+    a, b = one.settings, other.settings
+    return a.training == b.training and a.resources == b.resources and a.placement == b.placement
+
+
 def build(config: RunConfig) -> NodeSpec:
     """Resolve the tree of a configuration.
 
