@@ -131,11 +131,11 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     from worldlm_ray.report import amount, cost_table
 
     console.print(cost_table(outcome.summary))
-    took_s = time.monotonic() - began
+    took_s, cpu_s = time.monotonic() - began, time.process_time()
     memory = f"{amount(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}B"
     console.print(
-        f"nothing was trained: no losses. {events:,} events in {took_s:.1f} s, {events / took_s:,.0f} a second; "
-        f"at most {memory} of memory",
+        f"nothing was trained: no losses. {events:,} events in {took_s:.1f} s ({cpu_s:.1f} s of CPU, "
+        f"{events / cpu_s:,.0f} events each); at most {memory} of memory",
         highlight=False,
         soft_wrap=True,
     )

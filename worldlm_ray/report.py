@@ -95,7 +95,7 @@ def cost_table(summary: Mapping[str, Any]) -> Table:
     head = f"{summary['run']}   {duration(wall_s)} of virtual time   {amount(summary['tokens'])} tokens"
     table = _table(head)
     table.add_column("node")
-    for name in ("updates", "refused", "staleness", "tokens", "tokens/s", "busy", "waits", "sent up", "sent down"):
+    for name in ("updates", "refused", "staleness", "tokens/s", "busy", "waits", "up", "down"):
         _numbers(table, name)
     for path, node in folded(summary["nodes"]):
         is_client = node["kind"] == "client"
@@ -104,7 +104,6 @@ def cost_table(summary: Mapping[str, Any]) -> Table:
             NOTHING if node["kind"] == "world" else amount(node["accepted"]),
             NOTHING if node["kind"] == "world" else amount(sum(node["refused"].values())),
             _or(node.get("tau_mean"), ".2f"),
-            amount(node["tokens"]),
             amount(node["tokens"] / wall_s if wall_s else None),
             _or(node["busy_fraction"] if is_client else None, ".1%"),
             _or(1.0 - node["busy_fraction"] if is_client else None, ".1%"),
