@@ -6,6 +6,7 @@ memory of the processes that hold clients (their private part, without Ray's sha
 
 from __future__ import annotations
 
+import random
 import tempfile
 import threading
 import time
@@ -21,7 +22,22 @@ from worldlm_ray.plan import Plan, make_plan
 WORLDS = ((40, 1), (40, 10), (1000, 250))
 """Clients, and clients per process."""
 FEDERATIONS, ROUNDS, STEPS = 4, 2, 2
+TEXT_PER_CLIENT = 12_000
+"""Characters."""
 MODEL = {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64, "context": 32}
+
+
+def text(folder: Path) -> Path:
+    """Sentences of made-up words: one file, which the clients share out among them."""
+    path = folder / "text.txt"
+    if not path.is_file():
+        rng = random.Random(0)
+        words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(2_000)]
+        size = TEXT_PER_CLIENT * max(clients for clients, _ in WORLDS)
+        with path.open("w", encoding="utf-8") as file:
+            while file.tell() < size:
+                file.write(" ".join(rng.choices(words, k=200)) + ".\n\n")
+    return path
 
 
 def conf(folder: Path, clients: int, share: int) -> dict[str, Any]:
@@ -34,7 +50,7 @@ def conf(folder: Path, clients: int, share: int) -> dict[str, Any]:
         "training": {"local_steps": STEPS, "batch_size": 4},
         "evaluation": {"every_rounds": 0, "tokens": 32, "final_tokens": 32},
         "resources": {"share": share},
-        "data": {"corpus": "python_stdlib", "cache_dir": str(folder / "cache")},
+        "data": {"files": [str(text(folder))], "cache_dir": str(folder / "cache")},
         "aggregation": {"push_every": 8},
         "world": {
             "children": [

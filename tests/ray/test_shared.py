@@ -15,7 +15,7 @@ import pytest
 import ray
 from worlds import client, write_text
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import launch, membership, rundir
 from worldlm_ray.audit import proofs
 from worldlm_ray.launch import cluster as clusters
 from worldlm_ray.launch import hosts
@@ -128,6 +128,40 @@ def test_clients_of_a_host_stop_and_go_on(cluster: None, tiny: Tiny, tmp_path: P
     assert finished["status"] == "finished"
     assert {finished["nodes"][spec.path]["steps"] for spec in plan.root.clients} == {16}
     assert all(proof.holds for proof in proofs(plan.run_dir))
+
+
+def test_a_client_of_a_host_leaves_and_the_others_go_on(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    settings = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.1}
+    plan = in_folder(
+        tiny(
+            [phones(tmp_path, 3)],
+            budget={"rounds": 8},
+            resources={"share": 3},
+            training=settings,
+            evaluation={"every_rounds": 0, "tokens": 16, "final_tokens": 16},
+        ),
+        tmp_path / "run",
+    )
+    gone = "world/phone-2"
+    seen: dict[str, Any] = {"accepted": 0}
+
+    def leave() -> None:
+        while seen["accepted"] < 4:
+            time.sleep(0.1)
+        launch.leave(plan, membership.without(plan, gone), gone)
+
+    leaver = threading.Thread(target=leave)
+    leaver.start()
+    summary = launch.train(plan, on_progress=seen.update).summary
+    leaver.join()
+    assert summary["status"] == "finished"
+    steps = {path: node["steps"] for path, node in summary["nodes"].items() if path != "world"}
+    assert steps["world/phone-1"] == steps["world/phone-3"] == 8 * 4
+    assert 0 < steps.get(gone, 4) < 8 * 4
+    found = {proof.sender: proof for proof in proofs(plan.run_dir)}
+    assert all(proof.holds for proof in found.values())
+    assert len(found["phone-1"].applied) == 8
+    assert 0 < len(found["phone-2"].applied) < 8
 
 
 def test_a_member_speaks_like_an_actor() -> None:

@@ -205,7 +205,8 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
         ("train", "give more text"),
         ("heldout", f"give more text or raise {key}.heldout_fraction"),
     ):
-        _require(parts[part].tokens, f"{part} part of {key} ({describe(config)})", context, cure=cure)
+        source = describe(config) + (f", shard {config.shard}" if config.shard is not None else "")
+        _require(parts[part].tokens, f"{part} part of {key} ({source})", context, cure=cure)
     return Dataset(
         train=_map(folder / "train.bin", tokenizer.dtype),
         heldout=_map(folder / "heldout.bin", tokenizer.dtype),
