@@ -25,7 +25,8 @@ from actors.shared import (
     was_restarted,
     write_checkpoint,
 )
-from actors.uplink import Uplink, follow
+from actors.uplink import Uplink, settled_in_time
+from actors.uplink import follow as follow_steps
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
@@ -40,6 +41,7 @@ AHEAD = 2
 """Clients that have pulled and have not trained yet, at most: a model that waits for its turn grows old."""
 
 T = TypeVar("T")
+follow = partial(follow_steps, wait=settled_in_time)
 
 
 class HostActor:
