@@ -255,6 +255,8 @@ def _check_share(client: NodeSpec, parent: NodeSpec) -> None:
         got = "a client that DeepSpeed trains has workers of its own"
     elif settings.privacy.unit == "record":
         got = "a client that trains with differential privacy has a trainer with noise of its own"
+    elif settings.merge.common_fraction:
+        got = "a client that trains its parent's model beside its own (merge.common_fraction) holds two"
     elif parent.elastic:
         got = f"clients of {parent.path} come and go one by one (min_clients, max_clients)"
     if settings.resources.share > 1 and got:

@@ -140,6 +140,7 @@ def test_those_who_train_differently_do_not_share(tiny: Tiny, tmp_path: Path) ->
             {"privacy": {"unit": "record", "target_epsilon": 8}, "merge": {"client": 1.0}},
             "a client that trains with differential privacy",
         ),
+        ({"merge": {"client": "adaptive", "common_fraction": 0.5}}, "a client that trains its parent's model beside"),
     ],
 )
 def test_who_cannot_share_a_process(tiny: Tiny, tmp_path: Path, settings: dict[str, Any], why: str) -> None:
