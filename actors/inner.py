@@ -66,7 +66,7 @@ from worldlm_ray.aggregation.events import (
 )
 from worldlm_ray.aggregation.outbox import Welcome
 from worldlm_ray.audit import AuditLog
-from worldlm_ray.errors import CheckpointError, SupersededError
+from worldlm_ray.errors import CheckpointError, MessageError, SupersededError
 from worldlm_ray.messages import Model, Packed, pack
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
@@ -165,6 +165,17 @@ class InnerActor:
         """A child lives."""
         await self._started.wait()
         await self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+
+    async def beats(self, words: list[tuple[str, int, int]]) -> list[str]:
+        """Children of one process live; returns the names of those that must join (again)."""
+        await self._started.wait()
+        lost = []
+        for child, incarnation, to in words:
+            try:
+                await self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+            except MessageError:  # whoever is superseded learns of it when it joins
+                lost.append(child)
+        return lost
 
     # ---- called by the launcher ------------------------------------------------------------------------------
 

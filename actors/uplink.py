@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -36,6 +36,8 @@ AGAIN_S = 0.5
 AGAIN_AT_MOST_S = 5.0
 LOUD_AFTER = 4
 """Attempts after which an operator is told that the parent cannot be found."""
+ANSWER_S = 30.0
+"""A task that awaits very many answers asks again for one that has not come within this time."""
 POLL_S = 0.2
 """How often a thread that waits for its parent looks whether it should stop."""
 
@@ -131,7 +133,7 @@ class Uplink:
                 path, now_s = self._address.path, self._clock.now_s()
                 self._tell(PullRecord(node=path, now_s=now_s, version=model.version, bytes=packed.nbytes))
                 return model
-            except (Lost, RayActorError, ObjectLostError):
+            except (Lost, RayActorError, ObjectLostError, GetTimeoutError):
                 self._to = 0
                 yield from self.join()
 
@@ -156,6 +158,17 @@ class Uplink:
         parent, to = self._parent, self._to
         if parent is not None and to and not self._faulty("cut"):
             parent.beat.remote(self._name, self._child.incarnation, to)
+
+    def word(self) -> tuple[str, int, int] | None:
+        """A sign of life for a process that gives those of many children at once; None while none would be heard."""
+        if self._parent is None or not self._to or self._faulty("cut"):
+            return None
+        return self._name, self._child.incarnation, self._to
+
+    @property
+    def parent(self) -> Any:
+        """Handle of the parent's actor; None while it is being looked for."""
+        return self._parent
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
@@ -290,8 +303,13 @@ def wait_for(steps: Steps[T], should_stop: Callable[[], bool] = lambda: False) -
             error = caught
 
 
-async def follow(steps: Steps[T]) -> T:
-    """Take the steps from an event loop."""
+async def settled(ref: Any) -> Any:
+    """The value behind a reference."""
+    return await ref
+
+
+async def follow(steps: Steps[T], *, wait: Callable[[Any], Awaitable[Any]] = settled) -> T:
+    """Take the steps from an event loop; `wait` gives the value behind a reference."""
     value, error = None, None
     while True:
         try:
@@ -303,6 +321,25 @@ async def follow(steps: Steps[T]) -> T:
             if isinstance(step, int | float):
                 await asyncio.sleep(step)
             else:
-                value = await step
+                value = await wait(step)
         except Exception as caught:  # noqa: BLE001 - whatever it is, the steps know what to do
             error = caught
+
+
+async def settled_in_time(ref: Any) -> Any:
+    """The value behind a reference, for processes that await very many.
+
+    Under load an answer may never come though both sides live: it happened to one of some thousands. Asking again
+    costs nothing, since whoever asks twice is served once and what is sent twice is dropped.
+
+    Raises:
+        GetTimeoutError: the value has not come within `ANSWER_S`.
+    """
+    answer = asyncio.ensure_future(ref)
+    try:
+        await asyncio.wait({answer}, timeout=ANSWER_S)
+        if not answer.done():
+            raise GetTimeoutError(f"no answer within {ANSWER_S:.0f} s")
+        return answer.result()
+    finally:
+        answer.cancel()

@@ -19,6 +19,7 @@ NAMES = (
     "goodput",
     "node_loss",
     "join",
+    "many_clients",
     "start",
     "zero",
     "zero_exchange",

@@ -35,12 +35,15 @@ class AuditLog:
         run_dir: the run folder.
         node: path of the node.
         warn: told when the storage refuses.
+        every_s: between two writes; 0 writes every line at once.
     """
 
-    def __init__(self, run_dir: Path, node: str, *, warn: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, run_dir: Path, node: str, *, warn: Callable[[str], None] = lambda _: None, every_s: float = 0.0
+    ) -> None:
         self._path = run_dir / FOLDER / f"{node}.jsonl"
         self._file = storage.Growing(self._path, closing=b"\n")
-        self._every_s = OBJECTS_EVERY_S if storage.is_remote(run_dir) else 0.0
+        self._every_s = OBJECTS_EVERY_S if storage.is_remote(run_dir) else every_s
         self._flushed_s = -math.inf
         self._node, self._warn = node, warn
         self._waiting: list[bytes] = []

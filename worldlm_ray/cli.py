@@ -7,6 +7,7 @@ before it is needed, so that a wrong configuration is answered in a second.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from contextlib import suppress
@@ -102,7 +103,10 @@ def train(
 
 @app.command()
 def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) -> None:
-    """Run a world in this process under a virtual clock: real training, simulated machines and network."""
+    """Run a world in this process under a virtual clock: real training, simulated machines and network.
+
+    With simulation.train=false nothing is trained: staleness, times and bytes of very large worlds.
+    """
     from worldlm_ray import rundir
     from worldlm_ray.plan import make_plan
 
@@ -110,15 +114,31 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     from worldlm_ray.simulate import simulate as run
 
     console.print(f"run folder {plan.run_dir}", highlight=False, soft_wrap=True)
+    began, events = time.monotonic(), 0
     with Stop(errors) as stop, Progress(console) as progress:
         progress.phase("simulating")
         stop.install()
-        outcome = run(
-            plan,
-            on_progress=lambda simulation: progress.show_if_due(simulation.tracker.snapshot),
-            should_stop=stop.asked,
-        )
-    _report(plan.run_dir, outcome.summary, outcome.samples)
+
+        def look(simulation: Any) -> None:
+            nonlocal events
+            events = simulation.events
+            progress.show_if_due(simulation.tracker.snapshot)
+
+        outcome = run(plan, on_progress=look, should_stop=stop.asked)
+    if outcome.summary.get("trained", True):
+        _report(plan.run_dir, outcome.summary, outcome.samples)
+        return
+    from worldlm_ray.report import amount, cost_table
+
+    console.print(cost_table(outcome.summary))
+    took_s, cpu_s = time.monotonic() - began, time.process_time()
+    memory = f"{amount(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}B"
+    console.print(
+        f"nothing was trained: no losses. {events:,} events in {took_s:.1f} s ({cpu_s:.1f} s of CPU, "
+        f"{events / cpu_s:,.0f} events each); at most {memory} of memory",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

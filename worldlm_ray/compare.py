@@ -131,6 +131,8 @@ def compare(
     """
     if config.budget.seconds is not None:
         raise ConfigError("budget", "in seconds", "a comparison at equal work wants budget.rounds or budget.tokens")
+    if not config.simulation.train:
+        raise ConfigError("simulation.train", "false: there are no losses to compare", "leave it out")
     methods = list(dict.fromkeys(methods))
     for method in methods:  # every error of the configuration shows before the first run
         make_plan(configure(config, method))

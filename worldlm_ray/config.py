@@ -254,9 +254,12 @@ class ResourcesConfig:
     """GPUs of a client; of each worker where there are several."""
     workers: Any = 1
     """Processes that train the client's model together, by DeepSpeed; [min, max] takes what the cluster has."""
+    share: int = 1
+    """Clients per process: so many siblings that are alike take turns at one model, with the cores of one of them."""
     memory_gb: float | None = None
     """Memory of one worker in 10^9 bytes, of its GPU if it has one: `worldlm show` says which clients will not fit.
-    Unless given, that of the machine where `show` runs."""
+    Unless given, that of the machine where `show` runs. Clients that share a process keep as much of their state in
+    memory as this, and the rest in mapped files; without it, all in memory."""
 
     @property
     def worker_range(self) -> tuple[int, int]:
@@ -299,6 +302,11 @@ class SimulationConfig:
     bandwidth_gbps: float = 1.0
     """Of the link to the parent, each way, in 10^9 bits per second."""
     latency_s: float = 0.05
+    speed_spread: float = 0.0
+    """How unlike clients are: each is exp(s z) times as fast as `tokens_per_s`, z normal and drawn by its path."""
+    train: bool = True
+    """False, for the whole world: a cost model in place of the model, for worlds of 100,000 clients. No text is read
+    and nothing learned; staleness, times and bytes are those of the run with training (worldlm_ray/cost_model.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,11 +409,14 @@ class RunConfig:
     """The tree: see worldlm_ray/tree.py."""
 
 
+NAMED = 50
+"""As many names are listed in a message, at most."""
 INHERITED = tuple(f.name for f in fields(NodeSettings))
 NODE_KEYS = (
     "world",
     "federation",
     "client",
+    "copies",
     "children",
     "min_clients",
     "max_clients",
@@ -596,6 +607,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
     _common(settings, at)
     positive(settings.exchange.fragments, f"{at}exchange.fragments")
     positive(settings.resources.cpus, f"{at}resources.cpus")
+    positive(settings.resources.share, f"{at}resources.share")
     not_negative(settings.resources.gpus, f"{at}resources.gpus")
     if settings.resources.memory_gb is not None:
         positive(settings.resources.memory_gb, f"{at}resources.memory_gb")
@@ -606,6 +618,7 @@ def check_settings(settings: NodeSettings, key: str) -> None:
     positive(settings.simulation.tokens_per_s, f"{at}simulation.tokens_per_s")
     positive(settings.simulation.bandwidth_gbps, f"{at}simulation.bandwidth_gbps")
     not_negative(settings.simulation.latency_s, f"{at}simulation.latency_s")
+    not_negative(settings.simulation.speed_spread, f"{at}simulation.speed_spread")
     if not 0.0 < settings.data.heldout_fraction < 1.0:
         raise ConfigError(
             f"{at}data.heldout_fraction",
@@ -842,4 +855,10 @@ def one_of(got: str, known: Sequence[str]) -> str:
     if not known:
         return "remove it"
     close = difflib.get_close_matches(got, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "expected one of " + ", ".join(sorted(known))
+    return f"did you mean {close[0]!r}?" if close else "expected one of " + listed(sorted(known))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas; of very many the first ones."""
+    more = len(names) - NAMED
+    return ", ".join(names) if more <= 0 else ", ".join(names[:NAMED]) + f" and {more:,} more"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -27,7 +28,10 @@ ZERO_CLIENT_BUFFERS = 3
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The facts, ready for JSON. Sizes are bytes; activations of training are not counted."""
+    """The facts, ready for JSON. Sizes are bytes; activations of training are not counted.
+
+    Of siblings that are copies of each other, the first stands for all: `copies` says how many they are.
+    """
     layout, shape = plan.layout, plan.shape
     return {
         "name": plan.config.name,
@@ -43,26 +47,43 @@ def describe(plan: Plan) -> dict[str, Any]:
             "layout_hash": layout.hash,
         },
         "bytes_per_pull": layout.nbytes,
-        "nodes": {spec.path: _node(plan, spec) for spec in plan.root.walk()},
+        "nodes": dict(_nodes(plan, plan.root)),
         "crossings": crossings(plan),
     }
+
+
+def _nodes(plan: Plan, spec: NodeSpec, copies: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield spec.path, _node(plan, spec) | ({"copies": copies} if copies > 1 else {})
+    for first, number in alike(spec.children):
+        yield from _nodes(plan, first, number)
+
+
+def alike(children: Sequence[NodeSpec]) -> list[tuple[NodeSpec, int]]:
+    """Siblings with their copies: the first of each kind, and how many there are."""
+    numbers = Counter(child.key for child in children)
+    firsts = {child.key: child for child in reversed(children)}
+    return [(firsts[key], number) for key, number in numbers.items()]
 
 
 def crossings(plan: Plan) -> list[dict[str, Any]]:
     """Edges whose ends are placed differently, and what moves over each in a whole run; in bytes.
 
     Exchanges are those of a budget that is spent evenly; of a federation, which does not begin one while another is
-    under way, at most so many. None where the budget is in seconds.
+    under way, at most so many. None where the budget is in seconds. Of edges that are copies of each other, the first
+    stands for all: exchanges and bytes are of all together.
     """
     found = []
-    for parent in plan.root.inner:
-        for child in parent.children:
+    numbers = Counter(spec.key for spec in plan.root.walk())
+    for parent in (spec for spec in plan.root.one_of_each() if spec.kind != "client"):
+        for child, _ in alike(parent.children):
             if child.settings.placement.labels == parent.settings.placement.labels:
                 continue
-            exchanges = _exchanges(plan, child)
+            copies, exchanges = numbers[child.key], _exchanges(plan, child)
+            exchanges = None if exchanges is None else exchanges * copies
             found.append(
                 {
                     "node": child.path,
+                    **({"copies": copies} if copies > 1 else {}),
                     "from": dict(child.settings.placement.labels),
                     "to": dict(parent.settings.placement.labels),
                     "exchanges": exchanges,
@@ -214,16 +235,22 @@ def tables(facts: Mapping[str, Any]) -> Iterator[Table]:
     for name in ("node", "kind", "what it does", "push", "pull", "memory"):
         tree.add_column(name, justify="right" if name in ("push", "pull", "memory") else "left")
     for path, node in facts["nodes"].items():
-        indent = "  " * path.count("/") + path.rsplit("/", 1)[-1]
+        indent = "  " * path.count("/") + path.rsplit("/", 1)[-1] + _others(node)
         moved = [f"{amount(node[f'bytes_per_{way}'])}B" if "codec" in node else "" for way in ("push", "pull")]
         tree.add_row(indent, node["kind"], _what(node), *moved, f"{amount(node['memory_bytes'])}B")
     tree.caption = (
         "push, pull: bytes of an update and of what is pulled after it, of the largest fragment; "
         "memory: parameter-sized buffers, without activations and the interpreter"
     )
+    if any("copies" in node for node in facts["nodes"].values()):
+        tree.caption += "; all of each of those that are alike"
     yield tree
     if any(node["kind"] == "client" and (node["workers"]["stage"] is not None) for node in facts["nodes"].values()):
         yield _sharding(facts)
+
+
+def _others(node: Mapping[str, Any]) -> str:
+    return f" and {node['copies'] - 1:,} alike" if "copies" in node else ""
 
 
 def _sharding(facts: Mapping[str, Any]) -> Table:
@@ -257,7 +284,7 @@ def crossing_table(facts: Mapping[str, Any], *, per_gb: float | None) -> Table:
         table.add_column(name, justify="left" if name in ("node", "from", "to") else "right")
     total = 0.0
     for edge in facts["crossings"]:
-        row = [edge["node"].removeprefix("world/"), _labels(edge["from"]), _labels(edge["to"])]
+        row = [edge["node"].removeprefix("world/") + _others(edge), _labels(edge["from"]), _labels(edge["to"])]
         if edge["exchanges"] is None:
             table.add_row(*row, "?", "?", "?")
             continue
@@ -283,7 +310,8 @@ def misfits(facts: Mapping[str, Any]) -> list[str]:
             workers = node["workers"]
             fitting = [str(s) for s, held in workers.get("stages", {}).items() if held["fits"]]
             cure = f"ZeRO stage {fitting[0]} would" if fitting else "use more workers, offloading or a smaller model"
-            found.append(f"{path} does not fit into {amount(workers['limit_bytes'])}B per worker; {cure}")
+            limit = f"{amount(workers['limit_bytes'])}B per worker"
+            found.append(f"{path}{_others(node)} does not fit into {limit}; {cure}")
     return found
 
 

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from worldlm_ray.config import listed
 from worldlm_ray.errors import ConfigError
 
 KINDS = ("kill", "cut", "drop", "repeat", "corrupt", "delay", "disk")
@@ -91,7 +92,7 @@ def _parse(key: str, line: str, kinds: Mapping[str, str]) -> Fault:
     if kind not in KINDS:
         raise ConfigError(key, f"there is no fault {kind!r}", "use one of " + ", ".join(KINDS))
     if node not in kinds:
-        raise ConfigError(key, f"there is no node {node!r}", "use one of " + ", ".join(kinds))
+        raise ConfigError(key, f"there is no node {node!r}", "use one of " + listed(list(kinds)))
     if kind in _ON_EDGE and kinds[node] == "world":
         raise ConfigError(key, f"the world has no parent, so no link to {kind}", "name the node at the lower end")
     if kind != "kill" and length is None:

@@ -8,6 +8,7 @@ from typing import Any
 from worldlm_ray import config as configuration
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.tree import NodeSpec
 
 
 def with_client(plan: Plan, under: str, name: str, *, files: list[str], overrides: list[str]) -> Plan:
@@ -38,7 +39,8 @@ def with_client(plan: Plan, under: str, name: str, *, files: list[str], override
     entry: dict[str, Any] = {"client": name}
     if files:
         entry["data"] = {"files": files}
-    return _changed(plan, under, lambda node: node["children"].append(configuration.with_overrides(entry, overrides)))
+    added = configuration.with_overrides(entry, overrides)
+    return _changed(plan, under, lambda node: node["children"].append(added), what="--under")
 
 
 def without(plan: Plan, path: str) -> Plan:
@@ -57,13 +59,33 @@ def without(plan: Plan, path: str) -> Plan:
     def remove(node: dict[str, Any]) -> None:
         node["children"] = [child for child in node["children"] if child.get(spec.kind) != spec.name]
 
-    return _changed(plan, under, remove)
+    return _changed(plan, under, remove, of=spec, what="NODE")
 
 
-def _changed(plan: Plan, under: str, change: Any) -> Plan:
+def _changed(plan: Plan, under: str, change: Any, *, what: str, of: NodeSpec | None = None) -> Plan:
+    """The plan after a change of one node's entry; one copy among others gets an entry of its own first."""
     mapping = deepcopy(plan.to_mapping())
     node = mapping["world"]
     for name in under.split("/")[1:]:
-        node = next(child for child in node["children"] if child.get("federation") == name)
+        found = [child for child in node["children"] if child.get("federation") == name and "copies" not in child]
+        if not found:
+            raise ConfigError(what, f"{under} is, or is below, one of several copies", "change the configuration")
+        [node] = found
+    if of is not None and not any(child.get(of.kind) == of.name for child in node["children"]):
+        if of.kind != "client":
+            raise ConfigError(what, f"{of.path} is one of several copies", "change the configuration")
+        node["children"] = [one for child in node["children"] for one in _one_by_one(child, plan.node(under), of.key)]
     change(node)
     return make_plan(configuration.from_mapping(mapping), check_data=False)
+
+
+def _one_by_one(entry: dict[str, Any], parent: NodeSpec, key: str) -> list[dict[str, Any]]:
+    """The copies that an entry stands for, if it is the one with this key: each with its part of the text."""
+    copies = [child for child in parent.children if child.key == key]
+    if entry.get("copies") is None or copies[0].name.rsplit("-", 1)[0] != entry.get("client"):
+        return [entry]
+    plain = {name: value for name, value in entry.items() if name != "copies"}
+    return [
+        plain | {"client": one.name, "data": {**(entry.get("data") or {}), "shard": one.settings.data.shard}}
+        for one in copies
+    ]

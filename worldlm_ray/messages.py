@@ -118,11 +118,14 @@ class Packed:
     header: bytes
     values: Any
     """The raw buffer (encoded: bytes): a numpy array here, an object reference while Ray carries it."""
+    counts_as: int | None = None
+    """Bytes of the buffer that the values stand for, in a simulation without a model."""
 
     @property
     def nbytes(self) -> int:
         """Bytes on the wire."""
-        return len(self.header) + int(getattr(self.values, "nbytes", 0))
+        buffer = int(getattr(self.values, "nbytes", 0)) if self.counts_as is None else self.counts_as
+        return len(self.header) + buffer
 
 
 _UPDATE = {

@@ -41,7 +41,7 @@ def finish(
     plan: Plan,
     tracker: Tracker,
     *,
-    world: Flat,
+    world: Flat | None,
     measures: Mapping[str, Measure | None],
     samples: Mapping[str, str],
     wall_s: float,
@@ -53,7 +53,7 @@ def finish(
     Args:
         plan: the run.
         tracker: the run's tracker; its counters become the summary's.
-        world: the world's final parameters.
+        world: the world's final parameters; None where nothing was trained.
         measures: final quality by path: clients' own models on their own text, inner nodes' own models on the
             text of all clients below them; None where losses are private.
         samples: generated text by client.
@@ -74,9 +74,9 @@ def finish(
         seed=plan.config.seed,
         wall_s=round(wall_s, 3),
         tokens=sum(node.tokens for node in nodes.values() if node.kind == "client"),
-        params_sha256=params_sha256(world),
+        params_sha256=None if world is None else params_sha256(world),
         nodes=nodes,
         staleness=tracker.staleness(),
-        extra={"status": status, "shell": shell},
+        extra={"status": status, "shell": shell, **({"trained": False} if world is None else {})},
     )
     return Outcome(summary=summary, samples=dict(samples))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from worldlm_ray import huggingface, storage, tree
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config import RunConfig, from_mapping, to_mapping
+from worldlm_ray.config import RunConfig, from_mapping, listed, to_mapping
 from worldlm_ray.data import check_sources, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.faults import Faults
@@ -44,10 +45,15 @@ class Plan:
         """Folder of the run."""
         return storage.place(self.config.run_dir or f"runs/{self.config.name}")
 
+    @cached_property
+    def specs(self) -> dict[str, NodeSpec]:
+        """Every node by path, parents first."""
+        return {node.path: node for node in self.root.walk()}
+
     @property
     def kinds(self) -> dict[str, str]:
         """Kind of every node by path, parents first."""
-        return {node.path: node.kind for node in self.root.walk()}
+        return {path: node.kind for path, node in self.specs.items()}
 
     def node(self, path: str) -> NodeSpec:
         """The node at a path.
@@ -55,10 +61,9 @@ class Plan:
         Raises:
             ConfigError: there is none; lists those there are.
         """
-        for node in self.root.walk():
-            if node.path == path:
-                return node
-        raise ConfigError("node", f"there is no node {path!r}", "expected one of " + ", ".join(self.kinds))
+        if path in self.specs:
+            return self.specs[path]
+        raise ConfigError("node", f"there is no node {path!r}", "expected one of " + listed(list(self.specs)))
 
     def step_tokens(self, spec: NodeSpec) -> int:
         """Tokens of one optimizer step of a client; of a pool's, with those of all its members."""
@@ -124,7 +129,7 @@ class Plan:
             child_fragments=spec.children[0].settings.exchange.fragments,
         )
 
-    @property
+    @cached_property
     def faults(self) -> Faults:
         """The run's faults on purpose."""
         return Faults.parse(self.config.faults, kinds=self.kinds)
@@ -169,7 +174,9 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         ConfigError: one problem, by its dotted key.
     """
     root = tree.build(config)
-    tokenizers = {client.settings.data.tokenizer: client.key for client in root.clients}
+    nodes = root.one_of_each()
+    clients = [node for node in nodes if node.kind == "client"]
+    tokenizers = {client.settings.data.tokenizer: client.key for client in clients}
     if len(tokenizers) != 1:
         first, second = list(tokenizers)[:2]
         raise ConfigError(
@@ -183,23 +190,24 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         raise ConfigError("data.tokenizer", str(error), "give `bytes` or the path of a tokenizer.json") from error
     shape = _shape(config, vocab_size)
     layout = shape.layout(config.model.key_layers)
-    for node in root.walk():
+    for node in nodes:
         if layout.backbone_size == 0 and "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
             got = "adaptive, but every layer is a key layer: there is no backbone to judge by"
             raise ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
     _check_fragments(root, layout)
-    for node in root.inner:
-        if node.settings.privacy.unit == "client":
+    for node in nodes:
+        if node.kind != "client" and node.settings.privacy.unit == "client":
             _check_client_level(node, config)
-    for node in root.inner:
-        for child in node.children:
+    for node in nodes:
+        for child in {child.key: child for child in reversed(node.children)}.values():
             if child.kind == "client":
                 _check_whose_promise(child, node)
-    for client in root.clients:
+                _check_share(child, node)
+    for client in clients:
         deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
         if client.settings.privacy.unit == "record":
             _check_private(client, config)
-    for node in root.walk():
+    for node in nodes:
         privacy = node.settings.privacy
         if privacy.unit != "none" and privacy.ledger_dir is None and "://" in (config.run_dir or ""):
             raise ConfigError(
@@ -207,12 +215,24 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
                 "an object store cannot lock a ledger against a second writer",
                 "give a folder on a file system",
             )
-    if check_data:
-        for client in root.clients:
+    for node in nodes:
+        _check_cost_model(node, root)
+    if check_data and root.settings.simulation.train:
+        for client in clients:
             check_sources(client.settings.data, f"{client.key}.data")
     plan = Plan(config=config, root=root, shape=shape, layout=layout)
     Faults.parse(config.faults, kinds=plan.kinds)
     return plan
+
+
+def _check_cost_model(node: NodeSpec, root: NodeSpec) -> None:
+    train, privacy = node.settings.simulation.train, node.settings.privacy
+    if train != root.settings.simulation.train:
+        got = f"{str(train).lower()}, and {str(not train).lower()} at the world"
+        raise ConfigError(f"{node.key}.simulation.train", got, "a world trains or does not: set it once, at the top")
+    if not train and privacy.unit != "none":
+        got = f"{privacy.unit}, but simulation.train is false: without text and updates nothing is spent"
+        raise ConfigError(f"{node.key}.privacy.unit", got, "leave privacy out of a simulation without training")
 
 
 def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPrivacy:
@@ -239,6 +259,9 @@ def _check_fragments(root: NodeSpec, layout: Layout) -> None:
         except ValueError as error:
             got = f"got {node.settings.exchange.fragments}, but {error}"
             raise ConfigError(f"{node.key}.exchange.fragments", got, "give a smaller number") from error
+        if not node.settings.simulation.train:
+            got = "more than one, but simulation.train is false, whose clients count whole models"
+            raise ConfigError(f"{node.key}.exchange.fragments", got, "set it to 1")
         for below in node.walk():
             kind = "client" if below.kind == "client" else "federation"
             if getattr(below.settings.merge, kind) == "adaptive":
@@ -260,6 +283,24 @@ def _check_fragments(root: NodeSpec, layout: Layout) -> None:
             got = f"{number} fragments, of which {rule} would find the agreement of those few that came"
             cure = f"set it to 1, or aggregation.robust.rule of {parent.path} to none"
             raise ConfigError(f"{child.key}.exchange.fragments", got, cure)
+
+
+def _check_share(client: NodeSpec, parent: NodeSpec) -> None:
+    """Who cannot share a process with others."""
+    settings, key = client.settings, f"{client.key}.resources.share"
+    got = ""
+    if deepspeed_config.is_zero(settings):
+        got = "a client that DeepSpeed trains has workers of its own"
+    elif settings.privacy.unit == "record":
+        got = "a client that trains with differential privacy has a trainer with noise of its own"
+    elif settings.merge.common_fraction:
+        got = "a client that trains its parent's model beside its own (merge.common_fraction) holds two"
+    elif settings.exchange.fragments > 1:
+        got = "a client whose backbone travels in fragments keeps what has not had its turn"
+    elif parent.elastic:
+        got = f"clients of {parent.path} come and go one by one (min_clients, max_clients)"
+    if settings.resources.share > 1 and got:
+        raise ConfigError(key, f"{settings.resources.share}, but {got}", "set it to 1 there")
 
 
 def _check_whose_promise(client: NodeSpec, parent: NodeSpec) -> None:

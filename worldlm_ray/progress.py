@@ -18,6 +18,8 @@ LINE_EVERY_S = 10.0
 """Where the output is no terminal: seconds between two lines."""
 DRAW_EVERY_S = 0.5
 """On a terminal: seconds between two drawings."""
+DRAW_SHARE = 0.05
+"""Share of the time that drawing may take: of a very large world it is done less often."""
 
 
 class Progress:
@@ -30,7 +32,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self._shown_at = 0.0
+        self._shown_at = self._drawn_s = 0.0
         self._warned: set[tuple[str, Any]] = set()
         self._began = time.monotonic()
 
@@ -51,8 +53,11 @@ class Progress:
     def show_if_due(self, snapshot: Callable[[], dict[str, Any]]) -> None:
         """Draw if enough time has passed since the last drawing; only then is the snapshot made."""
         every_s = LINE_EVERY_S if self._live is None else DRAW_EVERY_S
-        if time.monotonic() - self._shown_at >= every_s:
+        if time.monotonic() - self._shown_at >= max(every_s, self._drawn_s / DRAW_SHARE):
+            began = time.monotonic()
             self.show(snapshot())
+            self._shown_at = time.monotonic()
+            self._drawn_s = self._shown_at - began
 
     def show(self, snapshot: dict[str, Any]) -> None:
         """Draw a snapshot of the run; a warning of a node, or of the run's files, is a line of its own, once."""

@@ -27,7 +27,8 @@ class RoundRecord:
     """Held-out loss after the round, nats per byte; None where it was not measured."""
     perplexity: float | None
     """Held-out perplexity per token."""
-    learning_rate: float
+    learning_rate: float | None
+    """None where nothing is trained."""
     tokens_per_s: float
     """Training speed of the round: tokens over training seconds."""
     busy_fraction: float

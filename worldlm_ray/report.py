@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -10,9 +12,12 @@ from rich.text import Text
 
 from worldlm_ray.audit import Proof
 
+KINDS = ("world", "federation", "client")
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
 SAMPLE_CHARACTERS = 240
 """A longer sample is cut: the table shows a taste of each client's language, not a page."""
+MANY = 32
+"""More siblings of a kind than this are one line together."""
 _STYLES = {"world": "bold", "federation": "bold cyan", "client": ""}
 _STATES = {"finished": "green", "warning": "bold red", "waiting": "yellow", "left": "dim"}
 
@@ -32,7 +37,7 @@ def live_table(snapshot: Mapping[str, Any]) -> Table:
     for name in ("version", "tokens", "tok/s", "stale", "loss", "perplexity", "busy", "acc/ref"):
         _numbers(table, name)
     table.add_column("state", no_wrap=True, overflow="ellipsis")
-    for path, node in tree_order(snapshot["nodes"]):
+    for path, node in folded(snapshot["nodes"]):
         state = str(node.get("state") or NOTHING)
         table.add_row(
             _name(path, node["kind"]),
@@ -67,7 +72,7 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
     table.add_column("perplexity\nat the start", justify="right", no_wrap=True)
     table.add_column("perplexity\nnow", justify="right", no_wrap=True)
     table.add_column("sample", overflow="fold", ratio=1, min_width=16)
-    for path, node in tree_order(summary["nodes"]):
+    for path, node in folded(summary["nodes"]):
         table.add_row(
             _name(path, node["kind"]),
             amount(node["tokens"]),
@@ -76,6 +81,34 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
             Text(_perplexity(node["perplexity"]), style="bold"),
             # A Text is never read as markup, whatever brackets the model wrote.
             Text(printable(samples.get(path, ""))[:SAMPLE_CHARACTERS]),
+        )
+    return table
+
+
+def cost_table(summary: Mapping[str, Any]) -> Table:
+    """What a simulation without training says of every node: who works, who waits, what is sent.
+
+    Args:
+        summary: what `write_summary` returned, or summary.json as read.
+    """
+    wall_s = float(summary["wall_s"] or 0.0)
+    head = f"{summary['run']}   {duration(wall_s)} of virtual time   {amount(summary['tokens'])} tokens"
+    table = _table(head)
+    table.add_column("node")
+    for name in ("updates", "refused", "staleness", "tokens/s", "busy", "waits", "up", "down"):
+        _numbers(table, name)
+    for path, node in folded(summary["nodes"]):
+        is_client = node["kind"] == "client"
+        table.add_row(
+            _name(path, node["kind"]),
+            NOTHING if node["kind"] == "world" else amount(node["accepted"]),
+            NOTHING if node["kind"] == "world" else amount(sum(node["refused"].values())),
+            _or(node.get("tau_mean"), ".2f"),
+            amount(node["tokens"] / wall_s if wall_s else None),
+            _or(node["busy_fraction"] if is_client else None, ".1%"),
+            _or(1.0 - node["busy_fraction"] if is_client else None, ".1%"),
+            f"{amount(node['bytes_up'])}B",
+            f"{amount(node['bytes_down'])}B",
         )
     return table
 
@@ -106,6 +139,64 @@ def tree_order(nodes: Mapping[str, Any]) -> list[tuple[str, Any]]:
         order.append((path, nodes[path]))
         waiting.extend(reversed(children.get(path, [])))
     return order
+
+
+def folded(nodes: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Nodes as `tree_order` gives them, but many siblings of a kind, with all that is below them, as one line.
+
+    The line of many nodes has the sums of their counts and the means of what is not counted; it stands under the name
+    `PARENT/1,000 clients`, and its state says how many are in which.
+    """
+    children: dict[str, list[str]] = {}
+    for path in nodes:
+        children.setdefault(path.rpartition("/")[0], []).append(path)
+
+    def below(parent: str) -> Iterator[tuple[str, Any]]:
+        paths = children.get(parent, [])
+        for kind in KINDS:
+            alike = [path for path in paths if nodes[path]["kind"] == kind]
+            if len(alike) > MANY:
+                yield f"{parent}/{len(alike):,} {kind}s", _together([nodes[path] for path in alike])
+                inside = [path for top in alike for path in _under(top, children) if nodes[path]["kind"] == "client"]
+                if inside:
+                    name = f"{parent}/{len(alike):,} {kind}s/{len(inside):,} clients"
+                    yield name, _together([nodes[path] for path in inside])
+        crowded = {kind for kind in KINDS if sum(nodes[path]["kind"] == kind for path in paths) > MANY}
+        for path in paths:
+            if nodes[path]["kind"] not in crowded:
+                yield path, nodes[path]
+                yield from below(path)
+
+    return list(below(""))
+
+
+def _under(path: str, children: Mapping[str, list[str]]) -> Iterator[str]:
+    waiting = list(children.get(path, []))
+    while waiting:
+        path = waiting.pop()
+        yield path
+        waiting.extend(children.get(path, []))
+
+
+def _together(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One line for many nodes: None where none of them has a value."""
+    line: dict[str, Any] = {"kind": nodes[0]["kind"], "refused": {}}
+    for name in ("tokens", "accepted", "tokens_per_s", "bytes_up", "bytes_down"):
+        line[name] = sum(node.get(name) or 0 for node in nodes)
+    for name in ("tau", "tau_mean", "loss", "perplexity", "perplexity_start", "busy_fraction"):
+        known = [node[name] for node in nodes if node.get(name) is not None]
+        if name.startswith("perplexity"):
+            line[name] = math.exp(math.fsum(map(math.log, known)) / len(known)) if known else None
+        else:
+            line[name] = math.fsum(known) / len(known) if known else None
+    line["tau"] = None if line["tau"] is None else round(line["tau"])
+    line["version"] = max(node["version"] for node in nodes)
+    line["refused"] = Counter[str]()
+    for node in nodes:
+        line["refused"].update(node["refused"])
+    states = Counter(node.get("state", "") for node in nodes)
+    line["state"] = ", ".join(f"{number:,} {state}" for state, number in states.most_common() if state)
+    return line
 
 
 def printable(text: str) -> str:

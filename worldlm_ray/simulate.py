@@ -5,6 +5,9 @@ were scheduled, stands for the machines and the network: a local round takes its
 `simulation.tokens_per_s`, a message takes its bytes over the link's bandwidth plus its latency, aggregation takes
 nothing. The same seed and configuration give the same bits, whatever machine this runs on does meanwhile.
 
+With `simulation.train: false` a cost model stands in place of training (worldlm_ray/cost_model.py): the same events at
+the same times, a hundred thousand clients in minutes.
+
 Faults on purpose (worldlm_ray/faults.py) are simulated, too: a node that is killed comes back from its last checkpoint,
 a call whose answer is lost fails after a while, and its caller joins its parent again, as on Ray.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -45,6 +49,7 @@ from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.outbox import Welcome
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.client import Client
+from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.errors import MessageError
 from worldlm_ray.faults import Fault, damaged
 from worldlm_ray.messages import Model, Packed, Update, pack
@@ -52,12 +57,15 @@ from worldlm_ray.outcome import Outcome, combine, finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
+from worldlm_ray.seeds import derive
 from worldlm_ray.tracking import Tracker
-from worldlm_ray.tree import parent_path
+from worldlm_ray.tree import NodeSpec, parent_path
 
 BITS_PER_GBIT = 1e9
 NOTICED_S = 1.0
 """Virtual seconds until a caller learns that its call has failed, and until it tries again."""
+AUDIT_EVERY_S = 2.0
+"""Without training, wall seconds between two writes of the audit trail."""
 RESTART_S = 2.0
 """Virtual seconds until a killed node is back, unless its fault says otherwise."""
 
@@ -96,7 +104,7 @@ class Simulation:
         on_event: Callable[[], None] = lambda: None,
         on_record: Callable[[Record], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
-        make_client: Callable[..., Client] = Client,
+        make_client: Callable[..., Any] = Client,
     ) -> None:
         self.plan, self.tracker = plan, tracker
         self.on_event, self.on_record, self.should_stop = on_event, on_record, should_stop
@@ -111,7 +119,10 @@ class Simulation:
             s.path: plan.inner_node(s, self.initial, self.contributions[s.path]) for s in plan.root.inner
         }
         self.clients = {spec.path: make_client(plan, spec) for spec in plan.root.clients}
-        self.audit = {path: AuditLog(plan.run_dir, path) for path in self.nodes}
+        self.speeds = {spec.path: self._speed(spec) for spec in plan.root.clients}
+        """Tokens per second of every client."""
+        every_s = AUDIT_EVERY_S if isinstance(plan, CostPlan) else 0.0
+        self.audit = {path: AuditLog(plan.run_dir, path, every_s=every_s) for path in self.nodes}
         self._busy_s = dict.fromkeys(self.clients, 0.0)
         self._training: set[str] = set()
         self._lives = dict.fromkeys(self.specs, 1)
@@ -124,7 +135,15 @@ class Simulation:
         """Children that are joining their parent and sending it again what it has lost."""
         self._done: set[str] = set()
         """Children that have said their last word."""
-        self._calls: list[_Call] = []
+        self._calls: dict[str, list[_Call]] = {}
+        """Calls that wait for their answer, by child."""
+        self.events = 0
+        """Handled so far."""
+        self._begun_tokens = dict.fromkeys(self.clients, 0)
+        """Tokens of all rounds that each client has begun; together ..."""
+        self._begun = 0
+        self._under_way = 0
+        """Tokens of the rounds that are being trained."""
         self._saved: dict[str, State] = {}
         self._saved_s = dict.fromkeys(self.specs, 0.0)
 
@@ -149,6 +168,7 @@ class Simulation:
                 return "stopped"
             self.now_s, _, action = heapq.heappop(self._queue)
             action()
+            self.events += 1
             self.on_event()
         return "finished"
 
@@ -161,6 +181,17 @@ class Simulation:
         """Measure every model, write checkpoints and summary.json."""
         for trail in self.audit.values():
             trail.flush()
+        if isinstance(self.plan, CostPlan):
+            return finish(
+                self.plan,
+                self.tracker,
+                world=None,
+                measures={},
+                samples={},
+                wall_s=self.now_s,
+                status=status,
+                shell="simulate",
+            )
         measures = {path: client.report(self._final_tokens) for path, client in self.clients.items()}
         for path, node in self.nodes.items():
             below = [self.clients[spec.path] for spec in self.specs[path].clients]
@@ -206,8 +237,10 @@ class Simulation:
         for record in records:
             self._record(record)
         client.train()
+        self._count(path)
         self._training.add(path)
-        train_s = client.round_tokens / self.specs[path].settings.simulation.tokens_per_s
+        self._under_way += client.round_tokens
+        train_s = client.round_tokens / self.speeds[path]
         self._busy_s[path] += train_s
         self._at(self.now_s + train_s, lambda: self._end_round(path, train_s), of=path)
 
@@ -220,6 +253,25 @@ class Simulation:
             detail = self.clients[path].last_word
             self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", detail=detail))
 
+    def _speed(self, spec: NodeSpec) -> float:
+        pace = spec.settings.simulation
+        if not pace.speed_spread:
+            return pace.tokens_per_s
+        z = np.random.Generator(np.random.PCG64(derive(self.plan.config.seed, spec.path, "speed"))).standard_normal()
+        return pace.tokens_per_s * math.exp(pace.speed_spread * z)
+
+    def _count(self, path: str) -> None:
+        """A client's rounds have changed."""
+        client = self.clients[path]
+        tokens = client.round * client.round_tokens
+        self._begun += tokens - self._begun_tokens[path]
+        self._begun_tokens[path] = tokens
+
+    def _end_training(self, path: str) -> None:
+        if path in self._training:
+            self._training.discard(path)
+            self._under_way -= self.clients[path].round_tokens
+
     def _budgeted(self, model: Model) -> Model:
         """Spend a budget in tokens to the round, however late the world would hear of it.
 
@@ -229,14 +281,13 @@ class Simulation:
         budget = self.plan.config.budget.tokens
         if budget is None or self.nodes["world"].synchronous:  # synchronous children all hear the same
             return model
-        begun = sum(client.round * client.round_tokens for client in self.clients.values())
-        trained = begun - sum(self.clients[path].round_tokens for path in self._training)
+        begun, trained = self._begun, self._begun - self._under_way
         progress = max(model.progress, min(trained / budget, 1.0))
         return replace(model, progress=progress, finished=model.finished or begun >= budget)
 
     def _end_round(self, path: str, train_s: float) -> None:
         client = self.clients[path]
-        self._training.discard(path)
+        self._end_training(path)
         measure = client.measure(self.plan.config.evaluation.tokens) if client.measure_is_due else None
         busy = self._busy_s[path] / self.now_s
         self._record(client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure))
@@ -248,13 +299,13 @@ class Simulation:
 
     def _push(self, child: str, update: Update, then: Callable[[], None]) -> None:
         """Send an update, hear the verdict, go on."""
-        packed = pack(update, self.plan.layout)
+        packed = self._pack_update(child, update)
         self._record(PushRecord(node=child, now_s=self.now_s, bytes=packed.nbytes))
         name = self.specs[child].name
 
         def event(lives: dict[str, Any]) -> Push:
             header = damaged(packed.header) if self._faulty(child, "corrupt") else packed.header
-            return Push(sender=name, packed=Packed(header, packed.values), **lives)
+            return Push(sender=name, packed=replace(packed, header=header), **lives)
 
         def answered(verdict: Verdict) -> None:
             node = self.clients.get(child) or self.nodes[child]
@@ -269,6 +320,18 @@ class Simulation:
 
         self._call(child, packed.nbytes, event, answered)
 
+    def _pack_update(self, child: str, update: Update) -> Packed:
+        packed = pack(update, self.plan.layout)
+        if not isinstance(self.plan, CostPlan):
+            return packed
+        return replace(packed, counts_as=self.plan.up_bytes(self.specs[child]))
+
+    def _pull_bytes(self, model: Model) -> int:
+        packed = pack(model, self.plan.layout)
+        if isinstance(self.plan, CostPlan):
+            packed = replace(packed, counts_as=self.plan.real.nbytes)
+        return packed.nbytes
+
     def _wait_for_turn(self, child: str, then: Callable[[], None]) -> None:
         """Wait until the parent would serve the child; the model itself is not wanted."""
         self._call(child, 0, self._asking(child), lambda _: then())
@@ -280,6 +343,8 @@ class Simulation:
         def welcomed(welcome: Welcome) -> None:
             self._joined[child] = welcome.incarnation
             node.welcomed(welcome)
+            if child in self.clients:
+                self._count(child)
             self._send_again(child, welcome.last_seq)
 
         def event(lives: dict[str, Any]) -> Joined:
@@ -331,9 +396,9 @@ class Simulation:
             self._verdict = command.verdict
         elif isinstance(command, Serve):
             child = f"{path}/{command.child}"
-            size = pack(command.model, self.plan.layout).nbytes
+            size = self._pull_bytes(command.model)
             self._record(PullRecord(node=child, now_s=self.now_s, version=command.model.version, bytes=size))
-            for call in [call for call in self._calls if call.child == child and call.waits]:
+            for call in [call for call in self._calls.get(child, ()) if call.waits]:
                 self._answer(call, command.model, size)
         elif isinstance(command, Save):
             self._save(path)
@@ -364,7 +429,7 @@ class Simulation:
     ) -> None:
         """Call the parent: `event` reaches it, `answered` gets what it answers. A call that fails ends in `_lost`."""
         call = _Call(child, self._lives[child], answered)
-        self._calls.append(call)
+        self._calls.setdefault(child, []).append(call)
         times = 2 if self._faulty(child, "repeat") else 1
         for again in range(times):
             self._at(self._arrival(child, nbytes), lambda again=again: self._deliver(call, event, again))  # type: ignore[misc]
@@ -398,9 +463,8 @@ class Simulation:
 
     def _answer(self, call: _Call, value: Any, nbytes: int) -> None:
         """Send a call's answer on its way; the second of two is not heard."""
-        if call not in self._calls:
+        if not self._forget(call):
             return
-        self._calls.remove(call)
         if self._faulty(call.child, "drop") or self._faulty(call.child, "cut"):
             self._fail(call)
         else:
@@ -413,8 +477,7 @@ class Simulation:
 
     def _fail(self, call: _Call) -> None:
         """The caller learns after a while that there will be no answer."""
-        if call in self._calls:
-            self._calls.remove(call)
+        self._forget(call)
         if call.open:
             call.open = False
             self._at(self.now_s + NOTICED_S, lambda: self._lost(call.child), of=call.child)
@@ -422,11 +485,17 @@ class Simulation:
     def _lost(self, child: str) -> None:
         """A child has lost its parent: it looks for it."""
         self._joined[child] = 0
-        for call in self._calls:
-            if call.child == child:
-                call.open = False
-        self._calls = [call for call in self._calls if call.child != child]
+        for call in self._calls.pop(child, []):
+            call.open = False
         self._join(child)
+
+    def _forget(self, call: _Call) -> bool:
+        """Wait for a call's answer no more; returns whether anybody did."""
+        calls = self._calls.get(call.child, [])
+        if call not in calls:
+            return False
+        calls.remove(call)
+        return True
 
     # ---- faults ------------------------------------------------------------------------------------------------
 
@@ -457,11 +526,11 @@ class Simulation:
         if not self._lives[path]:
             return
         life, self._lives[path] = self._lives[path], 0
-        self._training.discard(path)
-        for call in [call for call in self._calls if call.child == path]:
+        self._end_training(path)
+        for call in self._calls.pop(path, []):
             call.open = False
-            self._calls.remove(call)
-        for call in [call for call in self._calls if parent_path(call.child) == path]:
+        below = [calls for child, calls in self._calls.items() if parent_path(child) == path]
+        for call in [call for calls in below for call in calls]:
             self._fail(call)
         self._record(LifeRecord(node=path, now_s=self.now_s, event="killed"))
         self._at(self.now_s + (fault.for_s or RESTART_S), lambda: self._revive(path, life + 1))
@@ -477,6 +546,7 @@ class Simulation:
             client.incarnation = life
             if found is not None:
                 client.restore(*found)
+            self._count(path)
         else:
             self._revive_node(path, life, found)
         self._record(LifeRecord(node=path, now_s=self.now_s, event="continued"))
@@ -542,10 +612,12 @@ def simulate(
         should_stop: asked between events; True ends the run early and cleanly.
     """
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams=plan.hparams(), budget=plan.config.budget)
+    train = plan.root.settings.simulation.train
     try:
         simulation = Simulation(
-            plan,
+            plan if train else cost_plan(plan),
             tracker,
+            make_client=Client if train else CostClient,
             on_event=lambda: on_progress(simulation),
             on_record=on_record,
             should_stop=should_stop,

@@ -1,7 +1,7 @@
 """The single writer of a run folder: what the shells record becomes files that people and tools read.
 
     status.json     the newest snapshot, replaced whole about once a second
-    tensorboard/    see worldlm_ray/tensorboard.py
+    tensorboard/    see worldlm_ray/tensorboard.py; of a world with more than MANY_CLIENTS clients, a sample of them
     summary.json    the result of a finished run
 
 Storage that refuses costs no more than delay: files are written later, and the snapshot says why (`trouble`).
@@ -42,6 +42,12 @@ from worldlm_ray.tensorboard import Board, Scalar, tag
 STATUS, SUMMARY, TENSORBOARD = "status.json", "summary.json", "tensorboard"
 STATUS_EVERY_S = 1.0
 """Wall seconds between two writes of status.json."""
+STATUS_SHARE = 0.05
+"""Share of the time that writing status.json may take: of a very large world it is written less often."""
+MANY_CLIENTS = 512
+"""Of a world with more clients, the charts show every so-many-th client, ..."""
+SHOWN_CLIENTS = 64
+"""... about so many of them, and every so-many-th aggregation of the inner nodes."""
 IMAGE_EVERY_S = 2.0
 """Wall seconds between two attention images of the whole run: one costs 50 to 100 ms."""
 IMAGES_AT_END = 16
@@ -90,6 +96,12 @@ class Tracker:
         root = next(path for path, kind in kinds.items() if kind == "world")
         self._board = Board(run_dir / TENSORBOARD, root=root, started_at=self._started_at)
         self._introduce(hparams)
+        clients = [path for path, kind in kinds.items() if kind == "client"]
+        self._every = max(len(clients) // SHOWN_CLIENTS, 1) if len(clients) > MANY_CLIENTS else 1
+        self._hidden = set(clients) - set(clients[:: self._every])
+        """Clients without charts of their own."""
+        self._status_s = 0.0
+        """What the last write of status.json took."""
         self._last_status = self._last_image = -math.inf
         self._trouble = ""
         self.flush()
@@ -108,7 +120,7 @@ class Tracker:
         now = self._clock()
         if self._images and now - self._last_image >= IMAGE_EVERY_S:
             self._draw_next()
-        if now - self._last_status >= STATUS_EVERY_S:
+        if now - self._last_status >= max(STATUS_EVERY_S, self._status_s / STATUS_SHARE):
             self._write_status()
 
     def add(self, path: str, kind: str) -> None:
@@ -160,6 +172,8 @@ class Tracker:
 
     def _show(self, record: Record) -> None:
         node, path, now_s = self._state.nodes[record.node], record.node, record.now_s
+        if path in self._hidden:
+            return
         match record:
             case StartRecord():
                 self._show_losses(path, now_s)
@@ -230,6 +244,8 @@ class Tracker:
             name = tag("refused_strangers", record.verdict)
             self._board.scalars(record.node, {name: count}, now_s=record.now_s)
             return
+        if edge in self._hidden:
+            return
         node = self._state.nodes[edge]
         if record.tau >= 0:
             self._new_taus.setdefault(edge, []).append(record.tau)
@@ -243,6 +259,8 @@ class Tracker:
 
     def _show_aggregation(self, record: AggregationRecord) -> None:
         path, now_s = record.node, record.now_s
+        if record.version % self._every:
+            return
         values = {
             "version/inner": record.version,
             "step_norm": record.step_norm,
@@ -259,12 +277,14 @@ class Tracker:
         self._last_image = self._clock()
 
     def _write_status(self) -> None:
-        self._last_status = self._clock()
+        began = self._clock()
         try:
             _replace_json(self.run_dir / STATUS, self.snapshot())
             self._trouble = ""
         except OSError as error:
             self._trouble = f"cannot write {self.run_dir / STATUS}: {error}; it waits"
+        self._last_status = self._clock()
+        self._status_s = self._last_status - began
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -293,7 +313,7 @@ def write_summary(
     seed: int,
     wall_s: float,
     tokens: int,
-    params_sha256: str,
+    params_sha256: str | None,
     nodes: Mapping[str, NodeSummary],
     staleness: Mapping[str, float | None] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -307,7 +327,7 @@ def write_summary(
         seed: the run's seed.
         wall_s: seconds from start to end; virtual in simulation.
         tokens: trained by all clients together.
-        params_sha256: fingerprint of the world's final parameters.
+        params_sha256: fingerprint of the world's final parameters; None where nothing was trained.
         nodes: by path, in the order to be shown.
         staleness: mean staleness by path (`Tracker.staleness`); becomes `tau_mean` of the nodes.
         extra: more values for the top level; they cannot replace the others.
@@ -333,4 +353,6 @@ def write_summary(
 
 
 def _replace_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    storage.replace_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", durable=durable)
+    # Indented, for people, as long as people can read it: without, it is written ten times as fast.
+    indent = 1 if len(value["nodes"]) <= MANY_CLIENTS else None
+    storage.replace_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n", durable=durable)

@@ -12,15 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from worlds import client, write_text
 
 import actors.federation
 import actors.inner
 import actors.shared
 import actors.uplink
 from actors.federation import FederationActor
+from actors.host import HostActor
 from actors.shared import Address, RunClock
 from actors.world import WorldActor
-from worldlm_ray import checkpoint
+from worldlm_ray import checkpoint, rundir
+from worldlm_ray.audit import proofs
 from worldlm_ray.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
@@ -284,3 +287,56 @@ def test_a_push_that_does_not_fit_is_answered_with_its_reason(fake: FakeRay, tin
     assert (verdict.accepted, verdict.reason) == (False, "wrong_shape")
     recorded = [record for record in fake.actors["recorder"].records if isinstance(record, VerdictRecord)]
     assert [record.verdict for record in recorded] == ["wrong_shape"]
+
+
+class Deaf(Handle):
+    """A parent that never answers the first call of each method, though it has heard it."""
+
+    def __init__(self, actor: Any) -> None:
+        super().__init__(actor)
+        self.unanswered: list[str] = []
+
+    def __getattr__(self, name: str) -> Method:
+        answer = getattr(self.actor, name)
+        if name not in ("pull", "push") or name in self.unanswered:
+            return Method(answer)
+        self.unanswered.append(name)
+
+        async def silent(*arguments: Any) -> None:
+            await answer(*arguments)
+            await asyncio.Event().wait()
+
+        return Method(silent)
+
+
+def test_clients_of_one_process_ask_again_for_answers_that_never_come(
+    fake: FakeRay, tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors.uplink, "ANSWER_S", 0.3)
+    phones = client("phone", tmp_path, 1) | {"copies": 3}
+    write_text(tmp_path / "phone.txt", seed=1, size=40_000)
+    plan = rundir.create(tiny([phones], resources={"share": 3}, budget={"rounds": 2}))
+    paths = [spec.path for spec in plan.root.clients]
+
+    async def scene() -> tuple[WorldActor, list[str], Deaf]:
+        world = WorldActor(address(plan, "world"))
+        fake.actors["world"] = parent = Deaf(world)
+        await world.start()
+        host = HostActor(address(plan, paths[0]), paths)
+        assert await asyncio.gather(*map(host.ready, paths)) == [0, 0, 0]
+        for path in paths:
+            await host.start(path)
+        ends = await asyncio.wait_for(asyncio.gather(*map(host.outcome, paths)), 60.0)
+        measure = await host.measure(paths[0])
+        assert measure is not None
+        assert measure.loss > 0.0
+        return world, ends, parent
+
+    world, ends, parent = asyncio.run(scene())
+    assert sorted(parent.unanswered) == ["pull", "push"]
+    assert ends == ["finished"] * 3
+    assert world.node.accepted == 6
+    assert set(world.node.refused) <= {"duplicate"}
+    assert world.node.tokens == 6 * plan.round_tokens(plan.root.clients[0])
+    found = proofs(plan.run_dir)
+    assert {proof.sender: proof.applied for proof in found} == {f"phone-{n}": [1, 2] for n in (1, 2, 3)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from worldlm_ray.config import DataConfig
-from worldlm_ray.data import Dataset, load_tokenizer, prepare
+from worldlm_ray.data import Dataset, dataset, load_tokenizer, prepare
 from worldlm_ray.data.dataset import BLOCK_CHARS, Block, blocks, split
 from worldlm_ray.errors import ConfigError, DataError
 
@@ -351,3 +352,50 @@ def test_a_pool_draws_from_every_member_what_it_would_draw_alone(config: DataCon
         make(changed(config, pool=members))
     with pytest.raises(ConfigError, match=r"world\.data\.pool\[0\]\.filez: unknown key"):
         make(changed(config, files=[], pool=[{"filez": []}]))
+
+
+# ---- many parts of one text ------------------------------------------------------------------------------------
+
+
+def test_parts_that_are_cut_together_are_those_that_are_cut_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"document {n} " + "word " * (n % 900) for n in range(600)))
+    reads = []
+    read = dataset.read_documents
+
+    def counted(config: DataConfig, key: str) -> Any:
+        reads.append(config.shard)
+        return read(config, key)
+
+    monkeypatch.setattr(dataset, "read_documents", counted)
+    monkeypatch.setattr(dataset, "SHARDS_AT_ONCE", 4)
+    found = {}
+    for where in ("alone", "together"):
+        configs = [
+            DataConfig(files=[str(text)], shard=f"{n}/7", train_fraction=0.7, cache_dir=str(tmp_path / where))
+            for n in range(1, 7)
+        ]
+        if where == "together":
+            dataset.prepare_shards(configs, context=16, key="data")
+            assert len(reads) == 6 + 2  # six alone, six in two passes
+            dataset.prepare_shards(configs, context=16, key="data")
+        found[where] = [dataset.prepare(config, context=16, key="data") for config in configs]
+    assert len(reads) == 6 + 2
+    for alone, together in zip(found["alone"], found["together"], strict=True):
+        assert alone.fingerprint == together.fingerprint
+        np.testing.assert_array_equal(alone.train, together.train)
+        np.testing.assert_array_equal(alone.heldout, together.heldout)
+        assert (alone.train_bytes, alone.heldout_bytes) == (together.train_bytes, together.heldout_bytes)
+
+
+def test_a_text_that_changes_is_another_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    config = DataConfig(files=[str(text)], cache_dir=str(tmp_path / "cache"))
+    text.write_text("one " * 4000)
+    os.utime(text, (1e9, 1e9))
+    first = dataset.prepare(config, context=16, key="data")
+    assert dataset.prepare(config, context=16, key="data").fingerprint == first.fingerprint
+    text.write_text("two " * 4000)
+    assert dataset.prepare(config, context=16, key="data").fingerprint != first.fingerprint

@@ -172,6 +172,7 @@ class Node:
         self.parent_keys = self.merger.origin
         """What its key layers are measured from: the parent's, as this node last heard them."""
         self.children = {name: Child(active=name not in awaited, awaited=name in awaited) for name in children}
+        self._count_children()
         self.version = 0
         self.base_version = 0
         """The parent's version at the last merge."""
@@ -243,8 +244,7 @@ class Node:
         elif isinstance(event, Joined):
             commands += self._join(event)
         elif isinstance(event, Done | Left) and event.child in self.children:
-            child = self.children[event.child]
-            child.active, child.left, child.awaited = False, isinstance(event, Left), False
+            self._set(event.child, active=False, left=isinstance(event, Left), awaited=False)
             self._waiting.pop(event.child, None)
         commands += self._advance(event.now_s)
         return commands
@@ -268,7 +268,8 @@ class Node:
         child.heard_s = now_s
         if not child.lost:
             return []
-        child.lost, child.active, self.ended = False, True, False
+        child.lost, self.ended = False, False
+        self._set(name, active=True)
         return [Note(record=LifeRecord(node=f"{self.path}/{name}", now_s=now_s, event="training", detail="is back"))]
 
     def _look_for_silence(self, now_s: float) -> list[Command]:
@@ -279,7 +280,8 @@ class Node:
                 continue
             silent_s = now_s - child.heard_s
             if silent_s > patience_s(child.gaps, self.liveness):
-                child.lost, child.active = True, False
+                child.lost = True
+                self._set(name, active=False)
                 said = f"silent for {silent_s:.0f} s: nobody waits for it"
                 record = LifeRecord(node=f"{self.path}/{name}", now_s=now_s, event="lost", detail=said)
                 commands.append(Note(record=record))
@@ -287,12 +289,31 @@ class Node:
 
     def _join(self, event: Joined) -> list[Command]:
         self._check(event.child, event.incarnation, to=self.incarnation)
-        child = self.children.setdefault(event.child, Child())
-        child.active, child.left, child.awaited, self.ended = True, False, False, False
+        if event.child not in self.children:
+            self.children[event.child] = Child()
+            self._count_children()
+        child, self.ended = self.children[event.child], False
+        self._set(event.child, active=True, left=False, awaited=False)
         child.incarnation = event.incarnation
         self._waiting.pop(event.child, None)  # whoever asked is gone, or will ask again
         forgot = event.seq < child.last_seq  # it comes from a checkpoint, and what it kept since is gone
         return [Save()] if forgot and child.durable_seq < child.last_seq else []
+
+    def _count_children(self) -> None:
+        """Count them; `_set` keeps the counts true. A node may have very many."""
+        children = self.children.values()
+        self._active = sum(child.active for child in children)
+        self._awaited = sum(child.awaited for child in children)
+        self._left = sum(child.left for child in children)
+
+    def _set(self, name: str, **standing: bool) -> None:
+        """Change whether a child is active, awaited or has left."""
+        child = self.children[name]
+        before = (child.active, child.awaited, child.left)
+        vars(child).update(standing)
+        self._active += child.active - before[0]
+        self._awaited += child.awaited - before[1]
+        self._left += child.left - before[2]
 
     def welcome(self, child: str) -> Welcome:
         """What a child that has joined must know."""
@@ -475,7 +496,7 @@ class Node:
         fold, rules = self._fold, self.aggregation
         if fold is None:
             return False
-        if self.synchronous or not any(child.active for child in self.children.values()):
+        if self.synchronous or not self._active:
             heard = set(fold.contributors)
             return not self._held and all(name in heard for name, child in self.children.items() if child.active)
         if rules.trigger == "goal_achieved":
@@ -488,7 +509,12 @@ class Node:
         if fold is None:
             raise AggregationError(f"{self.path}: nothing to aggregate")
         heard = set(fold.contributors)
-        absent = [c.fit for name, c in self.children.items() if not c.left and name not in heard]
+        absent: list[list[float]] = []
+        if self.layout.key_layers:
+            absent = [c.fit for name, c in self.children.items() if not c.left and name not in heard]
+        else:  # without scores, their number is all that matters
+            here = sum(name in self.children and not self.children[name].left for name in heard)
+            absent = [[]] * (len(self.children) - self._left - here)
         flat, norm, weights = fold.finish(self.theta, self.optimizer, absent=absent)
         if self._made is not None and not self._lent and (not self.has_parent or self.anchor is not self.theta):
             self._spare.append(self._made)  # several updates came before any child pulled
@@ -554,8 +580,7 @@ class Node:
     def _exchange_due(self) -> bool:
         if not self.has_parent or self.exchanging or not self.unpushed_aggregations:
             return False
-        drained = not any(child.active for child in self.children.values())
-        return drained or self.unpushed_aggregations >= self.aggregation.push_every
+        return not self._active or self.unpushed_aggregations >= self.aggregation.push_every
 
     def begin_exchange(self) -> Update:
         """The update that an Exchange command asks to send; to be called before the next event.
@@ -650,7 +675,11 @@ class Node:
 
     def _may_serve(self, name: str) -> bool:
         """Synchronous children wait until their last update is in a version and that version is exchanged."""
-        if self.version == 0 and sum(child.incarnation > 0 for child in self.children.values()) < self.min_clients:
+        if (
+            self.min_clients
+            and self.version == 0
+            and sum(child.incarnation > 0 for child in self.children.values()) < self.min_clients
+        ):
             return False
         if not self.synchronous:
             return True
@@ -714,7 +743,7 @@ class Node:
     def _all_ended(self) -> bool:
         idle = self._fold is None and not self._held and not self.exchanging
         passed_on = not self.has_parent or not self.unpushed_aggregations
-        return idle and passed_on and not any(child.active or child.awaited for child in self.children.values())
+        return idle and passed_on and not self._active and not self._awaited
 
     # ---- durability ------------------------------------------------------------------------------------------
 
@@ -795,6 +824,7 @@ class Node:
         mine = {n: c for n, c in meta["children"].items() if self.privacy is None or n in self.children}
         for name, child in mine.items():
             self.children[name] = Child(**(child | {"durable_seq": child["last_seq"]}))
+        self._count_children()
         # The budget may be larger than it was: a federation hears from its parent, the world counts again.
         self.finished = False
         if self.budget.tokens is not None and not self.has_parent:

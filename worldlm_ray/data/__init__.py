@@ -9,7 +9,7 @@ dataset.py     documents -> memory-mapped train and held-out tokens -> batches
 from __future__ import annotations
 
 from worldlm_ray.data.corpora import CORPORA, Corpus
-from worldlm_ray.data.dataset import Dataset, prepare
+from worldlm_ray.data.dataset import Dataset, prepare, prepare_shards
 from worldlm_ray.data.text import check_sources, describe, read_documents
 from worldlm_ray.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -22,5 +22,6 @@ __all__ = [
     "describe",
     "load_tokenizer",
     "prepare",
+    "prepare_shards",
     "read_documents",
 ]

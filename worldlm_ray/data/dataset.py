@@ -18,9 +18,11 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -39,6 +41,9 @@ FORMAT = 1
 """Part of every cache key: raise it when the corpora, the split or the files change."""
 BLOCK_CHARS = 3_072
 """Largest block of text that goes to the train or the held-out part as a whole."""
+
+SETTLED_NS = 2_000_000_000
+"""A file that was changed longer ago than this is known by its time and size."""
 
 Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
@@ -193,14 +198,15 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
         ]
         return _pool(members)
     tokenizer = load_tokenizer(config.tokenizer)
-    fingerprint = _fingerprint(config, paths, tokenizer)
+    fingerprint = _fingerprint(config, _source(config, paths), tokenizer)
     folder = Path(config.cache_dir).expanduser() / fingerprint
     parts = _cached(folder) or _build(folder, config, tokenizer, key=key)
     for part, cure in (
         ("train", "give more text"),
         ("heldout", f"give more text or raise {key}.heldout_fraction"),
     ):
-        _require(parts[part].tokens, f"{part} part of {key} ({describe(config)})", context, cure=cure)
+        source = describe(config) + (f", shard {config.shard}" if config.shard is not None else "")
+        _require(parts[part].tokens, f"{part} part of {key} ({source})", context, cure=cure)
     return Dataset(
         train=_map(folder / "train.bin", tokenizer.dtype),
         heldout=_map(folder / "heldout.bin", tokenizer.dtype),
@@ -211,6 +217,43 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
         fingerprint=fingerprint,
         order=config.order or order,
     )
+
+
+SHARDS_AT_ONCE = 64
+"""Parts of a text that are cut in one pass over it: two files each are open."""
+
+
+def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> None:
+    """Fill the cache for many parts of one text, reading it once for every `SHARDS_AT_ONCE` of those that are missing.
+
+    `prepare` then finds each of them. Sections that are no parts of a text are left to it.
+
+    Args:
+        configs: data sections that differ in `shard` alone.
+        context: tokens per sequence.
+        key: dotted key of the section, for messages.
+
+    Raises:
+        ConfigError: a value of the section cannot be used.
+        DataError: the text is damaged, or the cache cannot be written.
+    """
+    shared = [config for config in configs if config.shard is not None and not config.pool]
+    if len(shared) < 2:
+        return
+    if len({repr(replace(config, shard=None)) for config in shared}) > 1:
+        raise ValueError("the sections are not parts of one text")
+    paths, tokenizer = check_sources(shared[0], key), load_tokenizer(shared[0].tokenizer)
+    source = _source(shared[0], paths)
+    missing = dict[str, DataConfig]()
+    for config in shared:
+        check_sources(config, key)
+        folder = Path(config.cache_dir).expanduser() / _fingerprint(config, source, tokenizer)
+        if not (folder / "meta.json").is_file():
+            missing[str(folder)] = config
+    folders = list(missing)
+    for first in range(0, len(folders), SHARDS_AT_ONCE):
+        some = {Path(folder): missing[folder] for folder in folders[first : first + SHARDS_AT_ONCE]}
+        _build_many(some, tokenizer, key=key)
 
 
 def _pool(members: Sequence[Dataset]) -> Pool:
@@ -239,12 +282,31 @@ def _require(got: int, part: str, context: int, *, cure: str = "give more text")
         raise DataError(f"{problem}; {cure}, or lower model.context")
 
 
-def _fingerprint(config: DataConfig, paths: list[Path], tokenizer: Tokenizer) -> str:
-    """Key of the content: neither the place of a file nor its name counts, but for the suffix."""
+def _source(config: DataConfig, paths: list[Path]) -> list[str]:
+    """What the text is: neither the place of a file nor its name counts, but for the suffix."""
     if config.corpus is not None:
-        source = [CORPORA[config.corpus].versions()]
-    else:
-        source = [f"{''.join(path.suffixes[-2:]).lower()}:{_digest(path)}" for path in paths]
+        return [CORPORA[config.corpus].versions()]
+    return [f"{''.join(path.suffixes[-2:]).lower()}:{_text_digest(path)}" for path in paths]
+
+
+def _text_digest(path: Path) -> str:
+    """Digest of a text; the clients of one process, who share it out, have it read once."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+    if time.time_ns() - state.st_mtime_ns < SETTLED_NS:
+        return _digest(path)  # it may be changed again within the resolution of its time
+    return _digest_as_of(path, state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+@lru_cache(1024)
+def _digest_as_of(path: Path, *_: int) -> str:
+    return _digest(path)
+
+
+def _fingerprint(config: DataConfig, source: list[str], tokenizer: Tokenizer) -> str:
+    """Key of the content."""
     content = {
         "format": FORMAT,
         "source": source,
@@ -327,18 +389,37 @@ def split(stream: Iterable[Block], fraction: float) -> Iterator[tuple[Block, boo
     The choice does not depend on the run's seed: a run's numbers stay comparable with those of another seed.
     A user's text is taken as it is: what it repeats may be on both sides. Built-in corpora repeat nothing.
     """
-    source = iter(stream)
-    cell = 0
-    while True:
-        size = math.ceil((cell + 1) / fraction) - math.ceil(cell / fraction)
-        group = list(islice(source, size))
-        # A last cell that is cut short may lack its chosen block, unless it is the only one.
-        chosen = derive(0, "heldout", cell) % max(1, len(group) if cell == 0 else size)
-        for index, block in enumerate(group):
-            yield block, index == chosen
-        if len(group) < size:
-            return
-        cell += 1
+    cells = _Cells(fraction)
+    for block in stream:
+        yield from cells.add(block)
+    yield from cells.rest()
+
+
+class _Cells:
+    """The split of one stream, block by block: they wait until their cell is full."""
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction, self._cell = fraction, 0
+        self._group: list[Block] = []
+
+    @property
+    def _size(self) -> int:
+        return math.ceil((self._cell + 1) / self._fraction) - math.ceil(self._cell / self._fraction)
+
+    def add(self, block: Block) -> list[tuple[Block, bool]]:
+        """One block more; returns those whose cell it has filled."""
+        self._group.append(block)
+        return self._decided(self._size) if len(self._group) == self._size else []
+
+    def rest(self) -> list[tuple[Block, bool]]:
+        """The blocks of the last cell. One that is cut short may lack its chosen block, unless it is the only one."""
+        return self._decided(len(self._group) if self._cell == 0 else self._size)
+
+    def _decided(self, size: int) -> list[tuple[Block, bool]]:
+        chosen = derive(0, "heldout", self._cell) % max(1, size)
+        found = [(block, index == chosen) for index, block in enumerate(self._group)]
+        self._cell, self._group = self._cell + 1, []
+        return found
 
 
 # ---------------------------------------------------------------------------------------------- the cache
@@ -380,29 +461,72 @@ class _Writer:
         return _Part(tokens=self.tokens, bytes=self.bytes, digest=self._hash.hexdigest()[:32])
 
 
-def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, *, key: str) -> dict[str, _Part]:
-    documents = read_documents(config, key)
-    try:
+class _Cut:
+    """A client's two parts while they are written."""
+
+    def __init__(self, folder: Path, config: DataConfig, tokenizer: Tokenizer, files: ExitStack) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            _replacing(folder / "train.bin") as train_file,
-            _replacing(folder / "heldout.bin") as heldout_file,
-        ):
-            train, heldout = _Writer(train_file, tokenizer), _Writer(heldout_file, tokenizer)
-            for index, (block, is_heldout) in enumerate(
-                split(deal(blocks(documents), config), config.heldout_fraction)
-            ):
-                if is_heldout:
-                    heldout.add(block, index=index)
-                elif int((index + 1) * config.train_fraction) > int(index * config.train_fraction):
-                    train.add(block, index=index)
-        parts = {"train": train.part(), "heldout": heldout.part()}
-        with _replacing(folder / "meta.json") as meta_file:
-            meta_file.write(json.dumps({name: vars(part) for name, part in parts.items()}).encode())
+        self._train, self._heldout = (
+            _Writer(files.enter_context(_replacing(folder / f"{part}.bin")), tokenizer) for part in ("train", "heldout")
+        )
+        self._cells, self._fraction = _Cells(config.heldout_fraction), config.train_fraction
+        self._index = 0
+
+    def add(self, block: Block) -> None:
+        self._write(self._cells.add(block))
+
+    def end(self) -> dict[str, _Part]:
+        self._write(self._cells.rest())
+        return {"train": self._train.part(), "heldout": self._heldout.part()}
+
+    def _write(self, blocks: list[tuple[Block, bool]]) -> None:
+        for block, is_heldout in blocks:
+            index = self._index
+            if is_heldout:
+                self._heldout.add(block, index=index)
+            elif int((index + 1) * self._fraction) > int(index * self._fraction):
+                self._train.add(block, index=index)
+            self._index += 1
+
+
+def _build(folder: Path, config: DataConfig, tokenizer: Tokenizer, *, key: str) -> dict[str, _Part]:
+    return _build_many({folder: config}, tokenizer, key=key)[folder]
+
+
+def _build_many(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) -> dict[Path, dict[str, _Part]]:
+    """Cut a text once into the parts that are asked for, by the folder of each."""
+    first = next(iter(configs.values()))
+    documents = read_documents(first, key)
+    folder = next(iter(configs))
+    try:
+        with ExitStack() as files:
+            cuts = {folder: _Cut(folder, config, tokenizer, files) for folder, config in configs.items()}
+            if len(cuts) == 1:
+                for block in deal(blocks(documents), first):
+                    cuts[folder].add(block)
+            else:
+                _deal_out(blocks(documents), configs, cuts)
+            parts = {folder: cut.end() for folder, cut in cuts.items()}
+        for folder in configs:
+            with _replacing(folder / "meta.json") as meta_file:
+                meta_file.write(json.dumps({name: vars(part) for name, part in parts[folder].items()}).encode())
     except OSError as error:
         problem = f"cannot write the token cache in {folder} ({error.strerror})"
         raise DataError(f"{key}.cache_dir: {problem}; set it to a folder with space that you may write") from error
     return parts
+
+
+def _deal_out(stream: Iterable[Block], configs: dict[Path, DataConfig], cuts: dict[Path, _Cut]) -> None:
+    """Give every block to those whose part it belongs to: as `deal` for each of them."""
+    takers: dict[int, dict[int, list[_Cut]]] = {}
+    for folder, config in configs.items():
+        assert config.shard is not None
+        shard, shards = shard_of(config.shard)
+        takers.setdefault(shards, {}).setdefault(shard - 1, []).append(cuts[folder])
+    for index, block in enumerate(stream):
+        for shards, theirs in takers.items():
+            for cut in theirs.get(index % shards, ()):
+                cut.add(replace(block, continues=False) if shards > 1 else block)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from worldlm_ray import tree
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan
 from worldlm_ray.tree import NodeSpec
@@ -41,9 +42,11 @@ def connected(plan: Plan, address: str | None) -> Iterator[None]:
         try:
             if address is None:
                 # Clients may outnumber the cores: they share them, as threads of one process would. More may join.
-                cpus = SPARE_CPUS + sum(workers(spec) * each(spec)["CPU"] for spec in plan.root.clients)
-                processes = len(plan.kinds) + sum(workers(spec) for spec in plan.root.clients)
-                store = max(OBJECT_STORE_FLOOR_BYTES, 3 * processes * plan.layout.nbytes)
+                firsts = [together[0] for together in tree.processes(plan.root)]
+                cpus = SPARE_CPUS + sum(workers(spec) * each(spec)["CPU"] for spec in firsts)
+                nodes = len(plan.specs) + sum(workers(spec) for spec in plan.root.clients)
+                processes = len(plan.root.inner) + sum(1 + workers(spec) for spec in firsts)
+                store = max(OBJECT_STORE_FLOOR_BYTES, 3 * nodes * plan.layout.nbytes)
                 # Ray prints a warning when it starts more processes than the machine has cores. Here they are wanted.
                 tuned = {"worker_maximum_startup_concurrency": max(os.cpu_count() or 1, processes)}
                 ray.init(
@@ -115,7 +118,8 @@ def check_fits(plan: Plan) -> None:
             )
     for name in ("CPU", "GPU"):
         has = sum(node["Resources"].get(name, 0.0) for node in nodes)
-        clients = [spec for spec in needed if spec.kind == "client"]
+        there = {spec.path for spec in needed}
+        clients = [together[0] for together in tree.processes(plan.root) if together[0].path in there]
         wanted_of_all = sum(s.settings.resources.worker_range[0] * each(s)[name] for s in clients)
         if has < wanted_of_all:
             all_of_them = _text({name: wanted_of_all})
@@ -147,10 +151,22 @@ def first_line(error: BaseException) -> str:
 # ---- where a living run is -----------------------------------------------------------------------------------
 
 
-def remember(plan: Plan, *, namespace: str, local: bool, began_at: float, offset_s: float) -> None:
-    """Write down where the run lives, so that others find it: `join`, `leave`, `--resume`."""
+def remember(
+    plan: Plan, *, namespace: str, local: bool, began_at: float, offset_s: float, hosts: dict[str, list[str]]
+) -> None:
+    """Write down where the run lives, so that others find it: `join`, `leave`, `--resume`.
+
+    `hosts` are clients' paths by the name of the actor that they share.
+    """
     address = ray.get_runtime_context().gcs_address
-    place = {"address": address, "namespace": namespace, "local": local, "began_at": began_at, "offset_s": offset_s}
+    place = {
+        "hosts": hosts,
+        "address": address,
+        "namespace": namespace,
+        "local": local,
+        "began_at": began_at,
+        "offset_s": offset_s,
+    }
     (plan.run_dir / PLACE).write_text(json.dumps(place), encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +15,17 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayT
 
 from actors.client import ClientActor
 from actors.federation import FederationActor
+from actors.host import HostActor
 from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address, RunClock
 from actors.world import WorldActor
-from worldlm_ray import rundir
+from worldlm_ray import rundir, tree
 from worldlm_ray.errors import RunError, WorldLMError
-from worldlm_ray.launch import cluster, preflight
+from worldlm_ray.launch import cluster, hosts, preflight
 from worldlm_ray.outcome import Outcome, combine
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import Measure
+from worldlm_ray.report import MANY
 from worldlm_ray.tracking import STATUS
 from worldlm_ray.training.deepspeed_config import is_zero
 from worldlm_ray.tree import NodeSpec
@@ -33,6 +35,8 @@ POLL_S = 0.5
 """How often progress is looked at."""
 ABSENT_S = 15.0
 """A node that has not answered within this time when the run is to stop has no machine."""
+SAMPLES = MANY
+"""At the end so many clients write a text: of more, the table shows none."""
 SILENT_S = 60.0
 """Whoever watches is told once the recorder has not answered for so long."""
 ACTORS = {"world": WorldActor, "federation": FederationActor, "client": ClientActor}
@@ -53,7 +57,16 @@ class World:
     @property
     def actors(self) -> list[Any]:
         """All of them, parents first."""
-        return [self.recorder, *self.inner.values(), *self.clients.values()]
+        return [self.recorder, *self.inner.values(), *dict.fromkeys(map(hosts.actor_of, self.clients.values()))]
+
+    @property
+    def hosts(self) -> dict[str, list[str]]:
+        """Paths of clients that share an actor, by its name."""
+        found: dict[Any, list[str]] = {}
+        for path, client in self.clients.items():
+            if isinstance(client, hosts.Member):
+                found.setdefault(client.host, []).append(path)
+        return {hosts.name_of(paths[0]): paths for paths in found.values()}
 
     def __getitem__(self, path: str) -> Any:
         return self.inner[path] if path in self.inner else self.clients[path]
@@ -117,8 +130,11 @@ def _conduct(
     """The life of a run whose actors exist: wait, watch, measure, conclude."""
     ask(world.recorder, "ready")
     begun = _begun(plan, world)
+    # Clients of one process get ready side by side, and those of several processes at once.
+    asked = {path: world[path].ready.remote() for path in begun if isinstance(world[path], hosts.Member)}
     # The first that cannot start says why.
-    reached = {path: ask(world[path], "ready") for path in begun}
+    reached = {path: _answer(asked[path], world, path) for path in asked}
+    reached |= {path: ask(world[path], "ready") for path in begun if path not in asked}
     if any(reached.values()):
         on_phase("continuing " + ", ".join(_reached(path, number, world) for path, number in reached.items()))
     for path in begun:
@@ -135,13 +151,21 @@ def _conduct(
     measures = _measure(plan, world) if status == "finished" else {}
     samples = {}
     if status == "finished":
-        samples = dict(zip(world.clients, ray.get([a.sample.remote() for a in world.clients.values()]), strict=True))
+        some = dict(list(world.clients.items())[:SAMPLES])
+        samples = dict(zip(some, ray.get([client.sample.remote() for client in some.values()]), strict=True))
     [parameters] = ask(world["world"], "parameters")
     wall_s = world.clock.now_s()
     summary = ask(
         world.recorder, "conclude", parameters, measures=measures, samples=samples, wall_s=wall_s, status=status
     )
     return Outcome(summary=summary, samples=samples)
+
+
+def _answer(ref: Any, world: World, path: str) -> int:
+    try:
+        return int(ray.get(ref))
+    except ActorUnavailableError:  # it is being started again
+        return int(ask(world[path], "ready"))
 
 
 def _begun(plan: Plan, world: World) -> list[str]:
@@ -175,19 +199,48 @@ def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
     # What is sent while it is dead waits for its next life: a record counted twice is better than one that is lost.
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1} | lifetime(local)
     named = ray.remote(RecorderActor).options(name=RECORDER, namespace=namespace, **options)
-    recorder = named.remote(plan.to_mapping())
+    mapping = plan.to_mapping()
+    recorder = named.remote(mapping)
     world = World(recorder, namespace, clock, local)
-    for spec in plan.root.walk():
-        if spec.kind != "client":
-            world.inner[spec.path] = create(plan, spec, world)
-            clients = [child for child in spec.children if child.kind == "client"][: spec.max_clients]
-            for child in clients:
-                world.clients[child.path] = create(plan, child, world, begin=spec.elastic)
-    cluster.remember(plan, namespace=namespace, local=local, began_at=clock.began_at, offset_s=clock.offset_s)
+    together = {group[0].path: group for group in tree.processes(plan.root) if len(group) > 1}
+    shared = {spec.path for group in together.values() for spec in group}
+    for spec in plan.root.inner:
+        world.inner[spec.path] = create(plan, spec, world, mapping=mapping)
+        clients = [child for child in spec.children if child.kind == "client"][: spec.max_clients]
+        for child in clients:
+            if child.path in together:
+                _create_host(together[child.path], world, mapping)
+            elif child.path not in shared:
+                world.clients[child.path] = create(plan, child, world, begin=spec.elastic, mapping=mapping)
+    cluster.remember(
+        plan,
+        namespace=namespace,
+        local=local,
+        began_at=clock.began_at,
+        offset_s=clock.offset_s,
+        hosts=world.hosts,
+    )
     return world
 
 
-def create(plan: Plan, spec: NodeSpec, world: World, *, begin: bool = False, detached: bool = False) -> Any:
+def _create_host(group: Sequence[NodeSpec], world: World, mapping: dict[str, Any]) -> None:
+    """Make one actor for several clients."""
+    paths = [spec.path for spec in group]
+    options = _options(group[0]) | {"max_concurrency": 10_000} | lifetime(world.local)
+    actor = ray.remote(HostActor).options(name=hosts.name_of(paths[0]), namespace=world.namespace, **options)
+    host = actor.remote(Address(mapping, paths[0], world.clock, world.namespace), paths)
+    world.clients |= {path: hosts.Member(host, path) for path in paths}
+
+
+def create(
+    plan: Plan,
+    spec: NodeSpec,
+    world: World,
+    *,
+    begin: bool = False,
+    detached: bool = False,
+    mapping: dict[str, Any] | None = None,
+) -> Any:
     """Make the actor of one node.
 
     Args:
@@ -196,10 +249,11 @@ def create(plan: Plan, spec: NodeSpec, world: World, *, begin: bool = False, det
         world: the run's other actors.
         begin: whether it begins by itself as soon as there is room for it.
         detached: whether it outlives this process even on a cluster that ends with another one.
+        mapping: the plan's, if it is at hand.
     """
     options = _options(spec) | lifetime(world.local and not detached)
     actor = ray.remote(_actor_class(spec)).options(name=spec.path, namespace=world.namespace, **options)
-    return actor.remote(Address(plan.to_mapping(), spec.path, world.clock, world.namespace, begin))
+    return actor.remote(Address(mapping or plan.to_mapping(), spec.path, world.clock, world.namespace, begin))
 
 
 def lifetime(local: bool) -> dict[str, Any]:
@@ -218,7 +272,12 @@ def find(plan: Plan) -> World | None:
         world.inner = {spec.path: _named(spec.path, place) for spec in plan.root.inner}
     except ValueError:
         return None
+    shared = {path: name for name, paths in place.get("hosts", {}).items() for path in paths}
+    found = {name: _named(name, place) for name in dict.fromkeys(shared.values())}
     for spec in plan.root.clients:
+        if spec.path in shared:
+            world.clients[spec.path] = hosts.Member(found[shared[spec.path]], spec.path)
+            continue
         with suppress(ValueError):  # of an elastic federation, not all are there
             world.clients[spec.path] = _named(spec.path, place)
     return world
@@ -340,7 +399,7 @@ def _newcomers(world: World, snapshot: dict[str, Any], ended: Collection[str]) -
 
 def _replace(plan: Plan, world: World, path: str) -> dict[Any, str]:
     """A client has left: its actor goes, and where a federation has more clients than places the next one comes."""
-    ray.kill(world.clients.pop(path))
+    hosts.end(world.clients.pop(path))
     parent = next(spec for spec in plan.root.inner if spec.path == path.rsplit("/", 1)[0])
     for spec in parent.children:
         absent = spec.kind == "client" and spec.path not in world.clients and spec.path != path
@@ -352,7 +411,7 @@ def _replace(plan: Plan, world: World, path: str) -> dict[Any, str]:
 
 def _give_up(world: World, path: str) -> None:
     """A client for which there never was room: its parent need not wait for it any more."""
-    ray.kill(world.clients.pop(path))
+    hosts.end(world.clients.pop(path))
     parent, _, name = path.rpartition("/")
     ask(world.inner[parent], "give_up", name)
 

@@ -1,0 +1,176 @@
+"""Clients that share a process: each is a whole client to its parent, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from worlds import client, write_text
+
+from worldlm_ray import launch, membership, rundir
+from worldlm_ray.audit import proofs
+from worldlm_ray.launch import cluster as clusters
+from worldlm_ray.launch import hosts
+from worldlm_ray.plan import Plan
+from worldlm_ray.simulate import simulate
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+Tiny = Callable[..., Plan]
+
+
+def in_folder(plan: Plan, folder: Path) -> Plan:
+    return rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder))))
+
+
+def phones(folder: Path, copies: int) -> dict[str, Any]:
+    """Alike clients of which every one has enough text."""
+    one = client("phone", folder, 1)
+    write_text(folder / "phone.txt", seed=1, size=9_000 * copies)
+    return one | {"copies": copies}
+
+
+def test_synchronous_mode_gives_the_bits_of_clients_with_a_process_each(
+    cluster: None, tiny: Tiny, tmp_path: Path
+) -> None:
+    children = [
+        {"federation": "north", "resources": {"share": 3}, "children": [phones(tmp_path, 5)]},
+        client("alone", tmp_path, 7),
+    ]
+    merge = {"client": "adaptive", "federation": "adaptive"}
+    plan = tiny(
+        children,
+        aggregation={"trigger": "synchronous"},
+        merge=merge,
+        budget={"rounds": 3},
+        exchange={"codec": "int8"},
+    )
+    simulated = simulate(in_folder(plan, tmp_path / "simulated")).summary
+    real = launch.train(in_folder(plan, tmp_path / "real")).summary
+    assert real["params_sha256"] == simulated["params_sha256"]
+    for path, node in simulated["nodes"].items():
+        assert real["nodes"][path]["loss"] == node["loss"], path
+        assert real["nodes"][path]["steps"] == node["steps"], path
+
+
+class Killer(threading.Thread):
+    """Kills the process of the first host once enough updates have been accepted."""
+
+    def __init__(self, plan: Plan, after: int) -> None:
+        super().__init__(daemon=True)
+        self.plan, self.after = plan, after
+        self.accepted, self.killed = 0, 0
+
+    def look(self, snapshot: dict[str, Any]) -> None:
+        self.accepted = snapshot["accepted"]
+
+    def run(self) -> None:
+        while self.accepted < self.after:
+            time.sleep(0.1)
+        place = clusters.recall(self.plan.run_dir)
+        assert place is not None
+        name = next(iter(place["hosts"]))
+        host = ray.get_actor(name, namespace=place["namespace"])
+        pid = ray.get(host.process.remote())
+        os.kill(pid, signal.SIGKILL)
+        self.killed = pid
+
+
+@pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
+def test_a_host_that_is_killed_costs_nothing(cluster: None, tiny: Tiny, tmp_path: Path, trigger: str) -> None:
+    rounds, copies = 4, 30
+    children = [
+        {"federation": "north", "children": [phones(tmp_path, copies)]},
+        {"federation": "south", "children": [phones(tmp_path, copies)]},
+    ]
+    plan = in_folder(
+        tiny(
+            children,
+            aggregation={"trigger": trigger},
+            budget={"rounds": rounds},
+            resources={"share": copies},
+            checkpoint={"every_s": 2.0, "every_updates": 2},
+            evaluation={"every_rounds": 0, "tokens": 16, "final_tokens": 16},
+        ),
+        tmp_path / "run",
+    )
+    killer = Killer(plan, after=2 * copies)
+    killer.start()
+    summary = launch.train(plan, on_progress=killer.look).summary
+    assert killer.killed
+    assert summary["status"] == "finished"
+    found = proofs(plan.run_dir)
+    for proof in found:
+        assert proof.holds, proof
+    applied = {f"{proof.node}/{proof.sender}": len(proof.applied) for proof in found}
+    for spec in plan.root.clients:
+        assert summary["nodes"][spec.path]["steps"] == rounds * 4, spec.path
+        assert applied[spec.path] == rounds, spec.path
+
+
+def test_clients_of_a_host_stop_and_go_on(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    settings = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.05}
+    plan = in_folder(
+        tiny([phones(tmp_path, 6)], budget={"rounds": 4}, resources={"share": 3}, training=settings), tmp_path / "run"
+    )
+    seen: dict[str, Any] = {}
+    stopped = launch.train(plan, on_progress=seen.update, should_stop=lambda: seen.get("accepted", 0) >= 8).summary
+    assert stopped["status"] == "stopped"
+    assert any(node["steps"] for path, node in stopped["nodes"].items() if path != "world")
+    finished = launch.train(rundir.resume(str(plan.run_dir), [])).summary
+    assert finished["status"] == "finished"
+    assert {finished["nodes"][spec.path]["steps"] for spec in plan.root.clients} == {16}
+    assert all(proof.holds for proof in proofs(plan.run_dir))
+
+
+def test_a_client_of_a_host_leaves_and_the_others_go_on(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    settings = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.1}
+    plan = in_folder(
+        tiny(
+            [phones(tmp_path, 3)],
+            budget={"rounds": 8},
+            resources={"share": 3},
+            training=settings,
+            evaluation={"every_rounds": 0, "tokens": 16, "final_tokens": 16},
+        ),
+        tmp_path / "run",
+    )
+    gone = "world/phone-2"
+    seen: dict[str, Any] = {"accepted": 0}
+
+    def leave() -> None:
+        while seen["accepted"] < 4:
+            time.sleep(0.1)
+        launch.leave(plan, membership.without(plan, gone), gone)
+
+    leaver = threading.Thread(target=leave)
+    leaver.start()
+    summary = launch.train(plan, on_progress=seen.update).summary
+    leaver.join()
+    assert summary["status"] == "finished"
+    steps = {path: node["steps"] for path, node in summary["nodes"].items() if path != "world"}
+    assert steps["world/phone-1"] == steps["world/phone-3"] == 8 * 4
+    assert 0 < steps.get(gone, 4) < 8 * 4
+    found = {proof.sender: proof for proof in proofs(plan.run_dir)}
+    assert all(proof.holds for proof in found.values())
+    assert len(found["phone-1"].applied) == 8
+    assert 0 < len(found["phone-2"].applied) < 8
+
+
+def test_a_member_speaks_like_an_actor() -> None:
+    class Method:
+        def remote(self, *arguments: Any, **named: Any) -> Any:
+            return arguments, named
+
+    class Host:
+        measure = Method()
+
+    member: Any = hosts.Member(Host(), "world/a")
+    assert member.measure.remote([1], tokens=2) == (("world/a", [1]), {"tokens": 2})

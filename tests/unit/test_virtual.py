@@ -1,0 +1,160 @@
+"""Clients that take turns at one model compute what clients with a model each do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worlds import client, write_text
+
+from worldlm_ray.client import Client
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.messages import Model
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import Plan
+from worldlm_ray.tree import processes
+from worldlm_ray.virtual import Shelf, VirtualClients, seated_bytes
+
+Tiny = Callable[..., Plan]
+
+
+def phones(folder: Path, copies: int) -> dict[str, Any]:
+    one = client("phone", folder, 1)
+    write_text(folder / "phone.txt", seed=1, size=9_000 * copies)
+    return one | {"copies": copies}
+
+
+def model(values: Flat, version: int) -> Model:
+    return Model(version=version, progress=0.1, finished=False, tokens=256.0, last_seq=0, values=values)
+
+
+def live(client: Client, values: Flat, version: int) -> Flat:
+    client.begin(model(values, version), now_s=0.0)
+    client.train()
+    return np.array(client.update().values)
+
+
+@pytest.mark.parametrize("limit_bytes", [None, 0])
+def test_who_takes_turns_computes_the_same_bits(tiny: Tiny, tmp_path: Path, limit_bytes: int | None) -> None:
+    plan = tiny([phones(tmp_path, 3)], exchange={"codec": "int8"}, merge={"client": 0.5})
+    together = VirtualClients(plan, plan.root.clients, limit_bytes=limit_bytes)
+    together.prepare()
+    ours, theirs = [], [Client(plan, spec) for spec in plan.root.clients]
+    for spec in plan.root.clients:
+        ours.append(together.make(spec.path))
+        together.settle(ours[-1])
+    rng = np.random.default_rng(0)
+    for version in range(3):
+        parent = plan.initial() + 0.01 * version * rng.standard_normal(plan.layout.size).astype(np.float32)
+        for our, their in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(live(our, parent, version), live(their, parent, version))
+    assert together.shared.swaps == 9
+    for our, their in zip(ours, theirs, strict=True):
+        (meta, arrays), (other, others) = our.state(), their.state()
+        assert meta == other
+        assert arrays.keys() == others.keys()
+        for name, values in arrays.items():
+            np.testing.assert_array_equal(values, others[name], err_msg=name)
+        assert our.report(64) == their.report(64)
+        assert our.report(64, parameters=plan.initial()) == their.report(64, parameters=plan.initial())
+        assert our.sample(tokens=5) == their.sample(tokens=5)
+    lies_in_files = together.shelf.file_bytes > 0
+    assert lies_in_files == (limit_bytes == 0)
+
+
+def test_a_client_comes_back_from_its_checkpoint_among_others(tiny: Tiny, tmp_path: Path) -> None:
+    plan = tiny([phones(tmp_path, 2)])
+    together = VirtualClients(plan, plan.root.clients)
+    first, second = (together.make(spec.path) for spec in plan.root.clients)
+    live(first, plan.initial(), 0)
+    live(second, plan.initial(), 0)
+    meta, arrays = first.state()
+    saved = {name: np.array(values) for name, values in arrays.items()}
+    expected = live(first, plan.initial(), 1)
+    again = VirtualClients(plan, plan.root.clients)
+    back, other = (again.make(spec.path) for spec in plan.root.clients)
+    live(other, plan.initial(), 0)  # sits there first
+    back.restore(meta, saved)
+    again.settle(back)
+    np.testing.assert_array_equal(live(back, plan.initial(), 1), expected)
+
+
+def test_between_its_turns_a_client_holds_flat_buffers(tiny: Tiny, tmp_path: Path) -> None:
+    plan = tiny([phones(tmp_path, 2)])
+    together = VirtualClients(plan, plan.root.clients)
+    for spec in plan.root.clients:
+        one = together.make(spec.path)
+        together.settle(one)
+        live(one, plan.initial(), 0)
+    together.shared.rise()
+    step_counts = 2 * 4
+    assert together.shelf.memory_bytes == 2 * seated_bytes(plan) + step_counts
+
+
+def test_a_shelf_that_is_full_puts_buffers_into_files() -> None:
+    shelf = Shelf(100)
+    small, large = np.arange(20, dtype=np.float32), np.arange(30, dtype=np.float32)
+    kept = [shelf.keep(small), shelf.keep(large), shelf.keep(small[:5])]
+    assert (shelf.memory_bytes, shelf.file_bytes) == (100, 120)
+    kept[1] += 1
+    np.testing.assert_array_equal(kept[1], np.arange(1, 31))
+    np.testing.assert_array_equal(large, np.arange(30))
+    np.testing.assert_array_equal(kept[0], small)
+
+
+# ---- who shares a process --------------------------------------------------------------------------------------
+
+
+def test_alike_siblings_share_a_process(tiny: Tiny, tmp_path: Path) -> None:
+    north = {"federation": "north", "resources": {"share": 3}, "children": [phones(tmp_path, 5)]}
+    faster = client("fast", tmp_path, 2, training={"lr": 1e-2})
+    plan = tiny([north, client("own", tmp_path, 3), {"federation": "south", "children": [faster]}])
+    assert [[spec.name for spec in group] for group in processes(plan.root)] == [
+        ["own"],
+        ["phone-1", "phone-2", "phone-3"],
+        ["phone-4", "phone-5"],
+        ["fast"],
+    ]
+
+
+def test_those_who_train_differently_do_not_share(tiny: Tiny, tmp_path: Path) -> None:
+    children = [
+        client("a", tmp_path, 1),
+        client("b", tmp_path, 2, training={"lr": 1e-2}),
+        client("c", tmp_path, 3, placement={"labels": {"at": "sea"}}),
+        client("d", tmp_path, 4, placement={"labels": {"at": "sea"}}),
+    ]
+    plan = tiny(children, resources={"share": 10})
+    assert [[spec.name for spec in group] for group in processes(plan.root)] == [["a"], ["b"], ["c", "d"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"training": {"zero_stage": 1}}, "a client that DeepSpeed trains"),
+        ({"resources": {"share": 4, "workers": 2}}, "a client that DeepSpeed trains"),
+        (
+            {"privacy": {"unit": "record", "target_epsilon": 8}, "merge": {"client": 1.0}},
+            "a client that trains with differential privacy",
+        ),
+        ({"merge": {"client": "adaptive", "common_fraction": 0.5}}, "a client that trains its parent's model beside"),
+    ],
+)
+def test_who_cannot_share_a_process(tiny: Tiny, tmp_path: Path, settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"world\.children\[0\]\.resources\.share: 4, but {why}"):
+        tiny([client("a", tmp_path, 1)], **{"resources": {"share": 4}, **settings})
+
+
+def test_clients_that_come_and_go_do_not_share(tiny: Tiny, tmp_path: Path) -> None:
+    elastic = {"federation": "f", "min_clients": 1, "children": [phones(tmp_path, 2)]}
+    with pytest.raises(ConfigError, match=r"children\[0\]\.resources\.share: 2, but clients of world/f come and go"):
+        tiny([elastic], resources={"share": 2})
+
+
+@pytest.mark.parametrize("share", [0, -1])
+def test_share_is_a_number_above_zero(tiny: Tiny, tmp_path: Path, share: int) -> None:
+    with pytest.raises(ConfigError, match=r"resources\.share: got"):
+        tiny([client("a", tmp_path, 1)], resources={"share": share})

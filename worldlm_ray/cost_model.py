@@ -1,0 +1,210 @@
+"""A cost model in place of the model, for `worldlm simulate` of very large worlds (`simulation.train: false`).
+
+Nothing is trained and no text is read: a client is a few counters, and a local round is the time that it takes. All
+else is that of a simulated run: the same state machine decides at every inner node, on buffers of a few elements; links
+carry as many bytes as the real model has. So versions, staleness, who is accepted, who waits, bytes and tokens per
+second are those of the run with training, event by event (a test compares the two). What depends on values is absent:
+losses, attention, residuals; nodes follow their parent whole where `merge` is adaptive, and no update is too large.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from worldlm_ray.aggregation.events import Verdict
+from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.outbox import Outbox, Welcome
+from worldlm_ray.compression import nbytes
+from worldlm_ray.config import NodeSettings
+from worldlm_ray.messages import Model, Update
+from worldlm_ray.params import Flat, Layout, frozen, make_layout
+from worldlm_ray.plan import Plan
+from worldlm_ray.privacy.contributions import Contributions
+from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord
+from worldlm_ray.tree import NodeSpec
+
+LAYOUT = make_layout([("cost", (4,))], [], layers=1)
+"""What stands for the model."""
+NOTHING = frozen(np.zeros(LAYOUT.size, np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostPlan(Plan):
+    """A plan whose model has a few elements and counts as many bytes as the real one."""
+
+    real: Layout
+
+    def initial(self) -> Flat:
+        """The model that stands for all models."""
+        return NOTHING
+
+    def up_bytes(self, spec: NodeSpec) -> int:
+        """Of the buffer of a node's update."""
+        return nbytes(spec.settings.exchange.codec, self.real.size)
+
+    def inner_node(self, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
+        """The state machine of an inner node, without what depends on values."""
+        return super().inner_node(replace(spec, settings=_plain(spec.settings)), initial, contributions)
+
+
+def cost_plan(plan: Plan) -> CostPlan:
+    """The plan with a cost model in place of its model."""
+    return CostPlan(config=plan.config, root=plan.root, shape=plan.shape, layout=LAYOUT, real=plan.layout)
+
+
+def _plain(settings: NodeSettings) -> NodeSettings:
+    rules, merge = settings.aggregation, settings.merge
+    return replace(
+        settings,
+        aggregation=replace(rules, residuals=replace(rules.residuals, per_round=0)),
+        merge=replace(merge, federation=1.0 if isinstance(merge.federation, str) else merge.federation),
+        exchange=replace(settings.exchange, codec="fp32"),
+    )
+
+
+class _NothingKept(Outbox):
+    """What all clients share where no parent can die."""
+
+    def add(self, update: Update) -> None:
+        """Keep nothing."""
+
+
+_NOTHING_KEPT = _NothingKept()
+
+
+class CostClient:
+    """A client that costs time and bytes and learns nothing; for the simulator it is a `Client`.
+
+    Args:
+        plan: the run.
+        spec: this client's node.
+    """
+
+    __slots__ = (
+        "base_incarnation",
+        "base_version",
+        "began",
+        "dataset",
+        "incarnation",
+        "outbox",
+        "plan",
+        "round",
+        "round_tokens",
+        "seq",
+        "spec",
+    )
+
+    measure_is_due = False
+    last_word = ""
+
+    def __init__(self, plan: Plan, spec: NodeSpec, *, dataset: None = None) -> None:
+        self.plan, self.spec, self.dataset = plan, spec, dataset
+        self.round_tokens = plan.round_tokens(spec)
+        self.outbox = Outbox() if plan.config.faults else _NOTHING_KEPT
+        self.round = self.seq = self.base_version = 0
+        self.incarnation = self.base_incarnation = 1
+        self.began = False
+
+    @property
+    def started_tokens(self) -> int:
+        """Tokens of all rounds so far, with the next one (or the one under way) counted in full."""
+        return (self.round + 1) * self.round_tokens
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a budget given in rounds is spent."""
+        rounds = self.plan.config.budget.rounds
+        return rounds is not None and self.round >= rounds
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """The parent is there, perhaps again: rounds that it has accepted since the checkpoint are counted."""
+        missed = welcome.last_seq - self.seq
+        if missed > 0:
+            self.seq, self.began = welcome.last_seq, False
+            self.round += missed
+        self.outbox.durable(welcome.durable_seq)
+
+    def answered(self, verdict: Verdict) -> None:
+        """The parent's word about an update."""
+        self.outbox.heed(verdict)
+
+    def begin(self, model: Model, *, now_s: float) -> list[Record]:
+        """Begin a local round."""
+        self.base_version, self.base_incarnation = model.version, model.incarnation
+        self.outbox.durable(model.durable_seq)
+        self.seq = max(self.seq, model.last_seq)
+        self.began = True
+        return []
+
+    def train(self) -> float:
+        """Count a round."""
+        self.round += 1
+        return 0.0
+
+    def update(self) -> Update:
+        """The finished round as an update: its header is as long as that of a client that trains."""
+        self.seq += 1
+        self.began = False
+        update = Update(
+            sender=self.spec.name,
+            seq=self.seq,
+            base_version=self.base_version,
+            tokens=self.round_tokens,
+            started_tokens=self.round * self.round_tokens,
+            values=NOTHING,
+            metrics={"train_loss": math.nan},
+            base_incarnation=self.base_incarnation,
+        )
+        self.outbox.add(update)
+        return update
+
+    def start_record(self, *, now_s: float) -> StartRecord:
+        """What tracking is told before the first round: nothing was measured."""
+        return StartRecord(node=self.spec.path, now_s=now_s, loss=None, perplexity=None, heldout_bytes=0)
+
+    def round_record(
+        self, *, now_s: float, train_s: float, busy_fraction: float, measure: Measure | None
+    ) -> RoundRecord:
+        """What tracking is told about the round that has just ended."""
+        return RoundRecord(
+            node=self.spec.path,
+            now_s=now_s,
+            round=self.round,
+            steps=self.round * self.spec.settings.training.local_steps,
+            tokens=self.round * self.round_tokens,
+            train_loss=None,
+            loss=None,
+            perplexity=None,
+            learning_rate=None,
+            tokens_per_s=self.round_tokens / train_s,
+            busy_fraction=busy_fraction,
+        )
+
+    def report(self, tokens: int, *, parameters: Flat | None = None) -> None:
+        """Nothing can be measured."""
+
+    def measure(self, tokens: int) -> None:
+        """Nothing can be measured."""
+
+    def sample(self) -> str:
+        """No model, no text."""
+        return ""
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
+        """Everything that a restart needs."""
+        meta = {name: getattr(self, name) for name in _STATE}
+        meta["outbox"], kept = self.outbox.state()
+        return meta, kept
+
+    def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
+        """Become what `state` described."""
+        for name in _STATE:
+            setattr(self, name, meta[name])
+        self.outbox.restore(meta["outbox"], arrays)
+
+
+_STATE = ("round", "seq", "base_version", "base_incarnation", "began")

@@ -1,0 +1,236 @@
+"""Many clients in one process: they take turns at one model and one optimizer.
+
+A client needs the model and the optimizer only while it trains. In between it is a few flat buffers: its weights, its
+moments, the base of its round, its parent's key layers. `SharedTrainer` has the only model and optimizer; each client
+holds a `Seat`, which is a trainer to it: whoever is asked to train takes the place of whoever did last, and the buffers
+of the two are copied. What a client computes does not depend on who trained before it.
+
+Buffers lie in memory up to a limit and in mapped files beyond it: those the system writes out when memory is short.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from worldlm_ray.client import Client
+from worldlm_ray.data import prepare_shards
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import Plan
+from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
+from worldlm_ray.tree import NodeSpec
+
+STEP = "step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPlan(Plan):
+    """A plan whose initial parameters are made once for all clients of a process."""
+
+    @cached_property
+    def _initial(self) -> Flat:
+        return super().initial()
+
+    def initial(self) -> Flat:
+        """The run's initial parameters."""
+        return self._initial
+
+
+class Shelf:
+    """Where buffers lie: in memory up to a limit, in files that are mapped into memory beyond it.
+
+    Args:
+        limit_bytes: of all buffers in memory; None for no limit.
+    """
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.memory_bytes = self.file_bytes = 0
+
+    def keep(self, values: Flat) -> Flat:
+        """A copy of a buffer on the shelf, to be changed in place from now on."""
+        if self.limit_bytes is None or self.memory_bytes + values.nbytes <= self.limit_bytes:
+            self.memory_bytes += values.nbytes
+            return np.array(values)
+        self.file_bytes += values.nbytes
+        with tempfile.TemporaryFile(prefix="worldlm-") as file:  # without a name: it goes with the process
+            file.truncate(values.nbytes)
+            kept: Flat = np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=values.shape))
+        kept[:] = values
+        return kept
+
+
+class SharedTrainer:
+    """The model and the optimizer that clients take turns to use. One thread may use it at a time.
+
+    Args:
+        trainer: what trains.
+        shelf: where clients' buffers lie.
+    """
+
+    def __init__(self, trainer: Trainer, shelf: Shelf) -> None:
+        self.trainer, self.shelf = trainer, shelf
+        self.swaps = 0
+        """How often one client has taken the place of another."""
+        self._sitting: Seat | None = None
+
+    def seat(self) -> Seat:
+        """A place for one client more."""
+        return Seat(self)
+
+    def sit(self, seat: Seat) -> None:
+        """Let a client take the place of whoever has it."""
+        if self._sitting is seat:
+            return
+        self.rise()
+        self.swaps += 1
+        self.trainer.write(seat.theta)
+        self.trainer.forget()
+        self.trainer.load_optimizer_state(seat.moments)
+        self._sitting = seat
+
+    def rise(self) -> None:
+        """Take down what whoever sits there has learned; nobody sits there then."""
+        seat, self._sitting = self._sitting, None
+        if seat is None:
+            return
+        self.trainer.read(seat.theta)
+        seat.take_moments(self.trainer.optimizer_state())
+
+    def is_sitting(self, seat: Seat) -> bool:
+        """Whether the model is this client's now."""
+        return self._sitting is seat
+
+
+class Seat:
+    """The trainer of one client among many: see worldlm_ray/training/trainer.py for what its methods do."""
+
+    def __init__(self, shared: SharedTrainer) -> None:
+        self._shared = shared
+        self.theta: Flat = np.empty(0, np.float32)
+        """The client's weights, unless it is sitting."""
+        self.moments: dict[str, Flat] = {}
+        """Its optimizer's state, likewise."""
+
+    def read(self, out: Flat | None = None) -> Flat:
+        """The parameters: a copy, into `out` if given."""
+        if self._shared.is_sitting(self):
+            return self._shared.trainer.read(out)
+        if out is None:
+            return np.array(self.theta)
+        out[:] = self.theta
+        return out
+
+    def write(self, values: Flat) -> None:
+        """Set the parameters; the optimizer's state stays."""
+        if self._shared.is_sitting(self):
+            self._shared.trainer.write(values)
+        elif self.theta.size == 0:
+            self.theta = self._shared.shelf.keep(values)
+        else:
+            self.theta[:] = values
+
+    def run(
+        self,
+        batches: Iterable[Batch],
+        rate: Callable[[int], float],
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> RoundResult:
+        """Take one optimizer step per batch."""
+        self._shared.sit(self)
+        return self._shared.trainer.run(batches, rate, should_stop=should_stop)
+
+    def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
+        """Summed loss in nats and number of tokens."""
+        # Of other parameters, the model of whoever sits there is put back afterwards: nobody has to move.
+        if parameters is None and not self._shared.is_sitting(self):
+            parameters = self.theta
+        return self._shared.trainer.evaluate(batches, parameters=parameters)
+
+    def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
+        """Token ids that continue a prompt."""
+        self._shared.sit(self)
+        return self._shared.trainer.sample(prompt, tokens=tokens, temperature=temperature, seed=seed)
+
+    def optimizer_state(self) -> dict[str, Flat]:
+        """The moments and the step count."""
+        if self._shared.is_sitting(self):
+            return self._shared.trainer.optimizer_state()
+        return {name: np.array(values) for name, values in self.moments.items()}
+
+    def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
+        """Restore what `optimizer_state` gave."""
+        if not saved:
+            return
+        if self._shared.is_sitting(self):
+            self._shared.trainer.load_optimizer_state(saved)
+        else:
+            self.take_moments(saved)
+
+    def forget(self) -> None:
+        """Drop the moments and the step count."""
+        if self._shared.is_sitting(self):
+            self._shared.trainer.forget()
+        self.moments = {}
+
+    def take_moments(self, state: dict[str, Flat]) -> None:
+        """Keep an optimizer's state; what stands in place already is written over."""
+        for name, values in state.items():
+            if name in self.moments:
+                self.moments[name][:] = values
+            else:
+                self.moments[name] = self._shared.shelf.keep(values)
+        if not state:
+            self.moments = {}
+
+
+def seated_bytes(plan: Plan) -> int:
+    """Bytes of one client between its turns, without updates that its parent has not made durable yet."""
+    return plan.layout.nbytes * (2 + len(MOMENTS)) + 4 * plan.layout.key_size
+
+
+class VirtualClients:
+    """The clients of one process.
+
+    Args:
+        plan: the run.
+        specs: the clients' nodes: alike but for their texts.
+        limit_bytes: of their buffers in memory; None for no limit.
+    """
+
+    def __init__(self, plan: Plan, specs: Sequence[NodeSpec], *, limit_bytes: int | None = None) -> None:
+        self.plan = SharedPlan(**{name: getattr(plan, name) for name in ("config", "root", "shape", "layout")})
+        self.specs = {spec.path: spec for spec in specs}
+        first = specs[0].settings
+        trainer = LocalTrainer(plan.shape, plan.layout, first.training, threads=first.resources.cpus)
+        self.shelf = Shelf(limit_bytes)
+        self.shared = SharedTrainer(trainer, self.shelf)
+        self._origin: Flat | None = None
+
+    def prepare(self) -> None:
+        """Cut the texts of all clients at once: a text that they share out is read once."""
+        first = next(iter(self.specs.values()))
+        prepare_shards(
+            [spec.settings.data for spec in self.specs.values()],
+            context=self.plan.shape.context,
+            key=f"{first.key}.data",
+        )
+
+    def make(self, path: str) -> Client:
+        """A client of this process; like any other for who drives it, but only one may be driven at a time."""
+        client = Client(self.plan, self.specs[path], make_trainer=lambda account: self.shared.seat())
+        if self._origin is None:
+            self._origin = client.merger.origin
+        client.merger.origin = self._origin  # never changed: one for all
+        return client
+
+    def settle(self, client: Client) -> None:
+        """Lay a client's buffers on the shelf, once it is as its checkpoint says."""
+        client.base, client.parent_keys = self.shelf.keep(client.base), self.shelf.keep(client.parent_keys)
