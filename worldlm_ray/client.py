@@ -104,12 +104,12 @@ class Client:
         """Steps of the last call of `train`."""
 
     def _common(self) -> Common | None:
-        share = self.spec.settings.merge.common_fraction
-        if not share:
+        rows = self.spec.settings.merge.common_rows(self.training.batch_size)
+        if not rows:
             return None
         threads = self.spec.settings.resources.cpus
         trainer = LocalTrainer(self.plan.shape, self.plan.layout, self.training, threads=threads)
-        return Common(trainer, rows=round(share * self.training.batch_size))
+        return Common(trainer, rows=rows)
 
     def _trainer(self) -> Trainer:
         shape, layout, threads = self.plan.shape, self.plan.layout, self.spec.settings.resources.cpus

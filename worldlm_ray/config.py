@@ -231,6 +231,10 @@ class MergeConfig:
     """`adaptive`: share of every batch with which a client that keeps its own model trains its parent's on. At 0 such
     a client pushes what it did to its own model: see worldlm_ray/training/common.py."""
 
+    def common_rows(self, batch_size: int) -> int:
+        """Sequences of a batch that `common_fraction` gives to the parent's model: at least one, unless it is 0."""
+        return max(1, round(self.common_fraction * batch_size)) if self.common_fraction else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeConfig:
@@ -654,9 +658,9 @@ def _common(settings: NodeSettings, at: str) -> None:
     if settings.merge.client != "adaptive":
         got = f"got {share}, but merge.client is {settings.merge.client}"
         raise ConfigError(key, got, "set merge.client to adaptive, or this to 0: others never leave their parent")
-    if not 0 < round(share * batch) < batch:
-        got = f"{share} of {batch} sequences is {round(share * batch)}"
-        raise ConfigError(key, got, "leave at least one sequence for either model")
+    if settings.merge.common_rows(batch) == batch:
+        got = f"{share} of {batch} sequences leaves none for the client's own model"
+        raise ConfigError(key, got, "lower it, or raise training.batch_size")
     if settings.privacy.unit == "record":
         got = f"got {share}, but privacy.unit is record, whose noise is for one model"
         raise ConfigError(key, got, "set it to 0 at clients that promise privacy of records")

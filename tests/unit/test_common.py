@@ -120,7 +120,7 @@ def test_what_the_client_pushed_is_not_taken_for_the_others_movement(plan: Plan)
     [
         ({"merge": PARTED | {"client": 0.5}}, "merge.common_fraction"),
         ({"merge": PARTED | {"common_fraction": 1.0}}, "merge.common_fraction"),
-        ({"merge": PARTED | {"common_fraction": 0.1}}, "merge.common_fraction"),
+        ({"merge": PARTED, "training": {"batch_size": 1}}, "merge.common_fraction"),
         ({"merge": PARTED | {"common_fraction": 2.0}}, "merge.common_fraction"),
         ({"merge": PARTED, "privacy": {"unit": "record", "noise_multiplier": 1.0}}, "merge.common_fraction"),
         ({"merge": PARTED, "resources": {"workers": 2}}, "merge.common_fraction"),
