@@ -104,6 +104,7 @@ class Plan:
 
     def inner_node(self, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
         """The state machine of an inner node; with the ledgers of its clients if it promises them privacy."""
+        faults = self.faults
         return Node(
             path=spec.path,
             children=tuple(child.name for child in spec.children),
@@ -116,7 +117,11 @@ class Plan:
             privacy=None if contributions is None else _client_privacy(spec, contributions),
             contributions=None if contributions is None else contributions.counts(),
             save_every=self.config.checkpoint.every_updates,
-            awaited=[child.name for child in spec.children if spec.elastic and child.kind == "client"],
+            awaited=[
+                child.name
+                for child in spec.children
+                if child.kind == "client" and (spec.elastic or faults.comes_late(child.path))
+            ],
             min_clients=spec.min_clients or 0,
             liveness=self.config.liveness,
             codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",

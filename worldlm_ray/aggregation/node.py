@@ -246,6 +246,8 @@ class Node:
             child = self.children[event.child]
             child.active, child.left, child.awaited = False, isinstance(event, Left), False
             self._waiting.pop(event.child, None)
+            if child.left and child.durable_seq < child.last_seq:
+                commands.append(Save())  # it will not be there to send again what is in memory alone
         commands += self._advance(event.now_s)
         return commands
 
