@@ -189,7 +189,7 @@ class ClientActor:
             threading.Thread(target=self._beat, daemon=True).start()
             while not self._stop.is_set():
                 if not self.client.began:
-                    if self._leave.is_set():
+                    if self._leave.is_set() or not self.faults.is_member(self.spec.path, self.clock.now_s()):
                         return self._say_goodbye()
                     if self.client.is_done:
                         return self._finish()

@@ -156,10 +156,11 @@ class InnerActor:
         await self._started.wait()
         await self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
 
-    async def left(self, child: str, incarnation: int, to: int) -> None:
-        """A child leaves the run for good."""
+    async def left(self, child: str, incarnation: int, to: int) -> int:
+        """A child leaves the run; returns up to which seq checkpoints cover what it has pushed."""
         await self._started.wait()
         await self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+        return self.node.welcome(child).durable_seq
 
     async def beat(self, child: str, incarnation: int, to: int) -> None:
         """A child lives."""
@@ -244,9 +245,13 @@ class InnerActor:
         """Now and then look at the clock, and whether this process still is the one that counts."""
         while True:
             await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
+            self._beat()
             self._check_newest()
             self._audit.flush()
             await self._handle(Clock(now_s=self.clock.now_s()))
+
+    def _beat(self) -> None:
+        """A sign of life to the parent, where there is one and it would hear nothing otherwise."""
 
     def _check_newest(self) -> None:
         """The world has no parent that would tell it that another process plays it by now."""

@@ -140,8 +140,12 @@ class Uplink:
         yield from self._until_heard("done")
 
     def left(self) -> Steps[None]:
-        """The child leaves the run for good."""
-        yield from self._until_heard("left")
+        """The child leaves the run, once its parent cannot lose any more what the child has pushed."""
+        while True:
+            self._child.outbox.durable((yield from self._until_heard("left")))
+            if not len(self._child.outbox):
+                return
+            yield AGAIN_S
 
     def beat(self) -> Steps[bool]:
         """Tell the parent that the child lives; returns whether the parent is the one that it has joined."""
@@ -159,11 +163,10 @@ class Uplink:
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
-    def _until_heard(self, word: str) -> Steps[None]:
+    def _until_heard(self, word: str) -> Steps[Any]:
         while True:
             try:
-                yield from self._call(word)
-                return
+                return (yield from self._call(word))
             except Lost:
                 yield from self.join()
 

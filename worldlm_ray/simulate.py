@@ -181,7 +181,7 @@ class Simulation:
         """Whether everybody is alive and has said the last word: faults that come later find nobody."""
         there = [path for path in self.specs if path not in self.gone]
         ended = all(node.ended for node in self.nodes.values()) and all(self._lives[path] for path in there)
-        return ended and all(path in self._words for path in there if path != "world")
+        return ended and all(self._words.get(path) is Done for path in there if path != "world")
 
     def conclude(self, status: str) -> Outcome:
         """Measure every model, write checkpoints and summary.json."""

@@ -130,7 +130,7 @@ def check(simulation: Simulation, records: list[Any], why: str) -> None:
 
 def a_script(seed: int, plan: Plan) -> list[str]:
     rng = random.Random(seed)
-    lines = []
+    lines, federations = [], {spec.path for spec in plan.root.inner} - {"world"}
     for _ in range(rng.randint(1, 6)):
         kind = rng.choice(["kill", "kill", "cut", "silence", "drop", "repeat", "corrupt", "delay", "disk"])
         longest_s = 5.0
@@ -140,6 +140,9 @@ def a_script(seed: int, plan: Plan) -> list[str]:
         line = f"{rng.uniform(0, 12):.2f}s {kind} {rng.choice(nodes)}"
         line += f" by {rng.uniform(0, 3):.2f}s" if kind == "delay" else ""
         lines.append(f"{line} for {rng.uniform(0.1, longest_s):.2f}s")
+    # A federation that dies while its storage refuses has pushed what it does not know any more: see README, "Limits".
+    killed = {line.split()[2] for line in lines if " kill " in line}
+    lines = [line for line in lines if not any(f" disk {path} " in line for path in killed & federations)]
     for path in rng.sample([spec.path for spec in plan.root.clients], rng.randint(0, 2)):
         turns = ["leave", "join", "leave", "join"][rng.randint(0, 1) :][: rng.randint(1, 3)]
         times = sorted(rng.uniform(0, 14) for _ in turns)
@@ -227,10 +230,9 @@ def test_a_synchronous_world_goes_on_without_a_silent_client_and_takes_it_back(
     assert heard_s + IMPATIENT["grace_s"] < lost_s <= heard_s + IMPATIENT["grace_s"] + 2 * IMPATIENT["heartbeat_s"]
     for other in ("world/north/b", "world/south/c", "world/south/d"):
         assert rounds_between(records, other, lost_s, 15.0) >= 5, other
-    patient, records = run(world(tiny, "synchronous", liveness={"grace_s": 60.0}), tmp_path / "patient", [fault])
+    _, records = run(world(tiny, "synchronous", liveness={"grace_s": 60.0}), tmp_path / "patient", [fault])
     assert not any(event == "lost" for event, _ in lives(records, "world/north/a"))
     assert rounds_between(records, "world/north/b", 5.0, 15.0) == 0, "without that, all wait"
-    assert patient.now_s > simulation.now_s
 
 
 def test_a_federation_that_is_cut_off_is_given_up_and_taken_back(tiny: Tiny, tmp_path: Path) -> None:
