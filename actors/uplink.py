@@ -141,10 +141,7 @@ class Uplink:
 
     def left(self) -> Steps[None]:
         """The child leaves the run, once its parent cannot lose any more what the child has pushed."""
-        while True:
-            self._child.outbox.durable((yield from self._until_heard("left")))
-            if not len(self._child.outbox):
-                return
+        while not (yield from self._until_heard("left")):
             yield AGAIN_S
 
     def beat(self) -> Steps[bool]:

@@ -14,7 +14,7 @@ NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
 SAMPLE_CHARACTERS = 240
 """A longer sample is cut: the table shows a taste of each client's language, not a page."""
 _STYLES = {"world": "bold", "federation": "bold cyan", "client": ""}
-_STATES = {"finished": "green", "warning": "bold red", "waiting": "yellow", "left": "dim"}
+_STATES = {"finished": "green", "warning": "bold red", "waiting": "yellow", "paused": "yellow", "left": "dim"}
 
 
 def live_table(snapshot: Mapping[str, Any]) -> Table:
@@ -44,9 +44,15 @@ def live_table(snapshot: Mapping[str, Any]) -> Table:
             _change(node["perplexity_start"], node["perplexity"]),
             _or(node["busy_fraction"], ".0%"),
             _verdicts(node),
-            Text(printable(state), style=_STATES.get(state, "")),
+            Text(printable(_said(state, node)), style=_STATES.get(state, "")),
         )
     return table
+
+
+def _said(state: str, node: Mapping[str, Any]) -> str:
+    """A state; of one that an operator may want to change, with its reason."""
+    detail = str(node.get("state_detail") or "")
+    return f"{state}: {detail}" if state == "paused" and detail else state
 
 
 def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table:

@@ -79,6 +79,8 @@ class _Call:
     child: str
     life: int
     answered: Callable[[Any], None]
+    beside: bool = False
+    """Whether the run may end without it."""
     waits: bool = False
     """Whether the answer is a model, which may come much later than the call."""
     open: bool = True
@@ -138,6 +140,8 @@ class Simulation:
         """Clients that are not there, since they come late, have no place or have left, by their last incarnation."""
         self._too_late = False
         """Whether everybody who was there has ended, so that nobody comes any more."""
+        self._pauses: dict[str, int] = {}
+        """How often a client has paused."""
         self._calls: list[_Call] = []
         self._saved: dict[str, State] = {}
         self._saved_s = dict.fromkeys(self.specs, 0.0)
@@ -237,7 +241,7 @@ class Simulation:
             self._record(record)
         client.train()
         self._training.add(path)
-        train_s = client.round_tokens / self.specs[path].settings.simulation.tokens_per_s
+        train_s = self._round_s(path)
         self._busy_s[path] += train_s
         self._at(self.now_s + train_s, lambda: self._end_round(path, train_s), of=path)
 
@@ -247,9 +251,33 @@ class Simulation:
         self._words[path] = Done
         self._call(path, 0, lambda lives: Done(child=name, **lives), lambda _: None)
         if path in self.clients:
-            detail = self.clients[path].last_word
-            self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", detail=detail))
+            client = self.clients[path]
+            client.paused = client.may_pause
+            event = "paused" if client.paused else "finished"
+            self._record(LifeRecord(node=path, now_s=self.now_s, event=event, detail=client.last_word))
             self._give_up_late()
+            if client.paused:
+                number = self._pauses[path] = self._pauses.get(path, 0) + 1
+                self._at(self.now_s + self._round_s(path), lambda: self._follow(path, number), of=path, beside=True)
+
+    def _follow(self, path: str, number: int) -> None:
+        """A paused client takes its parent's model, about as often as it did while it trained, until the run ends."""
+        if self._pauses[path] != number:
+            return  # it has said its last word again since, and goes on from there
+        client, name, last = self.clients[path], self.specs[path].name, len(self._queue) <= self._beside
+
+        def received(model: Model) -> None:
+            for record in client.follow(model, now_s=self.now_s):
+                self._record(record)
+            if not last:
+                again_s = self.now_s + self._round_s(path)
+                self._at(again_s, lambda: self._follow(path, number), of=path, beside=True)
+
+        started = client.started_tokens
+        self._call(path, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), received, beside=True)
+
+    def _round_s(self, path: str) -> float:
+        return self.clients[path].round_tokens / self.specs[path].settings.simulation.tokens_per_s
 
     def _budgeted(self, model: Model) -> Model:
         """Spend a budget in tokens to the round, however late the world would hear of it.
@@ -394,14 +422,21 @@ class Simulation:
     # ---- calls, which may fail -------------------------------------------------------------------------------
 
     def _call(
-        self, child: str, nbytes: int, event: Callable[[dict[str, Any]], Event], answered: Callable[[Any], None]
+        self,
+        child: str,
+        nbytes: int,
+        event: Callable[[dict[str, Any]], Event],
+        answered: Callable[[Any], None],
+        *,
+        beside: bool = False,
     ) -> None:
         """Call the parent: `event` reaches it, `answered` gets what it answers. A call that fails ends in `_lost`."""
-        call = _Call(child, self._lives[child], answered)
+        call = _Call(child, self._lives[child], answered, beside)
         self._calls.append(call)
         times = 2 if self._faulty(child, "repeat") else 1
         for again in range(times):
-            self._at(self._arrival(child, nbytes), lambda again=again: self._deliver(call, event, again))  # type: ignore[misc]
+            arrives_s = self._arrival(child, nbytes)
+            self._at(arrives_s, lambda again=again: self._deliver(call, event, again), beside=beside)  # type: ignore[misc]
 
     def _deliver(self, call: _Call, event: Callable[[dict[str, Any]], Event], again: int) -> None:
         parent, name = self._parent(call.child)
@@ -430,7 +465,7 @@ class Simulation:
         elif isinstance(made, Done):
             self._answer(call, None, 0)
         elif isinstance(made, Left):
-            self._answer(call, self.nodes[parent].children[name].durable_seq, 0)
+            self._answer(call, self.nodes[parent].children[name].gone, 0)
 
     def _answer(self, call: _Call, value: Any, nbytes: int) -> None:
         """Send a call's answer on its way; the second of two is not heard."""
@@ -440,7 +475,7 @@ class Simulation:
         if self._faulty(call.child, "drop") or self._faulty(call.child, "cut"):
             self._fail(call)
         else:
-            self._at(self._arrival(call.child, nbytes), lambda: self._arrive(call, value))
+            self._at(self._arrival(call.child, nbytes), lambda: self._arrive(call, value), beside=call.beside)
 
     def _arrive(self, call: _Call, value: Any) -> None:
         if call.open and call.life == self._lives[call.child]:
@@ -484,11 +519,10 @@ class Simulation:
 
     def _go(self, path: str) -> None:
         """A client leaves, once its parent cannot lose any more what it has pushed."""
-        client, name = self.clients[path], self.specs[path].name
+        name = self.specs[path].name
 
-        def heard(durable_seq: int) -> None:
-            client.outbox.durable(durable_seq)
-            if len(client.outbox):
+        def heard(may_end: bool) -> None:
+            if not may_end:
                 self._at(self.now_s + NOTICED_S, lambda: self._go(path), of=path)
                 return
             del self._words[path]
@@ -557,7 +591,7 @@ class Simulation:
             )
         self._saved_s[path] = self.now_s
         if node is not None:
-            node.saved(node.seqs())
+            node.saved(node.seqs(), node.left())
 
     def _kill(self, fault: Fault) -> None:
         path = fault.node
