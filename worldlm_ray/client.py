@@ -274,7 +274,7 @@ class Client:
             self.followed = m if self.round else 1.0
         else:
             judged = replace(judged, m=self.followed, agreement=None)
-        self.merger.backbone(self.followed, own, own, model.values, out=self.base)
+        self.merger.backbone(self.followed, own, own, model, out=self.base)
         tokens = float(self.round_tokens)
         weights = self.merger.keys(self.followed, own, own, model, own_tokens=tokens, now_s=now_s, out=self.base)
         self.trainer.write(self.base)
