@@ -57,7 +57,7 @@ class ClientActor:
         """Held by whoever uses the trainer: calls come on other threads."""
         self._begin_once = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._busy_s = 0.0
+        self._busy_s = self._pace_s = 0.0
         self._began_s = self._saved_s = self.clock.now_s()
         self._is_set_up = False
         schedule_kills(self.faults, self.spec.path, self.clock)
@@ -189,7 +189,7 @@ class ClientActor:
             threading.Thread(target=self._beat, daemon=True).start()
             while not self._stop.is_set():
                 if not self.client.began:
-                    if self._leave.is_set():
+                    if self._leave.is_set() or not self.faults.is_member(self.spec.path, self.clock.now_s()):
                         return self._say_goodbye()
                     if self.client.is_done:
                         return self._finish()
@@ -223,6 +223,7 @@ class ClientActor:
                 measure = self.client.measure(self.plan.config.evaluation.tokens)
         now_s = self.clock.now_s()
         self._busy_s += now_s - began_s
+        self._pace_s = now_s - began_s
         if whole:
             busy = self._busy_s / max(now_s - self._began_s, 1e-9)
             self._tell(
@@ -246,9 +247,11 @@ class ClientActor:
         wait_for(self._uplink.push(update), enough)
 
     def _finish(self) -> str:
+        self.client.paused = self.client.may_pause
         self.save()
         self._wait(self._uplink.done())
-        self._tell(self.client.stand_record(now_s=self.clock.now_s()), self._life("finished", self.client.last_word))
+        event = "paused" if self.client.paused else "finished"
+        self._tell(self.client.stand_record(now_s=self.clock.now_s()), self._life(event, self.client.last_word))
         return "finished"
 
     def _say_goodbye(self) -> str:
@@ -258,14 +261,29 @@ class ClientActor:
         return "left"
 
     def _stay(self) -> None:
-        """At its end a client stays with its parent: if that dies, it must hear again what it has forgotten."""
+        """At its end a client stays with its parent: if that dies, it must hear again what it has forgotten.
+
+        A paused one takes its parent's model about as often as it did while it trained.
+        """
+        followed_s = self.clock.now_s()
         while not self._stop.wait(self.plan.config.liveness.heartbeat_s):
             try:
                 if not self._wait(self._uplink.beat()):
                     self._wait(self._uplink.join())
                     self._wait(self._uplink.done())
+                if self.client.paused and self.clock.now_s() - followed_s >= self._pace_s:
+                    self._follow()
+                    followed_s = self.clock.now_s()
             except Stopped:
                 return
+
+    def _follow(self) -> None:
+        model = self._wait(self._uplink.pull())
+        self._wait(self._uplink.done())  # the pull may have had to join anew
+        with self._model:
+            records = self.client.follow(model, now_s=self.clock.now_s())
+        self._tell(*records)
+        self._save_if_due()
 
     def _beat(self) -> None:
         """Signs of life to the parent, beside the training."""

@@ -21,6 +21,9 @@ class FederationActor(InnerActor):
     def __init__(self, address: Address) -> None:
         self._work = asyncio.Event()
         self._exchange_saved: asyncio.Task[None] | None = None
+        self._told = False
+        """Whether the parent knows that everything below has ended."""
+        self._talking = False
         super().__init__(address)
         self._uplink = Uplink(address, self.plan, self.node, tell=self._record)
 
@@ -34,22 +37,31 @@ class FederationActor(InnerActor):
     async def _live(self) -> None:
         """Talk to the parent: one task does, so that nothing overtakes. Children are served all the while."""
         await follow(self._uplink.join())
-        told = False
         while True:
+            if self._told and not self.node.ended:  # somebody below has come back: so does this node
+                self._told = False
+                await follow(self._uplink.join())
             if self.node.in_flight is not None:
                 # Saved before it is sent: after a crash the same update goes out again under the same seq.
                 if self._exchange_saved is not None:
                     await self._exchange_saved
+                self._talking = True
                 await follow(self._uplink.push(self.node.in_flight))
                 model = await follow(self._uplink.pull())
+                self._talking = False
                 await self._handle(ParentModel(model=model, now_s=self.clock.now_s()))
-            elif self.node.ended and not told:
+            elif self.node.ended and not self._told:
+                self._told = True
                 await follow(self._uplink.done())
-                told = True
-                self._ended.set()
+                if self._told:
+                    self._ended.set()
             else:
-                told = told and self.node.ended
                 await self._rest()
+
+    def _beat(self) -> None:
+        """A sign of life while this node waits for an answer: a synchronous parent may take long to give one."""
+        if self._talking:
+            self._uplink.send_beat()
 
     async def _rest(self) -> None:
         """Until there is something to do, tell the parent now and then that this node lives."""
@@ -65,6 +77,7 @@ class FederationActor(InnerActor):
     def _finish(self) -> None:
         self._audit.flush()
         self._tell("finished")
+        self._told = False
         self._work.set()
 
     def _record(self, record: Record) -> None:

@@ -156,10 +156,11 @@ class InnerActor:
         await self._started.wait()
         await self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
 
-    async def left(self, child: str, incarnation: int, to: int) -> None:
-        """A child leaves the run for good."""
+    async def left(self, child: str, incarnation: int, to: int) -> bool:
+        """A child leaves the run; returns whether it may end, since a checkpoint knows of all that it has said."""
         await self._started.wait()
         await self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+        return self.node.children[child].gone
 
     async def beat(self, child: str, incarnation: int, to: int) -> None:
         """A child lives."""
@@ -255,9 +256,13 @@ class InnerActor:
         """Now and then look at the clock, and whether this process still is the one that counts."""
         while True:
             await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
+            self._beat()
             self._check_newest()
             self._audit.flush()
             await self._handle(Clock(now_s=self.clock.now_s()))
+
+    def _beat(self) -> None:
+        """A sign of life to the parent, where there is one and it would hear nothing otherwise."""
 
     def _check_newest(self) -> None:
         """The world has no parent that would tell it that another process plays it by now."""
@@ -407,9 +412,12 @@ class InnerActor:
         if any(map(self.node.changes, arrays)):
             self._steady.clear()  # events wait until these are written, and no longer
         # Plain values are copied, which is nothing; buffers are not: the others never change.
-        return self._spawn(self._save_beside(self.node.seqs(), json.loads(json.dumps(meta)), arrays))
+        covers = (self.node.seqs(), self.node.left())
+        return self._spawn(self._save_beside(covers, json.loads(json.dumps(meta)), arrays))
 
-    async def _save_beside(self, seqs: dict[str, int], meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
+    async def _save_beside(
+        self, covers: tuple[dict[str, int], set[str]], meta: dict[str, Any], arrays: dict[str, Flat]
+    ) -> None:
         """Write while the machine goes on."""
         loop = asyncio.get_running_loop()
 
@@ -423,7 +431,7 @@ class InnerActor:
         except CheckpointError as error:
             self._warn(f"no checkpoint: {error}")
         else:
-            self.node.saved(seqs)
+            self.node.saved(*covers)
         finally:
             self._steady.set()
 

@@ -142,8 +142,9 @@ class Uplink:
         yield from self._until_heard("done")
 
     def left(self) -> Steps[None]:
-        """The child leaves the run for good."""
-        yield from self._until_heard("left")
+        """The child leaves the run, once its parent cannot lose any more what the child has pushed."""
+        while not (yield from self._until_heard("left")):
+            yield AGAIN_S
 
     def beat(self) -> Steps[bool]:
         """Tell the parent that the child lives; returns whether the parent is the one that it has joined."""
@@ -172,11 +173,10 @@ class Uplink:
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
-    def _until_heard(self, word: str) -> Steps[None]:
+    def _until_heard(self, word: str) -> Steps[Any]:
         while True:
             try:
-                yield from self._call(word)
-                return
+                return (yield from self._call(word))
             except Lost:
                 yield from self.join()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -100,6 +101,10 @@ class Client:
         """Whether the next pull replaces the model and the optimizer's state."""
         self.is_behind = False
         """Whether the parent knows rounds that this client has lost: the next pull brings all fragments."""
+        self.paused = False
+        """Whether it trains no more, since its privacy budget is spent, and only follows its parent."""
+        self.followed: float | None = None
+        """How far a paused client moves to its parent at every pull, once that is settled."""
         self._stretch_steps = 0
         """Steps of the last call of `train`."""
 
@@ -141,18 +146,28 @@ class Client:
     @property
     def started_tokens(self) -> int:
         """Tokens of all rounds so far, with the next one (or the one under way) counted in full."""
-        return (self.round + 1) * self.round_tokens
+        return (self.round + (not self.paused)) * self.round_tokens
 
     @property
     def is_done(self) -> bool:
         """Whether a budget given in rounds, or that of its text's privacy, is spent."""
+        return self._has_all_rounds or self.is_exhausted
+
+    @property
+    def _has_all_rounds(self) -> bool:
         rounds = self.plan.config.budget.rounds
-        return (rounds is not None and self.round >= rounds) or self.is_exhausted
+        return rounds is not None and self.round >= rounds
 
     @property
     def is_exhausted(self) -> bool:
         """Whether one more round would break the privacy budget."""
         return self.account is not None and self.account.is_exhausted
+
+    @property
+    def may_pause(self) -> bool:
+        """Whether it stays, now that its privacy budget is spent, and takes its parent's model from time to time."""
+        pauses = self.spec.settings.privacy.on_exhausted == "pause"
+        return pauses and self.is_exhausted and not self._has_all_rounds
 
     @property
     def last_word(self) -> str:
@@ -185,7 +200,7 @@ class Client:
 
         A fragment is pulled right after its push, as in Streaming DiLoCo, so that it is never older than need be.
         """
-        whole = self.fragments == 1 or self.round == 0 or self.start_over or self.is_behind
+        whole = self.fragments == 1 or self.round == 0 or self.start_over or self.is_behind or self.paused
         return None if whole else fragment_of(self.seq, self.fragments)
 
     def _have_sent(self, seq: int) -> None:
@@ -217,6 +232,7 @@ class Client:
         records: list[Record] = []
         if self.account is not None and not self.account.charge(self.round + 1):
             return records
+        self.paused, self.followed = False, None
         if model.last_seq > self.seq:
             self._have_sent(model.last_seq)
         if self.start_over or (model.version > 0 and self.round == 0):
@@ -233,14 +249,45 @@ class Client:
             records = self._merge(model, now_s=now_s)
         elif self.fragments == 1:
             self.trainer.read(self.base)
+        self._heard(model)
+        self.step, self.loss_sum, self.began, self.is_behind = 0, 0.0, True, False
+        # Where noise is added above, what a client sees in its own model is covered by none.
+        return records if self.spec.settings.privacy.unit != "client" else []
+
+    def follow(self, model: Model, *, now_s: float) -> list[Record]:
+        """Move a paused client's model to its parent's, by its merge rule; what it has learned itself stays in it.
+
+        A client that does not train has no movement of its own by which `adaptive` could judge. Its last round decides
+        once more, and that stands: who went with the others goes on following, who had parted keeps its model.
+
+        Costs no privacy: nothing is read but what was paid for and what the parent publishes.
+
+        Returns:
+            What tracking is told, as by `begin`; nothing where the parent has no newer model.
+        """
+        if model.version == 0 or (model.version, model.incarnation) == (self.base_version, self.base_incarnation):
+            self.outbox.durable(model.durable_seq)
+            return []
+        own = self.trainer.read()
+        m, judged = self.merger.judge(model, Moved(now=own, since=self.base) if self.round else None, now_s=now_s)
+        if self.followed is None:
+            self.followed = m if self.round else 1.0
+        else:
+            judged = replace(judged, m=self.followed, agreement=None)
+        self.merger.backbone(self.followed, own, own, model, out=self.base)
+        tokens = float(self.round_tokens)
+        weights = self.merger.keys(self.followed, own, own, model, own_tokens=tokens, now_s=now_s, out=self.base)
+        self.trainer.write(self.base)
+        self._heard(model)
+        return [judged] if weights is None else [judged, weights]
+
+    def _heard(self, model: Model) -> None:
+        """What a client remembers of the parent's model that it took."""
         self.parent_keys[:] = carried(model, self.plan.layout)[2]
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation = model.incarnation
         self.outbox.durable(model.durable_seq)
         self.seq = max(self.seq, model.last_seq)
-        self.step, self.loss_sum, self.began, self.is_behind = 0, 0.0, True, False
-        # Where noise is added above, what a client sees in its own model is covered by none.
-        return records if self.spec.settings.privacy.unit != "client" else []
 
     def _merge(self, model: Model, *, now_s: float) -> list[Record]:
         """Move to the parent's model, or keep the client's own and train the parent's beside it."""
@@ -456,6 +503,7 @@ class Client:
         """Everything that a restart needs, down to the step within a round."""
         meta = {name: getattr(self, name) for name in _STATE}
         meta["layout"], meta["fragments"] = self.plan.layout.hash, self.fragments
+        meta["followed"] = self.followed
         meta["charges"] = 0 if self.account is None else len(self.account.ledger.entries())
         arrays = {"theta": self.trainer.read(), "base": self.base, "parent_keys": self.parent_keys}
         if self.merger.heard is not None:
@@ -481,6 +529,7 @@ class Client:
         require_fragments(self.spec.path, self.fragments, meta["fragments"])
         for name in _STATE:
             setattr(self, name, meta[name])
+        self.followed = meta.get("followed")
         if self.began:
             # A round may have been shortened by a change of local_steps: it ends with one more step.
             self.step = min(self.step, self.training.local_steps - 1)

@@ -31,6 +31,7 @@ StalenessName = Literal["constant", "polynomial", "hinge", "exponential", "harmo
 ScoreName = Literal["cosine", "dot", "fedamp", "fedatt", "uniform"]
 PrivacyUnit = Literal["none", "record", "client"]
 AccountantName = Literal["rdp", "prv"]
+OnExhausted = Literal["stop", "pause"]
 GradSampleMode = Literal["auto", "ghost", "hooks"]
 ServerOptimizerName = Literal["sgd", "nesterov", "delayed_nesterov", "adam"]
 
@@ -286,6 +287,9 @@ class PrivacyConfig:
     delta: float = 1e-5
     max_grad_norm: float = 1.0
     """L2 norm to which each record's gradient, or each client's whole update, is clipped."""
+    on_exhausted: OnExhausted = "stop"
+    """`record`: what a client does when one more round would exceed `target_epsilon`. `stop` ends it. `pause` ends its
+    training only: it takes its parent's model from time to time until the run ends, which costs no privacy."""
     max_updates: int | None = None
     """`client`: updates that are accepted of one client in the whole run, at most."""
     accountant: AccountantName = "rdp"
@@ -704,6 +708,9 @@ def _privacy(privacy: PrivacyConfig, key: str) -> None:
         if privacy.unit != "client":
             got = f"is set, but privacy.unit is {privacy.unit}"
             raise ConfigError(f"{key}.max_updates", got, "only unit client counts updates: remove it")
+    if privacy.on_exhausted == "pause" and privacy.unit != "record":
+        got = f"pause, but privacy.unit is {privacy.unit}: only a client that keeps its own budget can pause"
+        raise ConfigError(f"{key}.on_exhausted", got, "remove it, or set privacy.unit to record")
     chosen = privacy.target_epsilon is not None or privacy.noise_multiplier is not None
     if privacy.unit != "none" and not chosen:
         raise ConfigError(key, "neither target_epsilon nor noise_multiplier is set", "set one of them, or both")

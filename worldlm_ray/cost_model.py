@@ -91,6 +91,7 @@ class CostClient:
         "dataset",
         "incarnation",
         "outbox",
+        "paused",
         "plan",
         "round",
         "round_tokens",
@@ -98,8 +99,9 @@ class CostClient:
         "spec",
     )
 
-    measure_is_due = False
+    measure_is_due = may_pause = False
     last_word = ""
+    wanted_fragment = None
 
     def __init__(self, plan: Plan, spec: NodeSpec, *, dataset: None = None) -> None:
         self.plan, self.spec, self.dataset = plan, spec, dataset
@@ -107,7 +109,7 @@ class CostClient:
         self.outbox = Outbox() if plan.config.faults else _NOTHING_KEPT
         self.round = self.seq = self.base_version = 0
         self.incarnation = self.base_incarnation = 1
-        self.began = False
+        self.began = self.paused = False
 
     @property
     def started_tokens(self) -> int:

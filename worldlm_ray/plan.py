@@ -109,6 +109,7 @@ class Plan:
 
     def inner_node(self, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
         """The state machine of an inner node; with the ledgers of its clients if it promises them privacy."""
+        faults = self.faults
         return Node(
             path=spec.path,
             children=tuple(child.name for child in spec.children),
@@ -121,7 +122,11 @@ class Plan:
             privacy=None if contributions is None else _client_privacy(spec, contributions),
             contributions=None if contributions is None else contributions.counts(),
             save_every=self.config.checkpoint.every_updates,
-            awaited=[child.name for child in spec.children if spec.elastic and child.kind == "client"],
+            awaited=[
+                child.name
+                for child in spec.children
+                if child.kind == "client" and (spec.elastic or faults.comes_late(child.path))
+            ],
             min_clients=spec.min_clients or 0,
             liveness=self.config.liveness,
             codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
@@ -221,7 +226,10 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         for client in clients:
             check_sources(client.settings.data, f"{client.key}.data")
     plan = Plan(config=config, root=root, shape=shape, layout=layout)
-    Faults.parse(config.faults, kinds=plan.kinds)
+    for fault in Faults.parse(config.faults, kinds=plan.kinds).all:
+        if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.share > 1:
+            got = f"{fault.kind} {fault.node}, but that client shares a process with others (resources.share)"
+            raise ConfigError("faults", got, "let clients with a process of their own come and go")
     return plan
 
 

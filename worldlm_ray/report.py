@@ -19,7 +19,7 @@ SAMPLE_CHARACTERS = 240
 MANY = 32
 """More siblings of a kind than this are one line together."""
 _STYLES = {"world": "bold", "federation": "bold cyan", "client": ""}
-_STATES = {"finished": "green", "warning": "bold red", "waiting": "yellow", "left": "dim"}
+_STATES = {"finished": "green", "warning": "bold red", "waiting": "yellow", "paused": "yellow", "left": "dim"}
 
 
 def live_table(snapshot: Mapping[str, Any]) -> Table:
@@ -49,9 +49,15 @@ def live_table(snapshot: Mapping[str, Any]) -> Table:
             _change(node["perplexity_start"], node["perplexity"]),
             _or(node["busy_fraction"], ".0%"),
             _verdicts(node),
-            Text(printable(state), style=_STATES.get(state, "")),
+            Text(printable(_said(state, node)), style=_STATES.get(state, "")),
         )
     return table
+
+
+def _said(state: str, node: Mapping[str, Any]) -> str:
+    """A state; of one that an operator may want to change, with its reason."""
+    detail = str(node.get("state_detail") or "")
+    return f"{state}: {detail}" if state == "paused" and detail else state
 
 
 def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table:

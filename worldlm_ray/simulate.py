@@ -9,7 +9,11 @@ With `simulation.train: false` a cost model stands in place of training (worldlm
 the same times, a hundred thousand clients in minutes.
 
 Faults on purpose (worldlm_ray/faults.py) are simulated, too: a node that is killed comes back from its last checkpoint,
-a call whose answer is lost fails after a while, and its caller joins its parent again, as on Ray.
+a call whose answer is lost fails after a while, and its caller joins its parent again, as on Ray. Where something can
+fail, children send signs of life and parents look at the clock, all of them at once every `liveness.heartbeat_s`; where
+nothing can, nobody could be silent, and nobody looks.
+
+Clients come and go as on Ray, too: by the fault script, and in federations that have fewer places than clients.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import heapq
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import count
@@ -28,6 +33,7 @@ import numpy as np
 from worldlm_ray import checkpoint
 from worldlm_ray.aggregation.events import (
     Answer,
+    Beat,
     Charge,
     Clock,
     Command,
@@ -36,6 +42,7 @@ from worldlm_ray.aggregation.events import (
     Exchange,
     Finish,
     Joined,
+    Left,
     Note,
     ParentModel,
     Pull,
@@ -79,6 +86,8 @@ class _Call:
     child: str
     life: int
     answered: Callable[[Any], None]
+    beside: bool = False
+    """Whether the run may end without it."""
     waits: bool = False
     """Whether the answer is a model, which may come much later than the call."""
     open: bool = True
@@ -110,7 +119,9 @@ class Simulation:
         self.on_event, self.on_record, self.should_stop = on_event, on_record, should_stop
         self.make_client, self.faults = make_client, plan.faults
         self.now_s = 0.0
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, bool, Callable[[], None]]] = []
+        self._beside = 0
+        """Entries of the queue that go on for ever: signs of life and looks at the clock."""
         self._order = count()
         self.initial = plan.initial()
         self.specs = {spec.path: spec for spec in plan.root.walk()}
@@ -133,8 +144,14 @@ class Simulation:
         """What the event that is being handled has been answered."""
         self._catching_up: set[str] = set()
         """Children that are joining their parent and sending it again what it has lost."""
-        self._done: set[str] = set()
-        """Children that have said their last word."""
+        self._words: dict[str, type[Done | Left]] = {}
+        """Last words that children have said."""
+        self.gone: dict[str, int] = {}
+        """Clients that are not there, since they come late, have no place or have left, by their last incarnation."""
+        self._too_late = False
+        """Whether everybody who was there has ended, so that nobody comes any more."""
+        self._pauses: dict[str, int] = {}
+        """How often a client has paused."""
         self._calls: dict[str, list[_Call]] = {}
         """Calls that wait for their answer, by child."""
         self.events = 0
@@ -156,17 +173,28 @@ class Simulation:
         for fault in self.faults.all:
             if fault.kind == "kill":
                 self._at(fault.at_s, lambda fault=fault: self._kill(fault))  # type: ignore[misc]
+            elif fault.kind == "join":
+                parent, _ = self._parent(fault.node)
+                self._at(fault.at_s, lambda parent=parent: self._fill(parent))  # type: ignore[misc]
+        self._keep_away()
         for path in self.specs:
-            if path != "world":
+            if path != "world" and path not in self.gone:
                 parent, name = self._parent(path)
                 self.nodes[parent].handle(Joined(child=name, now_s=0.0))
         for path, client in self.clients.items():
-            self._record(client.start_record(now_s=self.now_s))
-            self._pull(path)
+            if path not in self.gone:
+                self._record(client.start_record(now_s=self.now_s))
+                self._pull(path)
+        if self.faults:
+            self._at(self.plan.config.liveness.heartbeat_s, self._look, beside=True)
+        else:
+            for node in self.nodes.values():
+                node.liveness = None
         while self._queue and not (self.faults and self._is_over()):
             if self.should_stop():
                 return "stopped"
-            self.now_s, _, action = heapq.heappop(self._queue)
+            self.now_s, _, beside, action = heapq.heappop(self._queue)
+            self._beside -= beside
             action()
             self.events += 1
             self.on_event()
@@ -174,8 +202,9 @@ class Simulation:
 
     def _is_over(self) -> bool:
         """Whether everybody is alive and has said the last word: faults that come later find nobody."""
-        ended = self.nodes["world"].ended and all(self._lives.values())
-        return ended and all(path in self._done for path in self.specs if path != "world")
+        there = [path for path in self.specs if path not in self.gone]
+        ended = all(node.ended for node in self.nodes.values()) and all(self._lives[path] for path in there)
+        return ended and all(self._words.get(path) is Done for path in there if path != "world")
 
     def conclude(self, status: str) -> Outcome:
         """Measure every model, write checkpoints and summary.json."""
@@ -192,9 +221,10 @@ class Simulation:
                 status=status,
                 shell="simulate",
             )
-        measures = {path: client.report(self._final_tokens) for path, client in self.clients.items()}
+        there = {path: client for path, client in self.clients.items() if path not in self.gone}
+        measures = {path: client.report(self._final_tokens) for path, client in there.items()}
         for path, node in self.nodes.items():
-            below = [self.clients[spec.path] for spec in self.specs[path].clients]
+            below = [there[spec.path] for spec in self.specs[path].clients if spec.path in there]
             measures[path] = combine(c.report(self._final_tokens, parameters=node.theta) for c in below)
         for path, part in (self.nodes | self.clients).items():
             checkpoint.save(checkpoint.folder(self.plan.run_dir, path), *part.state())
@@ -203,7 +233,7 @@ class Simulation:
             self.tracker,
             world=self.nodes["world"].theta,
             measures=measures,
-            samples={path: client.sample() for path, client in self.clients.items()},
+            samples={path: client.sample() for path, client in there.items()},
             wall_s=self.now_s,
             status=status,
             shell="simulate",
@@ -213,6 +243,9 @@ class Simulation:
 
     def _pull(self, path: str) -> None:
         client = self.clients[path]
+        if not self.faults.is_member(path, self.now_s):
+            self._go(path)
+            return
         if client.is_done:
             self._leave(path)
             return
@@ -240,18 +273,43 @@ class Simulation:
         self._count(path)
         self._training.add(path)
         self._under_way += client.round_tokens
-        train_s = client.round_tokens / self.speeds[path]
+        train_s = self._round_s(path)
         self._busy_s[path] += train_s
         self._at(self.now_s + train_s, lambda: self._end_round(path, train_s), of=path)
 
     def _leave(self, path: str) -> None:
         """A child's last word."""
         name = self.specs[path].name
-        self._done.add(path)
+        self._words[path] = Done
         self._call(path, 0, lambda lives: Done(child=name, **lives), lambda _: None)
         if path in self.clients:
-            detail = self.clients[path].last_word
-            self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", detail=detail))
+            client = self.clients[path]
+            client.paused = client.may_pause
+            event = "paused" if client.paused else "finished"
+            self._record(LifeRecord(node=path, now_s=self.now_s, event=event, detail=client.last_word))
+            self._give_up_late()
+            if client.paused:
+                number = self._pauses[path] = self._pauses.get(path, 0) + 1
+                self._at(self.now_s + self._round_s(path), lambda: self._follow(path, number), of=path, beside=True)
+
+    def _follow(self, path: str, number: int) -> None:
+        """A paused client takes its parent's model, about as often as it did while it trained, until the run ends."""
+        if self._pauses[path] != number:
+            return  # it has said its last word again since, and goes on from there
+        client, name, last = self.clients[path], self.specs[path].name, len(self._queue) <= self._beside
+
+        def received(model: Model) -> None:
+            for record in client.follow(model, now_s=self.now_s):
+                self._record(record)
+            if not last:
+                again_s = self.now_s + self._round_s(path)
+                self._at(again_s, lambda: self._follow(path, number), of=path, beside=True)
+
+        started = client.started_tokens
+        self._call(path, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), received, beside=True)
+
+    def _round_s(self, path: str) -> float:
+        return self.clients[path].round_tokens / self.speeds[path]
 
     def _speed(self, spec: NodeSpec) -> float:
         pace = spec.settings.simulation
@@ -361,8 +419,8 @@ class Simulation:
             self._push(child, updates[0], lambda: self._send_again(child, updates[0].seq))
             return
         self._catching_up.discard(child)
-        if child in self._done:
-            self._leave(child)
+        if child in self._words:
+            self._go(child) if self._words[child] is Left else self._leave(child)
         elif child in self.clients:
             if child not in self._training:
                 self._pull(child)
@@ -381,6 +439,9 @@ class Simulation:
         """Let a node handle an event; answers go to the calls that wait for them."""
         for command in self.nodes[path].handle(event):
             self._perform(path, command)
+        if path in self._words and not self.nodes[path].ended and self._lives[path]:
+            del self._words[path]  # somebody below has come back: so does the federation
+            self._lost(path)
 
     def _perform(self, path: str, command: Command) -> None:
         node = self.nodes[path]
@@ -425,14 +486,21 @@ class Simulation:
     # ---- calls, which may fail -------------------------------------------------------------------------------
 
     def _call(
-        self, child: str, nbytes: int, event: Callable[[dict[str, Any]], Event], answered: Callable[[Any], None]
+        self,
+        child: str,
+        nbytes: int,
+        event: Callable[[dict[str, Any]], Event],
+        answered: Callable[[Any], None],
+        *,
+        beside: bool = False,
     ) -> None:
         """Call the parent: `event` reaches it, `answered` gets what it answers. A call that fails ends in `_lost`."""
-        call = _Call(child, self._lives[child], answered)
+        call = _Call(child, self._lives[child], answered, beside)
         self._calls.setdefault(child, []).append(call)
         times = 2 if self._faulty(child, "repeat") else 1
         for again in range(times):
-            self._at(self._arrival(child, nbytes), lambda again=again: self._deliver(call, event, again))  # type: ignore[misc]
+            arrives_s = self._arrival(child, nbytes)
+            self._at(arrives_s, lambda again=again: self._deliver(call, event, again), beside=beside)  # type: ignore[misc]
 
     def _deliver(self, call: _Call, event: Callable[[dict[str, Any]], Event], again: int) -> None:
         parent, name = self._parent(call.child)
@@ -460,6 +528,8 @@ class Simulation:
             self._answer(call, self._verdict, 0)
         elif isinstance(made, Done):
             self._answer(call, None, 0)
+        elif isinstance(made, Left):
+            self._answer(call, self.nodes[parent].children[name].gone, 0)
 
     def _answer(self, call: _Call, value: Any, nbytes: int) -> None:
         """Send a call's answer on its way; the second of two is not heard."""
@@ -468,7 +538,7 @@ class Simulation:
         if self._faulty(call.child, "drop") or self._faulty(call.child, "cut"):
             self._fail(call)
         else:
-            self._at(self._arrival(call.child, nbytes), lambda: self._arrive(call, value))
+            self._at(self._arrival(call.child, nbytes), lambda: self._arrive(call, value), beside=call.beside)
 
     def _arrive(self, call: _Call, value: Any) -> None:
         if call.open and call.life == self._lives[call.child]:
@@ -497,7 +567,79 @@ class Simulation:
         calls.remove(call)
         return True
 
+    # ---- who is there --------------------------------------------------------------------------------------------
+
+    def _keep_away(self) -> None:
+        """Clients that come late, and those for whom a federation has no place yet."""
+        for path in self.nodes:
+            clients = self._clients_of(path)
+            there = [client for client in clients if not self.faults.comes_late(client)]
+            for client in set(clients) - set(there[: self.specs[path].max_clients]):
+                self.gone[client] = self._lives[client] = 0
+
+    def _fill(self, parent: str) -> None:
+        """Let those come whose time it is, as long as there are places."""
+        clients, most = self._clients_of(parent), self.specs[parent].max_clients
+        for client in clients:
+            free = (math.inf if most is None else most) - sum(path not in self.gone for path in clients)
+            if client in self.gone and free > 0 and not self._too_late and self.faults.is_member(client, self.now_s):
+                self._revive(client, self.gone.pop(client) + 1)
+
+    def _go(self, path: str) -> None:
+        """A client leaves, once its parent cannot lose any more what it has pushed."""
+        name = self.specs[path].name
+
+        def heard(may_end: bool) -> None:
+            if not may_end:
+                self._at(self.now_s + NOTICED_S, lambda: self._go(path), of=path)
+                return
+            del self._words[path]
+            self.gone[path], self._lives[path] = self._lives[path], 0
+            self._record(LifeRecord(node=path, now_s=self.now_s, event="left"))
+            self._fill(parent_path(path) or "world")
+            self._give_up_late()
+
+        if path not in self._words:
+            self._save(path)
+        self._words[path] = Left
+        self._call(path, 0, lambda lives: Left(child=name, **lives), heard)
+
+    def _give_up_late(self) -> None:
+        """Once everybody who is there has ended, nobody waits for those who have never come."""
+        if not self.gone:
+            return
+        there = [path for path in self.clients if path not in self.gone]
+        if all(path in self._words for path in there) and (there or any(self.gone.values())):
+            self._too_late = True
+            for path, node in self.nodes.items():
+                awaited = [name for name, child in node.children.items() if child.awaited]
+                for name in awaited if self._lives[path] else ():
+                    self._take(path, Done(child=name, to=node.incarnation, now_s=self.now_s))
+
+    def _clients_of(self, path: str) -> list[str]:
+        return [child.path for child in self.specs[path].children if child.kind == "client"]
+
     # ---- faults ------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Children tell that they live, and parents look who does not, for as long as anything else happens."""
+        for child, life in self._lives.items():
+            to = self._joined[child]
+            if child != "world" and life and to:
+                beat = Beat(child=self.specs[child].name, now_s=self._arrival(child, 0), incarnation=life, to=to)
+                self._at(beat.now_s, lambda child=child, beat=beat: self._hear(child, beat), beside=True)  # type: ignore[misc]
+        for path in self.nodes:
+            if self._lives[path]:
+                self._take(path, Clock(now_s=self.now_s))
+        if len(self._queue) > self._beside:
+            self._at(self.now_s + self.plan.config.liveness.heartbeat_s, self._look, beside=True)
+
+    def _hear(self, child: str, beat: Beat) -> None:
+        """A sign of life arrives; nobody waits for an answer."""
+        parent, _ = self._parent(child)
+        if self._lives[parent] and not self._faulty(child, "cut"):
+            with suppress(MessageError):
+                self._take(parent, beat)
 
     def _faulty(self, path: str, kind: str) -> bool:
         return bool(self.faults) and self.faults.now(path, kind, self.now_s)
@@ -519,7 +661,7 @@ class Simulation:
             )
         self._saved_s[path] = self.now_s
         if node is not None:
-            node.saved(node.seqs())
+            node.saved(node.seqs(), node.left())
 
     def _kill(self, fault: Fault) -> None:
         path = fault.node
@@ -539,7 +681,7 @@ class Simulation:
         spec, found = self.specs[path], deepcopy(self._saved.get(path))
         self._lives[path] = life
         self._joined[path] = 0
-        self._done.discard(path)
+        self._words.pop(path, None)
         self._catching_up.add(path)
         if path in self.clients:
             client = self.clients[path] = self.make_client(self.plan, spec, dataset=self.clients[path].dataset)
@@ -549,7 +691,9 @@ class Simulation:
             self._count(path)
         else:
             self._revive_node(path, life, found)
-        self._record(LifeRecord(node=path, now_s=self.now_s, event="continued"))
+        self._record(LifeRecord(node=path, now_s=self.now_s, event="continued" if life > 1 else "started"))
+        if path in self.clients and life == 1:
+            self._record(self.clients[path].start_record(now_s=self.now_s))
         if path != "world":
             self._join(path)
 
@@ -565,8 +709,9 @@ class Simulation:
             self._perform(path, command)
         for child in self.specs:
             # Those who wait for nothing find out by their heartbeat.
-            if parent_path(child) == path and self._lives[child] and child in self._done:
+            if parent_path(child) == path and self._lives[child] and child in self._words:
                 self._at(self.now_s + NOTICED_S, lambda child=child: self._lost(child), of=child)  # type: ignore[misc]
+        self._give_up_late()
 
     # ---- the network and the clock -----------------------------------------------------------------------------
 
@@ -576,15 +721,19 @@ class Simulation:
         late_s = self.faults.delay_s(edge, self.now_s) if self.faults else 0.0
         return self.now_s + link.latency_s + 8 * nbytes / (link.bandwidth_gbps * BITS_PER_GBIT) + late_s
 
-    def _at(self, time_s: float, action: Callable[[], None], *, of: str | None = None) -> None:
-        """Do something at a time, unless the node `of` whom it is has died by then."""
+    def _at(self, time_s: float, action: Callable[[], None], *, of: str | None = None, beside: bool = False) -> None:
+        """Do something at a time, unless the node `of` whom it is has died by then.
+
+        What is done `beside` does not keep the run going.
+        """
         life = self._lives[of] if of is not None else 0
 
         def act() -> None:
             if of is None or self._lives[of] == life:
                 action()
 
-        heapq.heappush(self._queue, (max(time_s, self.now_s), next(self._order), act))
+        self._beside += beside
+        heapq.heappush(self._queue, (max(time_s, self.now_s), next(self._order), beside, act))
 
     def _parent(self, path: str) -> tuple[str, str]:
         parent = parent_path(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Statement:
     target_epsilon: float | None
     rounds_left: int | None
     """Further rounds like the last one that the budget holds."""
+    then: str = "stop"
+    """What its clients do once that is 0: stop, or pause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,9 @@ def statements(plan: Plan) -> list[Statement]:
     """
     folders = {ledger_folder(spec.settings.privacy, plan.run_dir) for spec in private_clients(plan)}
     files = sorted(path for folder in folders for path in folder.glob("*.jsonl"))
-    return [_statement(path, Ledger.at(path).entries()) for path in files]
+    found = [_statement(path, Ledger.at(path).entries()) for path in files]
+    pausing = {c.path for c in private_clients(plan) if c.settings.privacy.on_exhausted == "pause"}
+    return [replace(row, then="pause") if pausing & set(row.nodes) else row for row in found]
 
 
 def _statement(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
@@ -217,7 +221,7 @@ def statement_table(rows: Sequence[Statement]) -> Table:
     """What was spent, for the terminal."""
     table = Table(title="privacy: what was spent", title_justify="left")
     table.add_column("paid by", no_wrap=True)
-    for name in ("unit", "noise", "paid", "epsilon", "budget", "left", "more"):
+    for name in ("unit", "noise", "paid", "epsilon", "budget", "left", "more", "then"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         target = row.target_epsilon
@@ -230,7 +234,12 @@ def statement_table(rows: Sequence[Statement]) -> Table:
             NOTHING if target is None else f"{target:g}",
             NOTHING if target is None else f"{target - row.epsilon:.4f}",
             NOTHING if row.rounds_left is None else str(row.rounds_left),
+            NOTHING if row.rounds_left is None else row.then + (" (now)" if row.rounds_left == 0 else ""),
         )
     deltas = ", ".join(f"{delta:g}" for delta in dict.fromkeys(row.delta for row in rows))
-    table.caption = f"epsilon at delta {deltas}; paid and more: rounds, or updates of a client" if rows else ""
+    table.caption = (
+        f"epsilon at delta {deltas}; paid and more: rounds, or updates of a client; then: at the end of the budget"
+        if rows
+        else ""
+    )
     return table

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import ray
 from worlds import client, write_text
 
-from worldlm_ray import launch, membership, rundir
+from worldlm_ray import audit, launch, membership, rundir
 from worldlm_ray.audit import proofs
 from worldlm_ray.config import save
 from worldlm_ray.errors import ConfigError, DataError, RunError
@@ -115,6 +116,30 @@ def test_a_federation_is_filled_as_places_become_free(cluster: None, tiny: Tiny,
     launch.leave(run.plan, membership.without(run.plan, "world/north/a"), "world/north/a")
     summary = run.end()
     assert summary["nodes"]["world/north/c"]["steps"] == 12 * 4, "it took the place of the one that left"
+
+
+def test_clients_come_and_go_by_the_fault_script(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    faults = ["20s leave world/north/a", "15s join world/south/d", "24s join world/north/a", "900s join world/south/c"]
+    run = Background(tiny, tmp_path / "run", budget={"rounds": 24}, faults=faults)
+    summary = run.end()
+    assert summary["status"] == "finished"
+    nodes = summary["nodes"]
+    for path in ("world/north/a", "world/north/b", "world/south/d"):
+        assert nodes[path]["steps"] == nodes[path]["accepted"] * 4 == 24 * 4, path
+    assert nodes["world/south/c"]["steps"] == 0, "nobody waited for one that comes too late"
+    assert all(proof.holds for proof in proofs(run.plan.run_dir))
+    lines = [line for line in audit.read(run.plan.run_dir) if line.get("verdict")]
+    heard = {name: [line["now_s"] for line in lines if line["sender"] == name] for name in "ad"}
+    assert min(heard["d"]) > 15.0
+    assert max(b - a for a, b in pairwise(heard["a"])) > 2.0, "it was away"
+
+
+def test_a_federation_with_fewer_places_than_clients_ends(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+    names = ["a", "b", "c"]
+    children = [client(name, tmp_path, number) for number, name in enumerate(names)]
+    north = {"federation": "north", "max_clients": 2, "children": children}
+    summary = Background(tiny, tmp_path / "run", [north], budget={"rounds": 3}).end()
+    assert [summary["nodes"][f"world/north/{name}"]["steps"] for name in names] == [12, 12, 0]
 
 
 def test_a_run_begins_without_clients_for_whom_there_is_no_room(cluster: None, tiny: Tiny, tmp_path: Path) -> None:

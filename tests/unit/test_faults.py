@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drift import drifting
+from drift import Drift, drifting
+from worlds import client
 
 from worldlm_ray import rundir
 from worldlm_ray.audit import proofs
+from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.faults import Faults
 from worldlm_ray.params import params_sha256
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import RoundRecord, VerdictRecord
+from worldlm_ray.records import LifeRecord, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tracking import Tracker
 
@@ -26,6 +29,7 @@ Tiny = Callable[..., Plan]
 ROUNDS = 10
 SPEED = {"tokens_per_s": 256.0, "latency_s": 0.01}
 """A local round of the tiny world takes a virtual second."""
+IMPATIENT = {"heartbeat_s": 0.5, "grace_s": 1.5}
 SCRIPTS = 8
 KINDS = {"world": "world", "world/north": "federation", "world/north/a": "client"}
 
@@ -51,6 +55,9 @@ def test_a_script_is_read_line_by_line() -> None:
         ("3s cut world/north", "does not say how long"),
         ("3s delay world/north for 2s", "`by` belongs to delay"),
         ("3s cut world/north by 1s for 2s", "`by` belongs to delay"),
+        ("3s leave world", "the world cannot leave itself"),
+        ("3s leave world/north/a for 2s", "leave takes no `for`"),
+        ("3s join world/north/a by 2s", "`by` belongs to delay"),
         (7, "is not a fault"),
     ],
 )
@@ -61,16 +68,27 @@ def test_a_line_that_is_no_fault_is_an_error_with_a_cure(line: Any, problem: str
     assert caught.value.cure
 
 
+def test_clients_leave_and_join_in_turn() -> None:
+    script = Faults.parse(["20s leave world/north", "30s join world/north/a"], kinds=KINDS)
+    assert [script.is_member("world/north/a", now_s) for now_s in (0.0, 20.0, 29.9, 30.0)] == [True, False, False, True]
+    assert not script.comes_late("world/north/a")
+    late = Faults.parse(["30s leave world/north/a", "20s join world/north/a"], kinds=KINDS)
+    assert late.comes_late("world/north/a")
+    assert [late.is_member("world/north/a", now_s) for now_s in (0.0, 20.0, 30.0)] == [False, True, False]
+    with pytest.raises(ConfigError, match=r"^faults\[0\].*would join twice in a row"):
+        Faults.parse(["20s join world/north/a", "10s join world/north"], kinds=KINDS)
+
+
 # ---- what a world bears --------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, folder: Path, faults: list[str]) -> tuple[Simulation, list[Any]]:
+def run(plan: Plan, folder: Path, faults: list[str], make_client: Any = drifting) -> tuple[Simulation, list[Any]]:
     """A whole run with these faults, in a folder of its own."""
     config = replace(plan.config, run_dir=str(folder), faults=faults)
     plan = rundir.create(replace(plan, config=config))
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams={}, budget=plan.config.budget)
     records: list[Any] = []
-    simulation = Simulation(plan, tracker, on_record=records.append, make_client=drifting)
+    simulation = Simulation(plan, tracker, on_record=records.append, make_client=make_client)
     try:
         assert simulation.run() == "finished"
         simulation.conclude("finished")
@@ -79,7 +97,7 @@ def run(plan: Plan, folder: Path, faults: list[str]) -> tuple[Simulation, list[A
     return simulation, records
 
 
-def world(tiny: Tiny, trigger: str = "goal_achieved", **changes: Any) -> Plan:
+def world(tiny: Tiny, trigger: str = "goal_achieved", *, children: Any = None, **changes: Any) -> Plan:
     settings = {
         "budget": {"rounds": ROUNDS},
         "simulation": SPEED,
@@ -87,7 +105,7 @@ def world(tiny: Tiny, trigger: str = "goal_achieved", **changes: Any) -> Plan:
         "aggregation": {"trigger": trigger},
         "evaluation": {"every_rounds": 0},
     }
-    return tiny(**(settings | changes))
+    return tiny(children, **(settings | changes))
 
 
 def check(simulation: Simulation, records: list[Any], why: str) -> None:
@@ -98,9 +116,13 @@ def check(simulation: Simulation, records: list[Any], why: str) -> None:
     refusals = {"duplicate", "restarted", "superseded", "out_of_turn", "malformed"}
     assert {r.verdict for r in records if isinstance(r, VerdictRecord)} <= refusals | {"accepted"}, why
     trained = 0
-    for path, client in simulation.clients.items():
-        assert client.round == ROUNDS, (why, path)
-        trained += client.round * client.round_tokens
+    for path, one in simulation.clients.items():
+        if path in simulation.gone:
+            assert plan.faults.turns(path), (why, path)
+            assert one.round <= ROUNDS, (why, path)
+        else:
+            assert one.round == ROUNDS, (why, path)
+        trained += one.round * one.round_tokens
     # Every token of every client has arrived at the world, through whatever died on the way, once.
     assert simulation.nodes["world"].tokens == trained, why
     assert np.isfinite(simulation.nodes["world"].theta).all(), why
@@ -108,13 +130,23 @@ def check(simulation: Simulation, records: list[Any], why: str) -> None:
 
 def a_script(seed: int, plan: Plan) -> list[str]:
     rng = random.Random(seed)
-    lines = []
+    lines, federations = [], {spec.path for spec in plan.root.inner} - {"world"}
     for _ in range(rng.randint(1, 6)):
-        kind = rng.choice(["kill", "kill", "cut", "drop", "repeat", "corrupt", "delay", "disk"])
+        kind = rng.choice(["kill", "kill", "cut", "silence", "drop", "repeat", "corrupt", "delay", "disk"])
+        longest_s = 5.0
+        if kind == "silence":  # long enough to be given up
+            kind, longest_s = rng.choice(["cut", "kill"]), 15.0
         nodes = [path for path in plan.kinds if path != "world" or kind in ("kill", "disk")]
         line = f"{rng.uniform(0, 12):.2f}s {kind} {rng.choice(nodes)}"
         line += f" by {rng.uniform(0, 3):.2f}s" if kind == "delay" else ""
-        lines.append(f"{line} for {rng.uniform(0.1, 5):.2f}s")
+        lines.append(f"{line} for {rng.uniform(0.1, longest_s):.2f}s")
+    # A federation that dies while its storage refuses has pushed what it does not know any more: see README, "Limits".
+    killed = {line.split()[2] for line in lines if " kill " in line}
+    lines = [line for line in lines if not any(f" disk {path} " in line for path in killed & federations)]
+    for path in rng.sample([spec.path for spec in plan.root.clients], rng.randint(0, 2)):
+        turns = ["leave", "join", "leave", "join"][rng.randint(0, 1) :][: rng.randint(1, 3)]
+        times = sorted(rng.uniform(0, 14) for _ in turns)
+        lines += [f"{at_s:.2f}s {turn} {path}" for at_s, turn in zip(times, turns, strict=True)]
     return lines
 
 
@@ -124,7 +156,9 @@ def test_random_faults_lose_nothing_and_apply_nothing_twice(
 ) -> None:
     scripts = SCRIPTS * (25 if request.config.getoption("--soak") else 1)
     aggregation = {"trigger": trigger, "time_up_s": 2.5}
-    plans = [world(tiny, aggregation=aggregation, exchange={"fragments": count}) for count in (1, 2)]
+    plans = [
+        world(tiny, aggregation=aggregation, liveness=IMPATIENT, exchange={"fragments": count}) for count in (1, 2)
+    ]
     for seed in range(scripts):
         plan = plans[seed % 2]
         script = a_script(seed, plan)
@@ -133,7 +167,7 @@ def test_random_faults_lose_nothing_and_apply_nothing_twice(
 
 
 def test_the_same_script_gives_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
-    plan = world(tiny)
+    plan = world(tiny, liveness=IMPATIENT)
     for seed in range(3):
         script = a_script(seed, plan)
         first, again = (run(plan, tmp_path / f"{seed}-{turn}", script)[0] for turn in range(2))
@@ -165,3 +199,141 @@ def test_updates_are_sent_again_to_a_parent_that_has_lost_them(tiny: Tiny, tmp_p
     simulation, records = run(plan, tmp_path / "again", ["4.5s kill world for 0.2s"])
     check(simulation, records, "one kill")
     assert sum(proof.again for proof in proofs(simulation.plan.run_dir)) > 0
+
+
+# ---- silence -------------------------------------------------------------------------------------------------------
+
+
+def lives(records: list[Any], node: str) -> list[tuple[str, float]]:
+    """What happened to a node, and when."""
+    return [
+        (record.event, record.now_s) for record in records if isinstance(record, LifeRecord) and record.node == node
+    ]
+
+
+def rounds_between(records: list[Any], node: str, begin_s: float, end_s: float) -> int:
+    return sum(isinstance(r, RoundRecord) and r.node == node and begin_s < r.now_s < end_s for r in records)
+
+
+@pytest.mark.parametrize("fault", ["3s cut world/north/a for 12s", "3s kill world/north/a for 12s"])
+def test_a_synchronous_world_goes_on_without_a_silent_client_and_takes_it_back(
+    tiny: Tiny, tmp_path: Path, fault: str
+) -> None:
+    plan = world(tiny, "synchronous", liveness=IMPATIENT)
+    simulation, records = run(plan, tmp_path / "silent", [fault])
+    check(simulation, records, fault)
+    said = [event for event, _ in lives(records, "world/north/a")]
+    assert said.count("lost") == 1
+    assert said.index("lost") < said.index("training"), "it was taken back"
+    lost_s = next(at_s for event, at_s in lives(records, "world/north/a") if event == "lost")
+    heard_s = 3.0 - IMPATIENT["heartbeat_s"]  # the last time, about
+    assert heard_s + IMPATIENT["grace_s"] < lost_s <= heard_s + IMPATIENT["grace_s"] + 2 * IMPATIENT["heartbeat_s"]
+    for other in ("world/north/b", "world/south/c", "world/south/d"):
+        assert rounds_between(records, other, lost_s, 15.0) >= 5, other
+    _, records = run(world(tiny, "synchronous", liveness={"grace_s": 60.0}), tmp_path / "patient", [fault])
+    assert not any(event == "lost" for event, _ in lives(records, "world/north/a"))
+    assert rounds_between(records, "world/north/b", 5.0, 15.0) == 0, "without that, all wait"
+
+
+def test_a_federation_that_is_cut_off_is_given_up_and_taken_back(tiny: Tiny, tmp_path: Path) -> None:
+    plan = world(tiny, "synchronous", liveness=IMPATIENT)
+    simulation, records = run(plan, tmp_path / "cut", ["2s cut world/north for 9s"])
+    check(simulation, records, "a cut")
+    assert [event for event, _ in lives(records, "world/north")] == ["lost", "training", "finished"]
+    assert rounds_between(records, "world/south/c", 5.0, 11.0) >= 4
+
+
+def test_a_slow_client_is_not_silent(tiny: Tiny, tmp_path: Path) -> None:
+    slow = {"tokens_per_s": 256.0 / 20.0}  # a round takes ten times as long as a silence may
+    children = [client("fast", tmp_path, 1), client("slow", tmp_path, 2, simulation=slow)]
+    plan = world(tiny, "synchronous", children=children, liveness=IMPATIENT, budget={"rounds": 3})
+    _, records = run(plan, tmp_path / "slow", ["1s delay world/fast by 0.1s for 1s"])
+    assert not any(isinstance(record, LifeRecord) and record.event == "lost" for record in records)
+
+
+# ---- who comes and goes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous", "time_up"])
+def test_one_leaves_and_one_comes_and_nobody_waits(tiny: Tiny, tmp_path: Path, trigger: str) -> None:
+    plan = world(tiny, aggregation={"trigger": trigger, "time_up_s": 2.5})
+    simulation, records = run(plan, tmp_path / "turns", ["3.5s leave world/north/a", "4.2s join world/south/d"])
+    check(simulation, records, "turns")
+    assert set(simulation.gone) == {"world/north/a"}
+    assert simulation.clients["world/north/a"].round == 4, "it ends the round that is under way"
+    assert [event for event, _ in lives(records, "world/north/a")] == ["left"]
+    assert [event for event, _ in lives(records, "world/south/d")] == ["started", "finished"]
+    for other in ("world/north/b", "world/south/c"):
+        assert rounds_between(records, other, 0.0, 9.0) >= 7, other
+    summary = json.loads((simulation.plan.run_dir / "summary.json").read_text(encoding="utf-8"))
+    assert summary["nodes"]["world/north/a"]["steps"] == 4 * 4
+    assert summary["nodes"]["world/south/d"]["steps"] == ROUNDS * 4
+
+
+def test_a_newcomer_begins_from_its_federations_model(tiny: Tiny, tmp_path: Path) -> None:
+    begun: dict[str, Any] = {}
+
+    class Watched(Client):
+        def begin(self, model: Any, *, now_s: float) -> Any:
+            found = super().begin(model, now_s=now_s)
+            begun.setdefault(self.spec.path, (model.version, self.base.copy(), model.values.copy()))
+            return found
+
+    def make(plan: Plan, spec: Any, **settings: Any) -> Client:
+        return Watched(plan, spec, make_trainer=lambda _: Drift(plan.layout.size, 1.0), **settings)
+
+    run(world(tiny), tmp_path / "new", ["4.2s join world/south/d"], make_client=make)
+    version, base, model = begun["world/south/d"]
+    assert version >= 3
+    np.testing.assert_array_equal(base, model)
+    assert np.abs(base - begun["world/south/c"][1]).max() > 0
+
+
+def test_one_that_left_comes_back_where_it_was(tiny: Tiny, tmp_path: Path) -> None:
+    plan = world(tiny, "synchronous")
+    simulation, records = run(plan, tmp_path / "back", ["2.5s leave world/north", "6.5s join world/north/a"])
+    check(simulation, records, "back")
+    assert set(simulation.gone) == {"world/north/b"}
+    assert [event for event, _ in lives(records, "world/north/a")] == ["left", "continued", "finished"]
+    numbers = [r.round for r in records if isinstance(r, RoundRecord) and r.node == "world/north/a"]
+    assert numbers == list(range(1, ROUNDS + 1)), "no round twice"
+    assert rounds_between(records, "world/south/c", 2.5, 6.5) >= 3, "nobody waited for a federation without clients"
+
+
+def test_what_a_client_pushed_before_it_left_outlives_its_parent(tiny: Tiny, tmp_path: Path) -> None:
+    plan = world(tiny, checkpoint={"every_s": 100.0, "every_updates": 100})
+    simulation, records = run(plan, tmp_path / "left", ["2.5s leave world/north/a", "3.3s kill world/north for 0.2s"])
+    check(simulation, records, "left")
+    assert simulation.clients["world/north/a"].round == 3
+
+
+def test_a_run_does_not_wait_for_who_comes_too_late(tiny: Tiny, tmp_path: Path) -> None:
+    simulation, records = run(world(tiny), tmp_path / "late", ["500s join world/south/d"])
+    check(simulation, records, "late")
+    assert simulation.now_s < 20.0
+    assert simulation.clients["world/south/d"].round == 0
+
+
+@pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
+def test_a_federation_is_filled_as_places_become_free(tiny: Tiny, tmp_path: Path, trigger: str) -> None:
+    names = ["a", "b", "c", "d"]
+    north = {"federation": "north", "max_clients": 2, "children": [client(n, tmp_path, ord(n)) for n in names]}
+    plan = world(tiny, trigger, children=[north, client("e", tmp_path, 9)])
+    simulation, records = run(plan, tmp_path / "filled", ["2.5s leave world/north/a"])
+    assert set(simulation.gone) == {"world/north/a", "world/north/d"}
+    assert simulation.clients["world/north/c"].round == ROUNDS
+    assert rounds_between(records, "world/north/c", 0.0, 3.0) == 0
+    # Without faults, too: who has no place is not waited for.
+    calm, _ = run(plan, tmp_path / "calm", [])
+    assert set(calm.gone) == {"world/north/c", "world/north/d"}
+    assert calm.clients["world/north/b"].round == ROUNDS
+
+
+def test_a_federation_begins_once_enough_are_there(tiny: Tiny, tmp_path: Path) -> None:
+    children = [client(name, tmp_path, ord(name)) for name in "abc"]
+    plan = world(tiny, children=[{"federation": "north", "min_clients": 2, "children": children}])
+    late = ["3s join world/north/b", "5s join world/north/c"]
+    simulation, records = run(plan, tmp_path / "min", late)
+    first = min(r.now_s for r in records if isinstance(r, RoundRecord))
+    assert 4.0 < first < 4.5
+    assert {c.round for c in simulation.clients.values()} == {ROUNDS}

@@ -5,7 +5,7 @@ Joined(child, seq)                     Save, Serve, Exchange
 Push(sender, packed)                   Charge, Answer(verdict), Note(records), Save, Exchange, Serve, Wake
 Pull(child, started_tokens)            Serve(child), now or once the child may go on
 ParentModel(model)                     Serve, Exchange
-Done(child), Left(child)               Serve, Exchange, Finish
+Done(child), Left(child)               Serve, Exchange, Finish; Save where a child leaves, which waits for that
 Beat(child)                            nothing, or as Joined if the child had been given up
 Clock                                  as Push
 

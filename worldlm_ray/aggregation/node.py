@@ -76,6 +76,8 @@ class Child:
     active: bool = True
     """False once the child is done or has left."""
     left: bool = False
+    gone: bool = False
+    """Whether a checkpoint knows that it has left: it may end."""
     awaited: bool = False
     """True of a client of an elastic federation that has never been there, and may still come."""
     lost: bool = False
@@ -244,8 +246,12 @@ class Node:
         elif isinstance(event, Joined):
             commands += self._join(event)
         elif isinstance(event, Done | Left) and event.child in self.children:
-            self._set(event.child, active=False, left=isinstance(event, Left), awaited=False)
+            # No longer lost either: else its next sign of life would make it one that is waited for.
+            self._set(event.child, active=False, left=isinstance(event, Left), awaited=False, lost=False)
+            child = self.children[event.child]
             self._waiting.pop(event.child, None)
+            if child.left and not child.gone:
+                commands.append(Save())  # it will not be there to say it again, or to send what is in memory alone
         commands += self._advance(event.now_s)
         return commands
 
@@ -293,7 +299,7 @@ class Node:
             self.children[event.child] = Child()
             self._count_children()
         child, self.ended = self.children[event.child], False
-        self._set(event.child, active=True, left=False, awaited=False)
+        self._set(event.child, active=True, left=False, gone=False, awaited=False)
         child.incarnation = event.incarnation
         self._waiting.pop(event.child, None)  # whoever asked is gone, or will ask again
         forgot = event.seq < child.last_seq  # it comes from a checkpoint, and what it kept since is gone
@@ -766,7 +772,7 @@ class Node:
         meta["children"] = {name: vars(child).copy() for name, child in self.children.items()}
         for child in meta["children"].values():
             # All that is read back is durable, and the time in which nobody listened is no silence.
-            del child["durable_seq"], child["heard_s"], child["gaps"]
+            del child["durable_seq"], child["heard_s"], child["gaps"], child["gone"]
         meta["layout"], meta["optimizer_steps"] = self.layout.hash, list(self.optimizer.steps)
         meta["fragments"] = [self.fragments, self.child_fragments]
         meta["contributions"] = dict(self.contributions)
@@ -796,10 +802,16 @@ class Node:
         """Highest accepted seq of every child."""
         return {name: child.last_seq for name, child in self.children.items()}
 
-    def saved(self, seqs: Mapping[str, int]) -> None:
-        """A state with these `seqs` is on disk: children need not keep what it covers."""
+    def left(self) -> set[str]:
+        """Children that have left."""
+        return {name for name, child in self.children.items() if child.left}
+
+    def saved(self, seqs: Mapping[str, int], left: Collection[str] = ()) -> None:
+        """A state with these `seqs` is on disk: children need not keep what it covers, and those that left may end."""
         for name, seq in seqs.items():
             self.children[name].durable_seq = max(self.children[name].durable_seq, seq)
+        for name in left:
+            self.children[name].gone = self.children[name].left
 
     def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` described. Call `resume` next.
@@ -823,7 +835,7 @@ class Node:
         # A private sum takes only those whom the plan knows: of others nobody says how they are to be clipped.
         mine = {n: c for n, c in meta["children"].items() if self.privacy is None or n in self.children}
         for name, child in mine.items():
-            self.children[name] = Child(**(child | {"durable_seq": child["last_seq"]}))
+            self.children[name] = Child(**(child | {"durable_seq": child["last_seq"], "gone": child["left"]}))
         self._count_children()
         # The budget may be larger than it was: a federation hears from its parent, the world counts again.
         self.finished = False

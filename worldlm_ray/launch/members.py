@@ -59,6 +59,8 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
                 return time.monotonic() - began
             if node["state"] == "finished":
                 raise RunError(f"{path} has come too late: the budget of the run is spent")
+            if node["state"] == "paused":
+                raise RunError(f"{path} trains no round: the privacy budget of its text is spent")
             time.sleep(POLL_S)
 
 

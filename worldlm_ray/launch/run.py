@@ -21,6 +21,7 @@ from actors.shared import RECORDER, Address, RunClock
 from actors.world import WorldActor
 from worldlm_ray import rundir, tree
 from worldlm_ray.errors import RunError, WorldLMError
+from worldlm_ray.faults import Fault
 from worldlm_ray.launch import cluster, hosts, preflight
 from worldlm_ray.outcome import Outcome, combine
 from worldlm_ray.plan import Plan
@@ -176,6 +177,7 @@ def _begun(plan: Plan, world: World) -> list[str]:
         if spec.elastic:
             least = len(clients) if spec.min_clients is None else spec.min_clients
             ready = {world.clients[path].ready.remote(): path for path in clients}
+            least = min(least, len(ready))  # others come later
             there, _ = ray.wait(list(ready), num_returns=least) if least else ([], [])
             clients = [ready[ref] for ref in there]
         paths += clients
@@ -206,8 +208,9 @@ def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
     shared = {spec.path for group in together.values() for spec in group}
     for spec in plan.root.inner:
         world.inner[spec.path] = create(plan, spec, world, mapping=mapping)
-        clients = [child for child in spec.children if child.kind == "client"][: spec.max_clients]
-        for child in clients:
+        clients = [child for child in spec.children if child.kind == "client"]
+        there = [child for child in clients if plan.faults.is_member(child.path, clock.offset_s)]
+        for child in there[: spec.max_clients]:
             if child.path in together:
                 _create_host(together[child.path], world, mapping)
             elif child.path not in shared:
@@ -330,6 +333,9 @@ def _watch(
     waiting = {actor.outcome.remote(): path for path, actor in world.clients.items()}
     ends = {actor.ended.remote(): path for path, actor in world.inner.items()}
     there, results = set(begun), dict[str, str]()
+    # Who was to come before this process looked is there, or has come and gone.
+    joined = {fault for fault in plan.faults.all if fault.kind == "join" and fault.at_s <= world.clock.offset_s}
+    given_up: set[str] = set()
     answers, asked_at = dict[str, Any](), 0.0
     heard_at, missed = time.monotonic(), False
     while True:
@@ -339,7 +345,7 @@ def _watch(
                 path = waiting.pop(ref)
                 results[path] = ray.get(ref)
                 if results[path] == "left":
-                    waiting |= _replace(plan, world, path)
+                    waiting |= _replace(plan, world, path, results)
                 continue
             path = ends.pop(ref)
             try:
@@ -352,6 +358,8 @@ def _watch(
             on_progress(snapshot)
             there |= {path for path, node in snapshot["nodes"].items() if node["state"] != "waiting" or node["steps"]}
             waiting |= _newcomers(world, snapshot, results)
+        if not given_up:
+            waiting |= _latecomers(plan, world, joined, results)
         if time.monotonic() - heard_at > SILENT_S and not missed:
             missed = True
             on_phase(f"nothing was heard of the run for {SILENT_S:.0f} s: {_advice(plan, world)}")
@@ -369,13 +377,19 @@ def _watch(
                 if not waiting:
                     return "stopped"
         absent = {ref: path for ref, path in waiting.items() if path not in there}
-        if len(absent) == len(waiting) and (results or not absent):
-            for ref, path in absent.items():  # everybody else has ended, and there never was room for them
-                del waiting[ref]
+        late = {spec.path for spec in plan.root.clients} - set(world.clients) - set(results) - given_up
+        if len(absent) == len(waiting) and (results or not (absent or late)):
+            # Everybody else has ended, and there never was room for these, or it was not their time yet.
+            waiting = {ref: path for ref, path in waiting.items() if ref not in absent}
+            for path in [*absent.values(), *late]:
+                given_up.add(path)
                 _give_up(world, path)
             if "stopped" in results.values():
                 return "stopped"
             if "world" not in ends.values():
+                # Whoever had been given up as silent may have come back since they said that all had ended.
+                ends = {actor.ended.remote(): path for path, actor in world.inner.items()}
+                ray.wait(list(ends), num_returns=len(ends), timeout=ABSENT_S)
                 return "finished"
 
 
@@ -397,21 +411,44 @@ def _newcomers(world: World, snapshot: dict[str, Any], ended: Collection[str]) -
     return found
 
 
-def _replace(plan: Plan, world: World, path: str) -> dict[Any, str]:
+def _replace(plan: Plan, world: World, path: str, ended: Collection[str]) -> dict[Any, str]:
     """A client has left: its actor goes, and where a federation has more clients than places the next one comes."""
     hosts.end(world.clients.pop(path))
-    parent = next(spec for spec in plan.root.inner if spec.path == path.rsplit("/", 1)[0])
-    for spec in parent.children:
-        absent = spec.kind == "client" and spec.path not in world.clients and spec.path != path
-        if parent.max_clients is not None and absent:
-            world.clients[spec.path] = create(plan, spec, world, begin=True)
-            return {world.clients[spec.path].outcome.remote(): spec.path}
+    parent = plan.node(path.rsplit("/", 1)[0])
+    for spec in parent.children if parent.max_clients is not None else ():
+        absent = spec.kind == "client" and spec.path not in world.clients and spec.path not in ended
+        if absent and plan.faults.is_member(spec.path, world.clock.now_s()):
+            return _come(plan, world, spec)
     return {}
 
 
+def _latecomers(plan: Plan, world: World, joined: set[Fault], results: dict[str, str]) -> dict[Any, str]:
+    """Clients that the fault script lets come by now, as far as there are places; `joined` remembers whom it let."""
+    found: dict[Any, str] = {}
+    now_s = world.clock.now_s() if plan.faults else 0.0
+    for fault in plan.faults.all:
+        due = fault.kind == "join" and fault.at_s <= now_s and fault not in joined
+        if not due or fault.node in world.clients or not plan.faults.is_member(fault.node, now_s):
+            continue  # who has not gone yet, goes first; or stays, since it may
+        parent = plan.node(fault.node.rsplit("/", 1)[0])
+        there = sum(spec.kind == "client" and spec.path in world.clients for spec in parent.children)
+        if parent.max_clients is None or there < parent.max_clients:
+            with suppress(ValueError):  # its last actor still has the name: at the next look, then
+                found |= _come(plan, world, plan.node(fault.node))
+                joined.update(f for f in plan.faults.of(fault.node, kind="join") if f.at_s <= now_s)
+                results.pop(fault.node, None)
+    return found
+
+
+def _come(plan: Plan, world: World, spec: NodeSpec) -> dict[Any, str]:
+    world.clients[spec.path] = create(plan, spec, world, begin=True)
+    return {world.clients[spec.path].outcome.remote(): spec.path}
+
+
 def _give_up(world: World, path: str) -> None:
-    """A client for which there never was room: its parent need not wait for it any more."""
-    hosts.end(world.clients.pop(path))
+    """A client that has never come: its parent need not wait for it any more."""
+    if path in world.clients:
+        hosts.end(world.clients.pop(path))
     parent, _, name = path.rpartition("/")
     ask(world.inner[parent], "give_up", name)
 
