@@ -1,4 +1,16 @@
-"""A leaf of the tree as an actor: pull, train, push, until the budget is spent."""
+"""A leaf of the tree as an actor: pull, train, push, until the budget is spent.
+
+Threads of one client, and what they share:
+
+    life        trains, merges, decides what comes next
+    exchange    where `exchange.overlap` is set: pushes an update and pulls the parent's model while life trains; life
+                takes the model between two steps, and begins no second exchange before
+    disk        writes a checkpoint of a state that life has copied
+    calls       Ray's: stop, leave, measure, sample
+
+`_link` is held while the exchange changes what the client knows of it, and while a state is copied: a checkpoint has an
+update in its outbox or the parent's word about it, never half of both.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +18,10 @@ import atexit
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -15,6 +30,7 @@ from actors.shared import (
     LAST_WORDS_S,
     STORAGE_AGAIN_S,
     Address,
+    beside,
     end_process,
     schedule_kills,
     was_restarted,
@@ -24,7 +40,8 @@ from actors.uplink import Steps, Stopped, Uplink, wait_for
 from worldlm_ray import checkpoint
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
-from worldlm_ray.messages import Model
+from worldlm_ray.messages import Model, Update
+from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import LifeRecord, Measure, Record
@@ -37,7 +54,7 @@ T = TypeVar("T")
 
 
 class ClientActor:
-    """A client. Its life takes a thread of its own; calls come beside it.
+    """A client. Its life takes a thread of its own; calls come beside it, and checkpoints are written beside it.
 
     Args:
         address: the run and the node's path.
@@ -55,8 +72,17 @@ class ClientActor:
         self._outcome: str | Exception = ""
         self._model = threading.Lock()
         """Held by whoever uses the trainer: calls come on other threads."""
+        self._link = threading.Lock()
+        """Held by whoever changes or copies what the client knows of its exchange."""
+        self._exchange: Future[Model | None] | None = None
+        """The exchange under way beside the training; gives the parent's model if it was asked for."""
+        self._last = False
+        """Whether the parent has said that the round under way is the last."""
         self._begin_once = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._saving: Future[None] = Future()
+        """The checkpoint that is being written, or the last one."""
+        self._saving.set_result(None)
         self._busy_s = self._pace_s = 0.0
         self._began_s = self._saved_s = self.clock.now_s()
         self._is_set_up = False
@@ -127,13 +153,10 @@ class ClientActor:
         self._leave.set()
 
     def save(self) -> None:
-        """Write a checkpoint now, or go on without."""
-        self._saved_s = self.clock.now_s()
-        try:
-            state = self.client.state()
-            write_checkpoint(self.plan, self.spec.path, *state, incarnation=self.client.incarnation, clock=self.clock)
-        except CheckpointError as error:
-            self._warn(f"no checkpoint: {error}")
+        """Write a checkpoint now, or go on without; returns when it is on disk, and whatever was begun before it."""
+        self._saving.result()
+        self._begin_save()
+        self._saving.result()
 
     def measure(self, refs: list[Any] | None = None) -> Measure | None:
         """Held-out quality of the client's model, or of the model behind a reference (in a list), unless private."""
@@ -187,54 +210,111 @@ class ClientActor:
             self._began_s = self._saved_s = self.clock.now_s()
             self._tell(self._life("training"))
             threading.Thread(target=self._beat, daemon=True).start()
+            if self.client.began and self.client.in_flight is not None:
+                self._exchange = beside(lambda: self._talk(None, pull=True))  # the life before did not live to see it
             while not self._stop.is_set():
-                if not self.client.began:
-                    if self._leave.is_set() or not self.faults.is_member(self.spec.path, self.clock.now_s()):
-                        return self._say_goodbye()
-                    if self.client.is_done:
-                        return self._finish()
-                    model = self._wait(self._uplink.pull())
-                    if model.finished:
-                        return self._finish()
-                    self._begin(model)
-                    if not self.client.began:
-                        return self._finish()
+                if not self.client.began and (end := self._begin_next()) is not None:
+                    return end()
                 if self._train():
                     self._push()
                     self._save_if_due()
         except Stopped:
             pass
+        with suppress(Stopped):
+            self._await_exchange()  # the model that it brings is for the next life to ask for again
         self.save()
         self._tell(self._life("stopped"))
         return "stopped"
 
-    def _begin(self, model: Model) -> None:
-        for record in self.client.begin(model, now_s=self.clock.now_s()):
-            self._tell(record)
+    def _begin_next(self) -> Callable[[], str] | None:
+        """Begin a round; if none is to begin, the way to end."""
+        self._await_exchange()  # one that is under way has brought no round: its update shall arrive before the end
+        if self._leaves:
+            return self._say_goodbye
+        if self.client.is_done or self._last:
+            return self._finish
+        model = self._wait(self._uplink.pull())
+        if model.finished:
+            return self._finish
+        self._tell(*self.client.begin(model, now_s=self.clock.now_s()))
+        return None if self.client.began else self._finish
+
+    @property
+    def _leaves(self) -> bool:
+        """Whether no round is to begin any more, since the client leaves the run."""
+        return self._leave.is_set() or not self.faults.is_member(self.spec.path, self.clock.now_s())
 
     def _train(self) -> bool:
-        """Train; False if the round was left unfinished because of `stop`."""
-        began_s = self.clock.now_s()
-        measure = None
+        """Train; False if the round was left unfinished because of `stop`, or given up."""
+        train_s, trained = 0.0, False
+        while not self.client.is_whole:
+            began_s = self.clock.now_s()
+            with self._model:
+                train_s += self.client.train(self._pauses)
+            trained = True
+            self._busy_s += self.clock.now_s() - began_s
+            if not self.client.is_whole:
+                if self._stop.is_set():
+                    return False
+                self._merge()
+                if not self.client.began:
+                    return False
+        if trained:
+            self._end_round(train_s)
+        if self._exchange is not None:
+            self._merge()  # an update must not overtake the one before
+        return self.client.began
+
+    def _pauses(self) -> bool:
+        return self._stop.is_set() or (self._exchange is not None and self._exchange.done())
+
+    def _merge(self) -> None:
+        """Take what the exchange has brought; waits for it if need be."""
+        model = self._await_exchange()
+        assert model is not None
         with self._model:
-            train_s = self.client.train(self._stop.is_set)
-            whole = self.client.step == self.client.training.local_steps
-            if whole and self.client.measure_is_due:
+            records = self.client.merge(model, now_s=self.clock.now_s())
+        self._last = model.finished
+        self._tell(*records)
+
+    def _end_round(self, train_s: float) -> None:
+        """All steps of the round are done: measure, tell."""
+        began_s, measure = self.clock.now_s(), None
+        if self.client.measure_is_due:
+            with self._model:
                 measure = self.client.measure(self.plan.config.evaluation.tokens)
         now_s = self.clock.now_s()
         self._busy_s += now_s - began_s
-        self._pace_s = now_s - began_s
-        if whole:
-            busy = self._busy_s / max(now_s - self._began_s, 1e-9)
-            self._tell(
-                self.client.round_record(now_s=now_s, train_s=train_s, busy_fraction=min(busy, 1.0), measure=measure)
-            )
-        return whole
+        self._pace_s = train_s + now_s - began_s
+        busy = self._busy_s / max(now_s - self._began_s, 1e-9)
+        self._tell(
+            self.client.round_record(now_s=now_s, train_s=train_s, busy_fraction=min(busy, 1.0), measure=measure)
+        )
 
     def _push(self) -> None:
+        """Send the round's update; where exchange and training overlap, begin the next one and have it sent beside."""
         update = self.client.update()
-        shared = self._uplink.share(update)
-        self.client.outbox.use_shared_copy(update.values, shared)
+        if not self.client.overlaps:
+            self._deliver(update)
+            return
+        if not (self._leaves or self._last or self.client.is_done):
+            self.client.begin_ahead()
+        self._exchange = beside(partial(self._talk, update, pull=self.client.began))
+
+    def _talk(self, update: Update | None, *, pull: bool) -> Model | None:
+        """The exchange beside the training."""
+        if update is not None:
+            self._deliver(update)
+        return self._wait(self._uplink.pull()) if pull else None
+
+    def _await_exchange(self) -> Model | None:
+        exchange, self._exchange = self._exchange, None
+        return None if exchange is None else exchange.result()
+
+    def _deliver(self, update: Update) -> None:
+        with self._link:
+            shared = self._uplink.share(update)
+            self.client.use_shared_copy(update.values, shared)
         update = replace(update, values=shared)  # the client's own buffer goes
         # The work is done and deserves to arrive, even if the client is told to stop meanwhile.
         stopped_at: list[float] = []
@@ -244,7 +324,7 @@ class ClientActor:
                 stopped_at.append(self.clock.now_s())
             return bool(stopped_at) and self.clock.now_s() - stopped_at[0] > ARRIVAL_S
 
-        wait_for(self._uplink.push(update), enough)
+        wait_for(self._uplink.push(update), enough, lock=self._link)
 
     def _finish(self) -> str:
         self.client.paused = self.client.may_pause
@@ -291,11 +371,29 @@ class ClientActor:
             self._uplink.send_beat()
 
     def _wait(self, steps: Steps[T]) -> T:
-        return wait_for(steps, self._stop.is_set)
+        return wait_for(steps, self._stop.is_set, lock=self._link)
 
     def _save_if_due(self) -> None:
-        if self.clock.now_s() - self._saved_s >= self.plan.config.checkpoint.every_s:
-            self.save()
+        """Have a checkpoint written, unless one still is: then it is due again after the next round."""
+        if self._saving.done() and self.clock.now_s() - self._saved_s >= self.plan.config.checkpoint.every_s:
+            self._saving.result()  # whatever the storage did not say before
+            self._begin_save()
+
+    def _begin_save(self) -> None:
+        """Take the state as it is now, and have it written beside: training goes on."""
+        self._saved_s = self.clock.now_s()
+        with self._link:
+            state = self.client.state()
+        self._saving = beside(partial(self._write, *state))
+
+    def _write(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
+        incarnation = self.client.incarnation
+        try:
+            write_checkpoint(self.plan, self.spec.path, meta, arrays, incarnation=incarnation, clock=self.clock)
+        except CheckpointError as error:
+            self._warn(f"no checkpoint: {error}")
+        except SupersededError as error:
+            end_process(str(error))
 
     def _last_words(self) -> None:
         """The process ends in an orderly way, as after SIGTERM: leave a checkpoint."""

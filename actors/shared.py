@@ -7,8 +7,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -26,6 +28,8 @@ STORAGE_AGAIN_S = 2.0
 """How long an actor that was started again waits for storage that refuses, before it asks again."""
 LAST_WORDS_S = 20.0
 """Time to end what is under way and to write a checkpoint after SIGTERM."""
+
+T = TypeVar("T")
 
 Carried = tuple[bytes, list[Any]]
 """A message between actors: its header, and a list with the object reference of its buffer.
@@ -82,6 +86,20 @@ def end_process(why: str) -> None:
     """End a leftover: another process plays this actor by now, and whatever this one does is wrong."""
     print(f"worldlm: {why}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def beside(work: Callable[[], T]) -> Future[T]:
+    """Do something in a thread beside. Not one of an executor, which a process that ends would wait for."""
+    future: Future[T] = Future()
+
+    def perform() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - a boundary: whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=perform, daemon=True).start()
+    return future
 
 
 def schedule_kills(faults: Faults, path: str, clock: RunClock) -> None:

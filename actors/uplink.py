@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -265,8 +266,18 @@ class Uplink:
 # ---- who takes the steps -----------------------------------------------------------------------------------------
 
 
-def wait_for(steps: Steps[T], should_stop: Callable[[], bool] = lambda: False) -> T:
+def wait_for(
+    steps: Steps[T],
+    should_stop: Callable[[], bool] = lambda: False,
+    *,
+    lock: AbstractContextManager[Any] | None = None,
+) -> T:
     """Take the steps from a thread that may wait.
+
+    Args:
+        steps: what is to be done.
+        should_stop: asked while it waits; True ends it.
+        lock: held between two waits, which is when steps change what the child knows of its exchange.
 
     Raises:
         Stopped: `should_stop` said so before they were through.
@@ -287,7 +298,8 @@ def wait_for(steps: Steps[T], should_stop: Callable[[], bool] = lambda: False) -
     value, error = None, None
     while True:
         try:
-            step = steps.throw(error) if error is not None else steps.send(value)
+            with lock or nullcontext():
+                step = steps.throw(error) if error is not None else steps.send(value)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
         if should_stop():

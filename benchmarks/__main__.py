@@ -16,6 +16,7 @@ NAMES = (
     "client_overhead",
     "node_memory",
     "busy",
+    "overlap",
     "goodput",
     "node_loss",
     "join",

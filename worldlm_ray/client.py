@@ -2,6 +2,11 @@
 
 A client knows nothing of who drives it: an actor on Ray and the simulator call the same four things in turn,
 `begin` (merge the parent's model), `train`, `update` (what to push) and `measure`.
+
+Where exchange and training overlap (`exchange.overlap`), a round after the first starts with `begin_ahead`, from the
+client's own model, while the last update is on its way up and the parent's model on its way down. That model is taken
+by `merge` between two steps of the round, and what has been trained since the push is kept, as at an inner node
+(worldlm_ray/aggregation/merge.py): `base` is the model that was pushed, moved with the parent since.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import numpy as np
 from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.node import require_fragments
-from worldlm_ray.aggregation.outbox import Outbox, Welcome
+from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields
 from worldlm_ray.compression import lossy, memory
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
@@ -64,7 +69,10 @@ class Client:
         self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
         self.base = np.array(plan.initial())
         """The merged model that the current local round began from; of each fragment, the model as it was when that was
-        last sent, moved with the parent since. What differs from it has not been sent."""
+        last sent, moved with the parent since. What differs from it has not been sent. Where a round begins ahead of an
+        exchange: the model that was pushed, moved with the parent since."""
+        self.in_flight: Update | None = None
+        """The update of an exchange that a round has begun ahead of; None once it has come back."""
         self.trainer.write(self.base)
         self.common = self._common()
         """The parent's model, trained beside the client's own once they have parted; None unless asked for."""
@@ -106,7 +114,7 @@ class Client:
         self.followed: float | None = None
         """How far a paused client moves to its parent at every pull, once that is settled."""
         self._stretch_steps = 0
-        """Steps of the last call of `train`."""
+        """Steps that this process has done of the round."""
 
     def _common(self) -> Common | None:
         rows = self.spec.settings.merge.common_rows(self.training.batch_size)
@@ -144,9 +152,24 @@ class Client:
         return self.plan.step_tokens(self.spec)
 
     @property
+    def overlaps(self) -> bool:
+        """Whether rounds begin before the exchange of the one before has come back."""
+        return self.spec.settings.exchange.overlap
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every step of the round under way is done."""
+        return self.began and self.step == self.training.local_steps
+
+    @property
+    def begun(self) -> int:
+        """Local rounds that have begun."""
+        return self.round + (self.began and not self.is_whole)
+
+    @property
     def started_tokens(self) -> int:
         """Tokens of all rounds so far, with the next one (or the one under way) counted in full."""
-        return (self.round + (not self.paused)) * self.round_tokens
+        return (self.begun if self.began else self.round + (not self.paused)) * self.round_tokens
 
     @property
     def is_done(self) -> bool:
@@ -183,8 +206,9 @@ class Client:
         missed = welcome.last_seq - self.seq
         if missed > 0:
             self._have_sent(welcome.last_seq)
+            self.round += missed - self.is_whole  # one that only waited for its exchange is counted already
             self.seq, self.began, self.step, self.is_behind = welcome.last_seq, False, 0, True
-            self.round += missed
+            self.in_flight = None
             self.steps = self.round * self.training.local_steps
             self.tokens = self.round * self.round_tokens
         self.outbox.durable(welcome.durable_seq)
@@ -215,7 +239,7 @@ class Client:
     def answered(self, verdict: Verdict) -> None:
         """The parent's word about an update. A model that has diverged is given up for the parent's."""
         self.outbox.heed(verdict)
-        self.start_over = verdict.reason in ("not_finite", "norm_exceeded")
+        self.start_over = self.start_over or verdict.reason in ("not_finite", "norm_exceeded")
 
     def begin(self, model: Model, *, now_s: float) -> list[Record]:
         """Merge the parent's model and begin a local round from the result.
@@ -229,12 +253,57 @@ class Client:
         Raises:
             PrivacyError: the ledger is damaged or cannot be written.
         """
-        records: list[Record] = []
-        if self.account is not None and not self.account.charge(self.round + 1):
-            return records
+        if not self._pay():
+            return []
         self.paused, self.followed = False, None
         if model.last_seq > self.seq:
             self._have_sent(model.last_seq)
+        records = self._take(model, now_s=now_s)
+        self._start()
+        return records
+
+    def begin_ahead(self) -> None:
+        """Begin a local round from the client's own model, while its last update is in flight.
+
+        A private client pays first, as in `begin`.
+        """
+        if self._pay():
+            self.progress += self._world_progress(self.training.local_steps)  # the parent spoke of the round before
+            self._start()
+
+    def merge(self, model: Model, *, now_s: float) -> list[Record]:
+        """Take the model that an exchange has brought, between two steps of a round (or after the last).
+
+        If the update was refused because the model has diverged, so has what was trained since: the round is given up,
+        and `began` is False.
+
+        Returns:
+            What tracking is told, as by `begin`.
+        """
+        if self.start_over:
+            self._give_up()
+        records = self._take(model, now_s=now_s)
+        self.progress -= self._world_progress(self.step)  # the parent speaks of now, `_rate` counts from the first step
+        return records
+
+    def _pay(self) -> bool:
+        return self.account is None or self.account.charge(self.round + 1)
+
+    def _start(self) -> None:
+        self.step, self.loss_sum, self.began, self._stretch_steps = 0, 0.0, True, 0
+        self.is_behind = False
+
+    def _give_up(self) -> None:
+        """Drop the round under way, as if it had not begun."""
+        self.steps -= self.step
+        self.tokens -= self.step * self.step_tokens
+        self.round -= self.is_whole
+        self.step, self.began = 0, False
+
+    def _take(self, model: Model, *, now_s: float) -> list[Record]:
+        """Merge the parent's model, and keep what was trained since the push."""
+        records: list[Record] = []
+        pushed, self.in_flight = self.in_flight, None
         if self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
             self.merger.judge(model, None, now_s=now_s)
@@ -246,11 +315,10 @@ class Client:
                 self.trainer.forget()
                 self.start_over = False
         elif model.version > 0:
-            records = self._merge(model, now_s=now_s)
-        elif self.fragments == 1:
+            records = self._blend(model, pushed, now_s=now_s)
+        elif self.fragments == 1 and pushed is None:
             self.trainer.read(self.base)
         self._heard(model)
-        self.step, self.loss_sum, self.began, self.is_behind = 0, 0.0, True, False
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []
 
@@ -268,8 +336,10 @@ class Client:
         if model.version == 0 or (model.version, model.incarnation) == (self.base_version, self.base_incarnation):
             self.outbox.durable(model.durable_seq)
             return []
-        own = self.trainer.read()
-        m, judged = self.merger.judge(model, Moved(now=own, since=self.base) if self.round else None, now_s=now_s)
+        own, pushed = self.trainer.read(), self.in_flight
+        self.in_flight = None
+        moved = Moved(now=own, since=self.base) if pushed is None else Moved(now=own, change=pushed.values)
+        m, judged = self.merger.judge(model, moved if self.round else None, now_s=now_s)
         if self.followed is None:
             self.followed = m if self.round else 1.0
         else:
@@ -289,10 +359,10 @@ class Client:
         self.outbox.durable(model.durable_seq)
         self.seq = max(self.seq, model.last_seq)
 
-    def _merge(self, model: Model, *, now_s: float) -> list[Record]:
+    def _blend(self, model: Model, pushed: Update | None, *, now_s: float) -> list[Record]:
         """Move to the parent's model, or keep the client's own and train the parent's beside it."""
         own = self.trainer.read()
-        moved = Moved(now=own, since=self.base)
+        moved = Moved(now=own, since=self.base) if pushed is None else Moved(now=self.base, change=pushed.values)
         if self.common is not None and self.common.active:
             moved = Moved(now=own, change=self.common.trainer.read() - self.base)
         m, judged = self.merger.judge(model, moved, now_s=now_s)
@@ -302,16 +372,20 @@ class Client:
             return [judged]
         if self.common is not None:
             self.common.end()
-        if self.fragments == 1:
+        # Before the first step after a push there is no progress to keep: the plain rule, to the bit.
+        ahead = pushed is not None and self.began and self.step > 0
+        keys_from = own
+        if self.fragments == 1 and not ahead:
             merged = self.base
             self.merger.backbone(m, own, own, model, out=merged)
         else:
             merged = np.empty_like(own)
-            anchor = self.merger.backbone(m, own, self.base, model, out=merged, exact=True)
+            keys_from = self.base if ahead else own
+            anchor = self.merger.backbone(m, own, self.base, model, out=merged, exact=not ahead)
             assert anchor is not None, "the base is a buffer of its own"
             self.base = anchor
         tokens = float(self.round_tokens)
-        weights = self.merger.keys(m, own, own, model, own_tokens=tokens, now_s=now_s, out=merged)
+        weights = self.merger.keys(m, own, keys_from, model, own_tokens=tokens, now_s=now_s, out=merged)
         self.trainer.write(merged)
         return [judged] if weights is None else [judged, weights]
 
@@ -335,7 +409,7 @@ class Client:
         result = self.trainer.run(batches, rate, should_stop=should_stop)
         if self.common is not None:
             train_s = self.common.train(islice(self._batches(first), result.steps), rate)
-        self._stretch_steps = result.steps
+        self._stretch_steps += result.steps
         self.step += result.steps
         self.steps += result.steps
         # What was configured: how many records a private step took is nobody's business.
@@ -365,12 +439,16 @@ class Client:
         if budget.rounds is not None:
             progress = rounds / budget.rounds
         elif budget.tokens is not None:
-            world_step = self.step_tokens * len(self.plan.root.clients)
-            progress = self.progress + middle * world_step / budget.tokens
+            progress = self.progress + self._world_progress(middle)
         else:
             # Time within a round is not known beforehand: the first round is the warm-up at least.
             progress = max(self.progress, settings.warmup_fraction * min(rounds, 1.0))
         return learning_rate(settings, progress)
+
+    def _world_progress(self, steps: float) -> float:
+        """Share of a budget in tokens that is spent while this client takes so many steps, if all are as fast."""
+        tokens = self.plan.config.budget.tokens
+        return 0.0 if tokens is None else steps * (self.step_tokens * len(self.plan.root.clients)) / tokens
 
     @property
     def train_loss(self) -> float:
@@ -409,7 +487,16 @@ class Client:
             base_incarnation=self.base_incarnation,
         )
         self.outbox.add(update)
+        if self.overlaps:
+            self.in_flight = update
+            self.trainer.read(self.base)
         return update
+
+    def use_shared_copy(self, own: Flat, shared: Flat) -> None:
+        """Keep another buffer with the values of an update in place of the given one."""
+        self.outbox.use_shared_copy(own, shared)
+        if self.in_flight is not None and self.in_flight.values is own:
+            self.in_flight = replace(self.in_flight, values=shared)
 
     def round_record(
         self, *, now_s: float, train_s: float, busy_fraction: float, measure: Measure | None
@@ -500,21 +587,29 @@ class Client:
     # ---- durability ------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
-        """Everything that a restart needs, down to the step within a round."""
+        """Everything that a restart needs, down to the step within a round: of this moment, whatever comes next.
+
+        Buffers that training or the next pull change in place are copied.
+        """
         meta = {name: getattr(self, name) for name in _STATE}
         meta["layout"], meta["fragments"] = self.plan.layout.hash, self.fragments
         meta["followed"] = self.followed
         meta["charges"] = 0 if self.account is None else len(self.account.ledger.entries())
-        arrays = {"theta": self.trainer.read(), "base": self.base, "parent_keys": self.parent_keys}
+        arrays = {"theta": self.trainer.read(), "base": self.base.copy(), "parent_keys": self.parent_keys.copy()}
         if self.merger.heard is not None:
             arrays["heard"] = self.merger.heard
         if self.lost is not None:
-            arrays["lost"] = self.lost
+            arrays["lost"] = self.lost.copy()
         arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
         if self.common is not None:
             arrays |= self.common.state()
         meta["outbox"], kept = self.outbox.state()
-        return meta, arrays | kept
+        arrays |= kept
+        if self.in_flight is not None:
+            meta["in_flight"], meta["whole"] = fields(self.in_flight), self.is_whole
+            if all(values is not self.in_flight.values for values in kept.values()):
+                arrays["in_flight"] = self.in_flight.values
+        return meta, arrays
 
     def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` described.
@@ -530,7 +625,9 @@ class Client:
         for name in _STATE:
             setattr(self, name, meta[name])
         self.followed = meta.get("followed")
-        if self.began:
+        if meta.get("whole", False):
+            self.step = self.training.local_steps  # it waits for the exchange, to be pushed
+        elif self.began:
             # A round may have been shortened by a change of local_steps: it ends with one more step.
             self.step = min(self.step, self.training.local_steps - 1)
         if self.account is not None:
@@ -544,6 +641,9 @@ class Client:
         if self.common is not None:
             self.common.restore(arrays)
         self.outbox.restore(meta["outbox"], arrays)
+        if "in_flight" in meta:
+            kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
+            self.in_flight = kept[0] if kept else Update(**meta["in_flight"], values=arrays["in_flight"])
         prefix = "optimizer."
         self.trainer.load_optimizer_state(
             {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
@@ -558,7 +658,8 @@ class Client:
                 f"{self.account.ledger.path}: holds {found} of the {charges} charges that {self.spec.path} has made; "
                 "restore the file from a copy: without it nobody knows what was spent"
             )
-        if self.began and not self.account.charge(self.round + 1, steps=self.training.local_steps - self.step):
+        left = self.training.local_steps - self.step
+        if self.began and left and not self.account.charge(self.round + 1, steps=left):
             self.began, self.step = False, 0
 
 

@@ -99,7 +99,8 @@ class CostClient:
         "spec",
     )
 
-    measure_is_due = may_pause = False
+    measure_is_due = may_pause = overlaps = False
+    in_flight = None
     last_word = ""
     wanted_fragment = None
 
@@ -115,6 +116,11 @@ class CostClient:
     def started_tokens(self) -> int:
         """Tokens of all rounds so far, with the next one (or the one under way) counted in full."""
         return (self.round + 1) * self.round_tokens
+
+    @property
+    def begun(self) -> int:
+        """Local rounds that have begun."""
+        return self.round
 
     @property
     def is_done(self) -> bool:

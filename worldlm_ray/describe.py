@@ -146,6 +146,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         if settings.merge.common_fraction:
             buffers += COMMON_BUFFERS * size
         buffers += 4 * plan.layout.backbone_size * (codec != "fp32")  # what the codec has lost
+        buffers += size * settings.exchange.overlap  # the update in flight
         return {
             "kind": spec.kind,
             "data": describe_data(settings.data),

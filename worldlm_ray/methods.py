@@ -119,6 +119,8 @@ def _plain_tree(spec: NodeSpec, *, keep_rules: bool) -> dict[str, Any]:
 def _rules(mapping: dict[str, Any], **rules: Any) -> None:
     """Replace the aggregation rules, and take the parent's model whole."""
     mapping["aggregation"], mapping["merge"] = rules, {"client": 1.0, "federation": 1.0}
+    if rules["trigger"] == "synchronous":
+        _set_everywhere(mapping, ["exchange", "overlap"], False)
 
 
 def _no_keys(mapping: dict[str, Any]) -> None:
@@ -233,7 +235,7 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
 """Every method by name."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "synchronous": {"aggregation.trigger": "synchronous"},
+    "synchronous": {"aggregation.trigger": "synchronous", "exchange.overlap": False},
     "asynchronous": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 1},
     "buffered": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 4},
     "often": {"aggregation.push_every": 4},
@@ -255,6 +257,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {"exchange.codec": "int8"},
     "int4": {"exchange.codec": "int4"},
     "fragments": {"exchange.fragments": 4},
+    "overlap": {"exchange.overlap": True},
     "personal": {"aggregation.attention.personal": True},
 }
 """What a variant changes, by name."""

@@ -208,6 +208,7 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
             if child.kind == "client":
                 _check_whose_promise(child, node)
                 _check_share(child, node)
+                _check_overlap(child, node)
     for client in clients:
         deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
         if client.settings.privacy.unit == "record":
@@ -322,6 +323,28 @@ def _check_whose_promise(client: NodeSpec, parent: NodeSpec) -> None:
     if own != above:
         got = f"differs from that of {parent.path}, which clips and counts for all of its clients alike"
         raise ConfigError(f"{client.key}.privacy", got, f"set it at {parent.key}, or give the client a federation")
+
+
+def _check_overlap(client: NodeSpec, parent: NodeSpec) -> None:
+    """Who can train while it exchanges."""
+    if not client.settings.exchange.overlap:
+        return
+    if parent.settings.aggregation.trigger == "synchronous":
+        got = f"true, but {parent.path} is synchronous: its clients wait for each other's updates"
+        raise ConfigError(f"{client.key}.exchange.overlap", got, "set it to false there, or another trigger")
+    if deepspeed_config.is_zero(client.settings):
+        got = "true, but a client that DeepSpeed trains gets its model a layer at a time, between two rounds"
+        raise ConfigError(f"{client.key}.exchange.overlap", got, "set it to false at this client")
+    others = {
+        "exchange.fragments": client.settings.exchange.fragments > 1,
+        "merge.common_fraction": bool(client.settings.merge.common_fraction),
+        "resources.share": client.settings.resources.share > 1,
+        "simulation.train: false": not client.settings.simulation.train,
+    }
+    for name, is_set in others.items():
+        if is_set:
+            got = f"true, but the client has {name}, whose rounds begin from what the parent has sent"
+            raise ConfigError(f"{client.key}.exchange.overlap", got, f"set it to false, or do without {name}")
 
 
 def _check_client_level(node: NodeSpec, config: RunConfig) -> None:

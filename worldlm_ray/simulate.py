@@ -3,7 +3,9 @@
 Training is real; time is not. A queue of events, ordered by virtual time and then by the order in which they
 were scheduled, stands for the machines and the network: a local round takes its tokens over the client's
 `simulation.tokens_per_s`, a message takes its bytes over the link's bandwidth plus its latency, aggregation takes
-nothing. The same seed and configuration give the same bits, whatever machine this runs on does meanwhile.
+nothing. Where a client trains while it exchanges (`exchange.overlap`), the virtual time at which the parent's model
+arrives says after how many steps of the round it is merged. The same seed and configuration give the same bits,
+whatever machine this runs on does meanwhile.
 
 With `simulation.train: false` a cost model stands in place of training (worldlm_ray/cost_model.py): the same events at
 the same times, a hundred thousand clients in minutes.
@@ -136,6 +138,16 @@ class Simulation:
         self.audit = {path: AuditLog(plan.run_dir, path, every_s=every_s) for path in self.nodes}
         self._busy_s = dict.fromkeys(self.clients, 0.0)
         self._training: set[str] = set()
+        self._begun_s: dict[str, float] = {}
+        """When a client's round under way began."""
+        self._whole: set[str] = set()
+        """Clients that have ended a round before the exchange of the one before has come back."""
+        self._merging: set[str] = set()
+        """Clients that have the parent's model and merge it after the step that is under way."""
+        self._last: set[str] = set()
+        """Clients that know that the round under way is the last."""
+        self._rounds = dict.fromkeys(self.clients, 0)
+        """Rounds begun by a client, those that were given up included."""
         self._lives = dict.fromkeys(self.specs, 1)
         """Incarnation by path; 0 while the node is dead."""
         self._joined = dict.fromkeys(self.specs, 1)
@@ -243,10 +255,10 @@ class Simulation:
 
     def _pull(self, path: str) -> None:
         client = self.clients[path]
-        if not self.faults.is_member(path, self.now_s):
+        if not client.began and not self.faults.is_member(path, self.now_s):
             self._go(path)
             return
-        if client.is_done:
+        if not client.began and (client.is_done or path in self._last):
             self._leave(path)
             return
         self._call(path, 0, self._asking(path), self._receiver(path))
@@ -261,21 +273,85 @@ class Simulation:
         return lambda model: self._receive(path, model)
 
     def _receive(self, path: str, model: Model) -> None:
+        if self.clients[path].began:
+            self._merge_after_step(path, self._budgeted(model))
+        else:
+            self._begin(path, self._budgeted(model))
+
+    def _begin(self, path: str, model: Model) -> None:
         client = self.clients[path]
-        model = self._budgeted(model)
         records = [] if model.finished else client.begin(model, now_s=self.now_s)
         if not client.began:
             self._leave(path)
             return
         for record in records:
             self._record(record)
-        client.train()
+        self._train(path)
+
+    def _train(self, path: str) -> None:
+        """Let a round that has begun take its time. Nobody can tell when within it the training was done."""
+        client = self.clients[path]
+        if not client.overlaps:
+            client.train()
         self._count(path)
+        self._rounds[path] += 1
         self._training.add(path)
         self._under_way += client.round_tokens
+        self._begun_s[path], number = self.now_s, self._rounds[path]
         train_s = self._round_s(path)
         self._busy_s[path] += train_s
-        self._at(self.now_s + train_s, lambda: self._end_round(path, train_s), of=path)
+        self._at(self.now_s + train_s, lambda: self._end_round(path, train_s, number), of=path)
+
+    def _begin_ahead(self, path: str) -> None:
+        """Begin the next round before the exchange of the last one has come back, unless that was the last."""
+        client = self.clients[path]
+        stays = not client.is_done and path not in self._last and self.faults.is_member(path, self.now_s)
+        if client.overlaps and stays and not self._is_spent():
+            client.begin_ahead()
+            if client.began:
+                self._train(path)
+
+    def _merge_after_step(self, path: str, model: Model) -> None:
+        """An exchange has come back in the middle of a round: the model is merged when the step under way is done."""
+        client = self.clients[path]
+        if client.in_flight is None or path in self._merging:
+            return  # it has come back twice
+        if client.is_whole:
+            self._merge(path, model)
+            return
+        steps, since_s = client.training.local_steps, self.now_s - self._begun_s[path]
+        step_s = self._round_s(path) / steps
+        done = min(math.ceil(since_s / step_s - 1e-9), steps)
+        end_s = self._begun_s[path] + (self._round_s(path) if done == steps else done * step_s)
+        self._merging.add(path)
+        self._at(end_s, lambda: self._merge(path, model, steps=done), of=path)
+
+    def _merge(self, path: str, model: Model, *, steps: int = 0) -> None:
+        client = self.clients[path]
+        self._merging.discard(path)
+        ahead = count(client.step)
+        if client.step < steps:
+            client.train(lambda: next(ahead) >= steps)
+        for record in client.merge(model, now_s=self.now_s):
+            self._record(record)
+        if model.finished:
+            self._last.add(path)
+        whole = path in self._whole
+        self._whole.discard(path)
+        if not client.began:
+            self._give_up(path)
+        elif whole:
+            self._push_round(path)
+
+    def _give_up(self, path: str) -> None:
+        """A client has dropped the round under way with its diverged model: it asks for another one."""
+        client = self.clients[path]
+        if path in self._training:
+            self._end_training(path)
+            self._busy_s[path] -= self._begun_s[path] + self._round_s(path) - self.now_s
+        self._count(path)
+        self._rounds[path] += 1  # whatever waits for its end waits in vain
+        self._pull(path)
 
     def _leave(self, path: str) -> None:
         """A child's last word."""
@@ -321,7 +397,7 @@ class Simulation:
     def _count(self, path: str) -> None:
         """A client's rounds have changed."""
         client = self.clients[path]
-        tokens = client.round * client.round_tokens
+        tokens = client.begun * client.round_tokens
         self._begun += tokens - self._begun_tokens[path]
         self._begun_tokens[path] = tokens
 
@@ -339,18 +415,34 @@ class Simulation:
         budget = self.plan.config.budget.tokens
         if budget is None or self.nodes["world"].synchronous:  # synchronous children all hear the same
             return model
-        begun, trained = self._begun, self._begun - self._under_way
+        trained = self._begun - self._under_way
         progress = max(model.progress, min(trained / budget, 1.0))
-        return replace(model, progress=progress, finished=model.finished or begun >= budget)
+        return replace(model, progress=progress, finished=model.finished or self._is_spent())
 
-    def _end_round(self, path: str, train_s: float) -> None:
+    def _is_spent(self) -> bool:
+        """Whether a budget in tokens holds no more rounds, as far as that is settled here."""
+        budget = self.plan.config.budget.tokens
+        return budget is not None and not self.nodes["world"].synchronous and self._begun >= budget
+
+    def _end_round(self, path: str, train_s: float, number: int) -> None:
         client = self.clients[path]
+        if number != self._rounds[path]:
+            return
+        if client.overlaps and not client.is_whole:
+            client.train()
         self._end_training(path)
         measure = client.measure(self.plan.config.evaluation.tokens) if client.measure_is_due else None
         busy = self._busy_s[path] / self.now_s
         self._record(client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure))
-        update = client.update()
+        if client.in_flight is not None:
+            self._whole.add(path)  # the exchange under way has to come back first
+        else:
+            self._push_round(path)
+
+    def _push_round(self, path: str) -> None:
+        update = self.clients[path].update()
         self._save_if_due(path)
+        self._begin_ahead(path)
         self._push(path, update, lambda: self._pull(path))
 
     # ---- up and down the tree --------------------------------------------------------------------------------
@@ -422,7 +514,8 @@ class Simulation:
         if child in self._words:
             self._go(child) if self._words[child] is Left else self._leave(child)
         elif child in self.clients:
-            if child not in self._training:
+            client = self.clients[child]
+            if not client.began or (client.in_flight is not None and child not in self._merging):
                 self._pull(child)
         elif self.nodes[child].exchanging:
             self._pull_up(child)
@@ -669,6 +762,8 @@ class Simulation:
             return
         life, self._lives[path] = self._lives[path], 0
         self._end_training(path)
+        for of_clients in (self._whole, self._merging, self._last):
+            of_clients.discard(path)
         for call in self._calls.pop(path, []):
             call.open = False
         below = [calls for child, calls in self._calls.items() if parent_path(child) == path]

@@ -112,10 +112,15 @@ class Killer(threading.Thread):
         return summary
 
 
-@pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
-def test_whoever_is_killed_nothing_is_lost(cluster: None, tiny: Tiny, tmp_path: Path, trigger: str) -> None:
+@pytest.mark.parametrize(
+    ("trigger", "overlap"), [("goal_achieved", False), ("goal_achieved", True), ("synchronous", False)]
+)
+def test_whoever_is_killed_nothing_is_lost(
+    cluster: None, tiny: Tiny, tmp_path: Path, trigger: str, overlap: bool
+) -> None:
     seldom = {"every_s": 60.0, "every_updates": 6}  # so that there is something to be undone
-    plan = a_plan(tiny, tmp_path / "run", [], aggregation={"trigger": trigger}, checkpoint=seldom)
+    rules: dict[str, Any] = {"aggregation": {"trigger": trigger}, "exchange": {"overlap": overlap}}
+    plan = a_plan(tiny, tmp_path / "run", [], checkpoint=seldom, **rules)
     names = {10: "world", 14: "world/north", 18: "world/south/c", 24: "world", 28: "world/south"}
     summary = Killer(plan, [(accepted, 0.0, name) for accepted, name in names.items()]).train()
     found = check(plan, summary)

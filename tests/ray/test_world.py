@@ -90,10 +90,17 @@ def test_the_audit_has_a_line_for_every_update(cluster: None, tiny: Tiny, tmp_pa
         assert proof.applied == sorted(set(proof.applied))
 
 
-def test_a_stopped_run_continues_to_its_full_budget(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stopped_run_continues_to_its_full_budget(cluster: None, tiny: Tiny, tmp_path: Path, overlap: bool) -> None:
     # Steps that sleep leave time to stop the run before it has ended by itself.
-    training = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25}
-    plan = in_folder(tiny(budget={"rounds": 6}, training=training, checkpoint={"every_s": 0.0}), tmp_path / "run")
+    settings: dict[str, Any] = {
+        "budget": {"rounds": 6},
+        "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
+        "checkpoint": {"every_s": 0.0},
+        "exchange": {"overlap": overlap},
+        "faults": ["0s delay world/north/a by 0.2s for 1000s"],
+    }
+    plan = in_folder(tiny(**settings), tmp_path / "run")
     seen: list[dict[str, Any]] = []
     first = launch.train(plan, on_progress=seen.append, should_stop=lambda: bool(seen and seen[-1]["tokens"])).summary
     assert first["status"] == "stopped"
@@ -102,6 +109,7 @@ def test_a_stopped_run_continues_to_its_full_budget(cluster: None, tiny: Tiny, t
     steps = 6 * plan.root.settings.training.local_steps
     assert {second["nodes"][spec.path]["steps"] for spec in plan.root.clients} == {steps}
     assert second["nodes"]["world"]["version"] > first["nodes"]["world"]["version"]
+    assert {len(proof.applied) for proof in proofs(plan.run_dir) if proof.node != "world"} == {6}
 
 
 def test_an_actor_that_cannot_start_says_why_in_one_line(cluster: None, tiny: Tiny, tmp_path: Path) -> None:

@@ -150,24 +150,32 @@ def a_script(seed: int, plan: Plan) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous", "time_up"])
+@pytest.mark.parametrize(
+    ("trigger", "overlap"),
+    [("goal_achieved", False), ("goal_achieved", True), ("synchronous", False), ("time_up", False)],
+)
 def test_random_faults_lose_nothing_and_apply_nothing_twice(
-    tiny: Tiny, tmp_path: Path, trigger: str, request: pytest.FixtureRequest
+    tiny: Tiny, tmp_path: Path, trigger: str, overlap: bool, request: pytest.FixtureRequest
 ) -> None:
     scripts = SCRIPTS * (25 if request.config.getoption("--soak") else 1)
     aggregation = {"trigger": trigger, "time_up_s": 2.5}
+    counts = (1,) if overlap else (1, 2)
     plans = [
-        world(tiny, aggregation=aggregation, liveness=IMPATIENT, exchange={"fragments": count}) for count in (1, 2)
+        world(
+            tiny, aggregation=aggregation, liveness=IMPATIENT, exchange={"fragments": count, "overlap": overlap}
+        )
+        for count in counts
     ]
     for seed in range(scripts):
         plan = plans[seed % 2]
         script = a_script(seed, plan)
         simulation, records = run(plan, tmp_path / str(seed), script)
-        check(simulation, records, f"{trigger}, script {seed}: {script}")
+        check(simulation, records, f"{trigger}, overlap {overlap}, script {seed}: {script}")
 
 
-def test_the_same_script_gives_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
-    plan = world(tiny, liveness=IMPATIENT)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_same_script_gives_the_same_bits(tiny: Tiny, tmp_path: Path, overlap: bool) -> None:
+    plan = world(tiny, liveness=IMPATIENT, exchange={"overlap": overlap})
     for seed in range(3):
         script = a_script(seed, plan)
         first, again = (run(plan, tmp_path / f"{seed}-{turn}", script)[0] for turn in range(2))

@@ -1,0 +1,369 @@
+"""The client's actor, constructed directly: threads stand in for Ray's calls, and a node for its parent."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError
+from worlds import client
+
+import actors.client
+import actors.shared
+import actors.uplink
+from actors.client import ClientActor
+from actors.shared import Address, RunClock
+from worldlm_ray import checkpoint
+from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Pull, Push, Serve
+from worldlm_ray.client import Client
+from worldlm_ray.messages import Packed, pack
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import Plan
+from worldlm_ray.records import LifeRecord, Record
+
+Tiny = Callable[..., Plan]
+PATH = "world/a"
+ROUNDS = 5
+UNHURRIED = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.02}
+"""Training that leaves time to close the parent's gate."""
+
+
+class Ref:
+    """An object reference: of a value that is there, or of a call that runs in a thread."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.ready, self.value, self.error = threading.Event(), None, None
+        threading.Thread(target=self._run, args=(call,), daemon=True).start()
+
+    def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self.value = call()
+        except Exception as error:  # noqa: BLE001 - as Ray: whoever asks for the value gets it
+            self.error = error
+        self.ready.set()
+
+
+class Remote:
+    """An actor's handle: `handle.method.remote(...)`."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.actor, name)
+        return SimpleNamespace(remote=lambda *arguments: Ref(lambda: method(*arguments)))
+
+
+class FakeRay:
+    """The few calls of Ray that a client makes."""
+
+    def __init__(self) -> None:
+        self.actors: dict[str, Any] = {}
+        self.records: list[Record] = []
+        self.actors["recorder"] = SimpleNamespace(record=SimpleNamespace(remote=self.records.extend))
+
+    def put(self, values: Flat) -> Ref:
+        shared = values.copy()
+        shared.flags.writeable = False
+        return Ref(lambda: shared)
+
+    def get(self, ref: Ref) -> Any:
+        assert ref.ready.wait(20.0)
+        if ref.error is not None:
+            raise ref.error
+        return ref.value
+
+    def wait(self, refs: list[Ref], *, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        return (refs, []) if refs[0].ready.wait(timeout) else ([], refs)
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(was_current_actor_reconstructed=False)
+
+    def get_actor(self, name: str, *, namespace: str) -> Any:
+        return self.actors[name]
+
+
+class Parent:
+    """A world that answers its one client, as long as the gate is open."""
+
+    def __init__(self, plan: Plan, *, incarnation: int = 1) -> None:
+        self.plan, self.node = plan, plan.inner_node(plan.root, plan.initial())
+        self.node.incarnation = incarnation
+        self.gate, self.dead = threading.Event(), False
+        self.gate.set()
+        self.held = threading.Event()
+        """Set once somebody stands before a closed gate."""
+        self._one = threading.Lock()
+
+    def _handle(self, event: Any) -> list[Any]:
+        if not isinstance(event, Joined | Beat):
+            if not self.gate.is_set():
+                self.held.set()
+            assert self.gate.wait(20.0)
+        if self.dead:
+            raise RayActorError
+        with self._one:
+            return self.node.handle(event)
+
+    def join(self, child: str, incarnation: int, seq: int) -> Any:
+        self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=0.0))
+        return self.node.welcome(child)
+
+    def push(self, sender: str, incarnation: int, to: int, header: bytes, refs: list[Ref]) -> Any:
+        packed = Packed(header, refs[0].value)
+        found = self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=0.0))
+        return next(command.verdict for command in found if isinstance(command, Answer))
+
+    def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Any:
+        event = Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=0.0)
+        [served] = [command for command in self._handle(event) if isinstance(command, Serve)]
+        header = pack(served.model, self.plan.layout).header
+        values = served.model.values
+        ref = Ref(lambda: values)
+        assert ref.ready.wait(20.0)
+        return header, [ref]
+
+    def beat(self, child: str, incarnation: int, to: int) -> None:
+        self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=0.0))
+
+    def done(self, child: str, incarnation: int, to: int) -> None:
+        self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=0.0))
+
+    left = done
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    ray = FakeRay()
+    for module in (actors.client, actors.shared, actors.uplink):
+        monkeypatch.setattr(module, "ray", ray)
+    monkeypatch.setattr("atexit.register", lambda *_: None)
+    return ray
+
+
+@pytest.fixture
+def living(fake: FakeRay) -> Iterator[Callable[[Plan], ClientActor]]:
+    """Starts client actors, and stops them at the end of the test."""
+    started: list[ClientActor] = []
+
+    def start(plan: Plan) -> ClientActor:
+        actor = ClientActor(Address(plan.to_mapping(), PATH, RunClock(time.time()), "test"))
+        started.append(actor)
+        actor.ready()
+        actor.start()
+        return actor
+
+    yield start
+    for actor in started:
+        actor.stop()
+        assert actor._thread is not None
+        actor._thread.join(30.0)  # nothing of it may see the real Ray
+
+
+def a_plan(tiny: Tiny, folder: Path, **changes: Any) -> Plan:
+    return tiny([client("a", folder, 1)], **({"budget": {"rounds": ROUNDS}} | changes))
+
+
+def parent_of(fake: FakeRay, plan: Plan, **options: Any) -> Parent:
+    parent = Parent(plan, **options)
+    fake.actors["world"] = Remote(parent)
+    return parent
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.002)
+
+
+class SlowStorage:
+    """Storage that keeps what it is given until it may write it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[tuple[dict[str, Any], dict[str, Flat]]] = []
+        self.copies: list[dict[str, Flat]] = []
+        self.may, self.written = threading.Event(), 0
+        write = checkpoint.save
+
+        def save(place: Path, meta: dict[str, Any], arrays: dict[str, Flat], **options: Any) -> Path:
+            self.given.append((meta, arrays))
+            self.copies.append({name: np.array(values) for name, values in arrays.items()})
+            assert self.may.wait(30.0)
+            path = write(place, meta, arrays, **options)
+            self.written += 1
+            return path
+
+        monkeypatch.setattr(checkpoint, "save", save)
+
+
+def saved(plan: Plan) -> tuple[dict[str, Any], dict[str, Flat]]:
+    found = checkpoint.load(checkpoint.folder(plan.run_dir, PATH))
+    assert found is not None
+    return found
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_client_trains_while_its_checkpoint_is_written(
+    fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    plan = a_plan(tiny, tmp_path, checkpoint={"every_s": 0.0}, exchange={"overlap": overlap})
+    parent = parent_of(fake, plan)
+    storage = SlowStorage(monkeypatch)
+    actor = living(plan)
+    # Not a byte is written, and the client comes to the end of its budget.
+    until(lambda: bool(storage.given) and parent.node.accepted == ROUNDS)
+    assert actor.client.steps == ROUNDS * 4
+    assert (len(storage.given), storage.written) == (1, 0), "one write at a time"
+    ends: list[str] = []
+    waiting = threading.Thread(target=lambda: ends.append(actor.outcome()), daemon=True)
+    waiting.start()
+    time.sleep(0.1)
+    assert ends == [], "it does not end before its last checkpoint is on disk"
+    storage.may.set()
+    waiting.join(30.0)
+    assert ends == ["finished"]
+    assert (saved(plan)[0]["round"], saved(plan)[0]["seq"]) == (ROUNDS, ROUNDS)
+
+    # What was kept for the storage is the state after the first round, whatever was trained since.
+    meta, arrays = storage.given[0]
+    for name, values in storage.copies[0].items():
+        assert arrays[name].tobytes() == values.tobytes(), name
+    assert (meta["round"], meta["seq"]) == (1, 1)
+    same = Client(plan, plan.root.clients[0])
+    same.begin(Parent(plan).node.model("a"), now_s=0.0)
+    same.train()
+    update = same.update()
+    if overlap:
+        same.begin_ahead()
+    state = same.state()[1]
+    for name in ("theta", "base", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.step"):
+        assert arrays[name].tobytes() == state[name].tobytes(), name
+    assert arrays["outbox.1"].tobytes() == update.values.tobytes()
+    assert [entry["seq"] for entry in meta["outbox"]] == [1]
+
+
+def test_a_client_that_is_stopped_waits_for_a_checkpoint_of_its_last_step(
+    fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = a_plan(tiny, tmp_path, checkpoint={"every_s": 0.0}, training=UNHURRIED, budget={"rounds": 1000})
+    parent_of(fake, plan)
+    storage = SlowStorage(monkeypatch)
+    actor = living(plan)
+    until(lambda: bool(storage.given) and actor.client.round >= 2)
+    actor.stop()
+    time.sleep(0.3)
+    assert storage.written == 0
+    storage.may.set()
+    assert actor.outcome() == "stopped"
+    assert storage.written == 2
+    meta, arrays = saved(plan)
+    assert (meta["round"], meta["steps"]) == (actor.client.round, actor.client.steps)
+    assert arrays["theta"].tobytes() == actor.client.trainer.read().tobytes()
+
+
+def test_storage_that_refuses_is_a_warning(fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path) -> None:
+    plan = a_plan(tiny, tmp_path, checkpoint={"every_s": 0.0}, faults=[f"0s disk {PATH} for 1000s"])
+    parent = parent_of(fake, plan)
+    assert living(plan).outcome() == "finished"
+    assert parent.node.accepted == ROUNDS
+    warnings = [r.detail for r in fake.records if isinstance(r, LifeRecord) and r.event == "warning"]
+    assert warnings
+    assert all("the storage refuses on purpose" in text for text in warnings)
+
+
+# ---- exchange.overlap ------------------------------------------------------------------------------------------
+
+
+def test_a_client_trains_a_round_while_it_exchanges_and_then_waits(
+    fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path
+) -> None:
+    plan = a_plan(tiny, tmp_path, exchange={"overlap": True}, training=UNHURRIED)
+    parent = parent_of(fake, plan)
+    parent.gate.clear()
+    actor = living(plan)
+    until(parent.held.is_set)
+    assert not actor.client.began, "before its first round it has nothing to train"
+    parent.gate.set()
+    parent.held.clear()
+    until(lambda: actor.client.round >= 1)
+    parent.gate.clear()
+    until(lambda: parent.held.is_set() and actor.client.is_whole)
+    held, accepted = actor.client.round, parent.node.accepted
+    assert held >= 2
+    time.sleep(0.2)
+    assert actor.client.round == held, "no second round before the exchange has come back"
+    assert parent.node.accepted == accepted
+    parent.gate.set()
+    assert actor.outcome() == "finished"
+    assert (actor.client.round, actor.client.steps, parent.node.accepted) == (ROUNDS, ROUNDS * 4, ROUNDS)
+    assert parent.node.tokens == ROUNDS * actor.client.round_tokens
+    # Every update was measured from the model that the one before had brought.
+    assert actor.client.base_version == ROUNDS - 1
+
+
+def test_a_client_that_is_stopped_in_mid_exchange_goes_on_and_sends_again(
+    fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors.client, "ARRIVAL_S", 0.1)
+    plan = a_plan(tiny, tmp_path, exchange={"overlap": True}, training=UNHURRIED)
+    parent = parent_of(fake, plan)
+    first = living(plan)
+    until(lambda: first.client.round >= 1)
+    parent.gate.clear()
+    until(lambda: parent.held.is_set() and first.client.is_whole)
+    first.stop()
+    assert first.outcome() == "stopped"
+    parent.dead = True
+    parent.gate.set()
+    meta, arrays = saved(plan)
+    assert (meta["began"], meta["whole"], meta["in_flight"]["seq"]) == (True, True, meta["seq"])
+    assert meta["round"] == meta["seq"] + 1
+    assert arrays["theta"].tobytes() == first.client.trainer.read().tobytes()
+
+    fresh = parent_of(fake, plan, incarnation=2)  # which has lost all that it knew
+    second = living(plan)
+    assert second.outcome() == "finished"
+    assert second.client.round == ROUNDS
+    assert fresh.node.children["a"].last_seq == ROUNDS
+    assert fresh.node.tokens == ROUNDS * second.client.round_tokens, "what was in flight was sent again, once"
+
+
+def test_a_parent_that_dies_during_an_exchange_is_sent_what_it_has_lost(
+    fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path
+) -> None:
+    plan = a_plan(tiny, tmp_path, exchange={"overlap": True}, training=UNHURRIED)
+    parent = parent_of(fake, plan)
+    actor = living(plan)
+    until(lambda: actor.client.round >= 1)
+    parent.gate.clear()
+    until(lambda: parent.held.is_set() and actor.client.is_whole)
+    fresh = parent_of(fake, plan, incarnation=2)
+    parent.dead = True
+    parent.gate.set()
+    assert actor.outcome() == "finished"
+    assert actor.client.steps == ROUNDS * 4
+    assert fresh.node.tokens == ROUNDS * actor.client.round_tokens
+    assert fresh.node.refused == {}
+
+
+def test_a_client_that_leaves_has_its_last_update_arrive(
+    fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path
+) -> None:
+    plan = a_plan(tiny, tmp_path, exchange={"overlap": True}, training=UNHURRIED, budget={"rounds": 1000})
+    parent = parent_of(fake, plan)
+    actor = living(plan)
+    until(lambda: actor.client.round >= 2)
+    actor.leave()
+    assert actor.outcome() == "left"
+    assert parent.node.accepted == actor.client.seq == actor.client.round
+    assert not actor.client.began

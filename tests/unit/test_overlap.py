@@ -1,0 +1,427 @@
+"""Rounds that begin before the exchange of the one before has come back: one client, and simulated worlds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from drift import Drift, drifting
+from worlds import TINY_MODEL, client, two_levels
+
+from worldlm_ray.aggregation.events import Verdict
+from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.client import Client
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.messages import Model
+from worldlm_ray.methods import configure
+from worldlm_ray.params import Flat
+from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.records import MergeRecord, Record, RoundRecord, VerdictRecord
+from worldlm_ray.simulate import Simulation
+
+Tiny = Callable[..., Plan]
+OVERLAP = {"overlap": True}
+ROUND_TOKENS = 4 * 4 * 16
+LINK = {"tokens_per_s": ROUND_TOKENS / 2.0, "latency_s": 0.2}
+"""A round takes 2 s, an exchange 0.8 s and a little."""
+
+
+def one(plan: Plan) -> Client:
+    return Client(plan, plan.root.clients[0])
+
+
+def model(plan: Plan, values: Flat, *, version: int, **changes: Any) -> Model:
+    base: dict[str, Any] = {"progress": 0.0, "finished": False, "tokens": float(ROUND_TOKENS), "last_seq": 0}
+    return Model(version=version, values=values, **(base | changes))
+
+
+def some_steps(each: Client, steps: int) -> None:
+    ahead = iter(range(steps + 1))
+    each.train(lambda: next(ahead) >= steps)
+
+
+def elsewhere(plan: Plan, seed: int = 0) -> Flat:
+    """A model that others have made."""
+    return plan.initial() + np.random.default_rng(seed).normal(0.0, 0.05, plan.layout.size).astype(np.float32)
+
+
+def in_mid_exchange(plan: Plan, steps: int = 2) -> tuple[Client, Flat, Flat]:
+    """A client with so many steps of its second round; the model that it pushed, and its model now."""
+    each = one(plan)
+    each.begin(model(plan, plan.initial(), version=0), now_s=0.0)
+    each.train()
+    each.update()
+    pushed = each.trainer.read()
+    each.begin_ahead()
+    some_steps(each, steps)
+    return each, pushed, each.trainer.read()
+
+
+# ---- one client ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [0.0, 0.25, 1.0])
+def test_what_was_trained_meanwhile_is_kept_and_sent_once(tiny: Tiny, m: float) -> None:
+    plan = tiny(exchange=OVERLAP, merge={"client": m})
+    each, pushed, now = in_mid_exchange(plan)
+    parent, part = elsewhere(plan), slice(0, plan.layout.backbone_size)
+    each.merge(model(plan, parent, version=7), now_s=0.0)
+    moved = (1 - m) * pushed[part] + m * parent[part]
+    np.testing.assert_allclose(each.trainer.read()[part], moved + (now - pushed)[part], atol=1e-6)
+    merged = each.trainer.read()
+    each.train()
+    update = each.update()
+    # Both stretches of the round are in the update, and nothing of what came from the parent.
+    trained = (now - pushed) + (each.trainer.read() - merged)
+    np.testing.assert_allclose(update.values[part], trained[part], atol=1e-6)
+    assert np.abs(trained[part]).max() > 1e-4
+    assert (update.base_version, update.seq, update.tokens) == (7, 2, each.round_tokens)
+
+
+def test_an_update_is_as_old_as_the_last_merge(tiny: Tiny) -> None:
+    plan = tiny(exchange=OVERLAP)
+    each, _, _ = in_mid_exchange(plan)
+    each.merge(model(plan, elsewhere(plan), version=7), now_s=0.0)
+    each.train()
+    assert each.update().base_version == 7
+    each.begin_ahead()
+    each.train()
+    assert each.update().base_version == 7, "nothing newer was merged, whatever the parent has by now"
+
+
+def test_key_layers_are_blended_with_the_parents_and_progress_is_kept(tiny: Tiny) -> None:
+    plan = tiny(exchange=OVERLAP, aggregation={"attention": {"score": "uniform"}})
+    each, pushed, now = in_mid_exchange(plan)
+    parent, keys = elsewhere(plan), slice(plan.layout.backbone_size, None)
+    each.merge(model(plan, parent, version=1), now_s=0.0)
+    blend = 0.5 * (pushed[keys] + parent[keys])
+    np.testing.assert_allclose(each.trainer.read()[keys], blend + (now - pushed)[keys], atol=1e-6)
+    each.train()
+    expected = each.trainer.read()[keys] - parent[keys]
+    np.testing.assert_array_equal(each.update().values[keys], expected)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_agreement_is_judged_by_what_was_pushed(tiny: Tiny, sign: float) -> None:
+    plan = tiny(exchange=OVERLAP, merge={"client": "adaptive", "agreement": 0.5})
+    each, pushed, _ = in_mid_exchange(plan)
+    change = pushed - plan.initial()
+    # It has turned round since the push: that is another round's business.
+    each.trainer.write(pushed - 5.0 * sign * change)
+    records = each.merge(model(plan, plan.initial() + sign * change, version=1), now_s=0.0)
+    [record] = [record for record in records if isinstance(record, MergeRecord)]
+    assert record.agreement == pytest.approx(sign, abs=1e-4)
+    assert record.m == float(sign > 0)
+
+
+def test_a_share_of_its_own_work_is_no_agreement(tiny: Tiny) -> None:
+    plan = tiny(exchange=OVERLAP, merge={"client": "adaptive", "agreement": 0.5})
+    each, pushed, _ = in_mid_exchange(plan)
+    records = each.merge(model(plan, pushed, version=1, share=1.0), now_s=0.0)
+    [record] = [record for record in records if isinstance(record, MergeRecord)]
+    assert record.agreement == 0.0, "all that moved the parent was this client"
+
+
+def test_what_a_codec_loses_goes_with_the_next_update(tiny: Tiny) -> None:
+    plan = tiny(exchange=OVERLAP | {"codec": "int4"}, merge={"client": 0.5}, budget={"rounds": 9})
+    each, part = one(plan), slice(0, plan.layout.backbone_size)
+    each.begin(model(plan, plan.initial(), version=0), now_s=0.0)
+    sent, trained = np.zeros(plan.layout.size, np.float32), np.zeros(plan.layout.size, np.float32)
+    for version in range(1, 5):
+        before = each.trainer.read()
+        some_steps(each, 2)
+        trained += each.trainer.read() - before
+        if version > 1:
+            each.merge(model(plan, elsewhere(plan, version), version=version), now_s=0.0)
+        before = each.trainer.read()
+        each.train()
+        trained += each.trainer.read() - before
+        sent += each.update().values
+        each.begin_ahead()
+    assert each.lost is not None
+    assert np.abs(each.lost).max() > 0.0
+    np.testing.assert_allclose((sent[part] + each.lost), trained[part], atol=1e-5)
+
+
+def test_before_the_first_step_a_merge_is_the_plain_one_to_the_bit(tiny: Tiny) -> None:
+    found = []
+    for overlap in (False, True):
+        plan = tiny(exchange={"overlap": overlap}, merge={"client": 0.3})
+        each, parent = one(plan), elsewhere(plan)
+        each.begin(model(plan, plan.initial(), version=0), now_s=0.0)
+        each.train()
+        each.update()
+        if overlap:
+            each.begin_ahead()
+            each.merge(model(plan, parent, version=1), now_s=0.0)
+        else:
+            each.begin(model(plan, parent, version=1), now_s=0.0)
+        each.train()
+        found.append((each.trainer.read().tobytes(), each.update().values.tobytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_round_trained_from_a_diverged_model_is_given_up(tiny: Tiny, steps: int) -> None:
+    plan = tiny(exchange=OVERLAP, budget={"rounds": 5})
+    each, _, _ = in_mid_exchange(plan, steps)
+    assert each.steps == 4 + steps
+    each.answered(Verdict(reason="not_finite", seq=1, base_version=0, version=0, tau=0))
+    parent = elsewhere(plan)
+    each.merge(model(plan, parent, version=3), now_s=0.0)
+    assert (each.began, each.round, each.steps, each.tokens) == (False, 1, 4, each.round_tokens)
+    assert each.trainer.read().tobytes() == parent.tobytes()
+    assert each.trainer.optimizer_state() == {}
+    each.begin(model(plan, parent, version=3), now_s=0.0)
+    each.train()
+    change = each.trainer.read() - parent
+    np.testing.assert_array_equal(
+        each.update().values[: plan.layout.backbone_size], change[: plan.layout.backbone_size]
+    )
+
+
+@pytest.mark.parametrize("steps", [0, 2, 4])
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_client_goes_on_from_the_middle_of_an_exchange_to_the_same_bits(
+    tiny: Tiny, steps: int, durable: bool
+) -> None:
+    plan = tiny(exchange=OVERLAP, merge={"client": "adaptive", "agreement": -1.0}, budget={"rounds": 5})
+    each, _, _ = in_mid_exchange(plan, steps)
+    if durable:
+        each.outbox.durable(1)
+    meta, arrays = each.state()
+    again = one(plan)
+    again.restore(meta, {name: np.array(values) for name, values in arrays.items()})
+    again.welcomed(Welcome(incarnation=1, last_seq=1, durable_seq=0))
+    found = []
+    for life in (each, again):
+        life.merge(model(plan, elsewhere(plan), version=2), now_s=0.0)
+        if not life.is_whole:
+            life.train()
+        assert (life.round, life.steps, life.is_whole) == (2, 8, True)
+        found.append((life.update().values.tobytes(), life.trainer.read().tobytes()))
+    assert found[0] == found[1]
+
+
+def test_a_whole_round_that_the_parent_has_by_now_is_counted_once(tiny: Tiny) -> None:
+    plan = tiny(exchange=OVERLAP, budget={"rounds": 5})
+    each, _, _ = in_mid_exchange(plan, steps=4)
+    again = one(plan)
+    again.restore(*each.state())  # another life went on from this checkpoint, and pushed
+    again.welcomed(Welcome(incarnation=1, last_seq=2, durable_seq=2))
+    assert (again.round, again.seq, again.began, again.in_flight) == (2, 2, False, None)
+
+
+def test_the_rate_goes_on_as_if_nobody_had_asked_the_parent(tiny: Tiny) -> None:
+    plan = tiny(exchange=OVERLAP, budget={"tokens": 4 * 5 * ROUND_TOKENS})
+    each = one(plan)
+    rates = []
+    each.begin(model(plan, plan.initial(), version=0), now_s=0.0)
+    for rounds in range(1, 4):
+        each.train()
+        rates.append(each.learning_rate)
+        each.update()
+        each.begin_ahead()
+        some_steps(each, 2)
+        rates.append(each.learning_rate)
+        # All clients are as fast as this one: half a round later half a round more is spent.
+        each.merge(model(plan, plan.initial(), version=rounds, progress=(rounds + 0.5) / 5), now_s=0.0)
+    plain = one(tiny(budget={"tokens": 4 * 5 * ROUND_TOKENS}))
+    expected = []
+    for rounds in range(4):
+        plain.begin(model(plan, plan.initial(), version=0, progress=rounds / 5), now_s=0.0)
+        for steps in (2, 2):
+            some_steps(plain, steps)
+            expected.append(plain.learning_rate)
+        plain.began = False
+    assert rates == pytest.approx(expected[1:-1])
+
+
+# ---- who may ---------------------------------------------------------------------------------------------------
+
+
+def test_under_a_synchronous_parent_it_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"exchange\.overlap.*world is synchronous") as caught:
+        tiny([{"client": "a", "data": {"corpus": "python_reference"}}], exchange=OVERLAP, aggregation=SYNCHRONOUS)
+    assert caught.value.cure
+
+
+def test_a_client_with_workers_is_refused(tiny: Tiny) -> None:
+    big = {"client": "a", "data": {"corpus": "python_reference"}, "training": {"zero_stage": 2}}
+    with pytest.raises(ConfigError, match=r"exchange\.overlap.*DeepSpeed"):
+        tiny([big], exchange=OVERLAP)
+
+
+SYNCHRONOUS = {"trigger": "synchronous"}
+
+
+@pytest.mark.parametrize("method", ["fedavg", "diloco", "hierfavg", "worldlm+synchronous", "centralized"])
+def test_synchronous_methods_leave_it_out(tiny: Tiny, method: str) -> None:
+    plan = make_plan(configure(tiny(exchange=OVERLAP).config, method))
+    assert not any(spec.settings.exchange.overlap for spec in plan.root.clients)
+
+
+def test_asynchronous_methods_keep_it(tiny: Tiny, tmp_path: Path) -> None:
+    children = two_levels(tmp_path)
+    children[0]["exchange"] = {"codec": "int8"}
+    for method in ("worldlm+overlap", "halos+overlap"):
+        plan = make_plan(configure(tiny(children).config, method))
+        assert all(spec.settings.exchange.overlap for spec in plan.root.clients)
+
+
+# ---- simulated worlds ------------------------------------------------------------------------------------------
+
+
+def run(plan: Plan, **settings: Any) -> tuple[Simulation, list[Record]]:
+    records: list[Record] = []
+
+    class Records:
+        def record(self, *found: Record) -> None:
+            records.extend(found)
+
+    simulation = Simulation(plan, Records(), **settings)  # type: ignore[arg-type]
+    assert simulation.run() == "finished"
+    return simulation, records
+
+
+def all_arrives(simulation: Simulation) -> None:
+    """Every token that was trained is in the world's model, once."""
+    trained = sum(each.round * each.round_tokens for each in simulation.clients.values())
+    assert simulation.nodes["world"].tokens == trained
+    assert all(each.tokens == each.round * each.round_tokens for each in simulation.clients.values())
+
+
+@pytest.mark.parametrize("merge", [1.0, 0.5, "adaptive"])
+def test_where_exchanges_take_no_time_nothing_changes(tiny: Tiny, merge: Any) -> None:
+    at_once = {"latency_s": 0.0, "bandwidth_gbps": float("inf"), "tokens_per_s": 256.0}
+    found = []
+    for overlap in (False, True):
+        plan = tiny(exchange={"overlap": overlap}, simulation=at_once, merge={"client": merge}, budget={"rounds": 3})
+        simulation, _ = run(plan)
+        found.append((simulation.nodes["world"].theta.tobytes(), simulation.now_s))
+    assert found[0] == found[1]
+
+
+def test_an_exchange_that_is_shorter_than_a_round_is_hidden(tiny: Tiny, tmp_path: Path) -> None:
+    ends, busy = [], []
+    for overlap in (False, True):
+        plan = tiny(
+            [client("a", tmp_path, 1, simulation=LINK), client("b", tmp_path, 2, simulation=LINK)],
+            exchange={"overlap": overlap},
+            budget={"rounds": 6},
+        )
+        simulation, records = run(plan)
+        all_arrives(simulation)
+        assert [r.round for r in records if isinstance(r, RoundRecord) and r.node == "world/a"] == [1, 2, 3, 4, 5, 6]
+        ends.append(simulation.now_s)
+        busy.append([r.busy_fraction for r in records if isinstance(r, RoundRecord)][-1])
+    assert ends[0] - ends[1] == pytest.approx(5 * 0.8, rel=0.05), "of six exchanges the last one is waited for"
+    assert busy[0] < 0.75
+    assert busy[1] > 0.95
+
+
+def test_an_exchange_that_is_longer_than_a_round_is_waited_for(tiny: Tiny, tmp_path: Path) -> None:
+    slow = LINK | {"latency_s": 1.0}  # an exchange of 4 s, rounds of 2 s
+    plan = tiny([client("a", tmp_path, 1, simulation=slow)], exchange=OVERLAP, budget={"rounds": 4})
+    simulation, records = run(plan)
+    all_arrives(simulation)
+    heard = [record for record in records if isinstance(record, VerdictRecord)]
+    assert [(record.seq, record.base_version, record.tau) for record in heard] == [(n, n - 1, 0) for n in range(1, 5)]
+    # The first pull, a round, three exchanges, the last push and the last word, each with its answer.
+    assert simulation.now_s == pytest.approx(2.0 + 2.0 + 3 * 4.0 + 2.0 + 2.0, rel=0.01)
+
+
+def test_the_arrival_says_after_how_many_steps(tiny: Tiny, tmp_path: Path) -> None:
+    plan = tiny([client("a", tmp_path, 1, simulation=LINK)], exchange=OVERLAP, budget={"rounds": 3})
+    asked: list[int] = []
+
+    class Watched(Client):
+        def merge(self, model: Model, *, now_s: float) -> list[Record]:
+            asked.append(self.step)
+            return super().merge(model, now_s=now_s)
+
+    run(plan, make_client=Watched)
+    assert asked == [2, 2], "0.8 s and a little are within the second of four steps of 0.5 s"
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_the_seed_decides_the_bits(tiny: Tiny, codec: str) -> None:
+    plan = tiny(
+        exchange=OVERLAP | {"codec": codec}, simulation=LINK, merge={"client": "adaptive"}, budget={"rounds": 3}
+    )
+    other = replace(plan, config=replace(plan.config, seed=1))
+    hashes = [run(each)[0].nodes["world"].theta.tobytes() for each in (plan, plan, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_budget_in_tokens_is_spent_to_the_round(tiny: Tiny, tmp_path: Path) -> None:
+    children = [client("fast", tmp_path, 1, simulation=LINK | {"tokens_per_s": 512.0}), client("slow", tmp_path, 2)]
+    children[1]["simulation"] = LINK
+    plan = tiny(children, exchange=OVERLAP, budget={"tokens": 10 * ROUND_TOKENS + 1})
+    simulation, _ = run(plan)
+    all_arrives(simulation)
+    assert simulation.nodes["world"].tokens == 11 * ROUND_TOKENS
+
+
+def test_a_round_that_has_begun_is_finished_when_time_is_up(tiny: Tiny, tmp_path: Path) -> None:
+    plan = tiny([client("a", tmp_path, 1, simulation=LINK)], exchange=OVERLAP, budget={"seconds": 9.0})
+    simulation, _ = run(plan)
+    all_arrives(simulation)
+    # Rounds end every 2 s; that which began before the end is told of it while it goes on, and is the last.
+    assert simulation.clients["world/a"].round == 6
+
+
+class Diverging(Drift):
+    """Diverges once."""
+
+    broken = False
+
+    def run(self, *arguments: Any, **named: Any) -> Any:
+        result = super().run(*arguments, **named)
+        if self.steps >= 6 and not self.broken:
+            self.broken = True
+            self.theta[:] = np.nan
+        return result
+
+
+def test_a_world_bears_a_client_that_diverges(tiny: Tiny) -> None:
+    plan = tiny(exchange=OVERLAP, simulation=LINK, budget={"rounds": 5}, model=TINY_MODEL | {"key_layers": []})
+
+    def made(plan: Plan, spec: Any, **settings: Any) -> Client:
+        if spec.name != "a":
+            return drifting(plan, spec, **settings)
+        return Client(plan, spec, make_trainer=lambda _: Diverging(plan.layout.size, 1.0), **settings)
+
+    simulation, records = run(plan, make_client=made)
+    verdicts = [r.verdict for r in records if isinstance(r, VerdictRecord) and r.sender == "a"]
+    assert verdicts.count("not_finite") == 1, "the round after it, trained from the same model, is not even sent"
+    assert {each.round for each in simulation.clients.values()} == {5}
+    assert np.isfinite(simulation.nodes["world"].theta).all()
+    assert np.isfinite(simulation.clients["world/north/a"].trainer.read()).all()
+
+
+def test_a_private_client_pays_before_every_round(tiny: Tiny, tmp_path: Path) -> None:
+    private = {"unit": "record", "noise_multiplier": 1.0, "target_epsilon": 1e6, "grad_sample_mode": "hooks"}
+    plan = tiny(
+        [client("a", tmp_path, 1, privacy=private, simulation=LINK)],
+        exchange=OVERLAP,
+        budget={"rounds": 3},
+        run_dir=str(tmp_path / "private"),
+    )
+    order: list[str] = []
+
+    class Watched(Client):
+        def train(self, should_stop: Any = lambda: False) -> float:
+            assert self.account is not None
+            order.append(f"{len(self.account.ledger.entries())} paid for round {self.round + 1}")
+            return super().train(should_stop)
+
+    simulation, _ = run(plan, make_client=Watched)
+    assert order == [f"{n} paid for round {n}" for n in (1, 2, 2, 3, 3)]
+    account = simulation.clients["world/a"].account
+    assert account is not None
+    assert [entry["steps"] for entry in account.ledger.entries()] == [4, 4, 4]
