@@ -345,7 +345,6 @@ class Simulation:
 
     def _give_up(self, path: str) -> None:
         """A client has dropped the round under way with its diverged model: it asks for another one."""
-        client = self.clients[path]
         if path in self._training:
             self._end_training(path)
             self._busy_s[path] -= self._begun_s[path] + self._round_s(path) - self.now_s
@@ -385,7 +384,8 @@ class Simulation:
         self._call(path, 0, lambda lives: Pull(child=name, started_tokens=started, **lives), received, beside=True)
 
     def _round_s(self, path: str) -> float:
-        return self.clients[path].round_tokens / self.speeds[path]
+        tokens: int = self.clients[path].round_tokens
+        return tokens / self.speeds[path]
 
     def _speed(self, spec: NodeSpec) -> float:
         pace = spec.settings.simulation

@@ -20,7 +20,7 @@ import actors.uplink
 from actors.client import ClientActor
 from actors.shared import Address, RunClock
 from worldlm_ray import checkpoint
-from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Pull, Push, Serve
+from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
 from worldlm_ray.client import Client
 from worldlm_ray.messages import Packed, pack
 from worldlm_ray.params import Flat
@@ -120,7 +120,7 @@ class Parent:
         found = self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=0.0))
         return next(command.verdict for command in found if isinstance(command, Answer))
 
-    def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Any:
+    def pull(self, child: str, incarnation: int, to: int, started_tokens: int, fragment: int | None) -> Any:
         event = Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=0.0)
         [served] = [command for command in self._handle(event) if isinstance(command, Serve)]
         header = pack(served.model, self.plan.layout).header
@@ -135,7 +135,9 @@ class Parent:
     def done(self, child: str, incarnation: int, to: int) -> None:
         self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=0.0))
 
-    left = done
+    def left(self, child: str, incarnation: int, to: int) -> bool:
+        self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=0.0))
+        return True
 
 
 @pytest.fixture

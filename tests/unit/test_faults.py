@@ -161,9 +161,7 @@ def test_random_faults_lose_nothing_and_apply_nothing_twice(
     aggregation = {"trigger": trigger, "time_up_s": 2.5}
     counts = (1,) if overlap else (1, 2)
     plans = [
-        world(
-            tiny, aggregation=aggregation, liveness=IMPATIENT, exchange={"fragments": count, "overlap": overlap}
-        )
+        world(tiny, aggregation=aggregation, liveness=IMPATIENT, exchange={"fragments": count, "overlap": overlap})
         for count in counts
     ]
     for seed in range(scripts):

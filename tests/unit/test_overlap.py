@@ -20,7 +20,7 @@ from worldlm_ray.messages import Model
 from worldlm_ray.methods import configure
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan, make_plan
-from worldlm_ray.records import MergeRecord, Record, RoundRecord, VerdictRecord
+from worldlm_ray.records import LifeRecord, MergeRecord, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
 
 Tiny = Callable[..., Plan]
@@ -256,6 +256,21 @@ def test_a_client_with_workers_is_refused(tiny: Tiny) -> None:
         tiny([big], exchange=OVERLAP)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("exchange.fragments", {"exchange": OVERLAP | {"fragments": 2}}),
+        ("merge.common_fraction", {"merge": {"client": "adaptive", "common_fraction": 0.5}}),
+        ("resources.share", {"resources": {"share": 2}}),
+        ("simulation.train", {"simulation": {"train": False}}),
+    ],
+)
+def test_what_begins_from_the_parents_word_is_refused(tiny: Tiny, name: str, changes: dict[str, Any]) -> None:
+    tiny(**{key: value for key, value in changes.items() if key != "exchange"})
+    with pytest.raises(ConfigError, match=rf"exchange\.overlap.*{name}"):
+        tiny(**({"exchange": OVERLAP} | changes))
+
+
 SYNCHRONOUS = {"trigger": "synchronous"}
 
 
@@ -402,6 +417,25 @@ def test_a_world_bears_a_client_that_diverges(tiny: Tiny) -> None:
     assert {each.round for each in simulation.clients.values()} == {5}
     assert np.isfinite(simulation.nodes["world"].theta).all()
     assert np.isfinite(simulation.clients["world/north/a"].trainer.read()).all()
+
+
+def test_a_client_whose_privacy_is_spent_follows_from_what_it_pushed_last(tiny: Tiny, tmp_path: Path) -> None:
+    private = {"unit": "record", "noise_multiplier": 1.0, "target_epsilon": 3.0, "delta": 1e-5}
+    children = [
+        client("a", tmp_path, 1, privacy=private | {"on_exhausted": "pause"}, training={"batch_size": 40}),
+        client("b", tmp_path, 2, simulation=LINK),
+    ]
+    plan = tiny(children, exchange=OVERLAP, budget={"rounds": 30}, run_dir=str(tmp_path / "private"))
+    simulation, records = run(plan)
+    spent = simulation.clients["world/a"]
+    assert spent.account is not None
+    assert spent.is_exhausted
+    assert 0 < spent.round < 30
+    assert len(spent.account.ledger.entries()) == spent.round, "no round that was paid for was left out"
+    assert any(isinstance(r, LifeRecord) and (r.node, r.event) == ("world/a", "paused") for r in records)
+    assert spent.base_version > spent.round, "it goes on taking its parent's model"
+    assert spent.in_flight is None
+    all_arrives(simulation)
 
 
 def test_a_private_client_pays_before_every_round(tiny: Tiny, tmp_path: Path) -> None:
