@@ -165,7 +165,7 @@ def test_random_faults_lose_nothing_and_apply_nothing_twice(
         for count in counts
     ]
     for seed in range(scripts):
-        plan = plans[seed % 2]
+        plan = plans[seed % len(plans)]
         script = a_script(seed, plan)
         simulation, records = run(plan, tmp_path / str(seed), script)
         check(simulation, records, f"{trigger}, overlap {overlap}, script {seed}: {script}")
