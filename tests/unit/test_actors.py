@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import OwnerDiedError, RayTaskError
 from worlds import client, write_text
 
 import actors.federation
@@ -24,6 +25,7 @@ from actors.shared import Address, RunClock
 from actors.world import WorldActor
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.audit import proofs
+from worldlm_ray.launch.run import with_living_owners
 from worldlm_ray.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
@@ -340,3 +342,19 @@ def test_clients_of_one_process_ask_again_for_answers_that_never_come(
     assert world.node.tokens == 6 * plan.round_tokens(plan.root.clients[0])
     found = proofs(plan.run_dir)
     assert {proof.sender: proof.applied for proof in found} == {f"phone-{n}": [1, 2] for n in (1, 2, 3)}
+
+
+def test_what_a_dead_actor_handed_out_is_asked_for_again() -> None:
+    lost = OwnerDiedError("00", b"", "")
+    tries: list[BaseException | None] = [lost, RayTaskError("measure", "", lost), None]
+
+    def read() -> str:
+        error = tries.pop(0)
+        if error is not None:
+            raise error
+        return "read"
+
+    assert with_living_owners(read) == "read"
+    tries[:] = [RayTaskError("measure", "", ValueError("another"))]
+    with pytest.raises(RayTaskError):
+        with_living_owners(read)

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayError, RayTaskError
 
 from actors.client import ClientActor
 from actors.federation import FederationActor
@@ -30,6 +30,8 @@ from worldlm_ray.report import MANY
 from worldlm_ray.tracking import STATUS
 from worldlm_ray.training.deepspeed_config import is_zero
 from worldlm_ray.tree import NodeSpec
+
+T = TypeVar("T")
 
 Progress = Callable[[dict[str, Any]], None]
 POLL_S = 0.5
@@ -154,12 +156,13 @@ def _conduct(
     if status == "finished":
         some = dict(list(world.clients.items())[:SAMPLES])
         samples = dict(zip(some, ray.get([client.sample.remote() for client in some.values()]), strict=True))
-    [parameters] = ask(world["world"], "parameters")
-    wall_s = world.clock.now_s()
-    summary = ask(
-        world.recorder, "conclude", parameters, measures=measures, samples=samples, wall_s=wall_s, status=status
-    )
-    return Outcome(summary=summary, samples=samples)
+    named = {"measures": measures, "samples": samples, "wall_s": world.clock.now_s(), "status": status}
+
+    def conclude() -> Any:
+        [parameters] = ask(world["world"], "parameters")
+        return ask(world.recorder, "conclude", parameters, **named)
+
+    return Outcome(summary=with_living_owners(conclude), samples=samples)
 
 
 def _answer(ref: Any, world: World, path: str) -> int:
@@ -470,13 +473,32 @@ def ask(actor: Any, method: str, *arguments: Any, **named: Any) -> Any:
 def _measure(plan: Plan, world: World) -> dict[str, Measure | None]:
     """Every client's model on its own text, every inner node's model on the text of all clients below."""
     own = {path: actor.measure.remote() for path, actor in world.clients.items()}
-    below = {}
-    for spec in plan.root.inner:
+
+    def by_clients(spec: NodeSpec) -> list[Any]:
         refs = ask(world[spec.path], "parameters")
         clients = [world.clients[client.path] for client in spec.clients if client.path in world.clients]
-        below[spec.path] = [client.measure.remote(refs) for client in clients]
+        return [client.measure.remote(refs) for client in clients]
+
+    asked = {spec.path: by_clients(spec) for spec in plan.root.inner}  # all at once
     measures = {path: ray.get(ref) for path, ref in own.items()}
-    return measures | {path: combine(ray.get(refs)) for path, refs in below.items()}
+    for spec in plan.root.inner:
+
+        def answers(spec: NodeSpec = spec) -> Any:
+            return ray.get(asked.pop(spec.path, None) or by_clients(spec))
+
+        measures[spec.path] = combine(with_living_owners(answers))
+    return measures
+
+
+def with_living_owners(read: Callable[[], T]) -> T:
+    """What `read` gives; read again where an actor has died between handing out its model and somebody's reading it."""
+    while True:
+        try:
+            return read()
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if not isinstance(cause, ObjectLostError):
+                raise
 
 
 def _reached(path: str, number: int, world: World) -> str:
