@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -28,6 +29,10 @@ def s3() -> Iterator[str]:
     host, port = server.get_host_and_port()
     before = {name: os.environ.get(name) for name in (*VARIABLES, "AWS_ENDPOINT_URL")}
     os.environ.update(VARIABLES, AWS_ENDPOINT_URL=f"http://{host}:{port}")
+    # Of an earlier store in this process there is left: the client, which would go on asking that, and its buckets.
+    s3fs.S3FileSystem.clear_instance_cache()
+    with urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")):
+        pass
     try:
         s3fs.S3FileSystem(use_listings_cache=False).mkdir("worlds")
         yield "s3://worlds"
