@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import ray
 
 from actors.shared import (
+    ARRIVAL_S,
     LAST_WORDS_S,
     STORAGE_AGAIN_S,
     Address,
@@ -46,9 +47,6 @@ from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import LifeRecord, Measure, Record
 from worldlm_ray.training.trainer import Trainer
-
-ARRIVAL_S = 10.0
-"""How long a client that is told to stop still tries to have its last update arrive."""
 
 T = TypeVar("T")
 

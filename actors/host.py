@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.shared import (
+    ARRIVAL_S,
     STORAGE_AGAIN_S,
     Address,
     end_process,
@@ -35,8 +36,6 @@ from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import LifeRecord, Measure, Record
 from worldlm_ray.virtual import VirtualClients
 
-ARRIVAL_S = 10.0
-"""How long clients that are told to stop still try to have their last update arrive."""
 AHEAD = 2
 """Clients that have pulled and have not trained yet, at most: a model that waits for its turn grows old."""
 
@@ -348,7 +347,7 @@ class _Member:
 
     async def _push(self, update: Update) -> None:
         shared = self.uplink.share(update)
-        self.client.outbox.use_shared_copy(update.values, shared)
+        self.client.use_shared_copy(update.values, shared)
         self._pushing = True
         try:
             await follow(self.uplink.push(replace(update, values=shared)))

@@ -26,6 +26,8 @@ RECORDER = "recorder"
 
 STORAGE_AGAIN_S = 2.0
 """How long an actor that was started again waits for storage that refuses, before it asks again."""
+ARRIVAL_S = 10.0
+"""How long a client that is told to stop still tries to have its last update arrive."""
 LAST_WORDS_S = 20.0
 """Time to end what is under way and to write a checkpoint after SIGTERM."""
 

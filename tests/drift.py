@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from worldlm_ray import rundir
 from worldlm_ray.client import Client
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
+from worldlm_ray.simulate import Simulation
+from worldlm_ray.tracking import Tracker
 from worldlm_ray.training.trainer import Batch, RoundResult
 from worldlm_ray.tree import NodeSpec
 
@@ -67,3 +72,17 @@ def drifting(plan: Plan, spec: NodeSpec, **settings: Any) -> Client:
     """A client that drifts."""
     sign = 1.0 + plan.root.clients.index(spec)
     return Client(plan, spec, make_trainer=lambda _: Drift(plan.layout.size, sign), **settings)
+
+
+def whole_run(plan: Plan, folder: Path, *, make_client: Any = drifting, **changes: Any) -> tuple[Simulation, list[Any]]:
+    """A simulated run to its end in a folder of its own, with changes of its configuration; and its records."""
+    plan = rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder), **changes)))
+    tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams={}, budget=plan.config.budget)
+    records: list[Any] = []
+    simulation = Simulation(plan, tracker, on_record=records.append, make_client=make_client)
+    try:
+        assert simulation.run() == "finished"
+        simulation.conclude("finished")
+    finally:
+        tracker.close()
+    return simulation, records

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from drift import Drift, drifting
+from drift import Drift, drifting, whole_run
 from worlds import client
 
-from worldlm_ray import rundir
 from worldlm_ray.audit import proofs
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
@@ -23,7 +21,6 @@ from worldlm_ray.params import params_sha256
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
-from worldlm_ray.tracking import Tracker
 
 Tiny = Callable[..., Plan]
 ROUNDS = 10
@@ -84,17 +81,7 @@ def test_clients_leave_and_join_in_turn() -> None:
 
 def run(plan: Plan, folder: Path, faults: list[str], make_client: Any = drifting) -> tuple[Simulation, list[Any]]:
     """A whole run with these faults, in a folder of its own."""
-    config = replace(plan.config, run_dir=str(folder), faults=faults)
-    plan = rundir.create(replace(plan, config=config))
-    tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams={}, budget=plan.config.budget)
-    records: list[Any] = []
-    simulation = Simulation(plan, tracker, on_record=records.append, make_client=make_client)
-    try:
-        assert simulation.run() == "finished"
-        simulation.conclude("finished")
-    finally:
-        tracker.close()
-    return simulation, records
+    return whole_run(plan, folder, make_client=make_client, faults=faults)
 
 
 def world(tiny: Tiny, trigger: str = "goal_achieved", *, children: Any = None, **changes: Any) -> Plan:

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from drift import drifting
+from drift import whole_run as run
 from rich.console import Console
 from worlds import client
 
-from worldlm_ray import rundir, spending
+from worldlm_ray import spending
 from worldlm_ray.audit import proofs
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, RoundRecord
 from worldlm_ray.report import live_table
-from worldlm_ray.simulate import Simulation
-from worldlm_ray.tracking import Tracker, read_status
+from worldlm_ray.tracking import read_status
 
 Tiny = Callable[..., Plan]
 ROUNDS = 30
@@ -36,19 +36,6 @@ def world(tiny: Tiny, folder: Path, privacy: dict[str, Any] | None = None, **cha
     speed = {"tokens_per_s": 256.0, "latency_s": 0.01}
     settings: dict[str, Any] = {"budget": {"rounds": ROUNDS}, "simulation": speed, "evaluation": {"every_rounds": 0}}
     return tiny([{"federation": "north", "children": [spent, client("free", folder, 2)]}], **(settings | changes))
-
-
-def run(plan: Plan, folder: Path, **changes: Any) -> tuple[Simulation, list[Any]]:
-    plan = rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder), **changes)))
-    tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams={}, budget=plan.config.budget)
-    records: list[Any] = []
-    simulation = Simulation(plan, tracker, on_record=records.append, make_client=drifting)
-    try:
-        assert simulation.run() == "finished"
-        simulation.conclude("finished")
-    finally:
-        tracker.close()
-    return simulation, records
 
 
 def paused_s(records: list[Any]) -> list[float]:
