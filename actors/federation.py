@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from actors.inner import InnerActor
-from actors.shared import Address
+from actors.shared import STORAGE_AGAIN_S, Address
 from actors.uplink import Uplink, follow
 from worldlm_ray.aggregation.events import ParentModel
 from worldlm_ray.records import Record
@@ -20,7 +20,6 @@ class FederationActor(InnerActor):
 
     def __init__(self, address: Address) -> None:
         self._work = asyncio.Event()
-        self._exchange_saved: asyncio.Task[None] | None = None
         self._told = False
         """Whether the parent knows that everything below has ended."""
         self._talking = False
@@ -31,7 +30,6 @@ class FederationActor(InnerActor):
         """Hand the update over to the task that talks to the parent."""
         update = self.node.begin_exchange()
         self.node.use_shared_copy(update.values, self._uplink.share(update))
-        self._exchange_saved = self._save()
         self._work.set()
 
     async def _live(self) -> None:
@@ -42,11 +40,9 @@ class FederationActor(InnerActor):
                 self._told = False
                 await follow(self._uplink.join())
             if self.node.in_flight is not None:
-                # Saved before it is sent: after a crash the same update goes out again under the same seq.
-                if self._exchange_saved is not None:
-                    await self._exchange_saved
                 self._talking = True
-                await follow(self._uplink.push(self.node.in_flight))
+                await self._until_known()
+                await follow(self._uplink.push(self.node.send()))
                 model = await follow(self._uplink.pull())
                 self._talking = False
                 await self._handle(ParentModel(model=model, now_s=self.clock.now_s()))
@@ -58,8 +54,20 @@ class FederationActor(InnerActor):
             else:
                 await self._rest()
 
+    async def _until_known(self) -> None:
+        """Wait until a checkpoint knows the update in flight, or until the storage has refused for too long."""
+        patience_s = self.plan.config.checkpoint.patience_s
+        while not self.node.may_send:
+            await self._save()
+            if self._refused_s is None:
+                continue
+            if patience_s is not None and self.clock.now_s() - self._refused_s >= patience_s:
+                self._warn("sends its parent what no checkpoint knows: if it dies now, that counts twice above it")
+                return
+            await asyncio.sleep(STORAGE_AGAIN_S)
+
     def _beat(self) -> None:
-        """A sign of life while this node waits for an answer: a synchronous parent may take long to give one."""
+        """A sign of life while an exchange is under way: storage may refuse, and a synchronous parent be long."""
         if self._talking:
             self._uplink.send_beat()
 

@@ -64,6 +64,7 @@ from worldlm_ray.aggregation.events import (
     Verdict,
     Wake,
 )
+from worldlm_ray.aggregation.node import Covered
 from worldlm_ray.aggregation.outbox import Welcome
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.errors import CheckpointError, MessageError, SupersededError
@@ -101,6 +102,8 @@ class InnerActor:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._saving: asyncio.Task[None] | None = None
         self._next_save: asyncio.Task[None] | None = None
+        self._refused_s: float | None = None
+        """Since when the storage refuses; None while it does not."""
         self._steady = asyncio.Event()
         """Unset while buffers that events change are being written."""
         self._steady.set()
@@ -235,7 +238,7 @@ class InnerActor:
             self.node.restore(*found)
         self.node.incarnation = incarnation
         if incarnation > 1:
-            self._audit.restored(now_s=self.clock.now_s(), incarnation=incarnation, last_seq=self.node.seqs())
+            self._audit.restored(now_s=self.clock.now_s(), incarnation=incarnation, last_seq=self.node.covers().seqs)
         self._is_up = True
         self._tell("continued" if found else "started")
 
@@ -412,12 +415,9 @@ class InnerActor:
         if any(map(self.node.changes, arrays)):
             self._steady.clear()  # events wait until these are written, and no longer
         # Plain values are copied, which is nothing; buffers are not: the others never change.
-        covers = (self.node.seqs(), self.node.left())
-        return self._spawn(self._save_beside(covers, json.loads(json.dumps(meta)), arrays))
+        return self._spawn(self._save_beside(self.node.covers(), json.loads(json.dumps(meta)), arrays))
 
-    async def _save_beside(
-        self, covers: tuple[dict[str, int], set[str]], meta: dict[str, Any], arrays: dict[str, Flat]
-    ) -> None:
+    async def _save_beside(self, covered: Covered, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Write while the machine goes on."""
         loop = asyncio.get_running_loop()
 
@@ -429,9 +429,11 @@ class InnerActor:
         except SupersededError as error:
             end_process(str(error))
         except CheckpointError as error:
+            self._refused_s = self.clock.now_s() if self._refused_s is None else self._refused_s
             self._warn(f"no checkpoint: {error}")
         else:
-            self.node.saved(*covers)
+            self._refused_s = None
+            self.node.saved(covered)
         finally:
             self._steady.set()
 

@@ -25,7 +25,7 @@ RECORDER = "recorder"
 """Name of the recorder's actor in the run's namespace."""
 
 STORAGE_AGAIN_S = 2.0
-"""How long an actor that was started again waits for storage that refuses, before it asks again."""
+"""How long an actor that cannot go on without its storage waits before it asks again, while the storage refuses."""
 ARRIVAL_S = 10.0
 """How long a client that is told to stop still tries to have its last update arrive."""
 LAST_WORDS_S = 20.0

@@ -66,7 +66,7 @@ def seconds_per_update(layout: Layout, children: int) -> float:
         node.use_shared_copy(node.theta, shared)
         times.append(time.perf_counter() - began)
         if number % 50 == 0:
-            node.saved(node.seqs())  # as after a checkpoint
+            node.saved(node.covers())  # as after a checkpoint
     assert node.version == UPDATES
     return statistics.median(times)
 

@@ -360,6 +360,9 @@ class CheckpointConfig:
     every_updates: int = 4
     """A node also writes one once a child keeps this many updates for the case that the node dies."""
     keep: int = 2
+    patience_s: float | None = 60.0
+    """A federation sends its parent only what a checkpoint of its own knows, so that nothing counts twice if it dies;
+    once its storage has refused for so many seconds, it sends without. null waits as long as it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,6 +568,7 @@ def check_run(config: RunConfig) -> None:
     not_negative(config.checkpoint.every_s, "checkpoint.every_s")
     positive(config.checkpoint.keep, "checkpoint.keep")
     positive(config.checkpoint.every_updates, "checkpoint.every_updates")
+    not_negative(config.checkpoint.patience_s or 0.0, "checkpoint.patience_s")
     positive(config.liveness.heartbeat_s, "liveness.heartbeat_s")
     positive(config.liveness.grace_s, "liveness.grace_s")
     not_negative(config.liveness.k, "liveness.k")

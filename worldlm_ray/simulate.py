@@ -75,6 +75,8 @@ NOTICED_S = 1.0
 """Virtual seconds until a caller learns that its call has failed, and until it tries again."""
 AUDIT_EVERY_S = 2.0
 """Without training, wall seconds between two writes of the audit trail."""
+STORAGE_AGAIN_S = 2.0
+"""Virtual seconds until a federation asks its storage again that refuses."""
 RESTART_S = 2.0
 """Virtual seconds until a killed node is back, unless its fault says otherwise."""
 
@@ -175,6 +177,8 @@ class Simulation:
         """Tokens of the rounds that are being trained."""
         self._saved: dict[str, State] = {}
         self._saved_s = dict.fromkeys(self.specs, 0.0)
+        self._refused_s: dict[str, float] = {}
+        """Since when a node's storage refuses."""
 
     def run(self) -> str:
         """Run to the end of the budget.
@@ -517,7 +521,7 @@ class Simulation:
             client = self.clients[child]
             if not client.began or (client.in_flight is not None and child not in self._merging):
                 self._pull(child)
-        elif self.nodes[child].exchanging:
+        elif self.nodes[child].in_flight is not None and self.nodes[child].is_sent:
             self._pull_up(child)
 
     def _pull_up(self, path: str) -> None:
@@ -557,15 +561,26 @@ class Simulation:
         elif isinstance(command, Save):
             self._save(path)
         elif isinstance(command, Exchange):
-            update = node.begin_exchange()
-            if self.faults:
-                self._save(path)
-            if path not in self._catching_up:  # which sends it, too
-                self._push(path, update, lambda: self._pull_up(path))
+            node.begin_exchange()
+            self._send_once_known(path)
         elif isinstance(command, Wake):
             self._at(command.at_s, lambda: self._take(path, Clock(now_s=self.now_s)), of=path)
         elif isinstance(command, Finish):
             self._finish(path)
+
+    def _send_once_known(self, path: str) -> None:
+        """Send a federation's update once a checkpoint knows it, or once the storage has refused for too long."""
+        node, patience_s = self.nodes[path], self.plan.config.checkpoint.patience_s
+        if self.faults and not node.may_send:
+            self._save(path)
+        refused_s = self.now_s - self._refused_s.get(path, self.now_s)
+        known = node.may_send or not self.faults  # where nothing can fail, nobody will ask a checkpoint
+        if known or (patience_s is not None and refused_s >= patience_s):
+            update = node.send()
+            if path not in self._catching_up:  # which sends it, too
+                self._push(path, update, lambda: self._pull_up(path))
+            return
+        self._at(self.now_s + STORAGE_AGAIN_S, lambda: self._send_once_known(path), of=path)
 
     def _finish(self, path: str) -> None:
         self._record(LifeRecord(node=path, now_s=self.now_s, event="finished", version=self.nodes[path].version))
@@ -744,7 +759,9 @@ class Simulation:
     def _save(self, path: str) -> None:
         """A checkpoint. Where nothing can fail, nobody will read it."""
         if self._faulty(path, "disk"):
+            self._refused_s.setdefault(path, self.now_s)
             return
+        self._refused_s.pop(path, None)
         node = self.nodes.get(path)
         if self.faults:
             meta, arrays = (node or self.clients[path]).state()
@@ -754,7 +771,7 @@ class Simulation:
             )
         self._saved_s[path] = self.now_s
         if node is not None:
-            node.saved(node.seqs(), node.left())
+            node.saved(node.covers())
 
     def _kill(self, fault: Fault) -> None:
         path = fault.node
@@ -799,7 +816,7 @@ class Simulation:
         if found is not None:
             node.restore(*found)
         node.incarnation = life
-        self.audit[path].restored(now_s=self.now_s, incarnation=life, last_seq=node.seqs())
+        self.audit[path].restored(now_s=self.now_s, incarnation=life, last_seq=node.covers().seqs)
         for command in node.resume():
             self._perform(path, command)
         for child in self.specs:

@@ -46,7 +46,7 @@ def run(tiny: Tiny, folder: Path, faults: list[str], **changes: Any) -> tuple[Pl
 
 
 def check(plan: Plan, summary: dict[str, Any]) -> list[Any]:
-    """Every client has trained its budget, and every update is in its parent's model once."""
+    """Every client has trained its budget, and every update is in its parent's model once, and so in the world's."""
     found = proofs(plan.run_dir)
     for proof in found:
         assert proof.holds, proof
@@ -55,6 +55,9 @@ def check(plan: Plan, summary: dict[str, Any]) -> list[Any]:
         assert summary["nodes"][spec.path]["steps"] == plan.config.budget.rounds * 4, spec.path
         assert applied[spec.path] == plan.config.budget.rounds, spec.path
     assert summary["status"] == "finished"
+    loaded = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))
+    assert loaded is not None
+    assert loaded[0]["tokens"] == sum(summary["nodes"][spec.path]["tokens"] for spec in plan.root.clients)
     return found
 
 
@@ -136,6 +139,8 @@ def test_links_fail_and_storage_refuses(cluster: None, tiny: Tiny, tmp_path: Pat
         "3s delay world/north/a by 0.5s for 3s",
         "1s disk world for 5s",
         "4s disk world/north/b for 3s",
+        "6s disk world/south for 4s",
+        "8s kill world/south",
     ]
     plan, summary = run(tiny, tmp_path / "run", faults)
     check(plan, summary)

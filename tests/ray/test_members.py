@@ -27,6 +27,8 @@ from worldlm_ray.tracking import read_status
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]
+ROUNDS = 24
+"""Of about a second each: whoever joins in the middle has time to start before the others have ended."""
 
 
 class Background:
@@ -34,7 +36,7 @@ class Background:
 
     def __init__(self, tiny: Tiny, folder: Path, children: Any = None, **changes: Any) -> None:
         settings: dict[str, Any] = {
-            "budget": {"rounds": 12},
+            "budget": {"rounds": ROUNDS},
             "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
             "liveness": {"heartbeat_s": 0.5},
         }
@@ -88,9 +90,9 @@ def test_a_client_joins_and_another_leaves(cluster: None, tiny: Tiny, tmp_path: 
     summary = run.end()
     assert summary["status"] == "finished"
     nodes = summary["nodes"]
-    assert nodes["world/north/new"]["steps"] == 12 * 4
-    assert nodes["world/south/c"]["steps"] < 12 * 4
-    assert nodes["world/south/d"]["steps"] == 12 * 4
+    assert nodes["world/north/new"]["steps"] == ROUNDS * 4
+    assert nodes["world/south/c"]["steps"] < ROUNDS * 4
+    assert nodes["world/south/d"]["steps"] == ROUNDS * 4
     assert all(proof.holds for proof in proofs(run.plan.run_dir))
     again = rundir.reopen(str(run.plan.run_dir))
     assert "world/north/new" in again.kinds
@@ -115,17 +117,17 @@ def test_a_federation_is_filled_as_places_become_free(cluster: None, tiny: Tiny,
     assert run.snapshot["nodes"]["world/north/c"]["state"] == "waiting"
     launch.leave(run.plan, membership.without(run.plan, "world/north/a"), "world/north/a")
     summary = run.end()
-    assert summary["nodes"]["world/north/c"]["steps"] == 12 * 4, "it took the place of the one that left"
+    assert summary["nodes"]["world/north/c"]["steps"] == ROUNDS * 4, "it took the place of the one that left"
 
 
 def test_clients_come_and_go_by_the_fault_script(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     faults = ["20s leave world/north/a", "15s join world/south/d", "24s join world/north/a", "900s join world/south/c"]
-    run = Background(tiny, tmp_path / "run", budget={"rounds": 24}, faults=faults)
+    run = Background(tiny, tmp_path / "run", faults=faults)
     summary = run.end()
     assert summary["status"] == "finished"
     nodes = summary["nodes"]
     for path in ("world/north/a", "world/north/b", "world/south/d"):
-        assert nodes[path]["steps"] == nodes[path]["accepted"] * 4 == 24 * 4, path
+        assert nodes[path]["steps"] == nodes[path]["accepted"] * 4 == ROUNDS * 4, path
     assert nodes["world/south/c"]["steps"] == 0, "nobody waited for one that comes too late"
     assert all(proof.holds for proof in proofs(run.plan.run_dir))
     lines = [line for line in audit.read(run.plan.run_dir) if line.get("verdict")]

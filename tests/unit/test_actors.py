@@ -25,6 +25,7 @@ from actors.shared import Address, RunClock
 from actors.world import WorldActor
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.audit import proofs
+from worldlm_ray.errors import CheckpointError
 from worldlm_ray.launch.run import with_living_owners
 from worldlm_ray.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.params import Flat
@@ -273,6 +274,44 @@ def test_a_federation_serves_its_children_while_it_exchanges(fake: FakeRay, tiny
     assert still_exchanging
     assert not actor.node.exchanging
     assert actor.node.base_version == world.node.version == 1
+
+
+@pytest.mark.parametrize("patience_s", [None, 0.3])
+def test_a_federation_whose_storage_refuses_sends_nothing_until_its_patience_ends(
+    fake: FakeRay, tiny: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, patience_s: float | None
+) -> None:
+    plan = tiny(checkpoint={"patience_s": patience_s})
+    federation_path, refuses, refused = plan.root.children[0].path, [True], []
+    write = checkpoint.save
+
+    def save(place: Path, *arguments: Any, **options: Any) -> Path:
+        if refuses[0] and place == checkpoint.folder(plan.run_dir, federation_path):
+            refused.append(place)
+            raise CheckpointError(f"{place}: no space left")
+        return write(place, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(actors.federation, "STORAGE_AGAIN_S", 0.02)
+
+    async def scene() -> WorldActor:
+        world = WorldActor(address(plan, "world"))
+        fake.actors["world"] = Handle(world)
+        await world.start()
+        actor = FederationActor(address(plan, federation_path))
+        await actor.start()
+        await actor.join("a", 1, 0)
+        assert (await actor.push("a", 1, 1, *an_update(plan, "a"))).accepted
+        await until(lambda: len(refused) >= 4)
+        assert world.node.accepted == 0
+        await actor.pull("a", 1, 1, 20)  # the children are served all the while
+        refuses[0] = patience_s is not None
+        await until(lambda: not actor.node.exchanging)
+        return world
+
+    world = asyncio.run(scene())
+    assert world.node.accepted == 1
+    warned = any("no checkpoint knows" in getattr(r, "detail", "") for r in fake.actors["recorder"].records)
+    assert warned == (patience_s is not None)
 
 
 def test_a_push_that_does_not_fit_is_answered_with_its_reason(fake: FakeRay, tiny: Callable[..., Plan]) -> None:

@@ -19,7 +19,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.faults import Faults
 from worldlm_ray.params import params_sha256
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import LifeRecord, RoundRecord, VerdictRecord
+from worldlm_ray.records import LifeRecord, PushRecord, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
 
 Tiny = Callable[..., Plan]
@@ -117,7 +117,7 @@ def check(simulation: Simulation, records: list[Any], why: str) -> None:
 
 def a_script(seed: int, plan: Plan) -> list[str]:
     rng = random.Random(seed)
-    lines, federations = [], {spec.path for spec in plan.root.inner} - {"world"}
+    lines = []
     for _ in range(rng.randint(1, 6)):
         kind = rng.choice(["kill", "kill", "cut", "silence", "drop", "repeat", "corrupt", "delay", "disk"])
         longest_s = 5.0
@@ -127,9 +127,6 @@ def a_script(seed: int, plan: Plan) -> list[str]:
         line = f"{rng.uniform(0, 12):.2f}s {kind} {rng.choice(nodes)}"
         line += f" by {rng.uniform(0, 3):.2f}s" if kind == "delay" else ""
         lines.append(f"{line} for {rng.uniform(0.1, longest_s):.2f}s")
-    # A federation that dies while its storage refuses has pushed what it does not know any more: see README, "Limits".
-    killed = {line.split()[2] for line in lines if " kill " in line}
-    lines = [line for line in lines if not any(f" disk {path} " in line for path in killed & federations)]
     for path in rng.sample([spec.path for spec in plan.root.clients], rng.randint(0, 2)):
         turns = ["leave", "join", "leave", "join"][rng.randint(0, 1) :][: rng.randint(1, 3)]
         times = sorted(rng.uniform(0, 14) for _ in turns)
@@ -194,6 +191,39 @@ def test_updates_are_sent_again_to_a_parent_that_has_lost_them(tiny: Tiny, tmp_p
     assert sum(proof.again for proof in proofs(simulation.plan.run_dir)) > 0
 
 
+def pushes_between(records: list[Any], node: str, begin_s: float, end_s: float) -> int:
+    return sum(isinstance(r, PushRecord) and r.node == node and begin_s < r.now_s < end_s for r in records)
+
+
+@pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous", "time_up"])
+def test_a_federation_sends_nothing_that_it_would_not_know_after_its_death(
+    tiny: Tiny, tmp_path: Path, trigger: str
+) -> None:
+    plan = world(tiny, aggregation={"trigger": trigger, "time_up_s": 2.5}, checkpoint={"patience_s": None})
+    script = ["3.30s disk world/north for 3.19s", "5.64s kill world/north for 0.53s"]
+    simulation, records = run(plan, tmp_path / "killed", script)
+    check(simulation, records, trigger)
+    assert pushes_between(records, "world/north", 4.5, 6.49) == 0
+    assert pushes_between(records, "world/north", 6.49, 99.0) > 0
+
+
+def test_clients_go_on_while_the_storage_of_their_federation_refuses(tiny: Tiny, tmp_path: Path) -> None:
+    plan = world(tiny, checkpoint={"patience_s": None})
+    simulation, records = run(plan, tmp_path / "refuses", ["2.5s disk world/north for 6s"])
+    check(simulation, records, "refuses")
+    for path in simulation.clients:
+        assert rounds_between(records, path, 2.5, 8.5) >= 5, path
+    assert pushes_between(records, "world/north", 3.6, 8.5) == 0
+
+
+def test_storage_that_never_comes_back_does_not_hold_a_run_up_for_ever(tiny: Tiny, tmp_path: Path) -> None:
+    plan = world(tiny, "synchronous", checkpoint={"patience_s": 5.0})
+    simulation, records = run(plan, tmp_path / "never", ["2.5s disk world/north for 1000s"])
+    check(simulation, records, "never")
+    assert simulation.now_s < 20.0
+    assert rounds_between(records, "world/north/a", 4.5, 7.5) == 0, "they wait for their federation's patience to end"
+
+
 # ---- silence -------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +264,15 @@ def test_a_federation_that_is_cut_off_is_given_up_and_taken_back(tiny: Tiny, tmp
     check(simulation, records, "a cut")
     assert [event for event, _ in lives(records, "world/north")] == ["lost", "training", "finished"]
     assert rounds_between(records, "world/south/c", 5.0, 11.0) >= 4
+
+
+def test_a_parent_that_was_restarted_gives_up_a_child_that_never_speaks_to_it(tiny: Tiny, tmp_path: Path) -> None:
+    plan = world(tiny, "synchronous", liveness=IMPATIENT, checkpoint={"every_s": 0.0})
+    script = ["3s kill world/north for 1s", "3s kill world/north/a for 20s"]
+    simulation, records = run(plan, tmp_path / "both", script)
+    check(simulation, records, "both")
+    assert "lost" in [event for event, _ in lives(records, "world/north/a")]
+    assert rounds_between(records, "world/north/b", 7.0, 22.0) >= 5
 
 
 def test_a_slow_client_is_not_silent(tiny: Tiny, tmp_path: Path) -> None:

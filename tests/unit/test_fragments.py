@@ -346,7 +346,8 @@ class Tree:
     def send(self) -> None:
         if self.due and self.north.in_flight is None:
             self.due = False
-            self.push(self.world, self.north.begin_exchange())
+            self.north.begin_exchange()
+            self.push(self.world, self.north.send())
 
     def hear(self) -> None:
         if self.north.in_flight is not None:

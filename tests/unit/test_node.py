@@ -137,7 +137,8 @@ def reason(commands: Iterable[Command]) -> str:
 def exchange(node: Node, commands: Iterable[Command]) -> Update:
     """Carry out the one exchange that is asked for, as far as the update."""
     assert of(Exchange, commands) == [Exchange()]
-    return node.begin_exchange()
+    node.begin_exchange()
+    return node.send()
 
 
 def parent_model(version: int, body: Any, keys: Any = 0.0, **fields: Any) -> Model:
@@ -950,6 +951,22 @@ def test_held_synchronous_updates_survive_a_restart(tmp_path: Path) -> None:
         push(one, "b", 1, change=[7, 8, 9], keys=7.0)
     assert twin.version == node.version == 1
     assert twin.theta.tobytes() == node.theta.tobytes()
+
+
+def test_nothing_is_sent_that_no_checkpoint_knows(tmp_path: Path) -> None:
+    node = federation()
+    earlier = node.covers()
+    push(node, "a", 1, change=1.0)
+    made = node.begin_exchange()
+    node.saved(earlier)
+    assert not node.may_send
+    assert not node.outbox.after(0), "a parent that has come back and asks what it lacks must not get it either"
+    twin = saved_and_loaded(node, tmp_path, federation())
+    assert twin.may_send, "its own checkpoint knows it"
+    node.saved(node.covers())
+    assert node.may_send
+    assert node.send() is made
+    assert [update.seq for update in node.outbox.after(0)] == [1]
 
 
 def test_an_update_in_flight_is_sent_again_with_the_same_seq(tmp_path: Path) -> None:

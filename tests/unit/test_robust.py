@@ -153,3 +153,7 @@ def test_time_in_which_a_node_was_dead_is_no_silence_of_its_children() -> None:
     twin.restore(meta, {name: np.array(values) for name, values in arrays.items()})
     twin.handle(Clock(now_s=1_000.0))
     assert all(child.active for child in twin.children.values())
+    for now_s in (1_002.0, 1_004.0, 1_006.0):
+        beats(twin, "a", [now_s])
+    twin.handle(Clock(now_s=1_006.0))
+    assert [child.active for child in twin.children.values()] == [True, False, False], "from then on it is"

@@ -143,6 +143,8 @@ class Serve:
 class Exchange:
     """Push what `Node.begin_exchange` gives to the parent, then pull, and bring the model back as a ParentModel.
 
+    A shell saves the node first, and sends (`Node.send`) what a checkpoint knows (`Node.may_send`).
+
     The update is not in the command: a shell may move the published model to shared memory first, so that the two
     never stand in private memory together.
     """

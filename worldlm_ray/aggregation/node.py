@@ -94,6 +94,18 @@ class Child:
     """... what has been passed on to the parent, as much of it as came back."""
 
 
+@dataclass(frozen=True)
+class Covered:
+    """What of a node a checkpoint knows."""
+
+    seqs: Mapping[str, int]
+    """Highest accepted seq of every child."""
+    left: Collection[str] = ()
+    """Children that have left."""
+    seq: int = 0
+    """The node's own: its newest update for its parent."""
+
+
 class Node:
     """An inner node of the tree.
 
@@ -196,6 +208,10 @@ class Node:
         """How updates travel to the parent, and what was lost of them by that so far."""
         self.in_flight: Update | None = None
         """The update of an exchange that has not come back yet."""
+        self.is_sent = False
+        """Whether it is on its way: the parent may have it."""
+        self._covered_seq = 0
+        """The newest of its updates that a checkpoint knows."""
         self.outbox = Outbox()
         """What the parent has not made durable yet."""
         self._exchange_asked = False
@@ -282,8 +298,10 @@ class Node:
         """Give up children that are silent for longer than their own rhythm explains."""
         commands: list[Command] = []
         for name, child in self.children.items():
-            if self.liveness is None or not child.active or child.heard_s is None:
+            if self.liveness is None or not child.active or not child.incarnation:
                 continue
+            if child.heard_s is None:  # not since this node was started again: its time to come back begins now
+                child.heard_s = now_s
             silent_s = now_s - child.heard_s
             if silent_s > patience_s(child.gaps, self.liveness):
                 child.lost = True
@@ -596,6 +614,7 @@ class Node:
         self._exchange_asked = False
         if self.in_flight is not None:
             return self.in_flight
+        self.is_sent = False
         split, number = self.layout.backbone_size, fragment_of(self.seq + 1, self.fragments)
         part = self.layout.fragments(self.fragments)[number]
         size = part.stop - part.start
@@ -620,15 +639,32 @@ class Node:
             fragments=self.fragments,
             base_incarnation=self.base_incarnation,
         )
-        self.outbox.add(self.in_flight)
-        self._is_sent(number)
+        self._begin_fragment(number)
         for child in self.children.values():
             child.pushed, child.share = child.pushed + child.share, 0.0
         self.unpushed_aggregations, self.unpushed_tokens = 0, 0
         return self.in_flight
 
-    def _is_sent(self, number: int) -> None:
-        """What there is of a fragment, and of the key layers, is on its way: the next update measures from here."""
+    @property
+    def may_send(self) -> bool:
+        """Whether a checkpoint knows the update in flight.
+
+        Not before may the parent have it: a node that dies and does not know what it has sent would take its children's
+        updates, which they send again, for new, and send them on a second time.
+        """
+        return self.in_flight is not None and self._covered_seq >= self.in_flight.seq
+
+    def send(self) -> Update:
+        """The update in flight, which is sent now, and kept until the parent cannot lose it any more."""
+        update = self.in_flight
+        if update is None:
+            raise AggregationError(f"{self.path}: there is no update to send")
+        self.is_sent = True
+        self.outbox.add(update)
+        return update
+
+    def _begin_fragment(self, number: int) -> None:
+        """What there is of a fragment, and of the key layers, is in an update: the next one measures from here."""
         if self.fragments == 1:
             self.anchor = self.theta
             return
@@ -654,7 +690,7 @@ class Node:
         self.base_incarnation, self.finished = model.incarnation, model.finished
         self.outbox.durable(model.durable_seq)
         for seq in range(self.seq + 1, model.last_seq + 1)[-self.fragments :] if self.fragments > 1 else ():
-            self._is_sent(fragment_of(seq, self.fragments))  # by an earlier life of this node
+            self._begin_fragment(fragment_of(seq, self.fragments))  # in an update of an earlier life of this node
         self.seq = max(self.seq, model.last_seq)
         self.parent_keys = frozen(parent_keys.copy())
         if model.version == 0:
@@ -798,20 +834,21 @@ class Node:
         """Whether a buffer of the state changes in place."""
         return name == "lost" or (name.startswith(("fold.", "optimizer.")) and not name.startswith("fold.first."))
 
-    def seqs(self) -> dict[str, int]:
-        """Highest accepted seq of every child."""
-        return {name: child.last_seq for name, child in self.children.items()}
+    def covers(self) -> Covered:
+        """What a checkpoint of the state as it is now would know."""
+        return Covered(
+            seqs={name: child.last_seq for name, child in self.children.items()},
+            left={name for name, child in self.children.items() if child.left},
+            seq=self.seq,
+        )
 
-    def left(self) -> set[str]:
-        """Children that have left."""
-        return {name for name, child in self.children.items() if child.left}
-
-    def saved(self, seqs: Mapping[str, int], left: Collection[str] = ()) -> None:
-        """A state with these `seqs` is on disk: children need not keep what it covers, and those that left may end."""
-        for name, seq in seqs.items():
+    def saved(self, covered: Covered) -> None:
+        """A checkpoint is on disk: children need not keep what it covers, and those that left may end."""
+        for name, seq in covered.seqs.items():
             self.children[name].durable_seq = max(self.children[name].durable_seq, seq)
-        for name in left:
+        for name in covered.left:
             self.children[name].gone = self.children[name].left
+        self._covered_seq = max(self._covered_seq, covered.seq)
 
     def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` described. Call `resume` next.
@@ -853,6 +890,7 @@ class Node:
             self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
         self.residuals.restore(meta.get("residuals", NO_RESIDUALS), arrays)
         self._fold, self._held, self._waiting, self.in_flight = None, {}, {}, None
+        self.is_sent, self._covered_seq = False, self.seq
         self.outbox.restore(meta["outbox"], arrays)
         if "in_flight" in meta:
             kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
