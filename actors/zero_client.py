@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import islice
 from typing import Any
 
@@ -28,6 +28,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.client import ClientActor
+from actors.others import room_for_others
 from actors.shared import Address
 from actors.zero_worker import LEAVE, Task, work
 from worldlm_ray import storage
@@ -417,7 +418,8 @@ class ZeroClientActor(ClientActor):
                         failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
                     ),
                 )
-                trainer.fit()
+                with room_for_others(self.plan, self._address.namespace) if low < high else nullcontext():
+                    trainer.fit()
             self._desk.end(f"{self.spec.path}: its workers have left")
         except Exception as error:  # noqa: BLE001  # whatever it is, the client must not wait for ever
             lines = [line for line in str(error).splitlines() if line.strip()]

@@ -1,0 +1,92 @@
+"""Room for the others: what a world's other clients take is not for the workers of a client whose number is a range.
+
+Ray Train sizes such a group by what the machines have in all: it knows what other runs of Ray Train have asked its
+coordinator for, and nothing of actors. Left alone it would wait for ever for cores that the world's plain clients
+hold. So these are asked for at the coordinator, too, before Ray Train asks for its workers.
+
+The coordinator is not a public interface of Ray; its release is pinned in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    ResourceRequestPriority,
+    get_or_create_autoscaling_coordinator,
+)
+
+from worldlm_ray import rundir
+from worldlm_ray.errors import WorldLMError
+from worldlm_ray.plan import Plan
+from worldlm_ray.training.deepspeed_config import is_zero
+from worldlm_ray.tree import NodeSpec, parent_path, processes
+
+RENEW_S = 30.0
+FORGOTTEN_S = 180.0
+"""What is not asked for again is given away after this time."""
+
+
+def taken(root: NodeSpec) -> list[tuple[dict[str, float], dict[str, str]]]:
+    """Resources and labels of every process that holds clients, but for those that Ray Train starts itself.
+
+    Of a federation that begins before all of its clients are there, as many count as it waits for.
+    """
+    limits = {
+        spec.path: spec.max_clients if spec.min_clients is None else spec.min_clients
+        for spec in root.inner
+        if spec.elastic
+    }
+    found, there = [], Counter[str]()
+    for group in processes(root):
+        first, parent = group[0], parent_path(group[0].path) or ""
+        limit = limits.get(parent)
+        if is_zero(first.settings) or (limit is not None and there[parent] >= limit):
+            continue
+        there[parent] += len(group)
+        resources = first.settings.resources
+        wanted = {"CPU": float(resources.cpus), "GPU": float(resources.gpus)}
+        found.append(
+            ({name: number for name, number in wanted.items() if number}, dict(first.settings.placement.labels))
+        )
+    return found
+
+
+@contextmanager
+def room_for_others(plan: Plan, namespace: str) -> Iterator[None]:
+    """Keep what the world's other clients take out of Ray Train's count, while a run of it goes on.
+
+    Args:
+        plan: the run; who has joined or left since is read again from its folder.
+        namespace: of the run, which all its clients with workers share.
+    """
+    coordinator, ended = get_or_create_autoscaling_coordinator(), threading.Event()
+
+    def ask(root: NodeSpec) -> Any:
+        wanted = taken(root)
+        return coordinator.request_resources.remote(
+            requester_id=f"{namespace}-others",
+            resources=[resources for resources, _ in wanted],
+            label_selectors=[labels for _, labels in wanted],
+            expire_after_s=FORGOTTEN_S,
+            priority=ResourceRequestPriority.HIGH,  # as Ray Train's own: whoever came first is served first
+        )
+
+    def renew() -> None:
+        root = plan.root
+        while not ended.wait(RENEW_S):
+            with suppress(WorldLMError, OSError):  # the storage may be away
+                root = rundir.reopen(str(plan.run_dir), check_data=False).root
+            ask(root)
+
+    ray.get(ask(plan.root))
+    threading.Thread(target=renew, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
