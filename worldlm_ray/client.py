@@ -345,11 +345,9 @@ class Client:
         else:
             judged = replace(judged, m=self.followed, agreement=None)
         self.merger.backbone(self.followed, own, own, model, out=self.base)
-        tokens = float(self.round_tokens)
-        weights = self.merger.keys(self.followed, own, own, model, own_tokens=tokens, now_s=now_s, out=self.base)
-        self.trainer.write(self.base)
+        weights = self._merge_keys(self.followed, own, own, model, now_s=now_s, merged=self.base)
         self._heard(model)
-        return [judged] if weights is None else [judged, weights]
+        return [judged, *weights]
 
     def _heard(self, model: Model) -> None:
         """What a client remembers of the parent's model that it took."""
@@ -384,10 +382,16 @@ class Client:
             anchor = self.merger.backbone(m, own, self.base, model, out=merged, exact=not ahead)
             assert anchor is not None, "the base is a buffer of its own"
             self.base = anchor
+        return [judged, *self._merge_keys(m, own, keys_from, model, now_s=now_s, merged=merged)]
+
+    def _merge_keys(
+        self, m: float, own: Flat, keys_from: Flat, model: Model, *, now_s: float, merged: Flat
+    ) -> list[Record]:
+        """Merge the key layers beside a backbone that is merged already, and go on from the result."""
         tokens = float(self.round_tokens)
         weights = self.merger.keys(m, own, keys_from, model, own_tokens=tokens, now_s=now_s, out=merged)
         self.trainer.write(merged)
-        return [judged] if weights is None else [judged, weights]
+        return [] if weights is None else [weights]
 
     def train(self, should_stop: Any = lambda: False) -> float:
         """Train the round that is under way, or the rest of it.
