@@ -74,8 +74,8 @@ class Client:
         self.in_flight: Update | None = None
         """The update of an exchange that a round has begun ahead of; None once it has come back."""
         self.trainer.write(self.base)
-        self.common = self._common()
-        """The parent's model, trained beside the client's own once they have parted; None unless asked for."""
+        self.common = Common(self._plain_trainer, rows=spec.settings.merge.common_rows(self.training.batch_size))
+        """The parent's model, trained beside the client's own once they have parted, if that is asked for."""
         self.parent_keys = self.base[plan.layout.backbone_size :].copy()
         """The parent's key layers, as this client last heard them: what an update's are measured from."""
         self.lost = memory(spec.settings.exchange.codec, plan.layout.backbone_size)
@@ -116,20 +116,16 @@ class Client:
         self._stretch_steps = 0
         """Steps that this process has done of the round."""
 
-    def _common(self) -> Common | None:
-        rows = self.spec.settings.merge.common_rows(self.training.batch_size)
-        if not rows:
-            return None
+    def _plain_trainer(self) -> LocalTrainer:
         threads = self.spec.settings.resources.cpus
-        trainer = LocalTrainer(self.plan.shape, self.plan.layout, self.training, threads=threads)
-        return Common(trainer, rows=rows)
+        return LocalTrainer(self.plan.shape, self.plan.layout, self.training, threads=threads)
 
     def _trainer(self) -> Trainer:
-        shape, layout, threads = self.plan.shape, self.plan.layout, self.spec.settings.resources.cpus
         if self.account is None:
-            return LocalTrainer(shape, layout, self.training, threads=threads)
+            return self._plain_trainer()
         from worldlm_ray.training.private import PrivateTrainer  # Opacus takes seconds to import
 
+        shape, layout, threads = self.plan.shape, self.plan.layout, self.spec.settings.resources.cpus
         privacy = self.spec.settings.privacy
         return PrivateTrainer(shape, layout, self.training, privacy, noise=self.account.noise, threads=threads)
 
@@ -309,8 +305,7 @@ class Client:
             self.merger.judge(model, None, now_s=now_s)
             self.base[:] = model.values
             self.trainer.write(self.base)
-            if self.common is not None:
-                self.common.end()
+            self.common.end()
             if self.start_over:
                 self.trainer.forget()
                 self.start_over = False
@@ -361,15 +356,14 @@ class Client:
         """Move to the parent's model, or keep the client's own and train the parent's beside it."""
         own = self.trainer.read()
         moved = Moved(now=own, since=self.base) if pushed is None else Moved(now=self.base, change=pushed.values)
-        if self.common is not None and self.common.active:
+        if self.common.active:
             moved = Moved(now=own, change=self.common.trainer.read() - self.base)
         m, judged = self.merger.judge(model, moved, now_s=now_s)
-        if self.common is not None and m == 0.0:
+        if self.common.rows and m == 0.0:
             self.common.begin(model.values, self.trainer.optimizer_state())
             self.base[:] = model.values
             return [judged]
-        if self.common is not None:
-            self.common.end()
+        self.common.end()
         # Before the first step after a push there is no progress to keep: the plain rule, to the bit.
         ahead = pushed is not None and self.began and self.step > 0
         keys_from = own
@@ -403,16 +397,12 @@ class Client:
             Seconds of training.
         """
         settings, first = self.training, self.step
-        batches, train_s = self._batches(first), 0.0
 
         def rate(step: int) -> float:
             return self._rate(first + step)
 
-        if self.common is not None:
-            batches = iter(self.common.own(batches))
-        result = self.trainer.run(batches, rate, should_stop=should_stop)
-        if self.common is not None:
-            train_s = self.common.train(islice(self._batches(first), result.steps), rate)
+        result = self.trainer.run(self.common.own(self._batches(first)), rate, should_stop=should_stop)
+        common_s = self.common.train(islice(self._batches(first), result.steps), rate)
         self._stretch_steps += result.steps
         self.step += result.steps
         self.steps += result.steps
@@ -423,7 +413,7 @@ class Client:
         self.learning_rate = result.learning_rate
         if self.step == settings.local_steps:
             self.round += 1
-        return result.train_s + train_s
+        return result.train_s + common_s
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """The batches of the round from a step on; a private client's are drawn anew every time, and by chance."""
@@ -464,7 +454,7 @@ class Client:
         layout, split = self.plan.layout, self.plan.layout.backbone_size
         number = fragment_of(self.seq + 1, self.fragments)
         part = layout.fragments(self.fragments)[number]
-        trained = self.common.trainer if self.common is not None and self.common.active else self.trainer
+        trained = self.common.trainer if self.common.active else self.trainer
         values, size = trained.read(), part.stop - part.start
         if self.fragments > 1:
             own, values = values, np.concatenate((values[part], values[split:]))
@@ -605,8 +595,7 @@ class Client:
         if self.lost is not None:
             arrays["lost"] = self.lost.copy()
         arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
-        if self.common is not None:
-            arrays |= self.common.state()
+        arrays |= self.common.state()
         meta["outbox"], kept = self.outbox.state()
         arrays |= kept
         if self.in_flight is not None:
@@ -642,8 +631,7 @@ class Client:
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = arrays["heard"]
         self.trainer.write(arrays["theta"])
-        if self.common is not None:
-            self.common.restore(arrays)
+        self.common.restore(arrays)
         self.outbox.restore(meta["outbox"], arrays)
         if "in_flight" in meta:
             kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there

@@ -12,6 +12,7 @@ text and ties them by a penalty. Here they share the batch, and part only when t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 
 from worldlm_ray.params import Flat
 from worldlm_ray.training.trainer import Batch, Trainer
@@ -21,14 +22,19 @@ class Common:
     """A second model with its optimizer.
 
     Args:
-        trainer: holds the model.
-        rows: sequences of every batch that it is trained on.
+        make_trainer: makes what holds the model, once there is one.
+        rows: sequences of every batch that it is trained on; 0 for no such model.
     """
 
-    def __init__(self, trainer: Trainer, *, rows: int) -> None:
-        self.trainer, self.rows = trainer, rows
+    def __init__(self, make_trainer: Callable[[], Trainer], *, rows: int) -> None:
+        self._make_trainer, self.rows = make_trainer, rows
         self.active = False
         """Whether the client keeps its own model, so that this one is trained beside it."""
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """What holds the model."""
+        return self._make_trainer()
 
     def begin(self, pulled: Flat, moments: dict[str, Flat]) -> None:
         """Train the pulled model in the round that begins.
@@ -66,7 +72,7 @@ class Common:
 
     def restore(self, arrays: dict[str, Flat]) -> None:
         """Become what `state` described."""
-        self.active = "common.theta" in arrays
+        self.active = self.rows > 0 and "common.theta" in arrays
         if self.active:
             prefix = "common.optimizer."
             self.trainer.write(arrays["common.theta"])
