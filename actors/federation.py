@@ -32,17 +32,24 @@ class FederationActor(InnerActor):
         self.node.use_shared_copy(update.values, self._uplink.share(update))
         self._work.set()
 
+    def _ask_for_news(self) -> None:
+        self._work.set()
+
     async def _live(self) -> None:
         """Talk to the parent: one task does, so that nothing overtakes. Children are served all the while."""
+        while self.node.is_deserted and not self.node.ended:
+            self._work.clear()
+            await self._work.wait()
         await follow(self._uplink.join())
         while True:
             if self._told and not self.node.ended:  # somebody below has come back: so does this node
                 self._told = False
                 await follow(self._uplink.join())
-            if self.node.in_flight is not None:
+            if self.node.in_flight is not None or self.node.wants_news:
                 self._talking = True
-                await self._until_known()
-                await follow(self._uplink.push(self.node.send()))
+                if self.node.in_flight is not None:
+                    await self._until_known()
+                    await follow(self._uplink.push(self.node.send()))
                 model = await follow(self._uplink.pull())
                 self._talking = False
                 await self._handle(ParentModel(model=model, now_s=self.clock.now_s()))

@@ -56,6 +56,7 @@ from worldlm_ray.aggregation.events import (
     Finish,
     Joined,
     Left,
+    News,
     Note,
     Pull,
     Push,
@@ -319,6 +320,8 @@ class InnerActor:
             elif isinstance(command, Exchange):
                 self._publish()
                 self._exchange()
+            elif isinstance(command, News):
+                self._ask_for_news()
             elif isinstance(command, Wake):
                 self._spawn(self._wake(command.at_s))
             elif isinstance(command, Finish):
@@ -335,6 +338,9 @@ class InnerActor:
             end_process(f"{self.spec.path}: {error}; starting again without the update")
 
     def _exchange(self) -> None:
+        raise NotImplementedError(f"{self.spec.path} has no parent")
+
+    def _ask_for_news(self) -> None:
         raise NotImplementedError(f"{self.spec.path} has no parent")
 
     def _finish(self) -> None:

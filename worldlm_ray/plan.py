@@ -109,7 +109,6 @@ class Plan:
 
     def inner_node(self, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
         """The state machine of an inner node; with the ledgers of its clients if it promises them privacy."""
-        faults = self.faults
         return Node(
             path=spec.path,
             children=tuple(child.name for child in spec.children),
@@ -122,17 +121,19 @@ class Plan:
             privacy=None if contributions is None else _client_privacy(spec, contributions),
             contributions=None if contributions is None else contributions.counts(),
             save_every=self.config.checkpoint.every_updates,
-            awaited=[
-                child.name
-                for child in spec.children
-                if child.kind == "client" and (spec.elastic or faults.comes_late(child.path))
-            ],
+            awaited=[child.name for child in spec.children if self._may_come_late(child, spec)],
             min_clients=spec.min_clients or 0,
             liveness=self.config.liveness,
             codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
             fragments=spec.settings.exchange.fragments if spec.kind != "world" else 1,
             child_fragments=spec.children[0].settings.exchange.fragments,
         )
+
+    def _may_come_late(self, spec: NodeSpec, parent: NodeSpec) -> bool:
+        """Whether a run may begin without a node."""
+        if spec.kind == "client":
+            return parent.elastic or self.faults.comes_late(spec.path)
+        return all(self._may_come_late(child, spec) for child in spec.children)
 
     @cached_property
     def faults(self) -> Faults:

@@ -45,6 +45,7 @@ from worldlm_ray.aggregation.events import (
     Finish,
     Joined,
     Left,
+    News,
     Note,
     ParentModel,
     Pull,
@@ -194,9 +195,11 @@ class Simulation:
                 self._at(fault.at_s, lambda parent=parent: self._fill(parent))  # type: ignore[misc]
         self._keep_away()
         for path in self.specs:
-            if path != "world" and path not in self.gone:
+            if self._is_deserted(path):
+                self._joined[path] = 0
+            elif path != "world" and path not in self.gone:
                 parent, name = self._parent(path)
-                self.nodes[parent].handle(Joined(child=name, now_s=0.0))
+                self._take(parent, Joined(child=name, now_s=0.0))
         for path, client in self.clients.items():
             if path not in self.gone:
                 self._record(client.start_record(now_s=self.now_s))
@@ -521,7 +524,7 @@ class Simulation:
             client = self.clients[child]
             if not client.began or (client.in_flight is not None and child not in self._merging):
                 self._pull(child)
-        elif self.nodes[child].in_flight is not None and self.nodes[child].is_sent:
+        elif self.nodes[child].wants_news or (self.nodes[child].in_flight is not None and self.nodes[child].is_sent):
             self._pull_up(child)
 
     def _pull_up(self, path: str) -> None:
@@ -563,6 +566,9 @@ class Simulation:
         elif isinstance(command, Exchange):
             node.begin_exchange()
             self._send_once_known(path)
+        elif isinstance(command, News):
+            if path not in self._catching_up:  # which asks for them, too
+                self._join(path)
         elif isinstance(command, Wake):
             self._at(command.at_s, lambda: self._take(path, Clock(now_s=self.now_s)), of=path)
         elif isinstance(command, Finish):
@@ -674,6 +680,10 @@ class Simulation:
             return False
         calls.remove(call)
         return True
+
+    def _is_deserted(self, path: str) -> bool:
+        """Whether a node is a federation that has no child yet: such a one does not join its parent."""
+        return path in self.nodes and self.nodes[path].has_parent and self.nodes[path].is_deserted
 
     # ---- who is there --------------------------------------------------------------------------------------------
 
@@ -806,7 +816,9 @@ class Simulation:
         self._record(LifeRecord(node=path, now_s=self.now_s, event="continued" if life > 1 else "started"))
         if path in self.clients and life == 1:
             self._record(self.clients[path].start_record(now_s=self.now_s))
-        if path != "world":
+        if self._is_deserted(path):
+            self._catching_up.discard(path)
+        elif path != "world":
             self._join(path)
 
     def _revive_node(self, path: str, life: int, found: State | None) -> None:

@@ -321,6 +321,33 @@ def test_a_newcomer_begins_from_its_federations_model(tiny: Tiny, tmp_path: Path
     assert np.abs(base - begun["world/south/c"][1]).max() > 0
 
 
+@pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
+def test_nobody_waits_for_a_federation_that_nobody_has_come_to(tiny: Tiny, tmp_path: Path, trigger: str) -> None:
+    plan = world(tiny, trigger)
+    begun: dict[str, list[Any]] = {"world/north/a": [], "world/south/c": []}
+
+    class Watched(Client):
+        def begin(self, model: Any, *, now_s: float) -> Any:
+            found = super().begin(model, now_s=now_s)
+            begun.setdefault(self.spec.path, []).append((now_s, self.base.copy()))
+            return found
+
+    def make(plan: Plan, spec: Any, **settings: Any) -> Client:
+        return Watched(plan, spec, make_trainer=lambda _: Drift(plan.layout.size, 1.0), **settings)
+
+    script = ["5.3s join world/north/a", "7s join world/north/b"]
+    simulation, records = run(plan, tmp_path / "late", script, make_client=make)
+    check(simulation, records, trigger)
+    assert rounds_between(records, "world/south/c", 0.0, 5.3) >= 4
+    at_s, model = begun["world/north/a"][0]
+    earlier = [base for begun_s, base in begun["world/south/c"] if begun_s < at_s]
+    assert np.abs(model - plan.initial()).max() > 0.5 * np.abs(earlier[-1] - plan.initial()).max(), "the world's"
+    # Killed before anybody has come, a federation still does not join; in the middle of its first news, it asks again.
+    for number, at_s in enumerate([2.0, 5.305, 5.315, 5.325, 5.4]):
+        faulty, records = run(plan, tmp_path / f"killed-{number}", [*script, f"{at_s}s kill world/north for 1s"])
+        check(faulty, records, f"killed at {at_s}")
+
+
 def test_one_that_left_comes_back_where_it_was(tiny: Tiny, tmp_path: Path) -> None:
     plan = world(tiny, "synchronous")
     simulation, records = run(plan, tmp_path / "back", ["2.5s leave world/north", "6.5s join world/north/a"])

@@ -24,6 +24,7 @@ from worldlm_ray.aggregation.events import (
     Finish,
     Joined,
     Left,
+    News,
     Note,
     ParentModel,
     Pull,
@@ -70,6 +71,7 @@ def make(
     budget: BudgetConfig | None = None,
     layout: Layout = LAYOUT,
     initial: Flat = START,
+    awaited: Iterable[str] = (),
     liveness: LivenessConfig | None = None,
     codec: str = "fp32",
     fragments: int = 1,
@@ -85,6 +87,7 @@ def make(
         has_parent=parent,
         layout=layout,
         initial=initial.copy(),
+        awaited=tuple(awaited),
         budget=budget or BudgetConfig(rounds=1_000),
         liveness=liveness,
         codec=codec,
@@ -713,6 +716,32 @@ def test_there_is_one_exchange_at_a_time() -> None:
     assert exchange(node, push(node, "a", 1)).seq == 1
     assert of(Exchange, push(node, "b", 1)) == []
     assert exchange(node, answer(node, parent_model(1, 0.0))).seq == 2
+
+
+def test_the_first_child_of_all_waits_for_news_of_the_parent(tmp_path: Path) -> None:
+    node = federation(awaited=NAMES)
+    assert node.is_deserted
+    assert of(News, node.handle(Joined(child="a", now_s=1.0)))
+    assert not node.is_deserted
+    assert of(Serve, pull(node, "a")) == [], "it would begin from what was there before the run"
+    assert not of(News, node.handle(Joined(child="b", now_s=1.0))), "once"
+    twin = saved_and_loaded(node, tmp_path, federation(awaited=NAMES))
+    assert twin.resume() == [News()]
+    [serve] = of(Serve, answer(node, parent_model(3, 8.0, keys=5.0)))
+    assert serve.model.version == 1
+    np.testing.assert_array_equal(serve.model.values[:SPLIT], 8.0)
+    np.testing.assert_array_equal(serve.model.values[SPLIT:], 5.0)
+    sent = exchange(node, push(node, "a", 1, base=1, change=2.0, keys=1.0))
+    assert sent.base_version == 3
+    np.testing.assert_array_equal(sent.values[:SPLIT], 2.0)
+
+
+def test_news_of_a_parent_that_has_none_keep_nobody_waiting() -> None:
+    node = federation(awaited=NAMES)
+    node.handle(Joined(child="a", now_s=1.0))
+    pull(node, "a")
+    [serve] = of(Serve, answer(node, parent_model(0, 8.0)))
+    assert serve.model.version == 0
 
 
 def test_the_world_never_exchanges() -> None:

@@ -107,7 +107,7 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class ParentModel:
-    """The parent's model arrived: the end of an exchange."""
+    """The parent's model arrived: the end of an exchange, or the news that was asked for."""
 
     model: Model
     now_s: float
@@ -151,6 +151,11 @@ class Exchange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class News:
+    """Join the parent, pull, and bring its model as a ParentModel: the first child is there, and waits for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wake:
     """Send a Clock event at this time."""
 
@@ -181,4 +186,4 @@ class Charge:
     child: str
 
 
-Command = Answer | Serve | Exchange | Wake | Save | Finish | Note | Charge
+Command = Answer | Serve | Exchange | News | Wake | Save | Finish | Note | Charge

@@ -35,6 +35,7 @@ from worldlm_ray.aggregation.events import (
     Finish,
     Joined,
     Left,
+    News,
     Note,
     ParentModel,
     Pull,
@@ -79,7 +80,7 @@ class Child:
     gone: bool = False
     """Whether a checkpoint knows that it has left: it may end."""
     awaited: bool = False
-    """True of a client of an elastic federation that has never been there, and may still come."""
+    """True of one that has never been there, and may still come: nobody waits for it."""
     lost: bool = False
     """Silent for longer than its own rhythm explains: nobody waits for it, until it speaks again."""
     heard_s: float | None = None
@@ -121,7 +122,8 @@ class Node:
         privacy: what the clients directly below are promised; None for nothing.
         contributions: how often each of them has contributed, by its ledger.
         save_every: a child should keep no more updates than this for the case that the node dies.
-        awaited: children that nobody waits for until they join.
+        awaited: children that nobody waits for until they join: clients of an elastic federation, or that come late,
+            and federations that have none but such.
         min_clients: of these, so many must have joined before any of them is served.
         liveness: when a silent child is given up; None for never.
         codec: how updates travel to the parent.
@@ -215,6 +217,8 @@ class Node:
         self.outbox = Outbox()
         """What the parent has not made durable yet."""
         self._exchange_asked = False
+        self.wants_news = False
+        """Whether its children wait until it has heard its parent for the first time."""
         self.accepted = 0
         self.refused: dict[str, int] = {}
         self._fold: Fold | None = None
@@ -311,8 +315,17 @@ class Node:
                 commands.append(Note(record=record))
         return commands
 
+    @property
+    def is_deserted(self) -> bool:
+        """Whether no child has ever been there. Such a node does not join its parent, which would wait for it."""
+        return self._awaited == len(self.children)
+
     def _join(self, event: Joined) -> list[Command]:
         self._check(event.child, event.incarnation, to=self.incarnation)
+        commands: list[Command] = []
+        if self.is_deserted and self.has_parent:
+            self.wants_news = True
+            commands.append(News())
         if event.child not in self.children:
             self.children[event.child] = Child()
             self._count_children()
@@ -321,7 +334,9 @@ class Node:
         child.incarnation = event.incarnation
         self._waiting.pop(event.child, None)  # whoever asked is gone, or will ask again
         forgot = event.seq < child.last_seq  # it comes from a checkpoint, and what it kept since is gone
-        return [Save()] if forgot and child.durable_seq < child.last_seq else []
+        if forgot and child.durable_seq < child.last_seq:
+            commands.append(Save())
+        return commands
 
     def _count_children(self) -> None:
         """Count them; `_set` keeps the counts true. A node may have very many."""
@@ -585,6 +600,11 @@ class Node:
         """Whether an exchange with the parent is under way, from the command on."""
         return self._exchange_asked or self.in_flight is not None
 
+    @property
+    def _hears_its_parent(self) -> bool:
+        """Whether the parent's model is on its way."""
+        return self.exchanging or self.wants_news
+
     def resume(self) -> list[Command]:
         """After `restore`: what is due before the first event.
 
@@ -599,10 +619,14 @@ class Node:
             else:
                 for name in pending:
                     commands += self._charge(name, 0.0)
-        return commands + ([Exchange()] if self.exchanging else []) + self._wake()
+        if self.exchanging:
+            commands.append(Exchange())
+        elif self.wants_news:
+            commands.append(News())
+        return commands + self._wake()
 
     def _exchange_due(self) -> bool:
-        if not self.has_parent or self.exchanging or not self.unpushed_aggregations:
+        if not self.has_parent or self._hears_its_parent or not self.unpushed_aggregations:
             return False
         return not self._active or self.unpushed_aggregations >= self.aggregation.push_every
 
@@ -685,7 +709,7 @@ class Node:
         """Move to the parent and keep whatever the children did meanwhile."""
         model, pushed = event.model, self.in_flight
         _, _, parent_keys = carried(model, self.layout)
-        self.in_flight = None
+        waited, self.wants_news, self.in_flight = self.wants_news, False, None
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation, self.finished = model.incarnation, model.finished
         self.outbox.durable(model.durable_seq)
@@ -695,6 +719,8 @@ class Node:
         self.parent_keys = frozen(parent_keys.copy())
         if model.version == 0:
             return []  # the parent has aggregated nothing yet: it has nothing to say
+        if waited and self.version == 0:
+            return self._begin_from(model, now_s=event.now_s)
         moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
         m, judged = self.merger.judge(model, moved, now_s=event.now_s)
         merged = self._buffer()
@@ -708,6 +734,16 @@ class Node:
         self.anchor = self.theta if anchor is None else frozen(anchor)
         return [Note(record=judged), *([Note(record=record)] if record is not None else [])]
 
+    def _begin_from(self, model: Model, *, now_s: float) -> list[Command]:
+        """A newcomer has nothing of its own to keep. What it has heard is its first version: children shall take it."""
+        self.merger.judge(model, None, now_s=now_s)
+        values = self._buffer()
+        np.copyto(values, model.values)
+        self.theta = self.anchor = frozen(values)
+        self._made, self._lent, self.cuts = values, False, {}
+        self.version = 1
+        return []
+
     # ---- the children ----------------------------------------------------------------------------------------
 
     @property
@@ -717,9 +753,9 @@ class Node:
 
     def _may_serve(self, name: str) -> bool:
         """Synchronous children wait until their last update is in a version and that version is exchanged."""
-        if (
+        if self.wants_news or (
             self.min_clients
-            and self.version == 0
+            and not self.accepted
             and sum(child.incarnation > 0 for child in self.children.values()) < self.min_clients
         ):
             return False
@@ -783,7 +819,7 @@ class Node:
             self.finished = trained_s >= self.budget.seconds
 
     def _all_ended(self) -> bool:
-        idle = self._fold is None and not self._held and not self.exchanging
+        idle = self._fold is None and not self._held and not self._hears_its_parent
         passed_on = not self.has_parent or not self.unpushed_aggregations
         return idle and passed_on and not self._active and not self._awaited
 
@@ -811,7 +847,7 @@ class Node:
             del child["durable_seq"], child["heard_s"], child["gaps"], child["gone"]
         meta["layout"], meta["optimizer_steps"] = self.layout.hash, list(self.optimizer.steps)
         meta["fragments"] = [self.fragments, self.child_fragments]
-        meta["contributions"] = dict(self.contributions)
+        meta["contributions"], meta["wants_news"] = dict(self.contributions), self.wants_news
         if self._fold is not None:
             arrays |= {f"fold.{name}": values for name, values in self._fold.arrays().items()}
             meta["fold"] = self._fold.state()
@@ -868,7 +904,7 @@ class Node:
                 )
         for name in _STATE:
             setattr(self, name, meta[name])
-        self.ended = False
+        self.ended, self.wants_news = False, meta.get("wants_news", False)
         # A private sum takes only those whom the plan knows: of others nobody says how they are to be clipped.
         mine = {n: c for n, c in meta["children"].items() if self.privacy is None or n in self.children}
         for name, child in mine.items():
