@@ -5,8 +5,11 @@ inner.py        what a federation and the world have in common: one node state m
 federation.py   an inner node with a parent
 world.py        the root
 client.py       a leaf: pulls, trains, pushes
+host.py         many leaves in one process
+uplink.py       a child's side of the link to its parent, whoever the child is
 zero_client.py  a leaf whose model several workers train
 zero_worker.py  one of these workers, inside Ray Train
+others.py       what the other leaves take of the machines, for the number of these workers
 recorder.py     the single writer of the run folder
 
 The classes are plain Python; `worldlm_ray.launch` makes actors of them.
