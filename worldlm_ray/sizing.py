@@ -59,6 +59,13 @@ class Wish:
     push_every: int = 1
     """Aggregations between two exchanges of a federation."""
     codec: str = "fp32"
+    fragments: int = 1
+    """Parts of the model that travel in turn. An aggregator's work is counted as for whole models."""
+
+    @property
+    def moved_bytes(self) -> float:
+        """Bytes of one exchange, up and down."""
+        return (nbytes(self.codec, self.parameters) + 4 * self.parameters) / self.fragments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +101,7 @@ def tiers(wish: Wish, machine: Machine) -> list[Tier]:
     Raises:
         ConfigError: a number is not positive, or an aggregator shall have fewer than two children.
     """
-    for name in ("clients", "parameters", "round_s", "push_every"):
+    for name in ("clients", "parameters", "round_s", "push_every", "fragments"):
         if getattr(wish, name) <= 0:
             raise ConfigError(name, f"got {getattr(wish, name)}", "give a number above 0")
     known = get_args(CodecName)
@@ -103,8 +110,7 @@ def tiers(wish: Wish, machine: Machine) -> list[Tier]:
     if wish.fan_out < 2:
         raise ConfigError("fan_out", f"got {wish.fan_out}", "an aggregator has 2 children or more")
     model = 4 * wish.parameters
-    up, copy_s = nbytes(wish.codec, wish.parameters), model / machine.copy_bytes_per_s
-    moved_s = (up + model) / machine.link_bytes_per_s
+    copy_s, moved_s = model / machine.copy_bytes_per_s, wish.moved_bytes / machine.link_bytes_per_s
     found = [
         Tier(
             name="clients",
@@ -147,9 +153,8 @@ def update_s(wish: Wish, machine: Machine) -> float:
 
 def most_children(wish: Wish, machine: Machine) -> tuple[int, str]:
     """Clients that one federation serves when it is busy for `FULL` of the time, and what limits them."""
-    model, up = 4 * wish.parameters, nbytes(wish.codec, wish.parameters)
-    moved_s = (up + model) / machine.link_bytes_per_s
-    exchange_s = FIXED_S + EXCHANGE_COPIES * model / machine.copy_bytes_per_s
+    moved_s = wish.moved_bytes / machine.link_bytes_per_s
+    exchange_s = FIXED_S + EXCHANGE_COPIES * 4 * wish.parameters / machine.copy_bytes_per_s
     by_memory = FULL / (update_s(wish, machine) + exchange_s / wish.push_every)
     by_link = FULL / (moved_s * (1.0 + 1.0 / wish.push_every))
     limit = "its network" if by_link < by_memory else "its memory's speed"
@@ -175,8 +180,9 @@ def table(wish: Wish, machine: Machine, found: Sequence[Tier]) -> Table:
             style=above,
         )
     most, limit = most_children(wish, machine)
+    parts = f", one of {wish.fragments} fragments at a time" if wish.fragments > 1 else ""
     shown.caption = (
         f"a copy {machine.copy_bytes_per_s / 1e9:.1f} GB/s, a link {8e-9 * machine.link_bytes_per_s:g} Gbit/s, "
-        f"{wish.codec} upwards; one federation serves {most:,} such clients, limited by {limit}"
+        f"{wish.codec} upwards{parts}; one federation serves {most:,} such clients, limited by {limit}"
     )
     return shown
