@@ -8,6 +8,7 @@ import platform
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 NAMES = (
     "exchange",
@@ -30,13 +31,17 @@ NAMES = (
 OUT = Path(__file__).parent / "out"
 
 
+def _first_line(module: ModuleType) -> str:
+    return (module.__doc__ or "").splitlines()[0]
+
+
 def main() -> None:
     """Run what was asked for, or everything."""
     wanted = sys.argv[1:] or NAMES
     if {"-h", "--help"} & set(wanted):
         print("python -m benchmarks [NAME ...]: all of them, or\n")
         for name in NAMES:
-            print(f"  {name:16} {import_module(f'benchmarks.{name}').__doc__.splitlines()[0]}")
+            print(f"  {name:16} {_first_line(import_module(f'benchmarks.{name}'))}")
         return
     for name in wanted:
         if name not in NAMES:
@@ -45,7 +50,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
     for name in wanted:
         module = import_module(f"benchmarks.{name}")
-        print(f"\n{name}: {module.__doc__.splitlines()[0]}", flush=True)
+        print(f"\n{name}: {_first_line(module)}", flush=True)
         result = module.run()
         (OUT / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 

@@ -75,7 +75,7 @@ def passes(layout: Layout) -> dict[str, tuple[int, Callable[[], object]]]:
 def run() -> dict[str, Any]:
     """Measure all, and print a table."""
     layout = make_layout([("model.weight", (SIZE,))], [], layers=0)
-    rows = []
+    rows = list[dict[str, Any]]()
     source, target = np.ones(SIZE, np.float32), np.ones(SIZE, np.float32)
     for name, (units, work) in passes(layout).items():
         work()

@@ -14,7 +14,6 @@ from worldlm_ray.client import Client
 from worldlm_ray.messages import Model
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.plan import make_plan
-from worldlm_ray.seeds import derive
 from worldlm_ray.training.schedule import learning_rate
 
 PAIRS, STEPS = 7, 30
@@ -34,9 +33,7 @@ def bare_loop(client: Client) -> Any:
     )
 
     def train(round_: int) -> float:
-        batches = client.dataset.batches(
-            derive(0, "bare", round_), steps=STEPS, batch_size=settings.batch_size, context=client.context
-        )
+        batches = client.dataset.batches(0, round_, steps=STEPS, batch_size=settings.batch_size, context=client.context)
         began = time.perf_counter()
         for step, (inputs, targets) in enumerate(batches):
             for group in optimizer.param_groups:

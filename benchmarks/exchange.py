@@ -157,7 +157,7 @@ def flower(size: int) -> float:
     """Seconds per update; raises `OutOfMemoryError` where this machine's memory is too small for it."""
     python, script = str(python_of("flower")), str(PEERS / "flower_exchange.py")
     port = _free_port()
-    quiet = {"stderr": subprocess.DEVNULL, "text": True}
+    quiet: dict[str, Any] = {"stderr": subprocess.DEVNULL, "text": True}
     rounds = PEER_ROUNDS + PEER_WARM
     server = subprocess.Popen(
         [python, script, "server", port, str(size), str(CLIENTS), str(rounds)], stdout=subprocess.PIPE, **quiet
@@ -194,7 +194,7 @@ def nvflare(size: int) -> float:
 def appfl(size: int) -> float:
     """Seconds per update; raises `OutOfMemoryError` where this machine's memory is too small for it."""
     python, script = str(python_of("appfl")), str(PEERS / "appfl_exchange.py")
-    port, quiet = _free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    port, quiet = _free_port(), dict[str, Any](stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         numbers = [str(number) for number in (size, CLIENTS, SLOW_ROUNDS)]
         server = subprocess.Popen([python, script, "server", port, *numbers, folder], **quiet)

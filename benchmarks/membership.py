@@ -37,7 +37,7 @@ def run() -> dict[str, Any]:
     rate = BATCH / len(text)
     layout = shape.layout([])
     training = TrainingConfig(batch_size=BATCH)
-    rows = []
+    rows = list[dict[str, Any]]()
     for noise in (None, 3.0):
         trainer: LocalTrainer
         if noise is None:

@@ -71,8 +71,8 @@ def _lose(cluster: Any, nodes: list[Any], folder: Path) -> dict[str, Any]:
     added_s = time.monotonic() - lost_at
     back_s: dict[str, float] = {}
     while thread.is_alive() and len(back_s) < 4:
-        for path, rounds in _rounds(looks[-1]).items():
-            if path not in back_s and rounds >= _rounds(before)[path] + 2:
+        for path, done in _rounds(looks[-1]).items():
+            if path not in back_s and done >= _rounds(before)[path] + 2:
                 back_s[path] = time.monotonic() - lost_at
         time.sleep(0.1)
     thread.join()

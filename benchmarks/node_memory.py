@@ -61,7 +61,7 @@ class Watched:
 
     def __init__(self, address: Address) -> None:
         self.before = private_bytes()
-        super().__init__(address)
+        super().__init__(address)  # type: ignore[call-arg]  # of the actor beside it
         self.sampler = Sampler(private_bytes)
 
     async def private_peak(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from worldlm_ray.config import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.initial import initial_parameters
@@ -74,7 +74,7 @@ def in_group(work: Callable[..., Any], *args: Any, workers: int = WORKERS) -> li
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        mp.spawn(_member, (workers, port, folder, work, args), nprocs=workers)
+        spawn(_member, (workers, port, folder, work, args), nprocs=workers)
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(workers)]
 
 
@@ -220,13 +220,12 @@ def memory(stage: int, preset: str) -> dict[str, float]:
 
 def _whole(layers: Iterator[Flat], layout: Layout) -> Flat:
     """The layers as one buffer on every worker, which tests may have and a client may not."""
-    found = [None]
+    found: list[Any] = [None]
     gathered = list(layers)
     if dist.get_rank() == 0:
-        found = [np.concatenate(gathered)]  # type: ignore[list-item]
+        found = [np.concatenate(gathered)]
     dist.broadcast_object_list(found, src=0)
     [whole] = found
-    assert whole is not None
     return np.asarray(whole)
 
 

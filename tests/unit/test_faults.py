@@ -127,7 +127,12 @@ def a_script(seed: int, plan: Plan) -> list[str]:
         line = f"{rng.uniform(0, 12):.2f}s {kind} {rng.choice(nodes)}"
         line += f" by {rng.uniform(0, 3):.2f}s" if kind == "delay" else ""
         lines.append(f"{line} for {rng.uniform(0.1, longest_s):.2f}s")
-    for path in rng.sample([spec.path for spec in plan.root.clients], rng.randint(0, 2)):
+    turning = rng.sample([spec.path for spec in plan.root.clients], rng.randint(0, 2))
+    if rng.random() < 0.25:  # nobody of a federation is there at first
+        late = rng.choice([spec.path for spec in plan.root.inner if spec.kind == "federation"])
+        turning = [path for path in turning if not path.startswith(f"{late}/")]
+        lines.append(f"{rng.uniform(0, 10):.2f}s join {late}")
+    for path in turning:
         turns = ["leave", "join", "leave", "join"][rng.randint(0, 1) :][: rng.randint(1, 3)]
         times = sorted(rng.uniform(0, 14) for _ in turns)
         lines += [f"{at_s:.2f}s {turn} {path}" for at_s, turn in zip(times, turns, strict=True)]
