@@ -33,6 +33,8 @@ class Progress:
         self.console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._shown_at = self._drawn_s = 0.0
+        self._line = ""
+        """The last line, where the output is no terminal."""
         self._warned: set[tuple[str, Any]] = set()
         self._began = time.monotonic()
 
@@ -72,10 +74,11 @@ class Progress:
                 self.console.print(line, style="bold red", markup=False, highlight=False)
         if self._live is not None:
             self._live.update(live_table(snapshot), refresh=True)
-        elif now - self._shown_at < LINE_EVERY_S:
-            return
+        elif now - self._shown_at < LINE_EVERY_S or (line := _line(snapshot)) == self._line:
+            return  # too soon, or nothing has happened since
         else:
-            self.console.print(_line(snapshot), markup=False, highlight=False)
+            self._line = line
+            self.console.print(line, markup=False, highlight=False)
         self._shown_at = now
 
 
