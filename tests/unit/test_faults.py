@@ -229,6 +229,14 @@ def test_storage_that_never_comes_back_does_not_hold_a_run_up_for_ever(tiny: Tin
     assert rounds_between(records, "world/north/a", 4.5, 7.5) == 0, "they wait for their federation's patience to end"
 
 
+def test_a_federation_that_has_forgotten_what_it_sent_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    script = ["3.30s disk world/north for 3.19s", "5.64s kill world/north for 0.53s"]
+    for patience_s, warnings in ((0.0, 1), (None, 0)):
+        _, records = run(world(tiny, checkpoint={"patience_s": patience_s}), tmp_path / str(patience_s), script)
+        said = [r for r in records if isinstance(r, LifeRecord) and "has forgotten" in r.detail]
+        assert [(record.node, record.event) for record in said] == [("world/north", "warning")] * warnings
+
+
 # ---- silence -------------------------------------------------------------------------------------------------------
 
 

@@ -715,12 +715,20 @@ class Node:
         self.outbox.durable(model.durable_seq)
         for seq in range(self.seq + 1, model.last_seq + 1)[-self.fragments :] if self.fragments > 1 else ():
             self._begin_fragment(fragment_of(seq, self.fragments))  # in an update of an earlier life of this node
+        notes: list[Command] = []
+        if model.last_seq > self.seq:  # they were sent without a checkpoint
+            said = (
+                f"has forgotten {model.last_seq - self.seq} of its updates: what its children send again counts twice"
+            )
+            warning = LifeRecord(node=self.path, now_s=event.now_s, event="warning", detail=f"{said} above it")
+            notes.append(Note(record=warning))
         self.seq = max(self.seq, model.last_seq)
         self.parent_keys = frozen(parent_keys.copy())
         if model.version == 0:
-            return []  # the parent has aggregated nothing yet: it has nothing to say
+            return notes  # the parent has aggregated nothing yet: it has nothing to say
         if waited and self.version == 0:
-            return self._begin_from(model, now_s=event.now_s)
+            self._begin_from(model, now_s=event.now_s)
+            return notes
         moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
         m, judged = self.merger.judge(model, moved, now_s=event.now_s)
         merged = self._buffer()
@@ -732,9 +740,12 @@ class Node:
             child.pushed *= 1.0 - m + m * model.share
         self.theta, self._made, self._lent, self.cuts = frozen(merged), merged, False, {}
         self.anchor = self.theta if anchor is None else frozen(anchor)
-        return [Note(record=judged), *([Note(record=record)] if record is not None else [])]
+        notes.append(Note(record=judged))
+        if record is not None:
+            notes.append(Note(record=record))
+        return notes
 
-    def _begin_from(self, model: Model, *, now_s: float) -> list[Command]:
+    def _begin_from(self, model: Model, *, now_s: float) -> None:
         """A newcomer has nothing of its own to keep. What it has heard is its first version: children shall take it."""
         self.merger.judge(model, None, now_s=now_s)
         values = self._buffer()
@@ -742,7 +753,6 @@ class Node:
         self.theta = self.anchor = frozen(values)
         self._made, self._lent, self.cuts = values, False, {}
         self.version = 1
-        return []
 
     # ---- the children ----------------------------------------------------------------------------------------
 
