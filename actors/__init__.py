@@ -4,7 +4,8 @@ shared.py       the run's clock, and messages whose buffers travel by reference
 inner.py        what a federation and the world have in common: one node state machine, driven by calls
 federation.py   an inner node with a parent
 world.py        the root
-client.py       a leaf: pulls, trains, pushes
+leaf.py         what every leaf is, in a process of its own or not: its state and its words
+client.py       a leaf with a process of its own: pulls, trains, pushes
 host.py         many leaves in one process
 uplink.py       a child's side of the link to its parent, whoever the child is
 zero_client.py  a leaf whose model several workers train

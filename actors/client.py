@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from actors.leaf import Leaf
 from actors.shared import (
     ARRIVAL_S,
     LAST_WORDS_S,
@@ -35,23 +36,21 @@ from actors.shared import (
     end_process,
     schedule_kills,
     was_restarted,
-    write_checkpoint,
 )
-from actors.uplink import Steps, Stopped, Uplink, wait_for
-from worldlm_ray import checkpoint
+from actors.uplink import Steps, Stopped, wait_for
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.messages import Model, Update
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.privacy.account import Account
-from worldlm_ray.records import LifeRecord, Measure, Record
+from worldlm_ray.records import Measure
 from worldlm_ray.training.trainer import Trainer
 
 T = TypeVar("T")
 
 
-class ClientActor:
+class ClientActor(Leaf):
     """A client. Its life takes a thread of its own; calls come beside it, and checkpoints are written beside it.
 
     Args:
@@ -59,17 +58,12 @@ class ClientActor:
     """
 
     def __init__(self, address: Address) -> None:
-        self.plan = plan_from_mapping(address.mapping)
-        self.spec = self.plan.node(address.path)
-        self.clock, self.recorder = address.clock, address.recorder
+        super().__init__(plan_from_mapping(address.mapping), address, address.recorder)
         self.faults = self.plan.faults
-        self._address = address
-        self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self._stop, self._leave = threading.Event(), threading.Event()
         self._ended = threading.Event()
         self._outcome: str | Exception = ""
-        self._model = threading.Lock()
-        """Held by whoever uses the trainer: calls come on other threads."""
+        self._model = threading.Lock()  # calls come on other threads
         self._link = threading.Lock()
         """Held by whoever changes or copies what the client knows of its exchange."""
         self._exchange: Future[Model | None] | None = None
@@ -81,23 +75,13 @@ class ClientActor:
         self._saving: Future[None] = Future()
         """The checkpoint that is being written, or the last one."""
         self._saving.set_result(None)
-        self._busy_s = self._pace_s = 0.0
-        self._began_s = self._saved_s = self.clock.now_s()
-        self._is_set_up = False
+        self._pace_s = 0.0
         schedule_kills(self.faults, self.spec.path, self.clock)
         if was_restarted() or address.begin:
             self.start()
 
-    def _set_up(self) -> None:
-        """Not in the constructor, where Ray would bury an error in a traceback and answer no call meanwhile."""
-        incarnation = checkpoint.claim(self._place)
-        self.client = Client(self.plan, self.spec, make_trainer=self._make_trainer)
-        self.client.incarnation = incarnation
-        found = checkpoint.load(self._place, warn=self._warn)
-        if found is not None:
-            self.client.restore(*found)
-        self._uplink = Uplink(self._address, self.plan, self.client, tell=self._tell)
-        self._tell(self._life("continued" if found else "started"))
+    def _make_client(self) -> Client:
+        return Client(self.plan, self.spec, make_trainer=self._make_trainer)
 
     _make_trainer: Callable[[Account | None], Trainer] | None = None
     """Makes what trains the model; None for a trainer in this process."""
@@ -114,9 +98,8 @@ class ClientActor:
             WorldLMError: what kept the client from starting.
         """
         with self._model:
-            if not self._is_set_up:
+            if not self._is_set_up:  # not in the constructor, where Ray would bury an error and answer no call
                 self._set_up()
-                self._is_set_up = True
             return self.client.round
 
     def process(self) -> int:
@@ -201,7 +184,7 @@ class ClientActor:
     def _live(self) -> str:
         """Train until the budget is spent (`finished`), or `stop` or `leave` is called."""
         try:
-            self._wait(self._uplink.join())
+            self._wait(self.uplink.join())
             self._tell(self.client.stand_record(now_s=self.clock.now_s()))
             if self.client.steps == 0:
                 self._tell(self.client.start_record(now_s=self.clock.now_s()))
@@ -231,7 +214,7 @@ class ClientActor:
             return self._say_goodbye
         if self.client.is_done or self._last:
             return self._finish
-        model = self._wait(self._uplink.pull())
+        model = self._wait(self.uplink.pull())
         if model.finished:
             return self._finish
         self._tell(*self.client.begin(model, now_s=self.clock.now_s()))
@@ -246,11 +229,8 @@ class ClientActor:
         """Train; False if the round was left unfinished because of `stop`, or given up."""
         train_s, trained = 0.0, False
         while not self.client.is_whole:
-            began_s = self.clock.now_s()
-            with self._model:
-                train_s += self.client.train(self._pauses)
+            train_s += self._train_stretch(self._pauses)
             trained = True
-            self._busy_s += self.clock.now_s() - began_s
             if not self.client.is_whole:
                 if self._stop.is_set():
                     return False
@@ -258,7 +238,7 @@ class ClientActor:
                 if not self.client.began:
                     return False
         if trained:
-            self._end_round(train_s)
+            self._pace_s = self._end_round(train_s)
         if self._exchange is not None:
             self._merge()  # an update must not overtake the one before
         return self.client.began
@@ -275,20 +255,6 @@ class ClientActor:
         self._last = model.finished
         self._tell(*records)
 
-    def _end_round(self, train_s: float) -> None:
-        """All steps of the round are done: measure, tell."""
-        began_s, measure = self.clock.now_s(), None
-        if self.client.measure_is_due:
-            with self._model:
-                measure = self.client.measure(self.plan.config.evaluation.tokens)
-        now_s = self.clock.now_s()
-        self._busy_s += now_s - began_s
-        self._pace_s = train_s + now_s - began_s
-        busy = self._busy_s / max(now_s - self._began_s, 1e-9)
-        self._tell(
-            self.client.round_record(now_s=now_s, train_s=train_s, busy_fraction=min(busy, 1.0), measure=measure)
-        )
-
     def _push(self) -> None:
         """Send the round's update; where exchange and training overlap, begin the next one and have it sent beside."""
         update = self.client.update()
@@ -303,7 +269,7 @@ class ClientActor:
         """The exchange beside the training."""
         if update is not None:
             self._deliver(update)
-        return self._wait(self._uplink.pull()) if pull else None
+        return self._wait(self.uplink.pull()) if pull else None
 
     def _await_exchange(self) -> Model | None:
         exchange, self._exchange = self._exchange, None
@@ -311,7 +277,7 @@ class ClientActor:
 
     def _deliver(self, update: Update) -> None:
         with self._link:
-            shared = self._uplink.share(update)
+            shared = self.uplink.share(update)
             self.client.use_shared_copy(update.values, shared)
         update = replace(update, values=shared)  # the client's own buffer goes
         # The work is done and deserves to arrive, even if the client is told to stop meanwhile.
@@ -322,19 +288,19 @@ class ClientActor:
                 stopped_at.append(self.clock.now_s())
             return bool(stopped_at) and self.clock.now_s() - stopped_at[0] > ARRIVAL_S
 
-        wait_for(self._uplink.push(update), enough, lock=self._link)
+        wait_for(self.uplink.push(update), enough, lock=self._link)
 
     def _finish(self) -> str:
         self.client.paused = self.client.may_pause
         self.save()
-        self._wait(self._uplink.done())
+        self._wait(self.uplink.done())
         event = "paused" if self.client.paused else "finished"
         self._tell(self.client.stand_record(now_s=self.clock.now_s()), self._life(event, self.client.last_word))
         return "finished"
 
     def _say_goodbye(self) -> str:
         self.save()
-        self._wait(self._uplink.left())
+        self._wait(self.uplink.left())
         self._tell(self._life("left"))
         return "left"
 
@@ -346,9 +312,9 @@ class ClientActor:
         followed_s = self.clock.now_s()
         while not self._stop.wait(self.plan.config.liveness.heartbeat_s):
             try:
-                if not self._wait(self._uplink.beat()):
-                    self._wait(self._uplink.join())
-                    self._wait(self._uplink.done())
+                if not self._wait(self.uplink.beat()):
+                    self._wait(self.uplink.join())
+                    self._wait(self.uplink.done())
                 if self.client.paused and self.clock.now_s() - followed_s >= self._pace_s:
                     self._follow()
                     followed_s = self.clock.now_s()
@@ -356,8 +322,8 @@ class ClientActor:
                 return
 
     def _follow(self) -> None:
-        model = self._wait(self._uplink.pull())
-        self._wait(self._uplink.done())  # the pull may have had to join anew
+        model = self._wait(self.uplink.pull())
+        self._wait(self.uplink.done())  # the pull may have had to join anew
         with self._model:
             records = self.client.follow(model, now_s=self.clock.now_s())
         self._tell(*records)
@@ -366,7 +332,7 @@ class ClientActor:
     def _beat(self) -> None:
         """Signs of life to the parent, beside the training."""
         while not self._ended.wait(self.plan.config.liveness.heartbeat_s):
-            self._uplink.send_beat()
+            self.uplink.send_beat()
 
     def _wait(self, steps: Steps[T]) -> T:
         return wait_for(steps, self._stop.is_set, lock=self._link)
@@ -382,14 +348,11 @@ class ClientActor:
         self._saved_s = self.clock.now_s()
         with self._link:
             state = self.client.state()
-        self._saving = beside(partial(self._write, *state))
+        self._saving = beside(partial(self._write_beside, *state))
 
-    def _write(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
-        incarnation = self.client.incarnation
+    def _write_beside(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         try:
-            write_checkpoint(self.plan, self.spec.path, meta, arrays, incarnation=incarnation, clock=self.clock)
-        except CheckpointError as error:
-            self._warn(f"no checkpoint: {error}")
+            self._write(meta, arrays)
         except SupersededError as error:
             end_process(str(error))
 
@@ -398,18 +361,3 @@ class ClientActor:
         if not self._ended.is_set():
             self._stop.set()
             self._ended.wait(LAST_WORDS_S)
-
-    def _warn(self, text: str) -> None:
-        self._tell(self._life("warning", text))
-
-    def _life(self, event: str, detail: str = "") -> LifeRecord:
-        return LifeRecord(
-            node=self.spec.path,
-            now_s=self.clock.now_s(),
-            event=event,
-            version=self.client.base_version if self._is_set_up else 0,
-            detail=detail,
-        )
-
-    def _tell(self, *records: Record) -> None:
-        self.recorder.record.remote(list(records))

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from actors.leaf import Leaf
 from actors.shared import (
     ARRIVAL_S,
     STORAGE_AGAIN_S,
@@ -24,16 +25,15 @@ from actors.shared import (
     end_process,
     schedule_kills,
     was_restarted,
-    write_checkpoint,
 )
-from actors.uplink import Uplink, settled_in_time
 from actors.uplink import follow as follow_steps
-from worldlm_ray import checkpoint, rundir
+from actors.uplink import settled_in_time
+from worldlm_ray import rundir
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.messages import Model, Update
 from worldlm_ray.plan import plan_from_mapping
-from worldlm_ray.records import LifeRecord, Measure, Record
+from worldlm_ray.records import Measure
 from worldlm_ray.virtual import VirtualClients
 
 AHEAD = 2
@@ -73,7 +73,7 @@ class HostActor:
         if was_restarted():
             now = rundir.reopen(str(self.plan.run_dir), check_data=False).specs  # some may have left since
             for member in self.members.values():
-                if member.path in now:
+                if member.spec.path in now:
                     member.start()
 
     # ---- called by the launcher: what a client's actor has, by the path of the client ----------------------------
@@ -139,11 +139,6 @@ class HostActor:
         """Held from a pull until its round is trained."""
         return self._ahead
 
-    def tell(self, *records: Record) -> None:
-        """Have something recorded."""
-        if records:
-            self.recorder.record.remote(list(records))
-
     def beat(self) -> None:
         """Begin to give signs of life, for all clients together."""
         if self._beating is None:
@@ -176,19 +171,13 @@ class HostActor:
                 member.save_now()
 
 
-class _Member:
+class _Member(Leaf):
     """One client of the process, and its life."""
 
     def __init__(self, host: HostActor, address: Address) -> None:
-        self.host, self.plan, self.clock = host, host.plan, host.clock
-        self.path, self._address = address.path, address
-        self._place = checkpoint.folder(self.plan.run_dir, self.path)
-        self.client: Client
-        self.uplink: Uplink
+        super().__init__(host.plan, address, host.recorder)
+        self.host = host
         self.stopping = self.leaving = self.is_living = self.is_staying = False
-        self.began_s = self._saved_s = self.clock.now_s()
-        self._busy_s = 0.0
-        self._is_up = False
         self._may_cancel = self._pushing = False
         """Whether it waits for its parent: in vain, perhaps, once it is told to stop."""
         self._getting_up = asyncio.Lock()
@@ -201,12 +190,9 @@ class _Member:
 
     async def ready(self) -> int:
         async with self._getting_up:
-            if not self._is_up:
+            if not self._is_set_up:
                 await self.host.prepare()
-                found = await self.host.with_model(self._set_up)
-                self.uplink = Uplink(self._address, self.plan, self.client, tell=self.host.tell)
-                self._is_up = True
-                self._tell("continued" if found else "started")
+                await self.host.with_model(self._set_up)
         return self.client.round
 
     def start(self) -> None:
@@ -250,16 +236,13 @@ class _Member:
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
-    def _set_up(self) -> bool:
-        """On the model's thread. Returns whether there was a checkpoint."""
-        incarnation = checkpoint.claim(self._place)
-        self.client = self.host.clients.make(self.path)
-        self.client.incarnation = incarnation
-        found = checkpoint.load(self._place, warn=self._warn)
-        if found is not None:
-            self.client.restore(*found)
+    def _make_client(self) -> Client:
+        return self.host.clients.make(self.spec.path)
+
+    def _set_up(self) -> None:
+        """On the model's thread."""
+        super()._set_up()
         self.host.clients.settle(self.client)
-        return found is not None
 
     async def _guard(self) -> None:
         try:
@@ -283,16 +266,18 @@ class _Member:
                     raise
                 self._warn(f"cannot go on yet: {error}")
                 await asyncio.sleep(STORAGE_AGAIN_S)
+                if self.stopping:
+                    raise
 
     async def _live(self) -> str:
         client, clock = self.client, self.clock
         try:
             await self._wait(follow(self.uplink.join()))
-            self.host.tell(client.stand_record(now_s=clock.now_s()))
+            self._tell(client.stand_record(now_s=clock.now_s()))
             if client.steps == 0:
-                self.host.tell(await self.host.with_model(partial(client.start_record, now_s=clock.now_s())))
-            self.began_s = self._saved_s = clock.now_s()
-            self._tell("training")
+                self._tell(await self.host.with_model(partial(client.start_record, now_s=clock.now_s())))
+            self._began_s = self._saved_s = clock.now_s()
+            self._tell(self._life("training"))
             self.is_living = True
             self.host.beat()
             while not self.stopping:
@@ -310,7 +295,7 @@ class _Member:
             if not self.stopping:
                 raise
         await self._save()
-        self._tell("stopped")
+        self._tell(self._life("stopped"))
         return "stopped"
 
     async def _round(self) -> Update | None:
@@ -330,19 +315,13 @@ class _Member:
         """On the model's thread: begin a round, or go on with the one that was begun."""
         client = self.client
         if model is not None:
-            self.host.tell(*client.begin(model, now_s=self.clock.now_s()))
+            self._tell(*client.begin(model, now_s=self.clock.now_s()))
         if not client.began:
             return None
-        began_s, measure = self.clock.now_s(), None
-        train_s = client.train(lambda: self.stopping)
+        train_s = self._train_stretch(lambda: self.stopping)
         if client.step < client.training.local_steps:
             return None
-        if client.measure_is_due:
-            measure = client.measure(self.plan.config.evaluation.tokens)
-        now_s = self.clock.now_s()
-        self._busy_s += now_s - began_s
-        busy = min(self._busy_s / max(now_s - self.began_s, 1e-9), 1.0)
-        self.host.tell(client.round_record(now_s=now_s, train_s=train_s, busy_fraction=busy, measure=measure))
+        self._end_round(train_s)
         return client.update()
 
     async def _push(self, update: Update) -> None:
@@ -358,14 +337,14 @@ class _Member:
         await self._save()
         await self._wait(follow(self.uplink.done()))
         finished = self._life("finished", self.client.last_word)
-        self.host.tell(self.client.stand_record(now_s=self.clock.now_s()), finished)
+        self._tell(self.client.stand_record(now_s=self.clock.now_s()), finished)
         self.is_staying = True
         return "finished"
 
     async def _say_goodbye(self) -> str:
         await self._save()
         await self._wait(follow(self.uplink.left()))
-        self._tell("left")
+        self._tell(self._life("left"))
         return "left"
 
     async def _wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -386,25 +365,8 @@ class _Member:
         """Write a checkpoint, or go on without. The client does nothing else meanwhile; others do."""
         self._saved_s = self.clock.now_s()
         state = await self.host.with_model(self.client.state)
-        await self.host.on_disk(partial(self._write, state))
+        await self.host.on_disk(partial(self._write, *state))
 
     def save_now(self) -> None:
         """The same without an event loop."""
-        self._write(self.client.state())
-
-    def _write(self, state: Any) -> None:
-        try:
-            incarnation = self.client.incarnation
-            write_checkpoint(self.plan, self.path, *state, incarnation=incarnation, clock=self.clock)
-        except CheckpointError as error:
-            self._warn(f"no checkpoint: {error}")
-
-    def _warn(self, text: str) -> None:
-        self._tell("warning", text)
-
-    def _tell(self, event: str, detail: str = "") -> None:
-        self.host.tell(self._life(event, detail))
-
-    def _life(self, event: str, detail: str = "") -> LifeRecord:
-        version = self.client.base_version if self._is_up else 0
-        return LifeRecord(node=self.path, now_s=self.clock.now_s(), event=event, version=version, detail=detail)
+        self._write(*self.client.state())
