@@ -19,7 +19,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.faults import Faults
 from worldlm_ray.params import params_sha256
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import LifeRecord, PushRecord, RoundRecord, VerdictRecord
+from worldlm_ray.records import LifeRecord, MergeRecord, PushRecord, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
 
 Tiny = Callable[..., Plan]
@@ -370,6 +370,8 @@ def test_one_that_left_comes_back_where_it_was(tiny: Tiny, tmp_path: Path) -> No
     numbers = [r.round for r in records if isinstance(r, RoundRecord) and r.node == "world/north/a"]
     assert numbers == list(range(1, ROUNDS + 1)), "no round twice"
     assert rounds_between(records, "world/south/c", 2.5, 6.5) >= 3, "nobody waited for a federation without clients"
+    heard = [r.now_s for r in records if isinstance(r, MergeRecord) and r.node == "world/north"]
+    assert any(6.5 <= at_s < 7.0 for at_s in heard), "it begins from what the world has learned meanwhile"
 
 
 def test_what_a_client_pushed_before_it_left_outlives_its_parent(tiny: Tiny, tmp_path: Path) -> None:

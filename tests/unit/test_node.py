@@ -744,6 +744,27 @@ def test_news_of_a_parent_that_has_none_keep_nobody_waiting() -> None:
     assert serve.model.version == 0
 
 
+@pytest.mark.parametrize("comes", ["a", "e"])
+def test_who_comes_where_all_have_left_begins_from_what_the_parent_has_learned_since(comes: str) -> None:
+    node = federation()
+    exchange(node, push(node, NAMES[0], 1, change=2.0))
+    answer(node, parent_model(1, 2.0))
+    for name in NAMES:
+        node.handle(Left(child=name, now_s=5.0))
+    assert of(News, node.handle(Joined(child=comes, now_s=9.0)))
+    assert of(Serve, pull(node, comes)) == [], "what it knows is old"
+    [serve] = of(Serve, answer(node, parent_model(7, 8.0)))
+    np.testing.assert_array_equal(serve.model.values[:SPLIT], 8.0)
+    assert not of(News, node.handle(Joined(child=NAMES[1], now_s=9.0))), "somebody is here"
+
+
+def test_one_that_is_done_and_joins_again_asks_for_no_news() -> None:
+    node = federation()
+    for name in NAMES:
+        node.handle(Done(child=name, now_s=5.0))
+    assert not of(News, node.handle(Joined(child=NAMES[0], now_s=9.0)))
+
+
 def test_the_world_never_exchanges() -> None:
     node = make(buffer_size=1)
     commands = [command for seq in range(1, 4) for command in push(node, "a", seq)]

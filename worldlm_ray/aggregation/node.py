@@ -218,7 +218,7 @@ class Node:
         """What the parent has not made durable yet."""
         self._exchange_asked = False
         self.wants_news = False
-        """Whether its children wait until it has heard its parent for the first time."""
+        """Whether its children wait until it has heard its parent: the first of them to be there has come."""
         self.accepted = 0
         self.refused: dict[str, int] = {}
         self._fold: Fold | None = None
@@ -323,8 +323,10 @@ class Node:
     def _join(self, event: Joined) -> list[Command]:
         self._check(event.child, event.incarnation, to=self.incarnation)
         commands: list[Command] = []
-        if self.is_deserted and self.has_parent:
-            self.wants_news = True
+        known = self.children.get(event.child)
+        comes = known is None or known.awaited or known.left
+        if comes and not self._active and self.has_parent and not self._hears_its_parent:
+            self.wants_news = True  # while nobody was here, nobody asked the parent
             commands.append(News())
         if event.child not in self.children:
             self.children[event.child] = Child()
@@ -699,11 +701,13 @@ class Node:
 
     @property
     def wanted_fragment(self) -> int | None:
-        """What to ask the parent for: the fragment that was pushed last; None, the whole, as long as nothing is known.
+        """What to ask the parent for: the fragment that was pushed last; None, the whole, where nothing new is known.
 
         A fragment is pulled right after its push, as in Streaming DiLoCo, so that it is never older than need be.
         """
-        return None if self.fragments == 1 or not self.base_version else fragment_of(self.seq, self.fragments)
+        if self.fragments == 1 or self.wants_news or not self.base_version:
+            return None
+        return fragment_of(self.seq, self.fragments)
 
     def _merge(self, event: ParentModel) -> list[Command]:
         """Move to the parent and keep whatever the children did meanwhile."""
