@@ -49,6 +49,13 @@ def client(name: str, folder: Path, seed: int, **settings: Any) -> dict[str, Any
     return {"client": name, "data": {"files": [str(file)]}, **settings}
 
 
+def crowd(name: str, folder: Path, *, copies: int) -> dict[str, Any]:
+    """Alike clients, `name-1` and so on, of which every one has enough text."""
+    one = client(name, folder, 1)
+    write_text(folder / f"{name}.txt", seed=1, size=9_000 * copies)
+    return one | {"copies": copies}
+
+
 def two_levels(folder: Path) -> list[dict[str, Any]]:
     """Two federations of two clients."""
     return [

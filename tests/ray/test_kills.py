@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
 import statistics
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
+from killing import Killer, check
+from worlds import client, crowd, two_levels
 
 from worldlm_ray import checkpoint, launch, rundir
 from worldlm_ray.audit import proofs
@@ -26,8 +25,10 @@ Tiny = Callable[..., Plan]
 ROUNDS = 8
 
 
-def a_plan(tiny: Tiny, folder: Path, faults: list[str], **changes: Any) -> Plan:
-    """Two federations of two clients, whose rounds take about a second each."""
+def a_plan(
+    tiny: Tiny, folder: Path, faults: list[str], children: list[dict[str, Any]] | None = None, **changes: Any
+) -> Plan:
+    """Two federations of two clients, unless other children are given; rounds take about a second each."""
     settings: dict[str, Any] = {
         "budget": {"rounds": ROUNDS},
         "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
@@ -35,7 +36,7 @@ def a_plan(tiny: Tiny, folder: Path, faults: list[str], **changes: Any) -> Plan:
         "liveness": {"heartbeat_s": 0.5},
         "faults": faults,
     }
-    plan = tiny(**(settings | changes))
+    plan = tiny(children, **(settings | changes))
     return rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder))))
 
 
@@ -43,76 +44,6 @@ def run(tiny: Tiny, folder: Path, faults: list[str], **changes: Any) -> tuple[Pl
     """A whole run of such a plan."""
     plan = a_plan(tiny, folder, faults, **changes)
     return plan, launch.train(plan).summary
-
-
-def check(plan: Plan, summary: dict[str, Any]) -> list[Any]:
-    """Every client has trained its budget, and every update is in its parent's model once, and so in the world's."""
-    found = proofs(plan.run_dir)
-    for proof in found:
-        assert proof.holds, proof
-    applied = {f"{proof.node}/{proof.sender}": len(proof.applied) for proof in found}
-    for spec in plan.root.clients:
-        assert summary["nodes"][spec.path]["steps"] == plan.config.budget.rounds * 4, spec.path
-        assert applied[spec.path] == plan.config.budget.rounds, spec.path
-    assert summary["status"] == "finished"
-    loaded = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))
-    assert loaded is not None
-    assert loaded[0]["tokens"] == sum(summary["nodes"][spec.path]["tokens"] for spec in plan.root.clients)
-    return found
-
-
-class Killer(threading.Thread):
-    """Sends signals to actors' processes while a run goes on.
-
-    Args:
-        plan: the run.
-        moments: the number of accepted updates from which on, seconds to wait then, and the name of the actor.
-        number: of the signal.
-    """
-
-    def __init__(self, plan: Plan, moments: list[tuple[int, float, str]], number: int = signal.SIGKILL) -> None:
-        super().__init__(daemon=True)
-        self.plan, self.moments, self.number = plan, moments, number
-        self.accepted = -1
-        self.hit = 0
-        self.looks: list[dict[str, Any]] = []
-
-    def look(self, snapshot: dict[str, Any]) -> None:
-        self.looks.append(snapshot)
-        self.accepted = snapshot["accepted"]
-
-    def run(self) -> None:
-        for accepted, wait_s, name in self.moments:
-            while self.accepted < accepted:
-                time.sleep(0.05)
-            time.sleep(wait_s)
-            process = self.process(name)
-            if process is None:
-                return
-            os.kill(process, self.number)
-            self.hit += 1
-            while self.process(name) == process:
-                time.sleep(0.05)
-
-    def process(self, name: str) -> int | None:
-        """Where an actor lives; None once the run is over."""
-        place = json.loads((self.plan.run_dir / "cluster.json").read_text(encoding="utf-8"))
-        while True:
-            try:
-                actor = ray.get_actor(name, namespace=place["namespace"])
-                return int(ray.get(actor.process.remote()))
-            except ray.exceptions.RayActorError:
-                time.sleep(0.05)
-            except ValueError:
-                return None
-
-    def train(self) -> dict[str, Any]:
-        """The summary of the run, once everybody was killed."""
-        self.start()
-        summary = launch.train(self.plan, on_progress=self.look).summary
-        self.join(timeout=10.0)
-        assert self.hit == len(self.moments), "not everybody was killed"
-        return summary
 
 
 @pytest.mark.parametrize(
@@ -146,12 +77,41 @@ def test_links_fail_and_storage_refuses(cluster: None, tiny: Tiny, tmp_path: Pat
     check(plan, summary)
 
 
-undisturbed: list[tuple[float, float]] = []
+def two_kinds(folder: Path) -> list[dict[str, Any]]:
+    """A federation whose clients share a process, and one with a client whose model two workers train."""
+    sharded = client("sharded", folder, 5, training={"zero_stage": 2}, resources={"workers": 2})
+    phones = [crowd("phone", folder, copies=3)]
+    return [
+        # They take turns: a round of all three takes as long as one of the others.
+        {"federation": "north", "resources": {"share": 3}, "training": {"step_delay_s": 0.08}, "children": phones},
+        {"federation": "south", "children": [sharded, client("d", folder, 4)]},
+    ]
+
+
+undisturbed: dict[Callable[[Path], list[dict[str, Any]]], list[tuple[float, float]]] = {two_levels: [], two_kinds: []}
 """Losses of runs that nobody was killed in, once they have been measured."""
 
 
-@pytest.mark.parametrize("name", ["world", "world/north", "world/south/d", "recorder"])
-def test_at_any_moment(cluster: None, tiny: Tiny, tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("name", "children"),
+    [
+        ("world", two_levels),
+        ("world/north", two_levels),
+        ("world/south/d", two_levels),
+        ("recorder", two_levels),
+        ("world/north/phone-2", two_kinds),
+        ("world/south/sharded", two_kinds),
+    ],
+)
+def test_at_any_moment(
+    cluster: None,
+    tiny: Tiny,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    name: str,
+    children: Callable[[Path], list[dict[str, Any]]],
+) -> None:
     """Every kind of actor killed at random moments: once each; as a soak, twenty times each in one run.
 
     The soak also asks whether the models are as good as those of undisturbed runs. Three seeds say how much undisturbed
@@ -160,19 +120,23 @@ def test_at_any_moment(cluster: None, tiny: Tiny, tmp_path: Path, request: pytes
     rng = random.Random(name)
     soak = request.config.getoption("--soak")
     often, rounds = (20, 100) if soak else (1, ROUNDS)
+    longest_s = (
+        20.0 if soak and "sharded" in name else 2.5
+    )  # workers are slow to start, and may be hit then, too
     settings: dict[str, Any] = {"budget": {"rounds": rounds}}
-    for seed in range(len(undisturbed), 3 if soak else 0):
-        plan = a_plan(tiny, tmp_path / f"undisturbed-{seed}", [], seed=seed, **settings)
-        undisturbed.append(losses(launch.train(plan).summary))
-        print(f"\nundisturbed (mean over the clients, world): {undisturbed[-1]}")
-    plan = a_plan(tiny, tmp_path / "run", [], **settings)
-    summary = Killer(plan, [(4, rng.uniform(0.1, 2.5), name) for _ in range(often)]).train()
+    others = undisturbed[children]
+    for seed in range(len(others), 3 if soak else 0):
+        plan = a_plan(tiny, tmp_path / f"undisturbed-{seed}", [], children(tmp_path), seed=seed, **settings)
+        others.append(losses(launch.train(plan).summary))
+        print(f"\nundisturbed (mean over the clients, world): {others[-1]}")
+    plan = a_plan(tiny, tmp_path / "run", [], children(tmp_path), **settings)
+    summary = Killer(plan, [(4, rng.uniform(0.1, longest_s), name) for _ in range(often)]).train()
     check(plan, summary)
     if soak:
         again = sum(proof.again for proof in proofs(plan.run_dir))
         print(f"{name} killed {often} times: {losses(summary)}; {again} updates undone and applied again, 0 lost")
-        for loss, others in zip(losses(summary), zip(*undisturbed, strict=True), strict=True):
-            assert loss - statistics.mean(others) <= 3.0 * statistics.stdev(others)
+        for loss, known in zip(losses(summary), zip(*others, strict=True), strict=True):
+            assert loss - statistics.mean(known) <= 3.0 * statistics.stdev(known)
 
 
 def losses(summary: dict[str, Any]) -> tuple[float, float]:

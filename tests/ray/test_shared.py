@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -12,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from worlds import client, write_text
+from killing import Killer, check
+from worlds import client, crowd
 
 from worldlm_ray import launch, membership, rundir
 from worldlm_ray.audit import proofs
-from worldlm_ray.launch import cluster as clusters
 from worldlm_ray.launch import hosts
 from worldlm_ray.plan import Plan
 from worldlm_ray.simulate import simulate
@@ -30,18 +27,11 @@ def in_folder(plan: Plan, folder: Path) -> Plan:
     return rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder))))
 
 
-def phones(folder: Path, copies: int) -> dict[str, Any]:
-    """Alike clients of which every one has enough text."""
-    one = client("phone", folder, 1)
-    write_text(folder / "phone.txt", seed=1, size=9_000 * copies)
-    return one | {"copies": copies}
-
-
 def test_synchronous_mode_gives_the_bits_of_clients_with_a_process_each(
     cluster: None, tiny: Tiny, tmp_path: Path
 ) -> None:
     children = [
-        {"federation": "north", "resources": {"share": 3}, "children": [phones(tmp_path, 5)]},
+        {"federation": "north", "resources": {"share": 3}, "children": [crowd("phone", tmp_path, copies=5)]},
         client("alone", tmp_path, 7),
     ]
     merge = {"client": "adaptive", "federation": "adaptive"}
@@ -60,35 +50,12 @@ def test_synchronous_mode_gives_the_bits_of_clients_with_a_process_each(
         assert real["nodes"][path]["steps"] == node["steps"], path
 
 
-class Killer(threading.Thread):
-    """Kills the process of the first host once enough updates have been accepted."""
-
-    def __init__(self, plan: Plan, after: int) -> None:
-        super().__init__(daemon=True)
-        self.plan, self.after = plan, after
-        self.accepted, self.killed = 0, 0
-
-    def look(self, snapshot: dict[str, Any]) -> None:
-        self.accepted = snapshot["accepted"]
-
-    def run(self) -> None:
-        while self.accepted < self.after:
-            time.sleep(0.1)
-        place = clusters.recall(self.plan.run_dir)
-        assert place is not None
-        name = next(iter(place["hosts"]))
-        host = ray.get_actor(name, namespace=place["namespace"])
-        pid = ray.get(host.process.remote())
-        os.kill(pid, signal.SIGKILL)
-        self.killed = pid
-
-
 @pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
 def test_a_host_that_is_killed_costs_nothing(cluster: None, tiny: Tiny, tmp_path: Path, trigger: str) -> None:
     rounds, copies = 4, 30
     children = [
-        {"federation": "north", "children": [phones(tmp_path, copies)]},
-        {"federation": "south", "children": [phones(tmp_path, copies)]},
+        {"federation": "north", "children": [crowd("phone", tmp_path, copies=copies)]},
+        {"federation": "south", "children": [crowd("phone", tmp_path, copies=copies)]},
     ]
     plan = in_folder(
         tiny(
@@ -101,24 +68,14 @@ def test_a_host_that_is_killed_costs_nothing(cluster: None, tiny: Tiny, tmp_path
         ),
         tmp_path / "run",
     )
-    killer = Killer(plan, after=2 * copies)
-    killer.start()
-    summary = launch.train(plan, on_progress=killer.look).summary
-    assert killer.killed
-    assert summary["status"] == "finished"
-    found = proofs(plan.run_dir)
-    for proof in found:
-        assert proof.holds, proof
-    applied = {f"{proof.node}/{proof.sender}": len(proof.applied) for proof in found}
-    for spec in plan.root.clients:
-        assert summary["nodes"][spec.path]["steps"] == rounds * 4, spec.path
-        assert applied[spec.path] == rounds, spec.path
+    check(plan, Killer(plan, [(2 * copies, 0.0, "world/north/phone-01")]).train())
 
 
 def test_clients_of_a_host_stop_and_go_on(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     settings = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.05}
     plan = in_folder(
-        tiny([phones(tmp_path, 6)], budget={"rounds": 4}, resources={"share": 3}, training=settings), tmp_path / "run"
+        tiny([crowd("phone", tmp_path, copies=6)], budget={"rounds": 4}, resources={"share": 3}, training=settings),
+        tmp_path / "run",
     )
     seen: dict[str, Any] = {}
     stopped = launch.train(plan, on_progress=seen.update, should_stop=lambda: seen.get("accepted", 0) >= 8).summary
@@ -134,7 +91,7 @@ def test_a_client_of_a_host_leaves_and_the_others_go_on(cluster: None, tiny: Tin
     settings = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.1}
     plan = in_folder(
         tiny(
-            [phones(tmp_path, 3)],
+            [crowd("phone", tmp_path, copies=3)],
             budget={"rounds": 8},
             resources={"share": 3},
             training=settings,
