@@ -152,7 +152,7 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """Join the parent, pull, and bring its model as a ParentModel: a child has come where nobody was, and waits for it."""
+    """Join the parent, pull, and bring its model as a ParentModel: a child has come where nobody was."""
 
 
 @dataclass(frozen=True, kw_only=True)
