@@ -247,7 +247,7 @@ class ZeroTrainer:
             self._since.append(task)
             steps, learning_rate = steps + len(chunk), rates[-1]
             tokens += sum(inputs.size for inputs, _ in chunk)
-            if took_s < CHUNK_S / 2:
+            if took_s < CHUNK_S / 2 and len(chunk) == self._chunk:  # one that the round cut short says nothing
                 self._chunk *= 2
             elif took_s > 2 * CHUNK_S:
                 self._chunk = max(self._chunk // 2, 1)

@@ -120,9 +120,8 @@ def test_at_any_moment(
     rng = random.Random(name)
     soak = request.config.getoption("--soak")
     often, rounds = (20, 100) if soak else (1, ROUNDS)
-    longest_s = (
-        20.0 if soak and "sharded" in name else 2.5
-    )  # workers are slow to start, and may be hit then, too
+    # Workers are slow to start, and may be hit then, too.
+    longest_s = 20.0 if soak and "sharded" in name else 2.5
     settings: dict[str, Any] = {"budget": {"rounds": rounds}}
     others = undisturbed[children]
     for seed in range(len(others), 3 if soak else 0):

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 
-from actors.zero_client import Desk, GroupLost
+from actors import zero_client
+from actors.zero_client import Desk, GroupLost, ZeroTrainer
 from actors.zero_worker import LEAVE, Task
 from worldlm_ray.errors import RunError
+from worldlm_ray.plan import Plan
 
 OLD, NEW, STRANGER = ("token", "old"), ("token", "new"), ("another", "group")
 
@@ -102,3 +105,22 @@ def test_the_end_of_ray_trains_run_is_heard(desk: Desk) -> None:
     with pytest.raises(RunError, match="no room"):
         answer()
     assert desk.next(OLD, 0, 0.01) == LEAVE
+
+
+def test_tasks_of_very_many_fast_rounds_stay_as_long_as_a_round(
+    desk: Desk, tiny: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny()
+    trainer = ZeroTrainer(desk, plan, plan.root.clients[0], tell=lambda event, text: None)
+    lengths: list[int] = []
+
+    def perform(task: Task) -> float:
+        lengths.append(len(task.args[1]))
+        return 1.0
+
+    monkeypatch.setattr(zero_client.ray, "put", lambda value: value)
+    monkeypatch.setattr(trainer, "_perform", perform)
+    batch = (np.zeros((1, 2), np.int64), np.zeros((1, 2), np.int64))
+    for _ in range(100):
+        assert trainer.run([batch] * 7, lambda step: 0.1).steps == 7
+    assert lengths == [4, 3, *[7] * 99]
