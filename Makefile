@@ -26,7 +26,7 @@ test-fast: $(READY)  ## unit tests, without Ray, in under a minute
 	$(BIN)/python -m pytest tests/unit
 
 soak: $(READY)  ## mutated messages and faults on purpose, a hundred times as many: takes half an hour
-	$(BIN)/python -m pytest --soak --timeout=0 tests/unit/test_mutations.py tests/unit/test_faults.py tests/ray/test_kills.py
+	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/unit/test_mutations.py tests/unit/test_faults.py tests/ray/test_kills.py
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -14,7 +14,6 @@ update in its outbox or the parent's word about it, never half of both.
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from actors.last_words import LastWords
 from actors.leaf import Leaf
 from actors.shared import (
     ARRIVAL_S,
@@ -50,7 +50,7 @@ from worldlm_ray.training.trainer import Trainer
 T = TypeVar("T")
 
 
-class ClientActor(Leaf):
+class ClientActor(LastWords, Leaf):
     """A client. Its life takes a thread of its own; calls come beside it, and checkpoints are written beside it.
 
     Args:
@@ -112,7 +112,6 @@ class ClientActor(Leaf):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._guard, daemon=True)
                 self._thread.start()
-                atexit.register(self._last_words)
 
     def outcome(self) -> str:
         """Wait for the end: `finished` once the budget is spent, `stopped` after `stop`, `left` after `leave`.
@@ -121,6 +120,8 @@ class ClientActor(Leaf):
             Exception: whatever broke the client.
         """
         self._ended.wait()
+        if self.reclaimed:
+            threading.Event().wait()  # the process ends in a moment, and the client goes on elsewhere
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
@@ -356,8 +357,8 @@ class ClientActor(Leaf):
         except SupersededError as error:
             end_process(str(error))
 
-    def _last_words(self) -> None:
-        """The process ends in an orderly way, as after SIGTERM: leave a checkpoint."""
-        if not self._ended.is_set():
+    def say_last_words(self) -> None:
+        """See LastWords: end as after `stop`."""
+        if self._thread is not None:
             self._stop.set()
             self._ended.wait(LAST_WORDS_S)

@@ -8,7 +8,6 @@ and all of its clients go on from their checkpoints.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from actors.last_words import LastWords
 from actors.leaf import Leaf
 from actors.shared import (
     ARRIVAL_S,
@@ -43,7 +43,7 @@ T = TypeVar("T")
 follow = partial(follow_steps, wait=settled_in_time)
 
 
-class HostActor:
+class HostActor(LastWords):
     """Several clients below one parent.
 
     Args:
@@ -53,7 +53,7 @@ class HostActor:
 
     def __init__(self, address: Address, paths: Sequence[str]) -> None:
         self.plan = plan_from_mapping(address.mapping)
-        self.clock, self.recorder = address.clock, address.recorder
+        self.clock, self.recorder, self.loop = address.clock, address.recorder, asyncio.get_running_loop()
         specs = [self.plan.node(path) for path in paths]
         memory_gb = specs[0].settings.resources.memory_gb
         limit_bytes = None if memory_gb is None else int(memory_gb * 1e9)
@@ -69,7 +69,6 @@ class HostActor:
         self._beating: asyncio.Task[None] | None = None
         for path in paths:
             schedule_kills(self.plan.faults, path, self.clock)
-        atexit.register(self._last_words)
         if was_restarted():
             now = rundir.reopen(str(self.plan.run_dir), check_data=False).specs  # some may have left since
             for member in self.members.values():
@@ -159,8 +158,8 @@ class HostActor:
             for name in lost:
                 members[name].join_again()
 
-    def _last_words(self) -> None:
-        """The process ends in an orderly way, as after SIGTERM. The event loop turns no more: write from here."""
+    def say_last_words(self) -> None:
+        """See LastWords. The event loop turns no more meanwhile: write from here."""
         living = [member for member in self.members.values() if member.is_living]
         for member in living:
             member.stopping = True

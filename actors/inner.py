@@ -19,10 +19,8 @@ begins by itself; its children notice, join again, and send what the checkpoint 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import json
 import os
-import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +31,8 @@ from typing import Any
 
 import ray
 
+from actors.last_words import LastWords
 from actors.shared import (
-    LAST_WORDS_S,
     STORAGE_AGAIN_S,
     Address,
     Carried,
@@ -75,7 +73,7 @@ from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
 
 
-class InnerActor:
+class InnerActor(LastWords):
     """What a federation and the world have in common.
 
     Args:
@@ -98,8 +96,6 @@ class InnerActor:
         self._published: tuple[Flat, Any] | None = None
         self._parts: dict[int, tuple[Flat, Any]] = {}
         """The same of fragments of the published model, as far as children have asked for them."""
-        self._handling = threading.RLock()
-        """Held while the machine changes: the process may be told to end at any moment."""
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._saving: asyncio.Task[None] | None = None
         self._next_save: asyncio.Task[None] | None = None
@@ -196,11 +192,11 @@ class InnerActor:
             return
         await self.ready()
         self._publish()
+        self.loop = asyncio.get_running_loop()
         self._started.set()
         self._perform(self.node.resume())
         self._spawn(self._live())
         self._spawn(self._tick())
-        atexit.register(self._last_words)
 
     async def process(self) -> int:
         """Id of this process."""
@@ -278,9 +274,10 @@ class InnerActor:
         except OSError:
             return  # the storage is away
 
-    def _last_words(self) -> None:
-        """The process ends in an orderly way, as after SIGTERM: leave a checkpoint. The event loop turns no more."""
-        if self._handling.acquire(timeout=LAST_WORDS_S):
+    def say_last_words(self) -> None:
+        """See LastWords. The event loop turns no more meanwhile, but a checkpoint may be on its way."""
+        if self._started.is_set():
+            self._disk.shutdown(wait=True, cancel_futures=True)
             self._audit.flush()
             with suppress(CheckpointError, SupersededError):
                 self._write(*self.node.state())
@@ -290,13 +287,12 @@ class InnerActor:
     async def _handle(self, event: Event) -> None:
         while not self._steady.is_set():
             await self._steady.wait()
-        with self._handling:
-            began = time.perf_counter()
-            commands = self.node.handle(event)
-            if not self.node.ended:
-                self._ended.clear()  # somebody has come back
-            self._busy_s += time.perf_counter() - began
-            self._perform(commands)
+        began = time.perf_counter()
+        commands = self.node.handle(event)
+        if not self.node.ended:
+            self._ended.clear()  # somebody has come back
+        self._busy_s += time.perf_counter() - began
+        self._perform(commands)
 
     def _perform(self, commands: list[Command]) -> None:
         records: list[Record] = []

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -26,9 +27,15 @@ import ray
 from ray.exceptions import ObjectLostError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group import worker_group
+from ray.util.placement_group import placement_group
 
 from actors.client import ClientActor
+from actors.last_words import stay_to_the_end
 from actors.others import room_for_others
+from actors.reserved import give_back, prefix
 from actors.shared import Address
 from actors.zero_worker import LEAVE, Task, work
 from worldlm_ray import storage
@@ -364,6 +371,36 @@ class ZeroTrainer:
         self._group, _ = self._desk.wait_for_group(lost)
 
 
+class _Reservations(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Part of Ray Train's controller: has its placement groups carry names (see actors/reserved.py).
+
+    Ray Train has no setting for it; the release of Ray is pinned in pyproject.toml.
+
+    Args:
+        beginning: of the names.
+    """
+
+    def __init__(self, beginning: str) -> None:
+        self._beginning, self._made = beginning, 0
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """The controller ends with its client, who may still have to write a checkpoint."""
+        stay_to_the_end()
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """The next placement group that is made is this group's."""
+        self._made += 1
+        worker_group.placement_group = partial(placement_group, name=f"{self._beginning}{self._made}")
+
+
+class _TorchTrainer(TorchTrainer):  # type: ignore[misc]
+    """Without the process in which Ray Train waits for its controller's death, and which may wait for ever."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 class ZeroClientActor(ClientActor):
     """A client with workers. Its own process holds no model, only what is exchanged.
 
@@ -394,12 +431,15 @@ class ZeroClientActor(ClientActor):
             "token": self._token,
             "noise": noise,
         }
+        # What an earlier life has left must not keep the workers of this one from finding room.
+        mine = prefix(self._address.namespace, self.spec.path)
+        give_back(mine)
         path, filesystem = self._storage()
         wanted = {"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {})
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                trainer = TorchTrainer(
+                trainer = _TorchTrainer(
                     work,
                     train_loop_config=config,
                     torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
@@ -416,6 +456,7 @@ class ZeroClientActor(ClientActor):
                         storage_filesystem=filesystem,
                         # Which failure is the last is decided above: by those in a row, not by all in a long life.
                         failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
+                        callbacks=[_Reservations(f"{mine}{self._token}-")],
                     ),
                 )
                 with room_for_others(self.plan, self._address.namespace) if low < high else nullcontext():

@@ -15,6 +15,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from actors.last_words import stay_to_the_end
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.training.trainer import MOMENTS
 
@@ -45,6 +46,7 @@ def work(config: dict[str, Any]) -> None:
         config: `mapping` (the run's configuration), `path` and `namespace` of the client's actor, its `token`, and the
             `noise` multiplier of a private one.
     """
+    stay_to_the_end()
     # Not above: the client's own process imports this module, and has no use for DeepSpeed.
     from worldlm_ray.training.zero import ZeroWorker
 

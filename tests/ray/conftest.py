@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -25,3 +26,14 @@ def cluster() -> Iterator[None]:
         )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test has done to its run, all that it had reserved on the cluster is given back."""
+    yield
+    if "cluster" in request.fixturenames and ray.is_initialized():
+        deadline = time.monotonic() + 20.0
+        while (free := ray.available_resources()["CPU"]) < ray.cluster_resources()["CPU"]:
+            assert time.monotonic() < deadline, f"only {free:g} cores are free"
+            time.sleep(0.1)

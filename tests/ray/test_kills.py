@@ -178,10 +178,20 @@ def test_storage_that_is_taken_away_comes_back(
         assert warnings == [], path
 
 
-def test_sigterm_leaves_a_checkpoint(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "children"),
+    [
+        (["world/north/a", "world"], two_levels),
+        (["world/north/phone-2", "world/south/sharded"], two_kinds),
+    ],
+)
+def test_sigterm_leaves_a_checkpoint(
+    cluster: None, tiny: Tiny, tmp_path: Path, names: list[str], children: Callable[[Path], list[dict[str, Any]]]
+) -> None:
     """As a machine that is reclaimed: every process of the run is told, and has some seconds."""
-    plan = a_plan(tiny, tmp_path / "run", [], checkpoint={"every_s": 1e6, "every_updates": 10**6})
-    moments = [(8, 0.0, "world/north/a"), (8, 0.0, "world")]
-    summary = Killer(plan, moments, signal.SIGTERM).train()
+    seldom = {"every_s": 1e6, "every_updates": 10**6}
+    plan = a_plan(tiny, tmp_path / "run", [], children(tmp_path), checkpoint=seldom)
+    summary = Killer(plan, [(8, 0.0, name) for name in names], signal.SIGTERM).train()
     found = check(plan, summary)
     assert all(proof.again == 0 for proof in found if proof.node == "world"), "its last checkpoint knew everything"
+    assert all(proof.refused == 0 for proof in found), "a client trained anew what it had sent before"

@@ -98,7 +98,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     ray = FakeRay()
     for module in (actors.shared, actors.inner, actors.uplink):
         monkeypatch.setattr(module, "ray", ray)
-    monkeypatch.setattr("atexit.register", lambda *_: None)
     return ray
 
 

@@ -145,7 +145,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     ray = FakeRay()
     for module in (actors.client, actors.shared, actors.uplink):
         monkeypatch.setattr(module, "ray", ray)
-    monkeypatch.setattr("atexit.register", lambda *_: None)
     return ray
 
 

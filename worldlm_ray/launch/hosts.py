@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 HOST = "@"
 """Begins the last part of a host's name: no node is called so."""
 
@@ -43,9 +41,3 @@ def name_of(path: str) -> str:
 def actor_of(client: Any) -> Any:
     """The actor behind a client's handle."""
     return client.host if isinstance(client, Member) else client
-
-
-def end(client: Any) -> None:
-    """End a client's actor; a host stays for its other clients."""
-    if not isinstance(client, Member):
-        ray.kill(client)

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import ray
 from ray.exceptions import RayTaskError
 
+from actors.reserved import give_back, prefix
 from worldlm_ray import config as configuration
 from worldlm_ray import rundir
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
-from worldlm_ray.launch.run import World, ask, create, find, plain
+from worldlm_ray.launch.run import World, answer, ask, create, find, plain
 from worldlm_ray.plan import Plan
 
 POLL_S = 0.2
@@ -44,10 +45,11 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
             there = actor.process.remote()
             if not ray.wait([there], timeout=PLACED_S)[0]:  # an autoscaler may be about to make room
                 on_phase(f"waiting for room for {path}: {cluster.wanted(new.node(path))}")
-            ray.get(there)
-            ray.get(actor.ready.remote())
+            answer(there)
+            answer(actor.ready.remote())
         except BaseException as error:  # noqa: BLE001 - Ctrl-C, too: the run does not know of the client yet
             ray.kill(actor)
+            give_back(prefix(world.namespace, path))
             raise plain(error) if isinstance(error, RayTaskError) else error from None
         configuration.save(new.config, new.run_dir / rundir.CONFIG)
         ask(world.recorder, "replan", new.to_mapping())
@@ -81,7 +83,7 @@ def leave(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = 
         on_phase("waiting for the round that is under way")
         for client in gone:
             ask(world.clients[client], "leave")
-        ray.get([world.clients[client].outcome.remote() for client in gone])
+        answer([world.clients[client].outcome.remote() for client in gone])
         configuration.save(new.config, new.run_dir / rundir.CONFIG)
 
 

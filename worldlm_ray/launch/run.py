@@ -17,6 +17,7 @@ from actors.client import ClientActor
 from actors.federation import FederationActor
 from actors.host import HostActor
 from actors.recorder import RecorderActor
+from actors.reserved import give_back, prefix
 from actors.shared import RECORDER, Address, RunClock
 from actors.world import WorldActor
 from worldlm_ray import rundir, tree
@@ -74,6 +75,13 @@ class World:
     def __getitem__(self, path: str) -> Any:
         return self.inner[path] if path in self.inner else self.clients[path]
 
+    def end(self, path: str) -> None:
+        """End a client's actor, with what it has reserved; a host stays for its other clients."""
+        client = self.clients.pop(path)
+        if not isinstance(client, hosts.Member):
+            ray.kill(client)
+            give_back(prefix(self.namespace, path))
+
 
 def train(
     plan: Plan,
@@ -124,6 +132,7 @@ def _train(
     finally:
         for actor in world.actors:
             ray.kill(actor)
+        give_back(prefix(world.namespace))
         cluster.forget(plan.run_dir)
 
 
@@ -155,7 +164,7 @@ def _conduct(
     samples = {}
     if status == "finished":
         some = dict(list(world.clients.items())[:SAMPLES])
-        samples = dict(zip(some, ray.get([client.sample.remote() for client in some.values()]), strict=True))
+        samples = dict(zip(some, answer([client.sample.remote() for client in some.values()]), strict=True))
     named = {"measures": measures, "samples": samples, "wall_s": world.clock.now_s(), "status": status}
 
     def conclude() -> Any:
@@ -167,7 +176,7 @@ def _conduct(
 
 def _answer(ref: Any, world: World, path: str) -> int:
     try:
-        return int(ray.get(ref))
+        return int(answer(ref))
     except ActorUnavailableError:  # it is being started again
         return int(ask(world[path], "ready"))
 
@@ -181,7 +190,9 @@ def _begun(plan: Plan, world: World) -> list[str]:
             least = len(clients) if spec.min_clients is None else spec.min_clients
             ready = {world.clients[path].ready.remote(): path for path in clients}
             least = min(least, len(ready))  # others come later
-            there, _ = ray.wait(list(ready), num_returns=least) if least else ([], [])
+            there: list[Any] = []
+            while len(there) < least:
+                there, _ = ray.wait(list(ready), num_returns=least, timeout=POLL_S)
             clients = [ready[ref] for ref in there]
         paths += clients
     return paths
@@ -317,8 +328,10 @@ def _options(spec: NodeSpec) -> dict[str, Any]:
             "max_task_retries": -1,
         }
         if is_zero(settings):
-            # Its workers reserve what they use, all together or not at all, and call the actor from their side, too.
-            options |= {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 6 + cluster.workers(spec)}
+            # Its workers reserve what they use, all together or not at all, and call the actor from their side, too,
+            # while at the end every node above has its own model measured.
+            threads = 6 + cluster.workers(spec) + spec.path.count("/")
+            options |= {"num_cpus": 0, "num_gpus": 0, "max_concurrency": threads}
     if settings.placement.labels:
         options["label_selector"] = dict(settings.placement.labels)
     return options
@@ -416,7 +429,7 @@ def _newcomers(world: World, snapshot: dict[str, Any], ended: Collection[str]) -
 
 def _replace(plan: Plan, world: World, path: str, ended: Collection[str]) -> dict[Any, str]:
     """A client has left: its actor goes, and where a federation has more clients than places the next one comes."""
-    hosts.end(world.clients.pop(path))
+    world.end(path)
     parent = plan.node(path.rsplit("/", 1)[0])
     for spec in parent.children if parent.max_clients is not None else ():
         absent = spec.kind == "client" and spec.path not in world.clients and spec.path not in ended
@@ -451,7 +464,7 @@ def _come(plan: Plan, world: World, spec: NodeSpec) -> dict[Any, str]:
 def _give_up(world: World, path: str) -> None:
     """A client that has never come: its parent need not wait for it any more."""
     if path in world.clients:
-        hosts.end(world.clients.pop(path))
+        world.end(path)
     parent, _, name = path.rpartition("/")
     ask(world.inner[parent], "give_up", name)
 
@@ -461,11 +474,22 @@ def _is_there(actor: Any) -> bool:
     return bool(ray.wait([actor.process.remote()], timeout=ABSENT_S)[0])
 
 
+def answer(refs: Any) -> Any:
+    """The value behind a reference, or the values behind several.
+
+    While `ray.get` waits, of all that a signal's handler may raise it lets only Ctrl-C through.
+    """
+    waiting = refs if isinstance(refs, list) else [refs]
+    while waiting:
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+    return ray.get(refs)
+
+
 def ask(actor: Any, method: str, *arguments: Any, **named: Any) -> Any:
     """The answer of an actor, once it is alive (again)."""
     while True:
         try:
-            return ray.get(getattr(actor, method).remote(*arguments, **named))
+            return answer(getattr(actor, method).remote(*arguments, **named))
         except ActorUnavailableError:
             time.sleep(POLL_S)
 
@@ -480,11 +504,11 @@ def _measure(plan: Plan, world: World) -> dict[str, Measure | None]:
         return [client.measure.remote(refs) for client in clients]
 
     asked = {spec.path: by_clients(spec) for spec in plan.root.inner}  # all at once
-    measures = {path: ray.get(ref) for path, ref in own.items()}
+    measures = {path: answer(ref) for path, ref in own.items()}
     for spec in plan.root.inner:
 
         def answers(spec: NodeSpec = spec) -> Any:
-            return ray.get(asked.pop(spec.path, None) or by_clients(spec))
+            return answer(asked.pop(spec.path, None) or by_clients(spec))
 
         measures[spec.path] = combine(with_living_owners(answers))
     return measures

@@ -1,0 +1,28 @@
+"""What groups of workers have reserved on the cluster, and how it is given back after a death.
+
+Ray keeps a placement group until its maker's job has ended, and Ray Train's own cleaner, a process that outlives the
+maker, asks the dashboard who lives: without one it never gives anything back, and stays itself. So every placement
+group gets a name that begins with its client's, by which others find what a dead life has left.
+"""
+
+from __future__ import annotations
+
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+
+def prefix(namespace: str, path: str = "") -> str:
+    """How the names of a client's placement groups begin, or without a path those of a whole run."""
+    return f"{namespace}:{path}:" if path else f"{namespace}:"
+
+
+def give_back(beginning: str) -> int:
+    """Remove all placement groups whose name begins so, and thereby their workers; returns how many there were."""
+    left = [
+        group["placement_group_id"]
+        for group in placement_group_table().values()
+        if group["name"].startswith(beginning) and group["state"] != "REMOVED"
+    ]
+    for number in left:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+    return len(left)
