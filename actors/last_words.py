@@ -55,8 +55,9 @@ class LastWords:
     def _speak(self) -> None:
         try:
             self.say_last_words()
-        finally:
             end_process("told to end")
+        except Exception as error:  # noqa: BLE001 - a boundary: whatever it is, the process ends
+            end_process(f"told to end, without a checkpoint: {error!r}")
 
 
 def stay_to_the_end() -> None:

@@ -431,12 +431,11 @@ class ZeroClientActor(ClientActor):
             "token": self._token,
             "noise": noise,
         }
-        # What an earlier life has left must not keep the workers of this one from finding room.
         mine = prefix(self._address.namespace, self.spec.path)
-        give_back(mine)
-        path, filesystem = self._storage()
         wanted = {"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {})
         try:
+            give_back(mine)  # what an earlier life has left must not keep the workers of this one from finding room
+            path, filesystem = self._storage()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 trainer = _TorchTrainer(

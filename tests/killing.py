@@ -30,6 +30,8 @@ class Killer(threading.Thread):
         self.plan, self.moments, self.number = plan, moments, number
         self.accepted = -1
         self.hit = 0
+        self.away_s: list[float] = []
+        """For how long nobody lived there, each time."""
         self.looks: list[dict[str, Any]] = []
 
     def look(self, snapshot: dict[str, Any]) -> None:
@@ -46,8 +48,10 @@ class Killer(threading.Thread):
                 return
             os.kill(process, self.number)
             self.hit += 1
+            began = time.monotonic()
             while self.process(name) == process:
                 time.sleep(0.05)
+            self.away_s.append(time.monotonic() - began)
 
     def process(self, name: str) -> int | None:
         """Where an actor lives, or a client that shares one; None once the run is over."""
