@@ -73,7 +73,7 @@ class Killer(threading.Thread):
         self.start()
         summary = launch.train(self.plan, on_progress=self.look).summary
         self.join(timeout=10.0)
-        assert self.hit == len(self.moments), "not everybody was killed"
+        assert self.hit == len(self.moments), f"the run ended after {self.hit} of {len(self.moments)} kills"
         return summary
 
 

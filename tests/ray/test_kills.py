@@ -92,6 +92,11 @@ undisturbed: list[tuple[float, float]] = []
 """Losses of runs of two levels that nobody was killed in, once they have been measured."""
 
 
+def spread(known: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Mean and standard deviation of every loss over runs."""
+    return [(statistics.mean(values), statistics.stdev(values)) for values in zip(*known, strict=True)]
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "children"),
@@ -137,33 +142,42 @@ def test_at_any_moment(
         again = sum(proof.again for proof in proofs(plan.run_dir))
         print(f"{name} killed {often} times: {losses(summary)}; {again} updates undone and applied again, 0 lost")
     if compared:
-        for loss, known in zip(losses(summary), zip(*undisturbed, strict=True), strict=True):
-            assert loss - statistics.mean(known) <= 3.0 * statistics.stdev(known)
+        for loss, (mean, deviation) in zip(losses(summary), spread(undisturbed), strict=True):
+            assert loss - mean <= 3.0 * deviation
 
 
 @pytest.mark.timeout(300)
-def test_a_synchronous_world_ends_with_the_same_bits_whoever_dies(
+def test_who_is_waited_for_costs_time_and_nothing_else(
     cluster: None, tiny: Tiny, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Clients that share a process and a client with workers, killed in turn: once each; as a soak, twenty times."""
+    """Clients that share a process and a client with workers, killed in turn: once each; as a soak, twenty times.
+
+    Everybody waits for them, so that all train as they would have. Not to the bit: a client that dies after its parent
+    has taken its update, and before its own checkpoint is on disk, does not remember that round.
+    """
     rng = random.Random(0)
-    often, rounds, longest_s = (20, 100, 12.0) if request.config.getoption("--soak") else (1, ROUNDS, 2.5)
+    soak = request.config.getoption("--soak")
+    often, rounds, longest_s = (20, 100, 8.0) if soak else (1, ROUNDS, 2.5)
     settings: dict[str, Any] = {
         "budget": {"rounds": rounds},
         "aggregation": {"trigger": "synchronous"},
         "checkpoint": {"every_s": 0.0, "every_updates": 6},
         "liveness": {"heartbeat_s": 0.5, "grace_s": 1e6},
     }
-    plan = a_plan(tiny, tmp_path / "undisturbed", [], two_kinds(tmp_path), **settings)
-    whole = launch.train(plan).summary
+    known: list[tuple[float, float]] = []
+    for seed in range(3 if soak else 1):
+        plan = a_plan(tiny, tmp_path / f"undisturbed-{seed}", [], two_kinds(tmp_path), seed=seed, **settings)
+        known.append(losses(launch.train(plan).summary))
     plan = a_plan(tiny, tmp_path / "run", [], two_kinds(tmp_path), **settings)
     names = ["world/north/phone-2", "world/south/sharded"] * often
     killer = Killer(plan, [(4, rng.uniform(0.1, longest_s), name) for name in names])
     summary = killer.train()
     check(plan, summary)
-    print(f"\n{killer.hit} kills, {summary['wall_s'] / whole['wall_s']:.2f} times as long, loss {losses(summary)}")
-    assert summary["params_sha256"] == whole["params_sha256"]
-    assert losses(summary) == losses(whole)
+    print(f"\nundisturbed (mean over the clients, world): {known}; {killer.hit} kills: {losses(summary)}")
+    if soak:
+        for loss, (mean, deviation) in zip(losses(summary), spread(known), strict=True):
+            assert loss - mean <= 3.0 * deviation
+    assert losses(summary) == pytest.approx(known[0], rel=0.05)
 
 
 def losses(summary: dict[str, Any]) -> tuple[float, float]:
