@@ -25,7 +25,7 @@ test: $(READY)  ## all tests, those with Ray too
 test-fast: $(READY)  ## unit tests, without Ray, in under a minute
 	$(BIN)/python -m pytest tests/unit
 
-soak: $(READY)  ## mutated messages and faults on purpose, a hundred times as many: takes half an hour
+soak: $(READY)  ## mutated messages, faults on purpose and kills, many times as many: takes an hour
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/unit/test_mutations.py tests/unit/test_faults.py tests/ray/test_kills.py
 
 check: $(READY)  ## lint, format and types
