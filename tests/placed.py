@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from killing import Killer
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from worlds import TINY_MODEL, client
 
-from worldlm_ray import config, launch, rundir
+from worldlm_ray import config, rundir
 from worldlm_ray.launch.cluster import QUIET
 from worldlm_ray.plan import make_plan
 
@@ -42,7 +43,6 @@ def main(folder: Path) -> None:
         "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
         "evaluation": {"tokens": 64, "final_tokens": 128},
         "data": {"cache_dir": str(folder / "cache")},
-        "faults": ["6s kill world/us", "7s kill world/eu"],
         "world": {"children": children},
     }
     plan = rundir.create(make_plan(config.from_mapping(raw)))
@@ -54,7 +54,7 @@ def main(folder: Path) -> None:
                 cluster.add_node(num_cpus=4, labels={"region": region})
             cluster.add_node(num_cpus=8)  # where there is most room, and where nobody belongs
             ray.init(cluster.address, **QUIET)
-            summary = launch.train(plan).summary
+            summary = Killer(plan, [(2, 0.0, "world/us"), (4, 0.0, "world/eu")]).train()
             regions = {node["NodeID"]: node["Labels"].get("region", "") for node in ray.nodes()}
             lived = [
                 [actor["Name"], actor["ActorClassName"], regions[actor["Address"]["NodeID"]], actor["NumRestarts"]]
