@@ -16,13 +16,8 @@ def prefix(namespace: str, path: str = "") -> str:
     return f"{namespace}:{path}:" if path else f"{namespace}:"
 
 
-def give_back(beginning: str) -> int:
-    """Remove all placement groups whose name begins so, and thereby their workers; returns how many there were."""
-    left = [
-        group["placement_group_id"]
-        for group in placement_group_table().values()
-        if group["name"].startswith(beginning) and group["state"] != "REMOVED"
-    ]
-    for number in left:
-        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
-    return len(left)
+def give_back(beginning: str) -> None:
+    """Remove all placement groups whose name begins so, and thereby their workers."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(beginning) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group["placement_group_id"]))))
