@@ -113,7 +113,7 @@ def save(
     try:
         with storage.refusals(place):
             storage.make_folder(place)
-            _check_newest(place, incarnation)
+            check_newest(place, incarnation)
             old = _numbered(place)
             number = max((number for (_, number), _ in old), default=0) + 1
             final = place / f"{incarnation:04d}-{number:06d}-{secrets.token_hex(2)}"
@@ -135,11 +135,11 @@ def save(
             if temporary is not final:
                 temporary.rename(final)
             storage.flush_folder(place)
-            _check_newest(place, incarnation)
+            check_newest(place, incarnation)
     except OSError as error:
         storage.remove_tree(temporary)
         with suppress(OSError), storage.refusals(place):
-            _check_newest(place, incarnation)  # a newer life clears away what an older one has not finished
+            check_newest(place, incarnation)  # a newer life clears away what an older one has not finished
         raise CheckpointError(f"cannot write a checkpoint to {place}: {error}; free the storage") from error
     with suppress(OSError), storage.refusals(place):
         for path in place.iterdir():
@@ -223,7 +223,13 @@ def _write_arrays(
     return 8 + len(head) + offset, digest.hexdigest()
 
 
-def _check_newest(place: Path, incarnation: int) -> None:
+def check_newest(place: Path, incarnation: int) -> None:
+    """See whether a process still plays its node.
+
+    Raises:
+        SupersededError: a newer one does.
+        OSError: the storage refused.
+    """
     newest = newest_incarnation(place)
     if newest > incarnation:
         raise SupersededError(f"{place}: incarnation {newest} is there; {incarnation} must end")

@@ -5,7 +5,7 @@ runs/NAME/
     summary.json     written at the end and on every clean stop
     status.json      the newest snapshot while the run lives
     audit/           one line per update accepted or refused, a file per inner node
-    checkpoints/     one folder per node
+    checkpoints/     one folder per node, and one for the recorder's incarnation
     tensorboard/
 """
 

@@ -29,6 +29,8 @@ def test_actors_live_where_their_labels_say(tmp_path: Path) -> None:
         restarts += number
         if name.startswith(("world/eu", "world/us")):
             assert region == name.split("/")[1], name
+        elif name in ("recorder", "world"):
+            assert region == "head", name
         elif "TrainWorker" in kind:
             assert region == "eu", "the only client with workers belongs there"
     assert sum("TrainWorker" in kind for _, kind, *_ in found["lived"]) >= 2

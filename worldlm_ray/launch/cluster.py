@@ -22,6 +22,11 @@ OBJECT_STORE_FLOOR_BYTES = 512 * 1024**2
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 SPARE_CPUS = 256
 """Cores, by name only, that a local cluster has for clients that join later."""
+ON_THE_HEAD = {"node:__internal_head__": 0.0001}
+"""Asks for the head, by a resource that Ray gives to it alone; it takes the smallest part that there is.
+
+Ray places an actor that asks for nothing anywhere, whatever else it is told.
+"""
 PLACE = "cluster.json"
 """Where a living run can be found: in its folder."""
 

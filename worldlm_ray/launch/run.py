@@ -213,7 +213,8 @@ def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
     """Make an actor of every node: each finds its parent and the recorder by name."""
     namespace = f"worldlm-{plan.config.name}-{secrets.token_hex(4)}"
     # What is sent while it is dead waits for its next life: a record counted twice is better than one that is lost.
-    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1} | lifetime(local)
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    options |= {"resources": cluster.ON_THE_HEAD} | lifetime(local)
     named = ray.remote(RecorderActor).options(name=RECORDER, namespace=namespace, **options)
     mapping = plan.to_mapping()
     recorder = named.remote(mapping)
@@ -334,6 +335,9 @@ def _options(spec: NodeSpec) -> dict[str, Any]:
             options |= {"num_cpus": 0, "num_gpus": 0, "max_concurrency": threads}
     if settings.placement.labels:
         options["label_selector"] = dict(settings.placement.labels)
+    elif spec.kind == "world":
+        # Without the head there is no cluster. Anywhere else, one more machine could cut the federations off.
+        options["resources"] = cluster.ON_THE_HEAD
     return options
 
 

@@ -1,0 +1,100 @@
+"""The recorder's actor: after a death it waits for its storage, and what is left of an older one ends itself."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+import actors.recorder
+from actors.recorder import RecorderActor
+from worldlm_ray import rundir
+from worldlm_ray.errors import CheckpointError
+from worldlm_ray.plan import Plan
+from worldlm_ray.records import LifeRecord
+from worldlm_ray.tracking import STATUS
+
+
+@pytest.fixture
+def plan(tiny: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Of a run that begins, on no cluster."""
+    monkeypatch.setattr(actors.recorder, "was_restarted", lambda: False)
+    return rundir.create(tiny())
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why the process was to end; it is as good as ended then."""
+    found: list[str] = []
+
+    def end(why: str) -> None:
+        found.append(why)
+        raise SystemExit
+
+    monkeypatch.setattr(actors.recorder, "end_process", end)
+    monkeypatch.setattr(actors.recorder, "STATUS_EVERY_S", 0.0)  # looked at each time
+    return found
+
+
+def state_of_the_world(plan: Plan) -> str:
+    status = json.loads((plan.run_dir / STATUS).read_text(encoding="utf-8"))
+    return str(status["nodes"]["world"]["state"])
+
+
+def tell(recorder: RecorderActor, event: str) -> None:
+    recorder.record([LifeRecord(node="world", now_s=1.0, event=event)])
+
+
+def test_of_two_recorders_the_older_one_writes_nothing_any_more(plan: Plan, ends: list[str]) -> None:
+    older = RecorderActor(plan.to_mapping())
+    tell(older, "started")
+    assert not ends
+    newer = RecorderActor(plan.to_mapping())
+    tell(newer, "lost")
+    newer.tracker.flush()
+    with pytest.raises(SystemExit):
+        tell(older, "finished")
+    assert "incarnation 2 is there; 1 must end" in ends[0]
+    assert state_of_the_world(plan) == "lost"
+
+
+def test_a_recorder_goes_on_while_its_storage_does_not_answer(plan: Plan, ends: list[str]) -> None:
+    recorder = RecorderActor(plan.to_mapping())
+    away = plan.run_dir.rename(plan.run_dir.with_name("away"))
+    tell(recorder, "started")
+    assert recorder.snapshot()["nodes"]["world"]["state"] == "started"
+    away.rename(plan.run_dir)
+    recorder.tracker.flush()
+    assert state_of_the_world(plan) == "started"
+    assert not ends
+
+
+def test_a_recorder_that_died_waits_for_its_storage(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = RecorderActor(plan.to_mapping())
+    tell(first, "started")
+    first.tracker.flush()
+    monkeypatch.setattr(actors.recorder, "was_restarted", lambda: True)
+    monkeypatch.setattr(actors.recorder, "STORAGE_AGAIN_S", 0.02)
+    away = plan.run_dir.rename(plan.run_dir.with_name("away"))
+    plan.run_dir.write_text("where the folder was, there is something else\n")
+    found: list[RecorderActor] = []
+    second = threading.Thread(target=lambda: found.append(RecorderActor(plan.to_mapping())))
+    second.start()
+    time.sleep(0.2)
+    assert not found
+    plan.run_dir.unlink()
+    away.rename(plan.run_dir)
+    second.join(10.0)
+    assert found[0].snapshot()["nodes"]["world"]["state"] == "started"
+    assert "the recorder cannot go on yet" in capsys.readouterr().err
+
+
+def test_a_recorder_that_begins_says_that_its_storage_refuses(plan: Plan) -> None:
+    (plan.run_dir / "checkpoints").write_text("no folder\n")
+    with pytest.raises(CheckpointError, match="free the storage"):
+        RecorderActor(plan.to_mapping())
