@@ -11,12 +11,12 @@ from typing import Any
 
 from actors.shared import RECORDER, STORAGE_AGAIN_S, end_process, was_restarted
 from worldlm_ray import checkpoint, rundir, storage
-from worldlm_ray.errors import SupersededError, WorldLMError
+from worldlm_ray.errors import RunError, SupersededError, WorldLMError
 from worldlm_ray.outcome import finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import Measure, Record
-from worldlm_ray.tracking import STATUS_EVERY_S, Tracker
+from worldlm_ray.tracking import STATUS_EVERY_S, STATUS_SHARE, Tracker
 
 
 class RecorderActor:
@@ -24,40 +24,52 @@ class RecorderActor:
 
     Args:
         mapping: the configuration as plain containers.
-
-    Raises:
-        CheckpointError: the storage refuses to begin. What has died while it refuses waits for it.
     """
 
     def __init__(self, mapping: dict[str, Any]) -> None:
         self.plan = plan_from_mapping(mapping)
         self._place = checkpoint.folder(self.plan.run_dir, RECORDER)
-        self._looked_at = time.monotonic()
-        while True:
+        self._incarnation = 0
+        self._opened: Tracker | None = None
+        self._look_at = 0.0
+        """When to see again whether there is a newer recorder."""
+        while was_restarted() and self._opened is None:
             try:
-                self._set_up()
-                break
-            except (OSError, WorldLMError) as error:
-                if not was_restarted():
-                    raise
-                # A constructor that fails would be the end of the actor: Ray starts again only what has died.
+                self.ready()
+            except WorldLMError as error:
                 print(f"worldlm: the recorder cannot go on yet: {error}", file=sys.stderr, flush=True)
                 time.sleep(STORAGE_AGAIN_S)
 
-    def _set_up(self) -> None:
-        self._incarnation = checkpoint.claim(self._place)
-        if was_restarted():  # nodes may have joined or left since it was made
-            self.plan = rundir.reopen(str(self.plan.run_dir), check_data=False)
-        self.tracker = Tracker(
-            self.plan.run_dir,
-            kinds=self.plan.kinds,
-            hparams=self.plan.hparams(),
-            budget=self.plan.config.budget,
-        )
-
     def ready(self) -> bool:
-        """Whether the actor is up."""
+        """Begin, unless it has: whoever has died has, once the storage let it.
+
+        Raises:
+            CheckpointError, RunError: the storage refuses.
+        """
+        _ = self.tracker
         return True
+
+    @property
+    def tracker(self) -> Tracker:
+        """The run's tracker, opened when it is first wanted."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> Tracker:
+        self._incarnation = self._incarnation or checkpoint.claim(self._place)
+        try:
+            with storage.refusals(self._place):
+                if was_restarted():  # nodes may have joined or left since it was made
+                    self.plan = rundir.reopen(str(self.plan.run_dir), check_data=False)
+                return Tracker(
+                    self.plan.run_dir,
+                    kinds=self.plan.kinds,
+                    hparams=self.plan.hparams(),
+                    budget=self.plan.config.budget,
+                )
+        except OSError as error:
+            raise RunError(f"cannot write to {self.plan.run_dir}: {error}; free the storage") from error
 
     def process(self) -> int:
         """Id of this process."""
@@ -65,19 +77,21 @@ class RecorderActor:
 
     def record(self, records: list[Record]) -> None:
         """Take in what happened."""
-        self._end_if_superseded()
-        self.tracker.record(*records)
+        tracker = self.tracker
+        if time.monotonic() >= self._look_at:
+            self._end_if_superseded()
+        tracker.record(*records)
 
     def _end_if_superseded(self) -> None:
         """Of two processes that both take themselves for the recorder, the older one must not write any more."""
-        if time.monotonic() - self._looked_at < STATUS_EVERY_S:
-            return
-        self._looked_at = time.monotonic()
+        began = time.monotonic()
         try:
             with suppress(OSError), storage.refusals(self._place):
                 checkpoint.check_newest(self._place, self._incarnation)
         except SupersededError as error:
             end_process(str(error))
+        ended = time.monotonic()
+        self._look_at = ended + max(STATUS_EVERY_S, (ended - began) / STATUS_SHARE)
 
     def replan(self, mapping: dict[str, Any]) -> None:
         """Take over a changed tree: nodes have joined or left."""
@@ -99,9 +113,11 @@ class RecorderActor:
         status: str,
     ) -> dict[str, Any]:
         """Write summary.json, close every file, and return the summary."""
+        tracker = self.tracker
+        self._end_if_superseded()
         outcome = finish(
             self.plan,
-            self.tracker,
+            tracker,
             world=world,
             measures=measures,
             samples=samples,
@@ -109,5 +125,5 @@ class RecorderActor:
             status=status,
             shell="ray",
         )
-        self.tracker.close()
+        tracker.close()
         return outcome.summary

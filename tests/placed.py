@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from worlds import TINY_MODEL, client
 
 from worldlm_ray import config, rundir
-from worldlm_ray.launch.cluster import ON_THE_HEAD, QUIET
+from worldlm_ray.launch.cluster import HEAD, QUIET
 from worldlm_ray.plan import make_plan
 
 REGIONS = ("eu", "us")
@@ -56,8 +56,7 @@ def main(folder: Path) -> None:
             ray.init(cluster.address, **QUIET)
             summary = Killer(plan, [(2, 0.0, "world/us"), (4, 0.0, "world/eu")]).train()
             regions = {node["NodeID"]: node["Labels"].get("region", "") for node in ray.nodes()}
-            heads = [node for node in ray.nodes() if node["Resources"].keys() >= ON_THE_HEAD.keys()]
-            regions |= {node["NodeID"]: "head" for node in heads}
+            regions |= {node["NodeID"]: "head" for node in ray.nodes() if HEAD in node["Resources"]}
             lived = [
                 [actor["Name"], actor["ActorClassName"], regions[actor["Address"]["NodeID"]], actor["NumRestarts"]]
                 for actor in actors().values()

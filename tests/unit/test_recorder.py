@@ -11,8 +11,8 @@ import pytest
 
 import actors.recorder
 from actors.recorder import RecorderActor
-from worldlm_ray import rundir
-from worldlm_ray.errors import CheckpointError
+from worldlm_ray import checkpoint, rundir
+from worldlm_ray.errors import CheckpointError, RunError
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.tracking import STATUS
@@ -63,9 +63,12 @@ def test_of_two_recorders_the_older_one_writes_nothing_any_more(plan: Plan, ends
 
 def test_a_recorder_goes_on_while_its_storage_does_not_answer(plan: Plan, ends: list[str]) -> None:
     recorder = RecorderActor(plan.to_mapping())
+    assert recorder.ready()
     away = plan.run_dir.rename(plan.run_dir.with_name("away"))
+    plan.run_dir.write_text("where the folder was, there is something else\n")
     tell(recorder, "started")
     assert recorder.snapshot()["nodes"]["world"]["state"] == "started"
+    plan.run_dir.unlink()
     away.rename(plan.run_dir)
     recorder.tracker.flush()
     assert state_of_the_world(plan) == "started"
@@ -96,5 +99,32 @@ def test_a_recorder_that_died_waits_for_its_storage(
 
 def test_a_recorder_that_begins_says_that_its_storage_refuses(plan: Plan) -> None:
     (plan.run_dir / "checkpoints").write_text("no folder\n")
+    recorder = RecorderActor(plan.to_mapping())
     with pytest.raises(CheckpointError, match="free the storage"):
-        RecorderActor(plan.to_mapping())
+        recorder.ready()
+    (plan.run_dir / "checkpoints").unlink()
+    (plan.run_dir / STATUS).mkdir()
+    with pytest.raises(RunError, match=r"cannot write to .*free the storage"):
+        recorder.ready()
+    (plan.run_dir / STATUS).rmdir()
+    assert recorder.ready()
+    assert checkpoint.newest_incarnation(checkpoint.folder(plan.run_dir, "recorder")) == 1, "a try is no new life"
+
+
+def test_storage_that_takes_long_to_refuse_does_not_hold_up_what_is_recorded(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def refuse(*_: object) -> None:
+        looks.append(1)
+        time.sleep(0.2)
+        raise OSError("no answer")
+
+    recorder = RecorderActor(plan.to_mapping())
+    assert recorder.ready()
+    monkeypatch.setattr(actors.recorder.checkpoint, "check_newest", refuse)
+    monkeypatch.setattr(actors.recorder, "STATUS_EVERY_S", 0.0)
+    for _ in range(50):
+        tell(recorder, "started")
+    assert len(looks) == 1, "the next look is as far away as this one took long"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from worldlm_ray import tree
 from worldlm_ray.errors import RunError
@@ -22,11 +23,8 @@ OBJECT_STORE_FLOOR_BYTES = 512 * 1024**2
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 SPARE_CPUS = 256
 """Cores, by name only, that a local cluster has for clients that join later."""
-ON_THE_HEAD = {"node:__internal_head__": 0.0001}
-"""Asks for the head, by a resource that Ray gives to it alone; it takes the smallest part that there is.
-
-Ray places an actor that asks for nothing anywhere, whatever else it is told.
-"""
+HEAD = "node:__internal_head__"
+"""A resource that Ray gives to the head alone."""
 PLACE = "cluster.json"
 """Where a living run can be found: in its folder."""
 
@@ -88,6 +86,15 @@ def each(spec: NodeSpec) -> dict[str, float]:
     """What each of them reserves, by Ray's names."""
     resources = spec.settings.resources
     return {"CPU": resources.cpus, "GPU": resources.gpus}
+
+
+def on_the_head() -> dict[str, Any]:
+    """Options of an actor that lives on the head, or anywhere else once that is gone.
+
+    It asks for a byte: those that ask for nothing Ray 2.60 places by chance, whatever node they would rather be on.
+    """
+    heads = [node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"]]
+    return {"memory": 1, "scheduling_strategy": NodeAffinitySchedulingStrategy(heads[0], soft=True)} if heads else {}
 
 
 def _needed(inner: NodeSpec) -> list[NodeSpec]:

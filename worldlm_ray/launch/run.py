@@ -214,7 +214,7 @@ def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
     namespace = f"worldlm-{plan.config.name}-{secrets.token_hex(4)}"
     # What is sent while it is dead waits for its next life: a record counted twice is better than one that is lost.
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    options |= {"resources": cluster.ON_THE_HEAD} | lifetime(local)
+    options |= cluster.on_the_head() | lifetime(local)
     named = ray.remote(RecorderActor).options(name=RECORDER, namespace=namespace, **options)
     mapping = plan.to_mapping()
     recorder = named.remote(mapping)
@@ -336,8 +336,8 @@ def _options(spec: NodeSpec) -> dict[str, Any]:
     if settings.placement.labels:
         options["label_selector"] = dict(settings.placement.labels)
     elif spec.kind == "world":
-        # Without the head there is no cluster. Anywhere else, one more machine could cut the federations off.
-        options["resources"] = cluster.ON_THE_HEAD
+        # Anywhere else, the loss of one more machine would cut the federations off.
+        options |= cluster.on_the_head()
     return options
 
 
