@@ -24,19 +24,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import worker_group
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.client import ClientActor
 from actors.last_words import stay_to_the_end
 from actors.others import room_for_others
 from actors.reserved import give_back, prefix
-from actors.shared import Address
+from actors.shared import Address, end_process
 from actors.zero_worker import LEAVE, Task, work
 from worldlm_ray import storage
 from worldlm_ray.errors import RunError
@@ -374,14 +374,19 @@ class ZeroTrainer:
 class _Reservations(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Part of Ray Train's controller: has its placement groups carry names (see actors/reserved.py).
 
-    Ray Train has no setting for it; the release of Ray is pinned in pyproject.toml.
+    Ray Train has no setting for it; the release of Ray is pinned in pyproject.toml. The controller outlives its client
+    by seconds, sees the workers die, and reserves room for others after everything had been given back. So whoever
+    reserves looks afterwards whether the client still lives: if it does, whoever ends it will find the reservation.
 
     Args:
-        beginning: of the names.
+        namespace: of the run.
+        path: of the client.
+        token: of the client's life.
     """
 
-    def __init__(self, beginning: str) -> None:
-        self._beginning, self._made = beginning, 0
+    def __init__(self, namespace: str, path: str, token: str) -> None:
+        self._namespace, self._path, self._token = namespace, path, token
+        self._made = 0
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """The controller ends with its client, who may still have to write a checkpoint."""
@@ -390,7 +395,25 @@ class _Reservations(ControllerCallback, WorkerGroupCallback):  # type: ignore[mi
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """The next placement group that is made is this group's."""
         self._made += 1
-        worker_group.placement_group = partial(placement_group, name=f"{self._beginning}{self._made}")
+        name = f"{prefix(self._namespace, self._path)}{self._token}-{self._made}"
+        worker_group.placement_group = partial(self._reserve, name=name)
+
+    def _reserve(self, *arguments: Any, **named: Any) -> PlacementGroup:
+        group = placement_group(*arguments, **named)
+        if not self._client_lives():
+            remove_placement_group(group)
+            end_process(f"{self._path} is gone, whom this worked for")
+        return group
+
+    def _client_lives(self) -> bool:
+        while True:
+            try:
+                client = ray.get_actor(self._path, namespace=self._namespace)
+                return bool(ray.get(client.life.remote()) == self._token)
+            except ActorUnavailableError:
+                time.sleep(LOOK_S)
+            except (ValueError, RayActorError):
+                return False
 
 
 class _TorchTrainer(TorchTrainer):  # type: ignore[misc]
@@ -455,7 +478,7 @@ class ZeroClientActor(ClientActor):
                         storage_filesystem=filesystem,
                         # Which failure is the last is decided above: by those in a row, not by all in a long life.
                         failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
-                        callbacks=[_Reservations(f"{mine}{self._token}-")],
+                        callbacks=[_Reservations(self._address.namespace, self.spec.path, self._token)],
                     ),
                 )
                 with room_for_others(self.plan, self._address.namespace) if low < high else nullcontext():
@@ -471,6 +494,10 @@ class ZeroClientActor(ClientActor):
         with suppress(FileExistsError):
             storage.make_folder(folder)
         return storage.for_arrow(folder)
+
+    def life(self) -> str:
+        """A word that no other life of this client has."""
+        return self._token
 
     # ---- called by the workers ---------------------------------------------------------------------------------
 
