@@ -374,9 +374,9 @@ class ZeroTrainer:
 class _Reservations(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Part of Ray Train's controller: has its placement groups carry names (see actors/reserved.py).
 
-    Ray Train has no setting for it; the release of Ray is pinned in pyproject.toml. The controller outlives its client
-    by seconds, sees the workers die, and reserves room for others after everything had been given back. So whoever
-    reserves looks afterwards whether the client still lives: if it does, whoever ends it will find the reservation.
+    Ray Train has no setting for it; the release of Ray is pinned in pyproject.toml. The controller may outlive its
+    client, see the workers die, and reserve room for others after everything had been given back. So it looks after
+    each reservation whether its client still lives: if it does, whoever ends the client will find the reservation.
 
     Args:
         namespace: of the run.
