@@ -88,13 +88,16 @@ def test_a_recorder_that_died_waits_for_its_storage(
     found: list[RecorderActor] = []
     second = threading.Thread(target=lambda: found.append(RecorderActor(plan.to_mapping())))
     second.start()
-    time.sleep(0.2)
+    said, until = "", time.monotonic() + 10.0
+    while "the recorder cannot go on yet" not in said:
+        assert time.monotonic() < until, said
+        time.sleep(0.02)
+        said += capsys.readouterr().err
     assert not found
     plan.run_dir.unlink()
     away.rename(plan.run_dir)
     second.join(10.0)
     assert found[0].snapshot()["nodes"]["world"]["state"] == "started"
-    assert "the recorder cannot go on yet" in capsys.readouterr().err
 
 
 def test_a_recorder_that_begins_says_that_its_storage_refuses(plan: Plan) -> None:
