@@ -67,7 +67,8 @@ class Client:
         self.account = open_account(plan, spec, self.dataset)
         """What the client may spend of its text's privacy; None without such a promise."""
         self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
-        self.base = np.array(plan.initial())
+        initial = plan.initial()
+        self.base = np.array(initial)
         """The merged model that the current local round began from; of each fragment, the model as it was when that was
         last sent, moved with the parent since. What differs from it has not been sent. Where a round begins ahead of an
         exchange: the model that was pushed, moved with the parent since."""
@@ -86,7 +87,7 @@ class Client:
             rules=spec.settings.aggregation,
             m=spec.settings.merge.client,
             agreement=spec.settings.merge.agreement,
-            initial=plan.initial(),
+            initial=initial,
         )
         self.round = 0
         """Finished local rounds."""

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from worldlm_ray.config import unknown_name
 from worldlm_ray.params import BLOCK, Flat, spread
 
 CODECS: tuple[str, ...] = ("fp32", "bf16", "int8", "int4")
@@ -29,7 +30,11 @@ _LEVELS = {"int8": 127, "int4": 7}
 
 
 def nbytes(codec: str, size: int) -> int:
-    """Bytes of so many elements."""
+    """Bytes of so many elements.
+
+    Raises:
+        ConfigError: there is no codec of that name.
+    """
     if codec == "fp32":
         return 4 * size
     if codec == "bf16":
@@ -109,6 +114,8 @@ def _payload(codec: str, size: int) -> int:
         return 2 * size
     if codec == "fp32":
         return 4 * size
+    if codec not in _BLOCKS:
+        raise unknown_name("exchange.codec", codec, CODECS)
     whole = size if codec == "int8" else -(-size // 2)
     return -(-whole // 4) * 4
 

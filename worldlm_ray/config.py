@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -866,6 +866,11 @@ def _config_error(error: OmegaConfBaseException, prefix: str) -> ConfigError:
 
 
 _EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "text"}
+
+
+def unknown_name(key: str, got: str, known: Collection[str]) -> ConfigError:
+    """The error for a name without a branch: a rule that falls through in silence would compute another one."""
+    return ConfigError(key, f"got {got!r}", one_of(got, sorted(known)))
 
 
 def one_of(got: str, known: Sequence[str]) -> str:

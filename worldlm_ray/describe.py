@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from worldlm_ray.aggregation.server_optimizer import state_buffers
+from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.compression import nbytes
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.messages import fragment_of
@@ -158,15 +158,16 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
             "workers": _workers(plan, spec, buffers),
         }
     rules = settings.aggregation
-    # The published model, the fold, and for a federation the anchor that the next push is measured from.
-    buffers = (2 if spec.kind == "world" else 3) * size
-    if spec.kind == "federation" and settings.merge.federation == "adaptive":
-        buffers += size  # what the parent said last
-    if spec.kind == "federation" and codec != "fp32":
-        buffers += 4 * plan.layout.backbone_size  # what the codec has lost
-    buffers += 4 * plan.layout.backbone_size * len(state_buffers(rules.server_optimizer))
-    if spec.children[0].settings.exchange.fragments > 1:
-        buffers += size  # the fragments that children ask for, beside the whole
+    memory_bytes = node_bytes(
+        rules,
+        backbone=plan.layout.backbone_size,
+        keys=plan.layout.key_size,
+        children=len(spec.children),
+        is_world=spec.kind == "world",
+        adaptive=settings.merge.federation == "adaptive",
+        codec=codec,
+        child_fragments=spec.children[0].settings.exchange.fragments,
+    )
     return {
         "kind": spec.kind,
         "trigger": rules.trigger,
@@ -174,7 +175,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         "staleness": rules.staleness.fn,
         "score": rules.attention.score,
         "server_optimizer": rules.server_optimizer.name,
-        "memory_bytes": buffers,
+        "memory_bytes": memory_bytes,
         **push,
     }
 

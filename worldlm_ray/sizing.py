@@ -19,8 +19,9 @@ from typing import get_args
 import numpy as np
 from rich.table import Table
 
+from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.compression import nbytes
-from worldlm_ray.config import CodecName, one_of
+from worldlm_ray.config import AggregationConfig, CodecName, one_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.report import amount, duration
 
@@ -30,8 +31,8 @@ FIXED_S = 5e-3
 """The same for a model of no size: calls between processes (`scale`)."""
 EXCHANGE_COPIES = 6.0
 """A federation's exchange with its parent: difference, share and merge, two passes over three buffers (counted)."""
-FEDERATION_BUFFERS, WORLD_BUFFERS, CLIENT_BYTES = 4, 3, 20
-"""Buffers of an aggregator, the shared one of its published model included; bytes per parameter of a plain client."""
+CLIENT_BYTES = 20
+"""Bytes per parameter of a plain client."""
 FULL = 0.7
 """Share of the time that an aggregator may be busy."""
 
@@ -139,7 +140,15 @@ def tiers(wish: Wish, machine: Machine) -> list[Tier]:
                 updates_per_s=updates,
                 busy=updates * update_s(wish, machine) + pushes * exchange_s,
                 link=(updates + pushes) * moved_s,
-                memory_bytes=(WORLD_BUFFERS if is_world else FEDERATION_BUFFERS) * model,
+                memory_bytes=node_bytes(
+                    AggregationConfig(),
+                    backbone=wish.parameters,
+                    keys=0,
+                    children=math.ceil(children),
+                    is_world=is_world,
+                    codec=wish.codec,
+                    child_fragments=wish.fragments,
+                ),
             )
         )
         below, rate = nodes, pushes

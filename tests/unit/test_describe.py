@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from worlds import client
 
 from worldlm_ray import plan
@@ -37,3 +38,18 @@ def test_what_moves_between_places_is_counted_and_priced(tiny: Callable[..., pla
     table = crossing_table(describe(found), per_gb=1e6)
     total = (5 * size // 2 + 5 * size + 20 * size) / 1e9 * 1e6
     assert f"{total:,.2f} in all" in str(table.caption)
+
+
+@pytest.mark.parametrize(("rule", "extra"), [("none", 0), ("median", 3), ("trimmed_mean", 3)])
+def test_a_rule_that_keeps_every_update_shows_its_memory(
+    tiny: Callable[..., plan.Plan], tmp_path: Path, rule: str, extra: int
+) -> None:
+    children = [client(name, tmp_path, number) for number, name in enumerate("abc", 1)]
+    found = tiny(children, aggregation={"robust": {"rule": rule}, "trigger": "synchronous"})
+    world = describe(found)["nodes"]["world"]
+    assert world["memory_bytes"] == (2 + extra) * found.layout.nbytes  # the model, the fold, and three children's
+
+
+def test_a_federation_holds_five_models_in_an_exchange(tiny: Callable[..., plan.Plan], tmp_path: Path) -> None:
+    found = tiny([{"federation": "f", "children": [client("a", tmp_path, 1), client("b", tmp_path, 2)]}])
+    assert describe(found)["nodes"]["world/f"]["memory_bytes"] == 5 * found.layout.nbytes

@@ -110,3 +110,17 @@ def test_the_layers_are_those_of_the_contributing_guide() -> None:
         for file in place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
             for other in imported(file) - {module, ""}:
                 assert ranks[other] <= ranks[module], f"{file.name} of {module} imports {other}, which lies above it"
+
+
+SHARED_BY_ACTORS = {"inner", "leaf", "shared", "uplink", "last_words", "others", "reserved"}
+
+
+def test_an_actor_module_imports_only_what_actors_share() -> None:
+    folder = PACKAGE.parent / "actors"
+    others = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("actors."):
+                others.add((path.stem, (node.module or "").removeprefix("actors.")))
+    others = {(who, what) for who, what in others if what not in SHARED_BY_ACTORS}
+    assert others == {("zero_client", "client"), ("zero_client", "zero_worker")}

@@ -27,7 +27,7 @@ def test_a_small_world_by_hand() -> None:
     assert world.updates_per_s == pytest.approx(updates)
     assert world.busy == pytest.approx(updates * (sizing.FIXED_S + sizing.COPIES * 0.04))
     assert world.link == pytest.approx(updates * moved_s)
-    assert world.memory_bytes == 3 * 400_000_000
+    assert world.memory_bytes == 2 * 400_000_000
     assert clients.link == pytest.approx(moved_s / 100.0)
     assert clients.memory_bytes == 2_000_000_000
 

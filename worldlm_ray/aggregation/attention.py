@@ -26,10 +26,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
+from typing import get_args
 
 import numpy as np
 
-from worldlm_ray.config import AttentionConfig, ScoreName
+from worldlm_ray.config import AttentionConfig, ScoreName, unknown_name
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.params import Flat, KeyLayer, add_scaled, inner, squared_norm
 
@@ -42,6 +43,9 @@ def score(name: ScoreName, query: Flat, candidate: Flat, origin: Flat) -> float:
         query: the asking node's key layer, [d].
         candidate: the candidate's key layer, [d].
         origin: the run's initial key layer, [d] (used by `cosine` alone).
+
+    Raises:
+        ConfigError: there is no score of that name.
     """
     if name == "cosine":
         norms = math.sqrt(squared_norm(query, origin) * squared_norm(candidate, origin))
@@ -52,7 +56,9 @@ def score(name: ScoreName, query: Flat, candidate: Flat, origin: Flat) -> float:
         scale = squared_norm(query) or 1.0
         distance = squared_norm(candidate, query) / scale
         return -distance if name == "fedamp" else math.sqrt(distance)
-    return 0.0
+    if name == "uniform":
+        return 0.0
+    raise unknown_name("aggregation.attention.score", name, get_args(ScoreName))
 
 
 def scores(

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -54,7 +54,7 @@ from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.compression import lossy, memory
-from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
+from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig, Trigger, unknown_name
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
 from worldlm_ray.messages import Model, Update, carried, fragment_of, unpack_update
 from worldlm_ray.params import Flat, Layout, difference, frozen
@@ -239,7 +239,10 @@ class Node:
     # ---- events ----------------------------------------------------------------------------------------------
 
     def handle(self, event: Event) -> list[Command]:
-        """Take one event and say what is to be done. The only way to change a node.
+        """Take one event and return the commands for the backend.
+
+        Exchanges with the parent and checkpoints change a node too: `begin_exchange`, `send`, `answered`, `welcomed`,
+        `saved` and `use_shared_copy` are calls, not events.
 
         Raises:
             MessageError: unknown_sender, superseded or restarted: the event changes nothing. (A push is answered.)
@@ -542,7 +545,9 @@ class Node:
             return not self._held and all(name in heard for name, child in self.children.items() if child.active)
         if rules.trigger == "goal_achieved":
             return len(fold.contributors) >= rules.buffer_size
-        return len(fold.contributors) >= rules.quorum and now_s >= fold.first_s + rules.time_up_s
+        if rules.trigger == "time_up":
+            return len(fold.contributors) >= rules.quorum and now_s >= fold.first_s + rules.time_up_s
+        raise unknown_name("aggregation.trigger", rules.trigger, get_args(Trigger))
 
     def _aggregate(self, now_s: float) -> list[Command]:
         """Make the folded updates the next version."""

@@ -20,6 +20,7 @@ import numpy as np
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
+from worldlm_ray.config import unknown_name
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.messages import Update
 from worldlm_ray.params import Flat, add_scaled, blocks
@@ -82,6 +83,8 @@ def _agreed(rows: Flat, rule: str, trim: float) -> Flat:
     """One value per coordinate of [children, coordinates]."""
     if rule == "median":
         return np.median(rows, axis=0).astype(np.float32)
+    if rule != "trimmed_mean":
+        raise unknown_name("aggregation.robust.rule", rule, ("median", "trimmed_mean"))
     rows.sort(axis=0)
     drop = min(int(np.ceil(trim * len(rows))), (len(rows) - 1) // 2)
     agreed: Flat = rows[drop : len(rows) - drop].mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -21,7 +21,8 @@ from itertools import chain
 
 import numpy as np
 
-from worldlm_ray.config import ServerOptimizerConfig
+from worldlm_ray.config import ServerOptimizerConfig, unknown_name
+from worldlm_ray.errors import ConfigError
 from worldlm_ray.params import BLOCK, Flat, spread
 
 _BUFFERS = {
@@ -34,12 +35,25 @@ _BUFFERS = {
 
 def default_lr(config: ServerOptimizerConfig) -> float:
     """The rate of a rule whose rate was not set."""
-    return {"sgd": 1.0, "nesterov": 0.7, "delayed_nesterov": 0.2 * config.delay, "adam": 0.01}[config.name]
+    rates = {"sgd": 1.0, "nesterov": 0.7, "delayed_nesterov": 0.2 * config.delay, "adam": 0.01}
+    if config.name not in rates:
+        raise _unknown(config)
+    return rates[config.name]
 
 
 def state_buffers(config: ServerOptimizerConfig) -> tuple[str, ...]:
-    """Names of the backbone-sized buffers that a rule keeps."""
+    """Names of the backbone-sized buffers that a rule keeps.
+
+    Raises:
+        ConfigError: there is no rule of that name.
+    """
+    if config.name not in _BUFFERS:
+        raise _unknown(config)
     return _BUFFERS[config.name]
+
+
+def _unknown(config: ServerOptimizerConfig) -> ConfigError:
+    return unknown_name("aggregation.server_optimizer.name", config.name, _BUFFERS)
 
 
 class ServerOptimizer:
@@ -135,6 +149,8 @@ class ServerOptimizer:
             np.sqrt(variance, out=temporary)
             temporary += np.float32(config.eps)
             np.divide(momentum, temporary, out=g)
+        elif config.name != "sgd":
+            raise _unknown(config)
         if self.lr != 1.0:
             g *= lr
 

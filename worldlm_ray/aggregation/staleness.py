@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from worldlm_ray.config import StalenessConfig
+from worldlm_ray.config import StalenessConfig, unknown_name
 
 DEFAULT_A = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0, "exponential": 0.5, "harmonic": 1.0}
 
@@ -26,10 +26,14 @@ def discount(config: StalenessConfig, tau: int) -> float:
     Args:
         config: function and its parameters.
         tau: staleness in versions, not negative.
+
+    Raises:
+        ConfigError: there is no function of that name.
+        ValueError: tau is negative.
     """
     if tau < 0:
         raise ValueError(f"staleness {tau} is negative")
-    a = DEFAULT_A[config.fn] if config.a is None else config.a
+    a = DEFAULT_A.get(config.fn, 0.0) if config.a is None else config.a
     if config.fn == "polynomial":
         return float((tau + 1) ** -a)
     if config.fn == "hinge":
@@ -38,4 +42,6 @@ def discount(config: StalenessConfig, tau: int) -> float:
         return math.exp(-a * tau)
     if config.fn == "harmonic":
         return 1.0 / (1.0 + a * tau)
-    return 1.0
+    if config.fn == "constant":
+        return 1.0
+    raise unknown_name("aggregation.staleness.fn", config.fn, DEFAULT_A)

@@ -6,9 +6,9 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from worldlm_ray.config import AccountantName
+from worldlm_ray.config import AccountantName, unknown_name
 from worldlm_ray.errors import PrivacyError
 
 LARGEST_NOISE = 1e4
@@ -51,6 +51,8 @@ def epsilon(history: Sequence[Spend], *, delta: float, accountant: AccountantNam
 def _epsilon(history: tuple[Spend, ...], delta: float, accountant: AccountantName) -> float:
     from opacus.accountants import PRVAccountant, RDPAccountant
 
+    if accountant not in get_args(AccountantName):
+        raise unknown_name("privacy.accountant", accountant, get_args(AccountantName))
     found = PRVAccountant() if accountant == "prv" else RDPAccountant()
     found.history = [tuple(spend) for spend in history]
     with warnings.catch_warnings():

@@ -1,0 +1,48 @@
+"""Memory of an inner node: the buffers that `Node`, its fold and its optimizer hold at the same time.
+
+The one place that knows them: `worldlm show` and `worldlm size` ask here.
+"""
+
+from __future__ import annotations
+
+from worldlm_ray.aggregation.server_optimizer import state_buffers
+from worldlm_ray.config import AggregationConfig
+
+WORLD_MODELS = 2
+"""Models that the world holds: the published one and the fold."""
+FEDERATION_MODELS = 5
+"""Models of a federation in an exchange: those two, the anchor, the update in flight, and the merged model."""
+
+
+def node_bytes(
+    rules: AggregationConfig,
+    *,
+    backbone: int,
+    keys: int,
+    children: int,
+    is_world: bool,
+    adaptive: bool = False,
+    codec: str = "fp32",
+    child_fragments: int = 1,
+) -> int:
+    """Bytes of the buffers that an inner node holds at most.
+
+    Args:
+        rules: its aggregation rules.
+        backbone: elements of the backbone.
+        keys: elements of all key layers.
+        children: children of the node.
+        is_world: whether the node has no parent.
+        adaptive: whether it judges its parent's model, and so keeps the last one.
+        codec: how its updates travel; all but fp32 keep the error that they made.
+        child_fragments: fragments in which its children exchange.
+    """
+    model, backbone_bytes = 4 * (backbone + keys), 4 * backbone
+    found = (WORLD_MODELS if is_world else FEDERATION_MODELS) * model
+    found += model * (not is_world and adaptive)
+    found += backbone_bytes * (not is_world and codec != "fp32")
+    found += backbone_bytes * len(state_buffers(rules.server_optimizer))
+    found += model * (child_fragments > 1)
+    if rules.robust.rule != "none":
+        found += model * children  # a median needs every child's update until the aggregation is made
+    return found
