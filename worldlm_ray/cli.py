@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
 from worldlm_ray import config as configuration
 from worldlm_ray.errors import ConfigError, WorldLMError
 from worldlm_ray.progress import Progress, Stop
+from worldlm_ray.terminal import Terminal
 
 app = typer.Typer(
     name="worldlm",
@@ -30,8 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True, soft_wrap=True)
+console = Terminal()
+errors = Terminal(stderr=True, soft_wrap=True)
 
 Conf = Annotated[str, typer.Argument(help="a preset's name (see `worldlm presets`) or the path of a YAML file")]
 Overrides = Annotated[
@@ -64,7 +64,10 @@ def train(
         typer.Option(help="of a Ray cluster, such as auto or ray://host:10001; none starts a local one"),
     ] = None,
 ) -> None:
-    """Train a world on Ray. Ctrl-C writes checkpoints and leaves; a second one leaves at once."""
+    """Train a world on Ray.
+
+    Ctrl-C writes checkpoints and leaves; a second one leaves at once.
+    """
     changes = list(overrides or [])
     if resume is not None and conf is not None:
         # With --resume there is no CONF: what stands in its place is the first override.
@@ -103,7 +106,9 @@ def train(
 
 @app.command()
 def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) -> None:
-    """Run a world in this process under a virtual clock: real training, simulated machines and network.
+    """Train a world in one process, under a virtual clock.
+
+    Training is real; machines and network are simulated.
 
     With simulation.train=false nothing is trained: staleness, times and bytes of very large worlds.
     """
@@ -153,7 +158,10 @@ def compare(
     jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
     out: Annotated[str | None, typer.Option(help="folder of the comparison; runs/NAME-comparison unless given")] = None,
 ) -> None:
-    """Compare methods on one world at equal steps: simulated runs, a table, plots, an HTML report. Can be continued."""
+    """Compare methods on one world at equal work.
+
+    Simulated runs, a table, plots and an HTML report. A comparison that was interrupted goes on where it was.
+    """
     from worldlm_ray.compare import compare as run
     from worldlm_ray.methods import METHODS
 
@@ -188,7 +196,10 @@ def scale(
     seconds: Annotated[float, typer.Option(help="length of a stage")] = 30.0,
     run_dir: RunDir = None,
 ) -> None:
-    """Train one world while machines come and go (pretended ones, on this machine): speed, staleness, loss, a plot."""
+    """Train one world while machines come and go.
+
+    The machines are pretended ones on this machine. Prints speed, staleness and loss, and draws a plot.
+    """
     from worldlm_ray import rundir, scaling
     from worldlm_ray.audit import proofs
     from worldlm_ray.launch import scale as experiment
@@ -220,7 +231,7 @@ def scale(
 
 @app.command()
 def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb: PerGb = None) -> None:
-    """Print what a configuration means: the tree, the parameter split, bytes per push, memory per node."""
+    """Show the tree, sizes, memory and privacy of a configuration."""
     from worldlm_ray.describe import crossing_table, describe, misfits, tables
     from worldlm_ray.plan import make_plan
 
@@ -259,7 +270,10 @@ def size(
         float | None, typer.Option(help="memory speed; without it this machine's", min=0.1)
     ] = None,
 ) -> None:
-    """Print what a world of any size needs: nodes, how busy they are, network and memory, from measured constants."""
+    """Estimate what a world of any size needs.
+
+    Nodes, how busy they are, network and memory, from measured constants.
+    """
     from worldlm_ray import sizing
 
     wish = sizing.Wish(
@@ -295,7 +309,10 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="held-out tokens per client, at most")] = 65_536,
     as_json: Json = False,
 ) -> None:
-    """Measure every model of a run on held-out text, from its checkpoints."""
+    """Measure every model of a run on held-out text.
+
+    The models are those of the newest checkpoints.
+    """
     from worldlm_ray.evaluate import evaluate as measure
     from worldlm_ray.evaluate import table
 
@@ -335,7 +352,7 @@ def export(
     folder: Annotated[str, typer.Argument(help="folder to write")],
     node: Annotated[str, typer.Option(help="path of the node, such as world/code/python")] = "world",
 ) -> None:
-    """Write a node's model as a folder that Hugging Face's AutoModelForCausalLM loads."""
+    """Write a node's model as a Hugging Face folder."""
     from worldlm_ray import huggingface, rundir
     from worldlm_ray.evaluate import theta
 
@@ -348,7 +365,10 @@ def export(
 
 @app.command()
 def privacy(run: Run, as_json: Json = False) -> None:
-    """Print what every text of a run has paid for its privacy, and check it against the audit trail."""
+    """Print the privacy spent by a run, and check it.
+
+    Ledgers are compared with the audit trail: every accepted update must be paid for.
+    """
     from worldlm_ray import rundir
     from worldlm_ray.spending import statement_table, statements, unpaid
 
@@ -376,7 +396,10 @@ def join(
     client: Annotated[str, typer.Option(help="name of the new client")] = "",
     data: Annotated[list[str] | None, typer.Option(help="a file with its text; may be given several times")] = None,
 ) -> None:
-    """Let a client join a living run: it starts from its federation's model, and nobody waits for it."""
+    """Let a client join a living run.
+
+    It starts from its federation's model. The other clients go on meanwhile.
+    """
     from worldlm_ray import membership, rundir
 
     if not client:
@@ -393,7 +416,10 @@ def join(
 
 @app.command()
 def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as world/europe/italy")]) -> None:
-    """Let a node and all below it leave a living run after the round that is under way. What it has pushed stays."""
+    """Let a node and all below it leave a living run.
+
+    It leaves after the round that is under way. What it has pushed stays.
+    """
     from worldlm_ray import membership, rundir
 
     plan = rundir.reopen(run, check_data=False)
@@ -412,7 +438,10 @@ def cluster(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value settings of the world")] = None,
     reach: Annotated[bool, typer.Option(help="ask machines whether they are there")] = True,
 ) -> None:
-    """Check what `ray up` will be given, without starting anything: tokens, files, addresses, labels."""
+    """Check a cluster description for `ray up`.
+
+    Nothing is started: tokens, files, addresses and labels are checked.
+    """
     from worldlm_ray.launch import cluster_file
     from worldlm_ray.plan import make_plan
 
@@ -425,7 +454,10 @@ def cluster(
 
 @app.command()
 def audit(run: Run, as_json: Json = False) -> None:
-    """Print what the audit trail of a run proves, edge by edge: no accepted update lost, none applied twice."""
+    """Prove from the audit trail that no update was lost.
+
+    Edge by edge: no accepted update was lost, and none was applied twice.
+    """
     from worldlm_ray import rundir
     from worldlm_ray.audit import proofs
     from worldlm_ray.report import audit_table

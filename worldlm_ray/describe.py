@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.compression import nbytes
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.messages import fragment_of
 from worldlm_ray.plan import Plan
 from worldlm_ray.report import amount
+from worldlm_ray.terminal import Column, FittingTable
 from worldlm_ray.training.deepspeed_config import is_zero, worker_bytes
 from worldlm_ray.tree import NodeSpec
 
@@ -218,13 +217,13 @@ def _worker_limit(spec: NodeSpec) -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory * min(resources.gpus, 1.0))
 
 
-def tables(facts: Mapping[str, Any]) -> Iterator[Table]:
+def tables(facts: Mapping[str, Any]) -> Iterator[FittingTable]:
     """The facts as tables for the terminal."""
     model = facts["model"]
-    split = Table(title=f"{facts['name']}: {facts['method']}, budget {_budget(facts['budget'])}", title_justify="left")
-    split.add_column("parameters")
-    split.add_column("number", justify="right")
-    split.add_column("share", justify="right")
+    split = FittingTable(
+        f"{facts['name']}: {facts['method']}, budget {_budget(facts['budget'])}",
+        [Column("parameters", is_number=False), Column("number"), Column("share")],
+    )
     rows = {"backbone": model["backbone_parameters"]}
     rows |= {f"key layer {name}": count for name, count in model["key_layers"].items()}
     for name, number in rows.items():
@@ -233,13 +232,21 @@ def tables(facts: Mapping[str, Any]) -> Iterator[Table]:
     shape = ", ".join(f"{name} {model[name]}" for name in ("hidden_size", "layers", "heads", "context", "vocab_size"))
     split.caption = f"preset {model['preset']}: {shape}; a whole model is {amount(facts['bytes_per_pull'])}B"
     yield split
-    tree = Table(title="the tree", title_justify="left")
-    for name in ("node", "kind", "what it does", "push", "pull", "memory"):
-        tree.add_column(name, justify="right" if name in ("push", "pull", "memory") else "left")
+    tree = FittingTable(
+        "the tree",
+        [
+            Column("node", is_number=False),
+            Column("kind", rank=1, is_number=False),
+            Column("push"),
+            Column("pull"),
+            Column("memory"),
+            Column("what it does", is_number=False),
+        ],
+    )
     for path, node in facts["nodes"].items():
         indent = "  " * path.count("/") + path.rsplit("/", 1)[-1] + _others(node)
         moved = [f"{amount(node[f'bytes_per_{way}'])}B" if "codec" in node else "" for way in ("push", "pull")]
-        tree.add_row(indent, node["kind"], _what(node), *moved, f"{amount(node['memory_bytes'])}B")
+        tree.add_row(indent, node["kind"], *moved, f"{amount(node['memory_bytes'])}B", _what(node))
     tree.caption = (
         "push, pull: bytes of an update and of what is pulled after it, of the largest fragment; "
         "memory: parameter-sized buffers, without activations and the interpreter"
@@ -255,11 +262,14 @@ def _others(node: Mapping[str, Any]) -> str:
     return f" and {node['copies'] - 1:,} alike" if "copies" in node else ""
 
 
-def _sharding(facts: Mapping[str, Any]) -> Table:
+def _sharding(facts: Mapping[str, Any]) -> FittingTable:
     """What each worker of the ZeRO clients holds, by stage."""
-    table = Table(title="memory per worker of clients that DeepSpeed trains", title_justify="left")
-    for name in ("client", "stage", "workers", "params", "grads", "optimizer", "on host", "fits"):
-        table.add_column(name, justify="left" if name in ("client", "fits") else "right", no_wrap=True)
+    numbers = map(Column, ("stage", "workers", "params", "grads", "optimizer", "on host"))
+    table = FittingTable(
+        "memory per worker of clients that DeepSpeed trains",
+        [Column("client", is_number=False), *numbers, Column("fits", is_number=False)],
+        caption="* as configured; by ZeRO's arithmetic for the fewest workers, without activations and buckets",
+    )
     for path, node in facts["nodes"].items():
         if node["kind"] != "client" or node["workers"]["stage"] is None:
             continue
@@ -274,21 +284,21 @@ def _sharding(facts: Mapping[str, Any]) -> Table:
                 *(f"{amount(held[part])}B" for part in ("parameters", "gradients", "optimizer", "host")),
                 "yes" if held["fits"] else "no",
             )
-        table.add_section()
-    table.caption = "* as configured; by ZeRO's arithmetic for the fewest workers, without activations and buckets"
     return table
 
 
-def crossing_table(facts: Mapping[str, Any], *, per_gb: float | None) -> Table:
+def crossing_table(facts: Mapping[str, Any], *, per_gb: float | None) -> FittingTable:
     """What moves between places, and what that costs."""
-    table = Table(title="what moves between places", title_justify="left")
-    for name in ("node", "from", "to", "exchanges", "up", "down", *(["price"] if per_gb is not None else [])):
-        table.add_column(name, justify="left" if name in ("node", "from", "to") else "right")
+    numbers = ("exchanges", "up", "down", *(["price"] if per_gb is not None else []))
+    table = FittingTable(
+        "what moves between places",
+        [*(Column(name, is_number=False) for name in ("node", "from", "to")), *map(Column, numbers)],
+    )
     total = 0.0
     for edge in facts["crossings"]:
         row = [edge["node"].removeprefix("world/") + _others(edge), _labels(edge["from"]), _labels(edge["to"])]
         if edge["exchanges"] is None:
-            table.add_row(*row, "?", "?", "?")
+            table.add_row(*row, *["?"] * len(numbers))
             continue
         price = (edge["bytes_up"] + edge["bytes_down"]) / 1e9 * (per_gb or 0.0)
         total += price

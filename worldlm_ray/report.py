@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from worldlm_ray.audit import Proof
+from worldlm_ray.terminal import Column, FittingTable
 
 KINDS = ("world", "federation", "client")
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
@@ -91,7 +92,7 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
     return table
 
 
-def cost_table(summary: Mapping[str, Any]) -> Table:
+def cost_table(summary: Mapping[str, Any]) -> FittingTable:
     """What a simulation without training says of every node: who works, who waits, what is sent.
 
     Args:
@@ -99,10 +100,9 @@ def cost_table(summary: Mapping[str, Any]) -> Table:
     """
     wall_s = float(summary["wall_s"] or 0.0)
     head = f"{summary['run']}   {duration(wall_s)} of virtual time   {amount(summary['tokens'])} tokens"
-    table = _table(head)
-    table.add_column("node")
-    for name in ("updates", "refused", "staleness", "tokens/s", "busy", "waits", "up", "down"):
-        _numbers(table, name)
+    ranks = {"updates": 0, "refused": 2, "staleness": 1, "tokens/s": 0, "busy": 0, "waits": 3, "up": 0, "down": 0}
+    columns = [Column(name, rank=rank) for name, rank in ranks.items()]
+    table = FittingTable(printable(head), [Column("node", is_number=False), *columns])
     for path, node in folded(summary["nodes"]):
         is_client = node["kind"] == "client"
         table.add_row(
@@ -119,13 +119,18 @@ def cost_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def audit_table(proofs: Sequence[Proof]) -> Table:
+def audit_table(proofs: Sequence[Proof]) -> FittingTable:
     """What an audit trail proves, a line per edge of the tree."""
-    table = _table("updates by edge")
-    table.add_column("from", no_wrap=True)
-    table.add_column("to", no_wrap=True)
-    for name in ("applied", "again after a restart", "refused", "lost", "twice"):
-        _numbers(table, name)
+    table = FittingTable(
+        "updates by edge",
+        [
+            Column("from", is_number=False),
+            Column("to", is_number=False),
+            Column("applied"),
+            Column("again after\na restart", rank=1),
+            *map(Column, ("refused", "lost", "twice")),
+        ],
+    )
     for proof in proofs:
         counts = (len(proof.applied), proof.again, proof.refused, len(proof.lost), len(proof.twice))
         style = "" if proof.holds else "bold red"

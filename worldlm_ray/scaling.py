@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from worldlm_ray import audit
 from worldlm_ray.report import amount
+from worldlm_ray.terminal import Column, FittingTable
 
 BIN_S = 4.0
 """Seconds over which the plot's tokens/s are taken."""
@@ -85,11 +84,10 @@ def figures(
     return found
 
 
-def table(rows: Sequence[Figures]) -> Table:
+def table(rows: Sequence[Figures]) -> FittingTable:
     """The figures, for a terminal."""
-    shown = Table(box=None, pad_edge=False)
-    for name in ("machines", "clients", "tokens/s", "efficiency", "staleness", "loss"):
-        shown.add_column(name, justify="right")
+    names = ("machines", "clients", "tokens/s", "efficiency", "staleness", "loss")
+    shown = FittingTable("", [*map(Column, names)])
     for row in rows:
         shown.add_row(
             str(row.machines),

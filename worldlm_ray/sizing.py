@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
-from rich.table import Table
 
 from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.compression import nbytes
 from worldlm_ray.config import AggregationConfig, CodecName, one_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.report import amount, duration
+from worldlm_ray.terminal import Column, FittingTable
 
 COPIES = 5.6
 """Pull, push, checks, fold, aggregation and publishing, in copies of the model (`exchange`, asynchronous)."""
@@ -170,12 +170,11 @@ def most_children(wish: Wish, machine: Machine) -> tuple[int, str]:
     return int(min(by_memory, by_link) * (wish.round_s + moved_s)), limit
 
 
-def table(wish: Wish, machine: Machine, found: Sequence[Tier]) -> Table:
+def table(wish: Wish, machine: Machine, found: Sequence[Tier]) -> FittingTable:
     """The tiers for the terminal."""
     title = f"{wish.clients:,} clients, {amount(wish.parameters)} parameters, an exchange per {duration(wish.round_s)}"
-    shown = Table(title=title, title_justify="left")
-    for name in ("", "nodes", "children", "updates/s", "busy", "network", "memory each"):
-        shown.add_column(name, justify="right" if name else "left")
+    numbers = map(Column, ("nodes", "children", "updates/s", "busy", "network", "memory each"))
+    shown = FittingTable(title, [Column("", is_number=False), *numbers])
     for tier in found:
         above = "bold red" if max(tier.busy, tier.link) > 1.0 else ""
         shown.add_row(

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from worldlm_ray import audit
 from worldlm_ray.client import open_account
 from worldlm_ray.data import prepare
@@ -19,6 +17,7 @@ from worldlm_ray.privacy.accounting import Spend, epsilon, rounds_left
 from worldlm_ray.privacy.gaussian import composed_epsilon, most_contributions
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.report import NOTHING
+from worldlm_ray.terminal import Column, FittingTable
 from worldlm_ray.tree import NodeSpec
 
 
@@ -197,12 +196,13 @@ def unpaid(plan: Plan) -> list[str]:
     ]
 
 
-def planned_table(rows: Sequence[Planned]) -> Table:
+def planned_table(rows: Sequence[Planned]) -> FittingTable:
     """What is going to be spent, for the terminal."""
-    table = Table(title="privacy: what the plan will spend", title_justify="left")
-    table.add_column("client", no_wrap=True)
-    for name in ("records", "rate", "noise", "rounds", "epsilon", "budget"):
-        table.add_column(name, justify="right")
+    table = FittingTable(
+        "privacy: what the plan will spend",
+        [Column("client", is_number=False), *map(Column, ("records", "rate", "noise", "rounds", "epsilon", "budget"))],
+        caption="a record is one sequence; rate: chance of a record to be in a step; noise in clipping norms",
+    )
     for row in rows:
         table.add_row(
             row.node.removeprefix("world/"),
@@ -213,16 +213,30 @@ def planned_table(rows: Sequence[Planned]) -> Table:
             NOTHING if row.epsilon is None else f"{row.epsilon:.3f}",
             NOTHING if row.target_epsilon is None else f"{row.target_epsilon:g}",
         )
-    table.caption = "a record is one sequence; rate: chance of a record to be in a step; noise in clipping norms"
     return table
 
 
-def statement_table(rows: Sequence[Statement]) -> Table:
+def statement_table(rows: Sequence[Statement]) -> FittingTable:
     """What was spent, for the terminal."""
-    table = Table(title="privacy: what was spent", title_justify="left")
-    table.add_column("paid by", no_wrap=True)
-    for name in ("unit", "noise", "paid", "epsilon", "budget", "left", "more", "then"):
-        table.add_column(name, justify="right", no_wrap=True)
+    deltas = ", ".join(f"{delta:g}" for delta in dict.fromkeys(row.delta for row in rows))
+    caption = (
+        f"epsilon at delta {deltas}; paid and more: rounds, or updates of a client; then: at the end of the budget"
+    )
+    table = FittingTable(
+        "privacy: what was spent",
+        [
+            Column("paid by", is_number=False),
+            Column("unit", rank=3),
+            Column("noise", rank=4),
+            Column("paid", rank=2),
+            Column("epsilon"),
+            Column("budget"),
+            Column("left"),
+            Column("more"),
+            Column("then", rank=1),
+        ],
+        caption=caption if rows else "",
+    )
     for row in rows:
         target = row.target_epsilon
         table.add_row(
@@ -236,10 +250,4 @@ def statement_table(rows: Sequence[Statement]) -> Table:
             NOTHING if row.rounds_left is None else str(row.rounds_left),
             NOTHING if row.rounds_left is None else row.then + (" (now)" if row.rounds_left == 0 else ""),
         )
-    deltas = ", ".join(f"{delta:g}" for delta in dict.fromkeys(row.delta for row in rows))
-    table.caption = (
-        f"epsilon at delta {deltas}; paid and more: rounds, or updates of a client; then: at the end of the budget"
-        if rows
-        else ""
-    )
     return table

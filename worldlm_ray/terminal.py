@@ -1,0 +1,132 @@
+"""What the terminal shows: a console that pipes whole lines, and tables that fit the width.
+
+On a terminal a table hides its least important columns until it fits, and says which. On a pipe no line is wrapped, cut
+or padded, so that a program can read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+PIPE_WIDTH = 10_000
+"""Columns of a line on a pipe: wider than any table."""
+_PADDING = re.compile(r"[ \t]+$", re.MULTILINE)
+
+
+class Terminal(Console):
+    """A console whose lines on a pipe are whole and end with their last character."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Columns and lines; on a pipe so many columns that nothing is wrapped."""
+        return super().size if self.is_terminal else ConsoleDimensions(PIPE_WIDTH, 100)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as `rich` does; on a pipe without the padding of tables."""
+        if self.is_terminal or self._buffer_index:
+            super().print(*objects, **options)
+            return
+        with self.capture() as lines:
+            super().print(*objects, **options)
+        self.file.write(_PADDING.sub("", lines.get()))
+        self.file.flush()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a `FittingTable`."""
+
+    name: str
+    """Its heading; may have several lines."""
+    rank: int = 0
+    """A column of rank 0 always stays. The highest rank is hidden first."""
+    is_number: bool = True
+    """Numbers stand at the right and are never cut or wrapped."""
+
+
+class FittingTable:
+    """A table that hides columns where the terminal is too narrow for all of them.
+
+    Args:
+        title: the line above it.
+        columns: from left to right.
+        caption: the line below it.
+    """
+
+    def __init__(self, title: str, columns: Sequence[Column], *, caption: str = "") -> None:
+        self.title, self.columns, self.caption = title, tuple(columns), caption
+        self.rows: list[tuple[tuple[str | Text, ...], str]] = []
+
+    def add_row(self, *cells: str | Text, style: str = "") -> None:
+        """Add a line.
+
+        Args:
+            cells: one per column.
+            style: of the whole line.
+
+        Raises:
+            ValueError: the number of cells is not that of the columns.
+        """
+        if len(cells) != len(self.columns):
+            raise ValueError(f"a row of {len(cells)} cells in a table of {len(self.columns)} columns")
+        self.rows.append((cells, style))
+
+    def shown(self, console: Console, width: int) -> list[int]:
+        """Indices of the columns that fit into so many characters, from left to right."""
+        indices = list(range(len(self.columns)))
+        while self._needed(console, indices, gap=1) > width:
+            rank, victim = max((self.columns[index].rank, index) for index in indices)
+            if rank == 0:
+                break
+            indices.remove(victim)
+        return indices
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        indices = self.shown(console, options.max_width)
+        gap = 2 if self._needed(console, indices, gap=2) <= options.max_width else 1
+        yield self._table(indices, gap=gap, title=self.title)
+        hidden = [" ".join(self.columns[i].name.split()) for i in range(len(self.columns)) if i not in indices]
+        notes = [self.caption] if self.caption else []
+        if hidden:
+            notes.append(f"hidden in {options.max_width} columns: {', '.join(hidden)}")
+        for note in notes:
+            yield Text(note, style="dim")
+
+    def _needed(self, console: Console, indices: Iterable[int], *, gap: int) -> int:
+        unlimited = console.options.update(max_width=PIPE_WIDTH)
+        return Measurement.get(console, unlimited, self._table(indices, gap=gap)).maximum
+
+    def _table(self, indices: Iterable[int], *, gap: int, title: str = "") -> Table:
+        chosen = list(indices)
+        table = Table(
+            title=Text(title, style="bold") if title else None,
+            title_justify="left",
+            box=None,
+            pad_edge=False,
+            padding=(0, 1),
+            collapse_padding=gap == 1,
+            header_style="dim",
+        )
+        for column in (self.columns[index] for index in chosen):
+            justify = "right" if column.is_number else "left"
+            table.add_column(column.name, justify=justify, no_wrap=column.is_number, overflow="fold")  # type: ignore[arg-type]
+        for cells, style in self.rows:
+            table.add_row(*(_plain(cells[index]) for index in chosen), style=style)
+        return table
+
+
+def _plain(cell: str | Text) -> Text:
+    """A cell whose brackets are never read as markup."""
+    return cell if isinstance(cell, Text) else Text(cell)
