@@ -10,7 +10,7 @@ import json
 import resource
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from rich.live import Live
 
 from worldlm_ray import config as configuration
 from worldlm_ray.errors import ConfigError, WorldLMError
+from worldlm_ray.paths import pasted
 from worldlm_ray.progress import Progress, Stop
 from worldlm_ray.terminal import Terminal
 
@@ -79,15 +80,24 @@ def train(
     from worldlm_ray import rundir
     from worldlm_ray.plan import make_plan
 
-    if resume is not None:
-        plan = rundir.resume(resume, changes, check_data=address is None)
-    else:
-        assert conf is not None
-        # On a cluster every machine looks for the texts of its own clients.
-        plan = rundir.create(make_plan(_load(conf, changes, run_dir), check_data=address is None))
-    from worldlm_ray import launch
+    with ExitStack() as holding:
+        if resume is not None:
+            holding.enter_context(rundir.held(rundir.find(resume)))
+            plan = rundir.resume(resume, changes, check_data=address is None)
+        else:
+            assert conf is not None
+            # On a cluster every machine looks for the texts of its own clients.
+            plan = rundir.create(make_plan(_load(conf, changes, run_dir), check_data=address is None))
+            holding.enter_context(rundir.held(plan.run_dir))
+        console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
+        outcome = _train(plan, address)
+    _report(plan.run_dir, outcome.summary, outcome.samples)
 
-    console.print(f"run folder {plan.run_dir}", highlight=False, soft_wrap=True)
+
+def _train(plan: Any, address: str | None) -> Any:
+    """Train on Ray with a progress display; a run that could not begin leaves no folder."""
+    from worldlm_ray import launch, rundir
+
     with Stop(errors) as stop, Progress(console) as progress:
 
         def phase(name: str) -> None:
@@ -95,13 +105,12 @@ def train(
             stop.install()  # Ray sets handlers of its own when it starts
 
         try:
-            outcome = launch.train(
+            return launch.train(
                 plan, address=address, on_progress=progress.show, on_phase=phase, should_stop=stop.asked
             )
         except WorldLMError:
             rundir.discard(plan)
             raise
-    _report(plan.run_dir, outcome.summary, outcome.samples)
 
 
 @app.command()
@@ -115,12 +124,12 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     from worldlm_ray import rundir
     from worldlm_ray.plan import make_plan
 
-    plan = rundir.create(make_plan(_load(conf, overrides or [], run_dir)))
+    plan = rundir.create(make_plan(_load(conf, overrides or [], run_dir)), simulated=True)
     from worldlm_ray.simulate import simulate as run
 
-    console.print(f"run folder {plan.run_dir}", highlight=False, soft_wrap=True)
+    console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
     began, events = time.monotonic(), 0
-    with Stop(errors) as stop, Progress(console) as progress:
+    with rundir.held(plan.run_dir), Stop(errors) as stop, Progress(console) as progress:
         progress.phase("simulating")
         stop.install()
 
@@ -129,7 +138,11 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
             events = simulation.events
             progress.show_if_due(simulation.tracker.snapshot)
 
-        outcome = run(plan, on_progress=look, should_stop=stop.asked)
+        try:
+            outcome = run(plan, on_progress=look, should_stop=stop.asked)
+        except Exception:
+            rundir.discard(plan, began=events > 0)
+            raise
     if outcome.summary.get("trained", True):
         _report(plan.run_dir, outcome.summary, outcome.samples)
         return
@@ -162,6 +175,7 @@ def compare(
 
     Simulated runs, a table, plots and an HTML report. A comparison that was interrupted goes on where it was.
     """
+    from worldlm_ray import rundir
     from worldlm_ray.compare import compare as run
     from worldlm_ray.methods import METHODS
 
@@ -171,20 +185,22 @@ def compare(
     configuration.positive(jobs, "--jobs")
     folder = Path(out or f"runs/{config.name}-comparison").absolute()
     total, done = len(names) * seeds, 0
-    console.print(f"{total} runs in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{total} runs in {pasted(folder)}", highlight=False, soft_wrap=True)
 
     def on_done(method: str, seed: int, own: float) -> None:
         nonlocal done
         done += 1
         console.print(f"[{done}/{total}] {method}, seed {seed}: {own:.4f}", markup=False, highlight=False)
 
-    run(config, names, range(seeds), out=folder, jobs=jobs, on_done=on_done)
+    folder.mkdir(parents=True, exist_ok=True)
+    with rundir.held(folder):
+        run(config, names, range(seeds), out=folder, jobs=jobs, on_done=on_done)
     from worldlm_ray.comparison_report import markdown, summarize, write
 
     page = write(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     console.print(markdown(summarize(results)), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {pasted(page)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -209,8 +225,8 @@ def scale(
     machines = experiment.parse(nodes)
     configuration.positive(seconds, "--seconds")
     plan = rundir.create(experiment.elastic(make_plan(configure(_load(conf, overrides or [], run_dir), method))))
-    console.print(f"run folder {plan.run_dir}", highlight=False, soft_wrap=True)
-    with Stop(errors) as stop, Progress(console) as progress:
+    console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
+    with rundir.held(plan.run_dir), Stop(errors) as stop, Progress(console) as progress:
 
         def phase(name: str) -> None:
             progress.phase(name)
@@ -225,7 +241,7 @@ def scale(
     picture = plan.run_dir / "scaling.png"
     scaling.plot(picture, rows, run_dir=plan.run_dir, round_tokens=tokens, looks=looks)
     console.print(scaling.table(rows))
-    console.print(f"plot: {picture}", highlight=False, soft_wrap=True)
+    console.print(f"plot: {pasted(picture)}", highlight=False, soft_wrap=True)
     _conclude(proofs(plan.run_dir))
 
 
@@ -360,7 +376,7 @@ def export(
     spec = plan.node(node)
     tokenizer = plan.root.clients[0].settings.data.tokenizer
     huggingface.export(theta(plan, spec), plan.shape, plan.layout, Path(folder), tokenizer=tokenizer)
-    console.print(f"{node} is in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"{node} is in {pasted(folder)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -502,13 +518,12 @@ def _liveness(folder: Path, snapshot: dict[str, Any]) -> str:
     if (folder / "summary.json").is_file() and age_s > 5.0:
         return "ended: see summary.json"
     if age_s > 15.0:
-        return f"silent for {age_s:.0f} s; if nothing runs it, continue with: worldlm train --resume {folder}"
+        return f"silent for {age_s:.0f} s; if nothing runs it, continue with: worldlm train --resume {pasted(folder)}"
     return "running"
 
 
 def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:
-    changes = [*overrides, f"run_dir={json.dumps(run_dir)}"] if run_dir is not None else overrides
-    return configuration.load(conf, changes)
+    return configuration.load(conf, overrides, run_dir=run_dir)
 
 
 def _conclude(found: list[Any], *, quiet: bool = False) -> None:
@@ -526,11 +541,13 @@ def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> 
     console.print(final_table(summary, samples))
     if summary["status"] == "stopped" and summary["shell"] == "ray":
         console.print(
-            f"stopped early; continue with:  worldlm train --resume {run_dir}",
+            f"stopped early; continue with:  worldlm train --resume {pasted(run_dir)}",
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"look at it with:  tensorboard --logdir {run_dir / 'tensorboard'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"look at it with:  tensorboard --logdir {pasted(run_dir / 'tensorboard')}", highlight=False, soft_wrap=True
+    )
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -471,12 +471,13 @@ def find(conf: str) -> Path:
     raise ConfigError("CONF", f"there is no preset {conf!r}", one_of(conf, list(known)))
 
 
-def load(conf: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load(conf: str, overrides: Sequence[str] = (), *, run_dir: str | None = None) -> RunConfig:
     """Read a configuration and apply `key=value` overrides.
 
     Args:
         conf: a preset's name (`quickstart`) or the path of a YAML file.
         overrides: such as `training.lr=1e-3` or `world.children[0].training.local_steps=20`.
+        run_dir: folder of the run, taken as it is: a path is neither YAML nor an interpolation.
 
     Raises:
         ConfigError: one problem, by its dotted key.
@@ -494,7 +495,8 @@ def load(conf: str, overrides: Sequence[str] = ()) -> RunConfig:
         raw["name"] = path.stem
     for text in overrides:
         override(raw, text)
-    return from_mapping(raw)
+    config = from_mapping(raw)
+    return config if run_dir is None else replace(config, run_dir=run_dir)
 
 
 def from_mapping(raw: DictConfig | dict[str, Any]) -> RunConfig:
@@ -552,7 +554,12 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML: the whole file or nothing."""
-    storage.replace_text(path, OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))))
+    storage.replace_text(path, to_yaml(config))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_mapping(config)))
 
 
 def check_run(config: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """The run folder: made for a new run, found again for an old one.
 
 runs/NAME/
-    config.yaml      the resolved configuration
+    config.yaml      the resolved configuration; it is made once, which claims the folder
+    run.lock         held by the process that drives the run
     summary.json     written at the end and on every clean stop
     status.json      the newest snapshot while the run lives
     audit/           one line per update accepted or refused, a file per inner node
@@ -11,24 +12,42 @@ runs/NAME/
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
-from contextlib import suppress
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from worldlm_ray import config as configuration
 from worldlm_ray import storage
 from worldlm_ray.errors import RunError
+from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan, make_plan
 
-CONFIG, STATUS, SUMMARY = "config.yaml", "status.json", "summary.json"
+CONFIG, STATUS, SUMMARY, LOCK, TENSORBOARD = "config.yaml", "status.json", "summary.json", "run.lock", "tensorboard"
+SIMULATED = "# made by worldlm simulate: it cannot be continued\n"
+"""First line of a simulation's config.yaml."""
+CLAIM_TRIES = 100
+_HELD: set[str] = set()
+"""Folders whose lock this process has."""
 
 
-def create(plan: Plan) -> Plan:
-    """Make the folder of a new run and write its configuration.
+def create(plan: Plan, *, simulated: bool = False) -> Plan:
+    """Make the folder of a new run and write its configuration: both in one step, so that no two runs share a folder.
 
     A folder that the user did not name gets a number when the name is taken: `runs/quickstart-2`.
+
+    Args:
+        plan: the run.
+        simulated: whether it is a simulation, which cannot be continued later.
 
     Returns:
         The plan with the folder it got, as an absolute path.
@@ -36,35 +55,124 @@ def create(plan: Plan) -> Plan:
     Raises:
         RunError: the named folder already holds a run, or cannot be made.
     """
-    run_dir = plan.run_dir
+    for number in count(1):
+        run_dir = plan.run_dir if number == 1 else plan.run_dir.with_name(f"{plan.run_dir.name}-{number}")
+        made = replace(plan, config=replace(plan.config, run_dir=str(run_dir)))
+        try:
+            if _claimed(made, simulated=simulated):
+                return made
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise RunError(f"cannot write the run folder {run_dir}: {why}; give another --run-dir") from error
+        if plan.config.run_dir is not None:
+            raise RunError(f"{run_dir} already holds a {_taken(run_dir)}, or give another --run-dir")
+    raise AssertionError("there are always more numbers")
+
+
+def _claimed(plan: Plan, *, simulated: bool) -> bool:
+    """Write config.yaml, which claims the folder; False if another run has it."""
+    text = (SIMULATED if simulated else "") + configuration.to_yaml(plan.config)
+    for _ in range(CLAIM_TRIES):
+        with storage.refusals(plan.run_dir):
+            if (plan.run_dir / CONFIG).exists():
+                return False
+            storage.make_folder(plan.run_dir)
+            try:
+                storage.create_text(plan.run_dir / CONFIG, text)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                continue  # another process has just taken this folder back (`discard`)
+            return True
+    raise OSError(errno.EAGAIN, "other processes make and remove it all the time")
+
+
+def _taken(run_dir: Path) -> str:
+    if _is_simulated(run_dir):
+        return "simulation, which is not continued; delete the folder"
+    return f"run; continue it with `worldlm train --resume {pasted(run_dir)}`"
+
+
+def _is_simulated(run_dir: Path) -> bool:
+    if _summary(run_dir).get("shell") == "simulate":
+        return True
     try:
-        with storage.refusals(run_dir):
-            if plan.config.run_dir is None:
-                number = 2
-                while (run_dir / CONFIG).exists():
-                    run_dir = plan.run_dir.with_name(f"{plan.run_dir.name}-{number}")
-                    number += 1
-            elif (run_dir / CONFIG).exists():
-                raise RunError(
-                    f"{run_dir} already holds a run; continue it with `worldlm train --resume {run_dir}`, "
-                    "or give another --run-dir"
-                )
-            plan = replace(plan, config=replace(plan.config, run_dir=str(run_dir)))
-            storage.make_folder(run_dir)
-            configuration.save(plan.config, run_dir / CONFIG)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise RunError(f"cannot write the run folder {run_dir}: {why}; give another --run-dir") from error
-    return plan
+        return (run_dir / CONFIG).read_text(encoding="utf-8").startswith(SIMULATED)
+    except OSError:
+        return False
 
 
-def discard(plan: Plan) -> None:
-    """Take back the folder of a run that could not begin, so that the same command can be given again."""
-    if not (plan.run_dir / STATUS).exists():
-        (plan.run_dir / CONFIG).unlink(missing_ok=True)
-        if not storage.is_remote(plan.run_dir):
-            with suppress(OSError):  # it holds something of somebody else's
-                plan.run_dir.rmdir()
+def discard(plan: Plan, *, began: bool | None = None) -> None:
+    """Take back the folder of a run that could not begin, so that the same command can be given again.
+
+    Args:
+        plan: the run.
+        began: whether anything was trained; unless given, whether there is a status.json.
+    """
+    if began if began is not None else (plan.run_dir / STATUS).exists():
+        return
+    for name in (STATUS, CONFIG, LOCK):
+        (plan.run_dir / name).unlink(missing_ok=True)
+    if not storage.is_remote(plan.run_dir):
+        storage.remove_tree(plan.run_dir / TENSORBOARD)
+        for folder in (plan.run_dir / "audit", plan.run_dir):
+            with suppress(OSError):  # it holds a file that this run did not make
+                folder.rmdir()
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Be the only process that drives the run of a folder, as long as the context is open.
+
+    The lock is the operating system's: it ends with the process, however that ends. On a file system it lies in the
+    folder; for an object store, which has no locks, it holds on this machine only. Within a process it is reentrant.
+
+    Raises:
+        RunError: another process drives the run.
+    """
+    if str(run_dir) in _HELD:
+        yield
+        return
+    handle = _locked(run_dir)
+    _HELD.add(str(run_dir))
+    try:
+        yield
+    finally:
+        _HELD.discard(str(run_dir))
+        if handle is not None:
+            os.close(handle)
+
+
+def _locked(run_dir: Path) -> int | None:
+    """A descriptor that holds the lock; None where the file system has no locks or cannot be written."""
+    path = run_dir / LOCK
+    if storage.is_remote(run_dir):
+        mark = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"worldlm-{os.getuid()}-{mark}.lock"
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                os.truncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return handle
+        except BlockingIOError:
+            who = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise RunError(
+                f"{run_dir} is being run by {who}; watch it with `worldlm status {pasted(run_dir)} --watch`, "
+                "or stop that process first"
+            ) from None
+        except FileNotFoundError:
+            pass  # the folder was taken back between the two calls
+        except OSError:
+            os.close(handle)
+            return None
+        os.close(handle)  # the file was removed meanwhile: this lock would lock nothing
 
 
 def find(run: str) -> Path:
@@ -94,7 +202,7 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
         check_data: False where the run's text is not needed.
     """
     run_dir = find(run)
-    config = configuration.load(str(run_dir / CONFIG), [*(overrides or []), f"run_dir={json.dumps(str(run_dir))}"])
+    config = configuration.load(str(run_dir / CONFIG), overrides or [], run_dir=str(run_dir))
     return make_plan(config, check_data=check_data)
 
 
@@ -111,7 +219,7 @@ def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:
     """
     plan = reopen(run, overrides, check_data=check_data)
     summary = _summary(plan.run_dir)
-    if summary.get("shell") == "simulate":
+    if _is_simulated(plan.run_dir):
         raise RunError(f"{plan.run_dir} is a simulation, which is not continued; start it again")
     if not overrides and summary.get("status") == "finished":
         raise RunError(

@@ -12,6 +12,7 @@ Errors of object stores are of many kinds; `refusals` makes them the OSError tha
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -38,7 +39,7 @@ def place(text: str) -> Path:
         RunError: nothing is installed that speaks this protocol.
     """
     if "://" not in text:
-        return Path(text).expanduser().absolute()
+        return expanded(text).absolute()
     from upath import UPath
 
     try:
@@ -52,6 +53,14 @@ def place(text: str) -> Path:
             "`pip install 'worldlm_ray[s3]'` or `'worldlm_ray[gcs]'`, on every machine"
         ) from error
     return found  # type: ignore[no-any-return]
+
+
+def expanded(text: str) -> Path:
+    """A local path with `~` as the home folder; a `~name` that is no user's is the name of a file."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def is_remote(path: Path) -> bool:
@@ -109,6 +118,34 @@ def create_exclusively(path: Path) -> None:
     remote: Any = path
     with refusals(path):
         remote.fs.pipe_file(remote.path, b"1", mode="create")
+
+
+def create_text(path: Path, text: str) -> None:
+    """Make a file with its text in one step, unless it is there: of two processes at once, one succeeds.
+
+    Raises:
+        FileExistsError: the file is there already.
+        OSError: the storage refused.
+    """
+    if is_remote(path):
+        remote: Any = path
+        with refusals(path):
+            remote.fs.pipe_file(remote.path, text.encode(), mode="create")
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_text(text, encoding="utf-8")
+    try:
+        # A link fails where the name is taken, and the text is whole: a crash leaves no empty file.
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with path.open("x", encoding="utf-8") as file:  # a file system without hard links
+            file.write(text)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

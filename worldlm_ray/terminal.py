@@ -22,7 +22,16 @@ _PADDING = re.compile(r"[ \t]+$", re.MULTILINE)
 
 
 class Terminal(Console):
-    """A console whose lines on a pipe are whole and end with their last character."""
+    """A console whose lines on a pipe are whole and end with their last character.
+
+    Paths, names and messages are printed as they are: square brackets and colons in them are no markup.
+
+    Args:
+        options: as of `rich.console.Console`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, **options})
 
     @property
     def size(self) -> ConsoleDimensions:

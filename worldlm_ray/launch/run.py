@@ -25,6 +25,7 @@ from worldlm_ray.errors import RunError, WorldLMError
 from worldlm_ray.faults import Fault
 from worldlm_ray.launch import cluster, hosts, preflight
 from worldlm_ray.outcome import Outcome, combine
+from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import Measure
 from worldlm_ray.report import MANY
@@ -416,7 +417,7 @@ def _watch(
 def _advice(plan: Plan, world: World) -> str:
     if world.local:
         return "still waiting"
-    return f"if its cluster lives, it goes on; leave (Ctrl-C twice), and come back with --resume {plan.run_dir}"
+    return f"if its cluster lives, it goes on; leave (Ctrl-C twice), and come back with --resume {pasted(plan.run_dir)}"
 
 
 def _newcomers(world: World, snapshot: dict[str, Any], ended: Collection[str]) -> dict[Any, str]:
