@@ -209,7 +209,7 @@ def test_a_world_is_simulated_in_an_object_store_and_found_again(
     again = rundir.reopen(address)
     assert again.run_dir == there
     assert not (tmp_path / "run").exists()
-    with pytest.raises(RunError, match="already holds a run"):
+    with pytest.raises(RunError, match="already holds a simulation"):
         rundir.create(tiny(run_dir=address))
     with pytest.raises(RunError, match="there is no run"):
         rundir.find(f"{bucket}/runs/other")
