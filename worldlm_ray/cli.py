@@ -146,9 +146,11 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     if outcome.summary.get("trained", True):
         _report(plan.run_dir, outcome.summary, outcome.samples)
         return
-    from worldlm_ray.report import amount, cost_table
+    from worldlm_ray.report import amount, budget_line, cost_table
 
     console.print(cost_table(outcome.summary))
+    if line := budget_line(outcome.summary):
+        console.print(line, highlight=False, soft_wrap=True)
     took_s, cpu_s = time.monotonic() - began, time.process_time()
     memory = f"{amount(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}B"
     console.print(
@@ -330,13 +332,13 @@ def evaluate(
     The models are those of the newest checkpoints.
     """
     from worldlm_ray.evaluate import evaluate as measure
-    from worldlm_ray.evaluate import table
+    from worldlm_ray.evaluate import table, values
 
     configuration.positive(tokens, "--tokens")
     with Progress(errors) as progress:  # stdout is for the result
         measures = measure(run, tokens=tokens, on_phase=progress.phase)
     if as_json:
-        console.print_json(json.dumps({path: vars(value) for path, value in measures.items()}))
+        console.print_json(json.dumps(values(measures)))
         return
     if not measures:
         console.print("nothing to show: the losses of every client of this run are private (privacy.report_metrics)")
@@ -536,9 +538,11 @@ def _conclude(found: list[Any], *, quiet: bool = False) -> None:
 
 
 def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> None:
-    from worldlm_ray.report import final_table
+    from worldlm_ray.report import budget_line, final_table
 
     console.print(final_table(summary, samples))
+    if line := budget_line(summary):
+        console.print(line, highlight=False, soft_wrap=True)
     if summary["status"] == "stopped" and summary["shell"] == "ray":
         console.print(
             f"stopped early; continue with:  worldlm train --resume {pasted(run_dir)}",

@@ -31,10 +31,10 @@ from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account, ledger_folder
 from worldlm_ray.privacy.ledger import Ledger
-from worldlm_ray.records import Measure, Record, RoundRecord, StandRecord, StartRecord
+from worldlm_ray.records import Measure, Record, RoundRecord, StandRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
 from worldlm_ray.training.common import Common
-from worldlm_ray.training.local import LocalTrainer, perplexity
+from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.sampling import sample
 from worldlm_ray.training.schedule import learning_rate
 from worldlm_ray.training.trainer import Batch, Trainer
@@ -513,7 +513,7 @@ class Client:
             tokens=self.tokens,
             train_loss=self.train_loss if self.reports else None,
             loss=measure.loss if measure else None,
-            perplexity=measure.perplexity if measure else None,
+            perplexity_per_token=measure.perplexity_per_token if measure else None,
             learning_rate=self.learning_rate,
             tokens_per_s=tokens / train_s if train_s > 0 else 0.0,
             busy_fraction=busy_fraction,
@@ -537,11 +537,11 @@ class Client:
         """
         windows = self.dataset.heldout_windows(tokens, context=self.context, batch_size=self.training.batch_size)
         nats, count = self.trainer.evaluate(windows, parameters=parameters)
-        per_token = nats / count
+        per_token, is_bytes = nats / count, self.spec.settings.data.tokenizer == "bytes"
         return Measure(
             loss=per_token / self.dataset.heldout_bytes_per_token(),
-            perplexity=perplexity(per_token),
             heldout_bytes=self.dataset.heldout_bytes,
+            perplexity_per_token=None if is_bytes else perplexity(per_token),
         )
 
     def report(self, tokens: int, *, parameters: Flat | None = None) -> Measure | None:
@@ -556,12 +556,14 @@ class Client:
         """Measure the model before the first round."""
         measure = self.report(self.plan.config.evaluation.final_tokens)
         if measure is None:
-            return StartRecord(node=self.spec.path, now_s=now_s, loss=None, perplexity=None, heldout_bytes=0)
+            return StartRecord(
+                node=self.spec.path, now_s=now_s, loss=None, perplexity_per_token=None, heldout_bytes=0, private=True
+            )
         return StartRecord(
             node=self.spec.path,
             now_s=now_s,
             loss=measure.loss,
-            perplexity=measure.perplexity,
+            perplexity_per_token=measure.perplexity_per_token,
             heldout_bytes=measure.heldout_bytes,
         )
 

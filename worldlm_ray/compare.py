@@ -90,7 +90,10 @@ class _Curve:
             return
         self._changed = False
         snapshot = simulation.tracker.snapshot()
-        loss, at = snapshot["nodes"]["world"]["loss"], {"tokens": snapshot["tokens"], "virtual_s": snapshot["now_s"]}
+        loss, at = (
+            snapshot["nodes"]["world"]["clients_loss"],
+            {"tokens": snapshot["tokens"], "virtual_s": snapshot["now_s"]},
+        )
         if loss is not None and (not self.points or loss != self.points[-1]["loss"]):
             self.points.append(at | {"loss": loss})
         node = simulation.nodes["world"]

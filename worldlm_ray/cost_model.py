@@ -172,7 +172,7 @@ class CostClient:
 
     def start_record(self, *, now_s: float) -> StartRecord:
         """What tracking is told before the first round: nothing was measured."""
-        return StartRecord(node=self.spec.path, now_s=now_s, loss=None, perplexity=None, heldout_bytes=0)
+        return StartRecord(node=self.spec.path, now_s=now_s, loss=None, perplexity_per_token=None, heldout_bytes=0)
 
     def round_record(
         self, *, now_s: float, train_s: float, busy_fraction: float, measure: Measure | None
@@ -186,7 +186,7 @@ class CostClient:
             tokens=self.round * self.round_tokens,
             train_loss=None,
             loss=None,
-            perplexity=None,
+            perplexity_per_token=None,
             learning_rate=None,
             tokens_per_s=self.round_tokens / train_s,
             busy_fraction=busy_fraction,

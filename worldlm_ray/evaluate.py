@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from rich.table import Table
-
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.client import Client
 from worldlm_ray.data import load_tokenizer
@@ -16,6 +14,9 @@ from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure
+from worldlm_ray.report import NOTHING
+from worldlm_ray.run_state import finite
+from worldlm_ray.terminal import Column, FittingTable
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.sampling import sample as generate
 from worldlm_ray.tree import NodeSpec
@@ -81,12 +82,43 @@ def theta(plan: Plan, spec: NodeSpec) -> Flat:
     return found[1]["theta"]
 
 
-def table(run: str, measures: Mapping[str, Measure]) -> Table:
-    """The measures as a table for the terminal."""
-    drawn = Table(title=f"{run}: held-out text")
-    drawn.add_column("model")
-    for name in ("nats per byte", "perplexity per token", "held-out bytes"):
-        drawn.add_column(name, justify="right")
-    for path, value in measures.items():
-        drawn.add_row(path, f"{value.loss:.4f}", f"{value.perplexity:.3f}", f"{value.heldout_bytes:,}")
+def clients_mean(measures: Mapping[str, Measure], path: str) -> Measure | None:
+    """The mean over the clients below an inner node: each one's own model on its own text; None of a client."""
+    inner = {other.rpartition("/")[0] for other in measures}
+    return combine(
+        measure for other, measure in measures.items() if other.startswith(f"{path}/") and other not in inner
+    )
+
+
+def values(measures: Mapping[str, Measure]) -> dict[str, dict[str, float | None]]:
+    """The measures by path, under the names that summary.json has for them."""
+    found = {}
+    for path, own in measures.items():
+        mean = clients_mean(measures, path)
+        found[path] = {
+            "loss": own.loss,
+            "perplexity": own.perplexity,
+            "perplexity_per_token": own.perplexity_per_token,
+            "clients_loss": mean.loss if mean else None,
+            "clients_perplexity": mean.perplexity if mean else None,
+            "heldout_bytes": own.heldout_bytes,
+        }
+    return dict(finite(found))
+
+
+def table(run: str, measures: Mapping[str, Measure]) -> FittingTable:
+    """The measures as a table for the terminal; perplexity per token where a token is not a byte."""
+    per_token = any(measure.perplexity_per_token is not None for measure in measures.values())
+    heads = {"loss\n(nats/byte)\nown model": 0, "\nclients\n(mean)": 0, "perplexity\nper byte\nown model": 1}
+    columns = [Column(head, rank=rank) for head, rank in heads.items()]
+    columns += [Column("perplexity\nper token\nown model", rank=1)] if per_token else []
+    drawn = FittingTable(f"{run}: held-out text", [Column("node", is_number=False), *columns, Column("bytes", rank=2)])
+    for path, shown in values(measures).items():
+        cells = [_or(shown["loss"], ".4f"), _or(shown["clients_loss"], ".4f"), _or(shown["perplexity"], ".3f")]
+        cells += [_or(shown["perplexity_per_token"], ".3f")] if per_token else []
+        drawn.add_row(path, *cells, f"{shown['heldout_bytes']:,}")
     return drawn
+
+
+def _or(value: float | None, form: str) -> str:
+    return NOTHING if value is None else format(value, form)

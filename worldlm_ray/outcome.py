@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from worldlm_ray.config import BudgetConfig
 from worldlm_ray.params import Flat, params_sha256
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import Measure
+from worldlm_ray.records import FinalRecord, Measure
 from worldlm_ray.tracking import Tracker, write_summary
 
 
@@ -26,15 +27,25 @@ class Outcome:
 def combine(measures: Iterable[Measure | None]) -> Measure | None:
     """One measure over several clients' texts, each weighted by its held-out bytes; None counts for nothing.
 
-    Loss is the weighted mean, perplexity the exponential of the weighted mean of its logarithm. None if all are.
+    Loss is the weighted mean, perplexity per token the exponential of the weighted mean of its logarithm. None if all
+    are.
     """
     found = [measure for measure in measures if measure is not None]
     if not found:
         return None
     total = sum(measure.heldout_bytes for measure in found)
     loss = sum(m.loss * m.heldout_bytes for m in found) / total
-    log_perplexity = sum(math.log(m.perplexity) * m.heldout_bytes for m in found) / total
-    return Measure(loss=loss, perplexity=math.exp(log_perplexity), heldout_bytes=total)
+    weighted = [m.heldout_bytes * math.log(m.perplexity_per_token) for m in found if m.perplexity_per_token]
+    per_token = math.exp(sum(weighted) / total) if len(weighted) == len(found) else None
+    return Measure(loss=loss, heldout_bytes=total, perplexity_per_token=per_token)
+
+
+def spent(budget: BudgetConfig, trained: int) -> dict[str, Any]:
+    """What the budget was and, where it was in tokens, what was trained of it and beyond it."""
+    found: dict[str, Any] = {unit: amount for unit, amount in asdict(budget).items() if amount is not None}
+    if budget.tokens is not None:
+        found |= {"trained": trained, "beyond": max(trained - budget.tokens, 0)}
+    return found
 
 
 def finish(
@@ -61,22 +72,35 @@ def finish(
         status: `finished`, or `stopped` for a run that was left early.
         shell: `ray` or `simulate`.
     """
-    nodes = {}
     for path, node in tracker.summaries().items():
         measure = measures.get(path)
         if measure is not None:
-            node = replace(node, loss=measure.loss, perplexity=measure.perplexity)
-        nodes[path] = node
+            final = FinalRecord(
+                node=path,
+                now_s=wall_s,
+                version=node.version,
+                loss=measure.loss,
+                perplexity_per_token=measure.perplexity_per_token,
+                heldout_bytes=measure.heldout_bytes,
+            )
+            tracker.record(final)
+    nodes = tracker.summaries()
+    trained = sum(node.tokens for node in nodes.values() if node.kind == "client")
     summary = write_summary(
         plan.run_dir,
         run=plan.config.name,
         method=plan.config.method,
         seed=plan.config.seed,
         wall_s=round(wall_s, 3),
-        tokens=sum(node.tokens for node in nodes.values() if node.kind == "client"),
+        tokens=trained,
         params_sha256=None if world is None else params_sha256(world),
         nodes=nodes,
         staleness=tracker.staleness(),
-        extra={"status": status, "shell": shell, **({"trained": False} if world is None else {})},
+        extra={
+            "status": status,
+            "shell": shell,
+            "budget": spent(plan.config.budget, trained),
+            **({"trained": False} if world is None else {}),
+        },
     )
     return Outcome(summary=summary, samples=dict(samples))

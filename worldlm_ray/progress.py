@@ -89,11 +89,13 @@ def _warns(node: dict[str, Any]) -> bool:
 def _line(snapshot: dict[str, Any]) -> str:
     nodes = snapshot["nodes"]
     world = next(iter(nodes.values()))
-    loss = f"loss {world['loss']:.3f}" if world["loss"] is not None else "loss not measured yet"
+    loss, mean = world["loss"], world.get("clients_loss")
+    own = "world's own loss not measured yet" if loss is None else f"world's own loss {loss:.3f} nats/byte"
+    clients = "" if mean is None else f", clients' mean {mean:.3f}"
     refused = sum(snapshot["refused"].values())
     return (
         f"{snapshot['progress']:4.0%}  {duration(snapshot['now_s'])}  {amount(snapshot['tokens'])} tokens  "
-        f"{amount(snapshot['tokens_per_s'])}/s  world version {world['version']}  {loss}  "
+        f"{amount(snapshot['tokens_per_s'])}/s  world version {world['version']}  {own}{clients}  "
         f"{snapshot['accepted']} updates accepted, {refused} refused"
     )
 

@@ -6,7 +6,13 @@ started: wall seconds on Ray, virtual seconds in simulation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), without overflowing on a diverged model: per byte of a loss in nats per byte."""
+    return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +31,8 @@ class RoundRecord:
     """Mean training loss of the round, nats per token; None of a client that keeps it private."""
     loss: float | None
     """Held-out loss after the round, nats per byte; None where it was not measured."""
-    perplexity: float | None
-    """Held-out perplexity per token."""
+    perplexity_per_token: float | None
+    """None where a token is a byte, too: perplexity per byte is exp(loss)."""
     learning_rate: float | None
     """None where nothing is trained."""
     tokens_per_s: float
@@ -56,10 +62,27 @@ class StartRecord:
     now_s: float
     loss: float | None
     """Held-out loss, nats per byte; None of a client that keeps it private."""
-    perplexity: float | None
-    """Held-out perplexity per token."""
+    perplexity_per_token: float | None
+    """None where a token is a byte, too."""
     heldout_bytes: int
     """Size of the held-out text: the weight of this client in means over clients. 0 where the loss is private."""
+    private: bool = False
+    """Whether this client reports no measurement on its text, by its configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalRecord:
+    """The run has ended: a node's own model was measured, an inner node's on the text of all clients below it."""
+
+    node: str
+    now_s: float
+    version: int
+    """Of the model that was measured; of a client, the parent's version that it took last."""
+    loss: float
+    """Nats per byte."""
+    perplexity_per_token: float | None
+    """None where a token is a byte, too."""
+    heldout_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +203,7 @@ Record = (
     RoundRecord
     | StandRecord
     | StartRecord
+    | FinalRecord
     | VerdictRecord
     | AggregationRecord
     | AttentionRecord
@@ -193,16 +217,32 @@ Record = (
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSummary:
-    """One node's line in summary.json. Clients have losses of their own; inner nodes of their own model."""
+    """One node's line in summary.json.
+
+    Losses are nats per byte, perplexities per byte (exp of the loss). `loss` is that of the node's own model: a
+    client's on its held-out text, an inner node's on the held-out text of all clients below it.
+    """
 
     kind: str
     version: int = 0
     steps: int = 0
     tokens: int = 0
     loss_start: float | None = None
+    """Of the initial model, with which every node begins."""
     loss: float | None = None
+    loss_version: int | None = None
+    """Of an inner node: the version that `loss` was measured of; the oldest of them where texts differ in it."""
+    loss_measured_s: float | None = None
+    """Run time of the newest measurement in `loss`."""
     perplexity_start: float | None = None
     perplexity: float | None = None
+    perplexity_per_token: float | None = None
+    """None where a token is a byte, too."""
+    clients_loss: float | None = None
+    """Of an inner node: mean over the clients below, each one's own model on its own text, by held-out bytes."""
+    clients_perplexity: float | None = None
+    private: bool = False
+    """Whether no client here reports losses on its text."""
     busy_fraction: float = 0.0
     accepted: int = 0
     refused: dict[str, int] = field(default_factory=dict)
@@ -218,7 +258,12 @@ class Measure:
 
     loss: float
     """Nats per byte."""
-    perplexity: float
-    """Per token."""
     heldout_bytes: int
     """Size of the whole held-out text: the weight of this measure in means."""
+    perplexity_per_token: float | None = None
+    """None where a token is a byte, too."""
+
+    @property
+    def perplexity(self) -> float:
+        """Per byte."""
+        return perplexity(self.loss)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from worldlm_ray.audit import Proof
+from worldlm_ray.records import perplexity
 from worldlm_ray.terminal import Column, FittingTable
 
 KINDS = ("world", "federation", "client")
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
+PRIVATE = "private"
+"""What tables show where losses are known and stay with the clients."""
+WIDE = 100
+"""Columns from which on the live table has room for losses beside perplexities."""
 SAMPLE_CHARACTERS = 240
 """A longer sample is cut: the table shows a taste of each client's language, not a page."""
 MANY = 32
@@ -23,31 +30,54 @@ _STYLES = {"world": "bold", "federation": "bold cyan", "client": ""}
 _STATES = {"finished": "green", "warning": "bold red", "waiting": "yellow", "paused": "yellow", "left": "dim"}
 
 
-def live_table(snapshot: Mapping[str, Any]) -> Table:
-    """One line per node of a run, indented as the tree.
+@dataclass(frozen=True)
+class Fitted:
+    """A table that is drawn for the width that is there."""
+
+    draw: Callable[[int], Table]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.draw(options.max_width)
+
+
+def live_table(snapshot: Mapping[str, Any]) -> Fitted:
+    """One line per node of a run, indented as the tree. A terminal of `WIDE` columns or more shows losses, too.
 
     Args:
         snapshot: `Tracker.snapshot()`, or status.json as read.
     """
+    return Fitted(lambda width: _live_table(snapshot, wide=width >= WIDE))
+
+
+def _live_table(snapshot: Mapping[str, Any], *, wide: bool) -> Table:
     head = (
         f"{snapshot.get('run', 'run')}   {float(snapshot.get('progress', 0.0)):.0%}   "
         f"{duration(float(snapshot.get('now_s', 0.0)))}   {amount(snapshot.get('tokens', 0))} tokens"
     )
     table = _table(head)
     table.add_column("node")
-    for name in ("version", "tokens", "tok/s", "stale", "loss", "perplexity", "busy", "acc/ref"):
+    for name in ("ver-\nsion", "tokens", "tok/s", "stale"):
+        _numbers(table, name)
+    if wide:
+        _numbers(table, "loss\n(nats/byte)\nown model")
+        _numbers(table, "\nclients\n(mean)")
+    _numbers(table, "perplexity\nper byte\nown model")
+    _numbers(table, "\nclients\n(mean)")
+    for name in ("busy", "acc/\nref"):
         _numbers(table, name)
     table.add_column("state", no_wrap=True, overflow="ellipsis")
     for path, node in folded(snapshot["nodes"]):
         state = str(node.get("state") or NOTHING)
+        losses = [_loss(node), _or(node.get("clients_loss"), ".3f")] if wide else []
         table.add_row(
             _name(path, node["kind"]),
             str(node["version"]),
             amount(node["tokens"]),
             amount(node["tokens_per_s"]),
             _or(node["tau"], "d"),
-            _or(node["loss"], ".3f"),
-            _change(node["perplexity_start"], node["perplexity"]),
+            *losses,
+            _own(node),
+            _perplexity(node.get("clients_perplexity")),
             _or(node["busy_fraction"], ".0%"),
             _verdicts(node),
             Text(printable(_said(state, node)), style=_STATES.get(state, "")),
@@ -76,8 +106,8 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
     table.add_column("node")
     _numbers(table, "tokens")
     _numbers(table, "staleness")
-    table.add_column("perplexity\nat the start", justify="right", no_wrap=True)
-    table.add_column("perplexity\nnow", justify="right", no_wrap=True)
+    for name in ("perplexity\nper byte\nat the start", "perplexity\nper byte\nown model", "\nclients\n(mean)"):
+        _numbers(table, name)
     table.add_column("sample", overflow="fold", ratio=1, min_width=16)
     for path, node in folded(summary["nodes"]):
         table.add_row(
@@ -85,7 +115,8 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
             amount(node["tokens"]),
             _or(node.get("tau_mean"), ".2f"),
             _perplexity(node["perplexity_start"]),
-            Text(_perplexity(node["perplexity"]), style="bold"),
+            Text(_own(node), style="bold"),
+            _perplexity(node.get("clients_perplexity")),
             # A Text is never read as markup, whatever brackets the model wrote.
             Text(printable(samples.get(path, ""))[:SAMPLE_CHARACTERS]),
         )
@@ -194,12 +225,12 @@ def _together(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     line: dict[str, Any] = {"kind": nodes[0]["kind"], "refused": {}}
     for name in ("tokens", "accepted", "tokens_per_s", "bytes_up", "bytes_down"):
         line[name] = sum(node.get(name) or 0 for node in nodes)
-    for name in ("tau", "tau_mean", "loss", "perplexity", "perplexity_start", "busy_fraction"):
+    for name in ("tau", "tau_mean", "loss", "loss_start", "clients_loss", "busy_fraction"):
         known = [node[name] for node in nodes if node.get(name) is not None]
-        if name.startswith("perplexity"):
-            line[name] = math.exp(math.fsum(map(math.log, known)) / len(known)) if known else None
-        else:
-            line[name] = math.fsum(known) / len(known) if known else None
+        line[name] = math.fsum(known) / len(known) if known else None
+    for name in ("loss", "loss_start", "clients_loss"):
+        line[name.replace("loss", "perplexity")] = None if line[name] is None else perplexity(line[name])
+    line["private"] = all(node.get("private") for node in nodes)
     line["tau"] = None if line["tau"] is None else round(line["tau"])
     line["version"] = max(node["version"] for node in nodes)
     line["refused"] = Counter[str]()
@@ -273,10 +304,22 @@ def _perplexity(value: float | None) -> str:
     return amount(value) if value >= 999.5 else f"{value:.{1 if value >= 99.95 else 2}f}"
 
 
-def _change(start: float | None, now: float | None) -> str:
-    if start is None and now is None:
-        return NOTHING
-    return f"{_perplexity(start)} → {_perplexity(now)}"
+def _own(node: Mapping[str, Any]) -> str:
+    """Perplexity of a node's own model, as far as it is known and may be."""
+    return PRIVATE if node["perplexity"] is None and node.get("private") else _perplexity(node["perplexity"])
+
+
+def _loss(node: Mapping[str, Any]) -> str:
+    return PRIVATE if node["loss"] is None and node.get("private") else _or(node["loss"], ".3f")
+
+
+def budget_line(summary: Mapping[str, Any]) -> str:
+    """What was trained beyond a budget in tokens, and why; empty where nothing was."""
+    budget = summary.get("budget") or {}
+    if not budget.get("beyond"):
+        return ""
+    trained = f"budget {amount(budget['tokens'])} tokens, trained {amount(budget['trained'])}"
+    return f"{trained} (rounds under way were finished)"
 
 
 def _verdicts(node: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from worldlm_ray.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
     AggregationRecord,
+    FinalRecord,
     LifeRecord,
     NodeSummary,
     PrivacyRecord,
@@ -26,6 +27,7 @@ from worldlm_ray.records import (
     StandRecord,
     StartRecord,
     VerdictRecord,
+    perplexity,
 )
 
 ACCEPTED = "accepted"
@@ -50,12 +52,21 @@ class NodeState:
     tokens_aggregated: int = 0
     """Tokens of the updates that an inner node has aggregated."""
     heldout_bytes: int = 0
+    """Of an inner node: the sum over the clients below it whose losses may be reported."""
     loss_start: float | None = None
+    """Nats per byte, as every loss here: of the initial model, with which all nodes begin."""
     loss: float | None = None
-    """Nats per byte. Of an inner node: the mean over the clients below it, weighted by held-out bytes."""
-    perplexity_start: float | None = None
-    perplexity: float | None = None
-    """Per token. Of an inner node: the geometric mean, with the same weights."""
+    """Of the node's own model: a client's on its held-out text, an inner node's on that of all clients below it."""
+    loss_version: int | None = None
+    """Of an inner node: the version that `loss` was measured of."""
+    loss_measured_s: float | None = None
+    """Run time of the newest measurement in `loss`."""
+    perplexity_per_token: float | None = None
+    """Of the node's own model; None where a token is a byte. `_values` adds the perplexities per byte."""
+    clients_loss: float | None = None
+    """Of an inner node: the mean over the clients below of their own models' losses, weighted by held-out bytes."""
+    private: bool = False
+    """Whether no losses are reported: by this client, or by any client below."""
     tau: int | None = None
     """Staleness of the last update that this node sent."""
     tau_mean: float | None = None
@@ -158,6 +169,8 @@ class RunState:
                 self._stand(node, record)
             case StartRecord():
                 self._start(node, record)
+            case FinalRecord():
+                self._final(node, record)
             case VerdictRecord():
                 self.count(record.node, record.sender, seq=record.seq, tau=record.tau, verdict=record.verdict)
             case AggregationRecord():
@@ -216,8 +229,8 @@ class RunState:
         return dict(finite(values))
 
     def summaries(self) -> dict[str, NodeSummary]:
-        """One line per node for summary.json; losses of inner nodes are means over the clients below."""
-        names = {each.name for each in fields(NodeSummary)} & {each.name for each in fields(NodeState)}
+        """One line per node for summary.json."""
+        names = {each.name for each in fields(NodeSummary)}
         return {
             path: NodeSummary(**{name: value for name, value in _values(node).items() if name in names})
             for path, node in self.nodes.items()
@@ -232,6 +245,12 @@ class RunState:
         counted = {"accepted", "refused", "strangers", "tau_mean"}
         kept = {each.name for each in fields(NodeState)} - counted - {"kind"}
         for path, values in snapshot.get("nodes", {}).items():
+            if "clients_loss" not in values and values["kind"] != "client":
+                values = {
+                    **values,
+                    "clients_loss": values["loss"],
+                    "loss": None,
+                }  # of a version before the two were apart
             for name in kept & values.keys() if path in self.nodes else ():
                 setattr(self.nodes[path], name, values[name])
         for inner, clients in self._clients.items():
@@ -244,13 +263,29 @@ class RunState:
                 self.count(verdict["node"], **known)
 
     def _start(self, node: NodeState, record: StartRecord) -> None:
-        node.heldout_bytes = record.heldout_bytes
+        node.heldout_bytes, node.private = record.heldout_bytes, record.private
         # A client that was restarted measures again: its first measurement stays its start.
         if node.loss_start is None:
-            node.loss_start, node.perplexity_start = record.loss, record.perplexity
-        node.loss, node.perplexity = record.loss, record.perplexity
-        for inner in self.above[record.node] if record.loss is not None or record.heldout_bytes else ():
+            node.loss_start = record.loss
+        self._measured(node, record)
+        for inner in self.above[record.node]:
+            self.nodes[inner].private = all(client.private for client in self._clients[inner])
+            if record.heldout_bytes:
+                self._average(inner)
+
+    def _final(self, node: NodeState, record: FinalRecord) -> None:
+        node.heldout_bytes = record.heldout_bytes
+        self._measured(node, record)
+        if node.kind != "client":
+            node.loss_version = record.version
+        for inner in self.above[record.node] if node.kind == "client" else ():
             self._average(inner)
+
+    def _measured(self, node: NodeState, record: StartRecord | RoundRecord | FinalRecord) -> None:
+        """The node's own model was measured."""
+        if record.loss is not None:
+            node.loss, node.loss_measured_s = record.loss, record.now_s
+            node.perplexity_per_token = record.perplexity_per_token
 
     def _round(self, node: NodeState, record: RoundRecord) -> None:
         trained_s = (record.tokens - node.tokens) / record.tokens_per_s if record.tokens_per_s else 0.0
@@ -259,8 +294,7 @@ class RunState:
         node.tokens_per_s, node.busy_fraction = record.tokens_per_s, record.busy_fraction
         if record.epsilon is not None:  # of client-level privacy the aggregator tells
             node.epsilon = record.epsilon
-        if record.loss is not None:
-            node.loss, node.perplexity = record.loss, record.perplexity
+        self._measured(node, record)
         self._stand(node, record)
         for inner in self.above[record.node] if record.loss is not None else ():
             self._average(inner)
@@ -282,14 +316,18 @@ class RunState:
         return sum(client.tokens_per_s for client in heard)
 
     def _average(self, path: str) -> None:
-        """Mean over the clients below that have measured; the others have no weight yet."""
+        """Means over the clients below that have measured; the others have no weight yet.
+
+        The initial model is that of every node: the mean of its losses is its loss on all texts. An inner node still
+        has it at version 0.
+        """
         node = self.nodes[path]
         measured = [client for client in self._clients[path] if client.heldout_bytes > 0]
         node.heldout_bytes = sum(client.heldout_bytes for client in measured)
-        node.loss = _mean(measured, lambda client: client.loss)
+        node.clients_loss = _mean(measured, lambda client: client.loss)
         node.loss_start = _mean(measured, lambda client: client.loss_start)
-        node.perplexity = _geometric(measured, lambda client: client.perplexity)
-        node.perplexity_start = _geometric(measured, lambda client: client.perplexity_start)
+        if not node.loss_version:
+            node.loss, node.loss_version, node.loss_measured_s = node.loss_start, 0, self.now_s
 
     def _progress(self, clients: list[NodeState]) -> float:
         """Share of the budget that is spent, 0 to 1."""
@@ -305,8 +343,16 @@ class RunState:
 
 
 def _values(node: NodeState) -> dict[str, Any]:
-    """As `asdict`, which takes ten times as long."""
-    return {**vars(node), "refused": dict(node.refused), "strangers": dict(node.strangers)}
+    """As `asdict`, which takes ten times as long; with the perplexities per byte that the losses stand for."""
+    perplexities = {of: None if getattr(node, loss) is None else perplexity(getattr(node, loss)) for of, loss in _OF}
+    return {**vars(node), **perplexities, "refused": dict(node.refused), "strangers": dict(node.strangers)}
+
+
+_OF = (
+    ("perplexity_start", "loss_start"),
+    ("perplexity", "loss"),
+    ("clients_perplexity", "clients_loss"),
+)
 
 
 def finite(value: Any) -> Any:
@@ -322,15 +368,6 @@ def _mean(clients: list[NodeState], get: Callable[[NodeState], float | None]) ->
     pairs = [(client.heldout_bytes, value) for client in clients if (value := get(client)) is not None]
     total = sum(weight for weight, _ in pairs)
     return sum(weight * value for weight, value in pairs) / total if total else None
-
-
-def _geometric(clients: list[NodeState], get: Callable[[NodeState], float | None]) -> float | None:
-    def log(client: NodeState) -> float | None:
-        value = get(client)
-        return None if value is None else math.log(value)
-
-    mean = _mean(clients, log)
-    return None if mean is None else math.exp(mean)
 
 
 def _ancestors(path: str) -> Iterator[str]:

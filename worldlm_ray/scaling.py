@@ -43,8 +43,8 @@ class Figures:
     """Tokens/s per machine, against the first stage."""
     tau: float | None
     """Mean staleness of all accepted updates, in versions."""
-    loss: float | None
-    """The world's at the end of the stage: the mean of its clients' own, nats per byte."""
+    clients_loss: float | None
+    """At the end of the stage: the mean over the clients of their own models' losses, nats per byte."""
 
 
 def figures(
@@ -68,7 +68,7 @@ def figures(
         speed = trained / max(stage.end_s - begin_s, 1e-9)
         first = found[0].tokens_per_s / found[0].machines if found else speed / stage.machines
         taus = [line["tau"] for line in now]
-        losses = [look["nodes"]["world"]["loss"] for look in looks if look["now_s"] <= stage.end_s]
+        losses = [look["nodes"]["world"]["clients_loss"] for look in looks if look["now_s"] <= stage.end_s]
         found.append(
             Figures(
                 machines=stage.machines,
@@ -78,7 +78,7 @@ def figures(
                 tokens_per_s=speed,
                 efficiency=speed / stage.machines / first if first else math.nan,
                 tau=sum(taus) / len(taus) if taus else None,
-                loss=losses[-1] if losses else None,
+                clients_loss=losses[-1] if losses else None,
             )
         )
     return found
@@ -86,7 +86,7 @@ def figures(
 
 def table(rows: Sequence[Figures]) -> FittingTable:
     """The figures, for a terminal."""
-    names = ("machines", "clients", "tokens/s", "efficiency", "staleness", "loss")
+    names = ("machines", "clients", "tokens/s", "efficiency", "staleness", "clients' loss\n(nats/byte)")
     shown = FittingTable("", [*map(Column, names)])
     for row in rows:
         shown.add_row(
@@ -95,7 +95,7 @@ def table(rows: Sequence[Figures]) -> FittingTable:
             amount(row.tokens_per_s),
             f"{row.efficiency:.2f}",
             "-" if row.tau is None else f"{row.tau:.2f}",
-            "-" if row.loss is None else f"{row.loss:.3f}",
+            "-" if row.clients_loss is None else f"{row.clients_loss:.3f}",
         )
     return shown
 
@@ -125,7 +125,12 @@ def plot(
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(2, 2, sharex=True).flat)
     most = max(row.machines for row in rows)
-    titles = ("tokens/s", "efficiency: tokens/s per machine, against the first stage", "staleness (versions)", "loss")
+    titles = (
+        "tokens/s",
+        "efficiency: tokens/s per machine, against the first stage",
+        "staleness (versions)",
+        "clients' mean loss (nats/byte)",
+    )
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10, loc="left")
         axis.grid(alpha=0.25)
@@ -153,7 +158,7 @@ def plot(
         efficiency.plot(settled, [row.efficiency] * 2, color="black", lw=2)
     efficiency.axhline(1.0, color="0.6", lw=1, ls="--")
     staleness.scatter([x["now_s"] for x in lines], [x["tau"] for x in lines], s=6, color="0.3", alpha=0.5)
-    known = [(look["now_s"], look["nodes"]["world"]["loss"]) for look in looks]
+    known = [(look["now_s"], look["nodes"]["world"]["clients_loss"]) for look in looks]
     loss.plot(*zip(*[pair for pair in known if pair[1] is not None], strict=True), color="black", lw=1.5)
     speed.legend(fontsize=8)
     for axis in (speed, efficiency):

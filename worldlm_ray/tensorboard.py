@@ -6,7 +6,8 @@
 Tags name quantities, so that one chart shows the lines of all nodes. Where clients and inner nodes do not
 belong in one chart, the tag ends in the KIND of the node, `client` or `inner`:
 
-    loss_by_tokens/KIND perplexity_by_tokens/KIND                           held-out; means at inner nodes
+    loss_by_tokens/KIND perplexity_by_tokens/KIND                           held-out, of a node's own model, per byte
+    clients_loss_by_tokens/inner clients_loss_by_time                       means of the clients' own models below
     loss_by_time perplexity_by_time busy_fraction                           all nodes
     tokens_per_s/KIND version/KIND                                          a client's version is its parent's
     train_loss_by_tokens learning_rate_by_tokens epsilon                    clients
@@ -284,7 +285,8 @@ def layout(*, private: bool = False) -> layout_pb2.Layout:
     """
     learning = [
         _chart("Clients: loss (nats/byte) by tokens", "^loss_by_tokens/client$"),
-        _chart("World, federations: loss by tokens", "^loss_by_tokens/inner$"),
+        _chart("World, federations: own loss (nats/byte) by tokens", "^loss_by_tokens/inner$"),
+        _chart("World, federations: mean of the clients' losses by tokens", "^clients_loss_by_tokens/inner$"),
         _chart("Loss (nats/byte) by run time (s)", "^loss_by_time$"),
     ]
     asynchrony = [
@@ -298,7 +300,7 @@ def layout(*, private: bool = False) -> layout_pb2.Layout:
         _chart("Updates refused per edge and reason", "^refused(_strangers)?/"),
     ]
     more = [
-        _chart("Clients: perplexity by tokens", "^perplexity_by_tokens/client$"),
+        _chart("Clients: perplexity per byte by tokens", "^perplexity_by_tokens/client$"),
         _chart("Bytes sent up per edge", "^bytes_up$"),
         _chart("Bytes sent down per edge", "^bytes_down$"),
     ]

@@ -26,6 +26,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
     AggregationRecord,
     AttentionRecord,
+    FinalRecord,
     MergeRecord,
     NodeSummary,
     PrivacyRecord,
@@ -35,6 +36,7 @@ from worldlm_ray.records import (
     RoundRecord,
     StartRecord,
     VerdictRecord,
+    perplexity,
 )
 from worldlm_ray.run_state import ACCEPTED, RunState, finite
 from worldlm_ray.tensorboard import Board, Scalar, tag
@@ -139,7 +141,7 @@ class Tracker:
         }
 
     def summaries(self) -> dict[str, NodeSummary]:
-        """One line per node for `write_summary`; losses of inner nodes are means over the clients below."""
+        """One line per node for `write_summary`."""
         return self._state.summaries()
 
     def staleness(self) -> dict[str, float | None]:
@@ -163,8 +165,8 @@ class Tracker:
 
     def _introduce(self, hparams: Mapping[str, Scalar]) -> None:
         metrics = {
-            "loss_by_tokens/inner": "World: loss (nats/byte)",
-            "perplexity_by_tokens/inner": "World: perplexity",
+            "loss_by_tokens/inner": "World's own model: loss (nats/byte)",
+            "clients_loss_by_tokens/inner": "Clients' own models: mean loss (nats/byte)",
             "version/inner": "World: version",
         }
         self._board.hparams(hparams, metrics=metrics, run=self.run_dir.name)
@@ -177,6 +179,8 @@ class Tracker:
         match record:
             case StartRecord():
                 self._show_losses(path, now_s)
+            case FinalRecord():
+                self._show_own_loss(path, now_s)
             case RoundRecord():
                 self._show_round(record)
             case VerdictRecord():
@@ -228,14 +232,24 @@ class Tracker:
             self._show_losses(path, now_s)
 
     def _show_losses(self, client: str, now_s: float) -> None:
-        """The client's loss, and the means of every inner node above it."""
-        for path in (client, *self._state.above[client]):
+        """The client's loss, and the means over the clients below every inner node above it."""
+        self._show_own_loss(client, now_s)
+        for path in self._state.above[client]:
             node = self._state.nodes[path]
-            kind = "client" if path == client else "inner"
-            by_tokens = {f"loss_by_tokens/{kind}": node.loss, f"perplexity_by_tokens/{kind}": node.perplexity}
-            by_time = {"loss_by_time": node.loss, "perplexity_by_time": node.perplexity}
+            by_tokens = {"clients_loss_by_tokens/inner": node.clients_loss}
             self._board.scalars(path, by_tokens, now_s=now_s, step=node.tokens)
-            self._board.scalars(path, by_time, now_s=now_s)
+            self._board.scalars(path, {"clients_loss_by_time": node.clients_loss}, now_s=now_s)
+            if node.loss_version == 0:
+                self._show_own_loss(path, now_s)
+
+    def _show_own_loss(self, path: str, now_s: float) -> None:
+        """Of the node's own model."""
+        node = self._state.nodes[path]
+        kind = "client" if node.kind == "client" else "inner"
+        per_byte = None if node.loss is None else perplexity(node.loss)
+        by_tokens = {f"loss_by_tokens/{kind}": node.loss, f"perplexity_by_tokens/{kind}": per_byte}
+        self._board.scalars(path, by_tokens, now_s=now_s, step=node.tokens)
+        self._board.scalars(path, {"loss_by_time": node.loss, "perplexity_by_time": per_byte}, now_s=now_s)
 
     def _show_verdict(self, record: VerdictRecord) -> None:
         edge = self._state.edge(record.node, record.sender)

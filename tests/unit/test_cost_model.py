@@ -54,9 +54,9 @@ def without_values(records: list[Record]) -> list[Record]:
     kept: list[Record] = []
     for record in records:
         if isinstance(record, RoundRecord):
-            kept.append(replace(record, train_loss=None, loss=None, perplexity=None, learning_rate=None))
+            kept.append(replace(record, train_loss=None, loss=None, perplexity_per_token=None, learning_rate=None))
         elif isinstance(record, StartRecord):
-            kept.append(replace(record, loss=None, perplexity=None, heldout_bytes=0))
+            kept.append(replace(record, loss=None, perplexity_per_token=None, heldout_bytes=0))
         elif isinstance(record, AggregationRecord):
             kept.append(replace(record, step_norm=0.0))
         elif isinstance(record, VerdictRecord | PushRecord | PullRecord | LifeRecord):

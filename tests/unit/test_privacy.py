@@ -356,7 +356,8 @@ def test_noise_chosen_from_a_budget_stays_the_same_over_restarts(tiny: Tiny, tmp
 
 SAYS_NOTHING_OF_THE_TEXT = {
     StandRecord: {"node", "now_s", "round", "steps", "tokens"},
-    StartRecord: {"node", "now_s", "heldout_bytes"},
+    # `private` repeats a setting; `heldout_bytes` is 0.
+    StartRecord: {"node", "now_s", "heldout_bytes", "private"},
     RoundRecord: {
         "node",
         "now_s",
@@ -394,6 +395,8 @@ def test_what_leaves_a_private_client(tiny: Tiny, tmp_path: Path) -> None:
     ]
     summary = outcome.summary["nodes"]["world/a"]
     assert summary["loss"] is summary["loss_start"] is summary["perplexity"] is None
+    assert summary["private"]
+    assert not outcome.summary["nodes"]["world"]["private"]
     assert outcome.summary["nodes"]["world/b"]["loss"] is not None
     assert outcome.summary["nodes"]["world"]["loss"] is not None  # of the other's text alone
 

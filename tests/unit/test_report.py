@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from worldlm_ray.report import amount, duration, final_table, live_table, printable, tree_order
+from worldlm_ray.report import Fitted, amount, budget_line, duration, final_table, live_table, printable, tree_order
 
 
-def render(table: Table, *, width: int) -> list[str]:
+def render(table: Table | Fitted, *, width: int) -> list[str]:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(table)
     return [line.rstrip() for line in out.getvalue().splitlines()]
@@ -25,8 +25,11 @@ def node(kind: str, **values: Any) -> dict[str, Any]:
         "tokens_per_s": 0.0,
         "tau": None,
         "loss": None,
+        "clients_loss": None,
         "perplexity_start": None,
         "perplexity": None,
+        "clients_perplexity": None,
+        "private": False,
         "busy_fraction": 0.0,
         "accepted": 0,
         "refused": {},
@@ -50,9 +53,17 @@ ITALY = node(
     state="finished",
 )
 NODES = {
-    "world": node("world", version=17),
+    "world": node(
+        "world",
+        version=17,
+        loss=3.0372,
+        perplexity=20.85,
+        perplexity_start=275.8,
+        clients_loss=2.1151,
+        clients_perplexity=8.29,
+    ),
     "world/europe": node("federation"),
-    "world/japan": node("client"),
+    "world/japan": node("client", private=True),
     "world/europe/italy": ITALY,
 }
 SNAPSHOT = {"run": "quick", "progress": 0.425, "now_s": 200.0, "tokens": 7_880_000, "nodes": NODES}
@@ -70,19 +81,32 @@ SUMMARY = {
 def test_live_table_has_one_whole_line_per_node(width: int) -> None:
     lines = render(live_table(SNAPSHOT), width=width)
     assert lines[0] == "quick   42%   3 min 20 s   7.88M tokens"
-    assert [line.split()[0] for line in lines[2:]] == ["world", "europe", "italy", "japan"]
-    assert lines[4].startswith("    italy")
-    assert " ".join(lines[4].split()[1:-1]) == "21 1.43M 16.3k 2 1.507 256.0 → 4.51 96% 13/3"
-    assert lines[4].split()[-1] == "finished"
+    assert [line.split()[0] for line in lines[4:]] == ["world", "europe", "italy", "japan"]
+    assert lines[6].startswith("    italy")
+    losses = [["3.037", "2.115"], ["1.507", "–"], ["private", "–"]] if width >= 100 else [[], [], []]  # noqa: RUF001
+    assert lines[4].split()[5:-3] == [*losses[0], "20.85", "8.29"]
+    assert lines[6].split()[1:-1] == ["21", "1.43M", "16.3k", "2", *losses[1], "4.51", "–", "96%", "13/3"]  # noqa: RUF001
+    assert lines[7].split()[5:-3] == [*losses[2], "private", "–"]  # noqa: RUF001
+    assert lines[6].split()[-1] == "finished"
+    heads = " ".join(" ".join(lines[1:4]).split())
+    for part in (
+        "perplexity",
+        "per byte",
+        "own model",
+        "clients",
+        "(mean)",
+        *(["(nats/byte)"] if width >= 100 else []),
+    ):
+        assert part in heads
     assert max(len(line) for line in lines) <= width
 
 
 def test_live_table_cuts_names_before_numbers() -> None:
     deep = {"world": node("world"), "world/a": node("federation"), f"world/a/{'x' * 60}": ITALY}
     lines = render(live_table({**SNAPSHOT, "nodes": deep}), width=80)
-    assert len(lines) == 5
-    assert "…" in lines[4].split()[0]
-    assert "256.0 → 4.51" in lines[4]
+    assert len(lines) == 7
+    assert "…" in lines[6].split()[0]
+    assert " 4.51 " in lines[6]
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -96,14 +120,24 @@ def test_final_table_shows_markup_and_control_characters_as_text(width: int) -> 
     for part in ("[red]oscura[/red]", r"\x1b[31mciao\x07", "[/nothing]"):
         assert part in text
     italy = next(line for line in lines if line.lstrip().startswith("italy"))
-    assert italy.split()[:5] == ["italy", "1.43M", "0.79", "256.0", "4.51"]
+    assert italy.split()[:6] == ["italy", "1.43M", "0.79", "256.0", "4.51", "–"]  # noqa: RUF001 - the table's dash
     assert max(len(line) for line in lines) <= width
 
 
 def test_final_table_of_nodes_without_numbers_or_samples() -> None:
     lines = render(final_table(SUMMARY, {}), width=100)
-    world = next(line for line in lines if line.startswith("world"))
-    assert world.split() == ["world", "0", "–", "–", "–"]  # noqa: RUF001 - the dash that the table shows
+    rows = {line.split()[0]: line.split()[1:] for line in lines[4:]}
+    assert rows["world"] == ["0", "–", "275.8", "20.85", "8.29"]  # noqa: RUF001 - the dash that the table shows
+    assert rows["europe"] == ["0", "–", "–", "–", "–"]  # noqa: RUF001
+    assert rows["japan"] == ["0", "–", "–", "private", "–"]  # noqa: RUF001
+
+
+def test_what_was_trained_beyond_a_budget_in_tokens_is_said() -> None:
+    spent = {"tokens": 400_000, "trained": 440_000, "beyond": 40_000}
+    said = "budget 400k tokens, trained 440k (rounds under way were finished)"
+    assert budget_line({**SUMMARY, "budget": spent}) == said
+    assert budget_line({**SUMMARY, "budget": {**spent, "trained": 400_000, "beyond": 0}}) == ""
+    assert budget_line({**SUMMARY, "budget": {"rounds": 3}}) == budget_line(SUMMARY) == ""
 
 
 def test_children_stand_under_their_parents() -> None:

@@ -24,6 +24,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
     AggregationRecord,
     AttentionRecord,
+    FinalRecord,
     LifeRecord,
     MergeRecord,
     NodeSummary,
@@ -64,7 +65,7 @@ def tracker(folder: Path, *, clock: Clock | None = None, budget: BudgetConfig | 
 
 
 def start(node: str, *, loss: float = 5.0, heldout_bytes: int = 100) -> StartRecord:
-    return StartRecord(node=node, now_s=0.0, loss=loss, perplexity=math.exp(loss), heldout_bytes=heldout_bytes)
+    return StartRecord(node=node, now_s=0.0, loss=loss, perplexity_per_token=None, heldout_bytes=heldout_bytes)
 
 
 def round_of(
@@ -78,12 +79,17 @@ def round_of(
         tokens=tokens,
         train_loss=2.5,
         loss=loss,
-        perplexity=None if loss is None else math.exp(loss),
+        perplexity_per_token=None,
         learning_rate=0.001,
         tokens_per_s=50.0,
         busy_fraction=0.9,
         epsilon=epsilon,
     )
+
+
+def final(node: str, *, loss: float) -> FinalRecord:
+    bytes_ = {ITALY: 300, FRANCE: 100}.get(node, 400)
+    return FinalRecord(node=node, now_s=20.0, version=7, loss=loss, perplexity_per_token=None, heldout_bytes=bytes_)
 
 
 def verdict(sender: str, verdict: str = "accepted", *, tau: int = 0, seq: int = 1) -> VerdictRecord:
@@ -181,32 +187,76 @@ def test_every_node_is_a_run_of_its_own(tmp_path: Path) -> None:
         "perplexity_by_time",
         "tokens_per_s/inner",
     }
+    means = {"clients_loss_by_tokens/inner", "clients_loss_by_time"}
     assert tags == {
-        "world": inner | {"epsilon"},
-        "world/europe": inner | {"version/inner", "step_norm", "busy_fraction", "epsilon"},
+        "world": inner | means | {"epsilon"},
+        "world/europe": inner | means | {"version/inner", "step_norm", "busy_fraction", "epsilon"},
         ITALY: {name.replace("inner", "client") for name in inner}
         | {"train_loss_by_tokens", "learning_rate_by_tokens", "epsilon", "busy_fraction"}
         | {"version/client", "tau", "arrivals", "accepted", "bytes_down"},
     }, "nodes of which nothing is known yet have no folder"
-    assert points(tmp_path, "world", "loss_by_tokens/inner") == [(0, 5.0), (200, 3.0)]
+    assert points(tmp_path, "world", "clients_loss_by_tokens/inner") == [(0, 5.0), (200, 3.0)]
     assert points(tmp_path, "world/europe", "tokens_per_s/inner") == [(10, 50.0)]
 
 
-def test_an_inner_node_shows_the_mean_weighted_by_heldout_bytes(tmp_path: Path) -> None:
+def test_the_mean_over_the_clients_and_a_nodes_own_model_are_two_numbers(tmp_path: Path) -> None:
     run = tracker(tmp_path)
     run.record(start(ITALY, loss=5.0, heldout_bytes=300), start(FRANCE, loss=4.0, heldout_bytes=100))
     run.record(start(JAPAN, loss=2.0, heldout_bytes=400))
     run.record(round_of(ITALY, tokens=100, loss=2.0), round_of(FRANCE, tokens=50, loss=4.0))
     nodes = run.snapshot()["nodes"]
+    mean = (300 * 2.0 + 100 * 4.0) / 400
+    begun = (300 * 5.0 + 100 * 4.0) / 400
+    europe, world = nodes["world/europe"], nodes["world"]
+    assert (europe["clients_loss"], europe["loss_start"]) == pytest.approx((mean, begun))
+    assert europe["clients_perplexity"] == pytest.approx(math.exp(mean))
+    assert world["clients_loss"] == pytest.approx((300 * 2.0 + 100 * 4.0 + 400 * 2.0) / 800)
+    assert nodes[ITALY]["clients_loss"] is nodes[ITALY]["loss_version"] is None
+    # At version 0 a node has the initial model, whose loss the clients have measured.
+    assert (europe["loss"], europe["loss_version"], europe["perplexity"]) == pytest.approx((begun, 0, math.exp(begun)))
+
+    run.record(final("world/europe", loss=3.5), final(ITALY, loss=1.0))
+    europe = run.snapshot()["nodes"]["world/europe"]
+    run.record(round_of(FRANCE, tokens=100, loss=4.5))  # a straggler
     run.close()
-    europe = (300 * 2.0 + 100 * 4.0) / 400
-    assert nodes["world/europe"]["loss_start"] == pytest.approx((300 * 5.0 + 100 * 4.0) / 400)
-    assert nodes["world/europe"]["loss"] == pytest.approx(europe)
-    assert nodes["world/europe"]["perplexity"] == pytest.approx(math.exp(europe))
-    assert nodes["world"]["loss"] == pytest.approx((300 * 2.0 + 100 * 4.0 + 400 * 2.0) / 800)
-    assert points(tmp_path, "world/europe", "loss_by_tokens/inner")[-1] == (150, europe)
-    assert nodes["world/europe"]["tokens"] == nodes["world"]["tokens"] == 150
+    assert (europe["loss"], europe["loss_version"], europe["loss_measured_s"]) == (3.5, 7, 20.0)
+    assert europe["perplexity"] == pytest.approx(math.exp(3.5))
+    assert europe["clients_loss"] == pytest.approx((300 * 1.0 + 100 * 4.0) / 400)
+    assert read_status(tmp_path)["nodes"]["world/europe"]["loss"] == 3.5
+    assert points(tmp_path, "world/europe", "clients_loss_by_tokens/inner")[-2:] == [
+        (150, mean),
+        (200, (300 * 1.0 + 100 * 4.5) / 400),
+    ]
+    assert points(tmp_path, "world/europe", "loss_by_tokens/inner")[-1] == (150, 3.5)
+    assert europe["tokens"] == 150
     assert nodes["world/europe"]["tokens_per_s"] == 100.0
+
+
+def test_a_federation_of_private_clients_is_private(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    silent = {"now_s": 0.0, "loss": None, "perplexity_per_token": None, "heldout_bytes": 0, "private": True}
+    run.record(StartRecord(node=ITALY, **silent), start(JAPAN))
+    assert not run.snapshot()["nodes"]["world/europe"]["private"], "of France nothing is known yet"
+    run.record(StartRecord(node=FRANCE, **silent))
+    nodes = run.snapshot()["nodes"]
+    run.close()
+    assert {path for path, node in nodes.items() if node["private"]} == {ITALY, FRANCE, "world/europe"}
+    assert nodes["world/europe"]["loss"] is nodes["world/europe"]["clients_loss"] is None
+
+
+def test_a_run_of_an_older_version_keeps_its_mean_under_the_right_name(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.record(start(ITALY), round_of(ITALY, tokens=100, loss=2.0))
+    run.close()
+    status = read_status(tmp_path)
+    for node in status["nodes"].values():
+        mean = node.pop("clients_loss")
+        node["loss"] = node["loss"] if mean is None else mean
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    run = tracker(tmp_path)
+    nodes = run.snapshot()["nodes"]
+    run.close()
+    assert (nodes["world"]["loss"], nodes["world"]["clients_loss"], nodes[ITALY]["loss"]) == (None, 2.0, 2.0)
 
 
 def test_clients_that_fall_silent_do_not_count_as_training(tmp_path: Path) -> None:
@@ -438,10 +488,10 @@ def test_every_chart_of_the_first_screen_finds_its_tags(tmp_path: Path) -> None:
     assert found["Clients: loss (nats/byte) by tokens"] == {
         (client, "loss_by_tokens/client") for client in (ITALY, FRANCE, JAPAN)
     }
-    assert found["World, federations: loss by tokens"] == {
-        ("world", "loss_by_tokens/inner"),
-        ("world/europe", "loss_by_tokens/inner"),
-    }
+    means = found["World, federations: mean of the clients' losses by tokens"]
+    assert means == {(node, "clients_loss_by_tokens/inner") for node in ("world", "world/europe")}
+    own = found["World, federations: own loss (nats/byte) by tokens"]
+    assert own == {(node, "loss_by_tokens/inner") for node in ("world", "world/europe")}
     assert found["Loss (nats/byte) by run time (s)"] == {(node, "loss_by_time") for node in KINDS}
     assert found["Version by run time (s)"] == {("world/europe", "version/inner")}
     assert found["Privacy spent (epsilon)"] == {(node, "epsilon") for node in KINDS}
@@ -465,7 +515,7 @@ def test_hparams_tab_shows_the_settings_the_metrics_and_the_end(tmp_path: Path) 
     assert started.hparams["method"].string_value == "worldlm"
     assert started.group_name == "quick"
     metrics = [info.name.tag for info in contents["_hparams_/experiment"].experiment.metric_infos]
-    assert metrics == ["loss_by_tokens/inner", "perplexity_by_tokens/inner", "version/inner"]
+    assert metrics == ["loss_by_tokens/inner", "clients_loss_by_tokens/inner", "version/inner"]
     assert set(metrics) - {"version/inner"} <= set(read.Tags()["scalars"])
     assert contents["_hparams_/session_end_info"].session_end_info.status == 1
     client = events(tmp_path / "quick", ITALY)

@@ -6,7 +6,6 @@ pass, gradient clipping is one norm, and exchanging the model needs no walk over
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -205,8 +204,3 @@ class LocalTrainer:
         targets_BT = torch.from_numpy(targets).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return self.model.loss(tokens_BT, targets_BT, reduction=reduction)
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), without overflowing on a diverged model."""
-    return math.exp(min(loss, 700.0))
