@@ -47,14 +47,16 @@ class ModelConfig:
     """Name patterns of the key layers; `layers.-1` is the last block. Everything else is backbone.
     An empty list makes the whole model backbone: plain federated averaging."""
     initial_from: str | None = None
-    """Folder of a Llama-shaped Hugging Face model: its shape and weights, in place of a preset and random weights."""
+    """Folder of a Llama-shaped Hugging Face model: its shape and weights, in place of a preset and random weights.
+    A model that computes anything else than a plain Llama is refused, as are quantized weights."""
     hidden_size: int | None = None
+    """This and the next four replace the preset's; beside `initial_from` they must be the model's own."""
     layers: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
     intermediate_size: int | None = None
     context: int | None = None
-    """Tokens per training sequence."""
+    """Tokens per training sequence. With `initial_from`: 512 unless given, or what the model allows if that is less."""
 
 
 @dataclass(frozen=True, kw_only=True)

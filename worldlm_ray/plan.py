@@ -18,12 +18,12 @@ import numpy as np
 from worldlm_ray import huggingface, storage, tree
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config import RunConfig, from_mapping, listed, to_mapping
+from worldlm_ray.config import RunConfig, from_mapping, listed, positive, to_mapping
 from worldlm_ray.data import check_sources, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.faults import Faults
 from worldlm_ray.model.initial import initial_parameters
-from worldlm_ray.model.shape import ModelShape, resolve_shape
+from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
 from worldlm_ray.params import Flat, Layout, frozen
 from worldlm_ray.privacy.account import ledger_folder
 from worldlm_ray.privacy.contributions import Contributions
@@ -84,7 +84,10 @@ class Plan:
         """The run's initial parameters: every node computes or reads the same ones."""
         folder = self.config.model.initial_from
         if folder is not None:
-            return frozen(huggingface.read_weights(Path(folder).expanduser(), self.layout))
+            try:
+                return frozen(huggingface.read_weights(Path(folder).expanduser(), self.layout))
+            except DataError as error:
+                raise ConfigError("model.initial_from", str(error)) from error
         return frozen(initial_parameters(self.shape, self.layout, seed=self.config.seed))
 
     def contributions(self, spec: NodeSpec) -> Contributions | None:
@@ -227,6 +230,8 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
     if check_data and root.settings.simulation.train:
         for client in clients:
             check_sources(client.settings.data, f"{client.key}.data")
+        if config.model.initial_from is not None:
+            _check_weights(config.model.initial_from, layout)
     plan = Plan(config=config, root=root, shape=shape, layout=layout)
     for fault in Faults.parse(config.faults, kinds=plan.kinds).all:
         if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.share > 1:
@@ -381,13 +386,21 @@ def _check_private(client: NodeSpec, config: RunConfig) -> None:
 
 def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
     """The model's shape: a preset with the config's numbers, or that of a model on disk."""
-    shape = resolve_shape(config.model, vocab_size=vocab_size)
-    if config.model.initial_from is None:
-        return shape
+    model = config.model
+    if model.initial_from is None:
+        return resolve_shape(model, vocab_size=vocab_size)
+    if model.context is not None:
+        positive(model.context, "model.context")
+    folder = Path(model.initial_from).expanduser()
     try:
-        found = huggingface.read_shape(Path(config.model.initial_from).expanduser(), context=shape.context)
+        found = huggingface.read_shape(folder, context=model.context)
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
+    for name in SIZES:
+        given, theirs = getattr(model, name), getattr(found, name)
+        if given not in (None, theirs):
+            got = f"got {given}, but the model of {folder} has {theirs}"
+            raise ConfigError(f"model.{name}", got, "remove it, or set it to null")
     if found.vocab_size < vocab_size:
         raise ConfigError(
             "model.initial_from",
@@ -395,6 +408,14 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
             "set data.tokenizer to the model's own tokenizer.json",
         )
     return found
+
+
+def _check_weights(folder: str, layout: Layout) -> None:
+    """Look through the headers of the weights that the run begins from."""
+    try:
+        huggingface.check_weights(Path(folder).expanduser(), layout)
+    except DataError as error:
+        raise ConfigError("model.initial_from", str(error)) from error
 
 
 def plan_from_mapping(mapping: dict[str, Any]) -> Plan:

@@ -81,6 +81,11 @@ def refusals(path: Path) -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+def is_lfs_pointer(begin: bytes) -> bool:
+    """Whether a file that begins like this is what git-lfs leaves in place of contents that it has not fetched."""
+    return begin.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Replace a file as a whole: a reader sees the old one or the new one.
 

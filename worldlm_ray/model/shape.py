@@ -86,6 +86,10 @@ PRESETS = {
 }
 
 
+SIZES = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size")
+"""Settings of a model that a Hugging Face folder decides, where a run begins from one."""
+
+
 def resolve_shape(config: ModelConfig, *, vocab_size: int) -> ModelShape:
     """The shape of a preset with the config's own numbers in place.
 
@@ -97,7 +101,7 @@ def resolve_shape(config: ModelConfig, *, vocab_size: int) -> ModelShape:
         cure = f"did you mean {close[0]!r}?" if close else "expected one of " + ", ".join(PRESETS)
         raise ConfigError("model.preset", f"unknown preset {config.preset!r}", cure)
     shape = replace(PRESETS[config.preset], vocab_size=vocab_size)
-    for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "context"):
+    for name in (*SIZES, "context"):
         value = getattr(config, name)
         if value is not None:
             positive(value, f"model.{name}")
