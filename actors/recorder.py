@@ -16,6 +16,7 @@ from worldlm_ray.outcome import finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import Measure, Record
+from worldlm_ray.run_texts import introduction
 from worldlm_ray.tracking import STATUS_EVERY_S, STATUS_SHARE, Tracker
 
 
@@ -67,6 +68,7 @@ class RecorderActor:
                     kinds=self.plan.kinds,
                     hparams=self.plan.hparams(),
                     budget=self.plan.config.budget,
+                    texts=introduction(self.plan),
                 )
         except OSError as error:
             raise RunError(f"cannot write to {self.plan.run_dir}: {error}; free the storage") from error

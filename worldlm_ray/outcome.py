@@ -84,6 +84,8 @@ def finish(
                 heldout_bytes=measure.heldout_bytes,
             )
             tracker.record(final)
+    open_clients = {client.path for client in plan.root.clients if client.settings.privacy.unit == "none"}
+    tracker.samples({path: text for path, text in samples.items() if path in open_clients}, now_s=wall_s)
     nodes = tracker.summaries()
     trained = sum(node.tokens for node in nodes.values() if node.kind == "client")
     summary = write_summary(

@@ -67,6 +67,7 @@ from worldlm_ray.outcome import Outcome, combine, finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
+from worldlm_ray.run_texts import introduction
 from worldlm_ray.seeds import derive
 from worldlm_ray.tracking import Tracker
 from worldlm_ray.tree import NodeSpec, parent_path
@@ -884,7 +885,13 @@ def simulate(
         on_record: called with whatever is recorded.
         should_stop: asked between events; True ends the run early and cleanly.
     """
-    tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams=plan.hparams(), budget=plan.config.budget)
+    tracker = Tracker(
+        plan.run_dir,
+        kinds=plan.kinds,
+        hparams=plan.hparams(),
+        budget=plan.config.budget,
+        texts=introduction(plan),
+    )
     train = plan.root.settings.simulation.train
     try:
         simulation = Simulation(

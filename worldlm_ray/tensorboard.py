@@ -1,24 +1,12 @@
-"""What a run shows in TensorBoard: every node is a TensorBoard run, with a colour and a toggle of its own.
+"""What a run shows in TensorBoard: a few lines in numbered groups of charts, see worldlm_ray/charts.py.
 
-    tensorboard/world/                  its events, the layout of the first screen, the settings of HPARAMS
-    tensorboard/world/europe/           and so on: a node's folder is its path in the tree
+    tensorboard/world/                  its curves, the layout of CUSTOM SCALARS, the settings of HPARAMS, all texts
+    tensorboard/world/europe/           and so on: the folder of a node with a line of its own is its path in the tree
+    tensorboard/all-clients-mean/       and -best and -worst, in a world with more nodes than lines
 
-Tags name quantities, so that one chart shows the lines of all nodes. Where clients and inner nodes do not
-belong in one chart, the tag ends in the KIND of the node, `client` or `inner`:
-
-    loss_by_tokens/KIND perplexity_by_tokens/KIND                           held-out, of a node's own model, per byte
-    clients_loss_by_tokens/inner clients_loss_by_time                       means of the clients' own models below
-    loss_by_time perplexity_by_time busy_fraction                           all nodes
-    tokens_per_s/KIND version/KIND                                          a client's version is its parent's
-    train_loss_by_tokens learning_rate_by_tokens epsilon                    clients
-    step_norm refused_strangers/REASON                                      inner nodes
-    tau tau_histogram arrivals accepted refused/REASON bytes_up bytes_down  edges, in the run of the child
-    merge agreement                                                         all nodes below the world
-    attention_up attention_down                                             images
-
-The step of `*_by_tokens` is tokens trained so far, of histograms and images a version, and of every other tag
-whole seconds of run time. The wall time of every event is the run's first start plus its run time, so the
-RELATIVE axis is run time too, in simulation and after a pause as well.
+The step of a chart by tokens is tokens trained so far; of histograms and images a version; of a text the rounds of
+its client; of every other tag whole seconds of run time. The wall time of every event is the run's first start plus its
+run time, so the RELATIVE axis is run time too, in simulation and after a pause as well.
 
 The files are written without torch and without TensorFlow: the process that tracks a run needs neither.
 """
@@ -32,7 +20,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
@@ -44,9 +32,11 @@ from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 from tensorboard.plugins.custom_scalar.metadata import PLUGIN_NAME as LAYOUT_PLUGIN
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from worldlm_ray import storage
+from worldlm_ray.charts import CATEGORIES, CHARTS, Chart, clean
 from worldlm_ray.records import AttentionRecord
 
 Scalar = str | int | float | bool
@@ -61,15 +51,9 @@ KEPT_BYTES = 16 * WAITING_BYTES
 """Events that are kept while the storage refuses them; newer ones are dropped."""
 CELLS_WITH_NUMBERS = 400
 """A heat map with more cells than this shows colours only."""
+_BLENDS = {"up": "blends its children", "down": "blends itself and its parent"}
 
 _file_numbers = itertools.count()
-
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.\-/]")
-
-
-def tag(group: str, *parts: str) -> str:
-    """The tag `group/part/part`, with every character that TensorBoard might mangle made an underscore."""
-    return _UNSAFE.sub("_", "/".join((group, *parts)))
 
 
 class EventFiles:
@@ -212,11 +196,22 @@ class Board:
         self._add(node, Summary(value=[Summary.Value(tag=name, histo=proto)]), step=step, now_s=now_s)
 
     def attention(self, record: AttentionRecord) -> None:
-        """Write attention weights as a heat map; the step is the node's version."""
+        """Write attention weights as a heat map, under the root and the node's name; the step is the node's version."""
         png, width, height = heat_map(record)
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-        summary = Summary(value=[Summary.Value(tag=tag(f"attention_{record.direction}"), image=image)])
-        self._add(record.node, summary, step=record.version, now_s=record.now_s)
+        name = f"each node, {_BLENDS.get(record.direction, record.direction)}/{clean(record.node)}"
+        self._add(
+            self._root, Summary(value=[Summary.Value(tag=name, image=image)]), step=record.version, now_s=record.now_s
+        )
+
+    def text(self, name: str, markdown: str, *, step: int = 0, now_s: float = 0.0) -> None:
+        """Write a text for the TEXT page: Markdown."""
+        value = Summary.Value(
+            tag=name,
+            metadata=text_metadata.create_summary_metadata(display_name=None, description=""),
+            tensor=TensorProto(dtype="DT_STRING", string_val=[markdown.encode()], tensor_shape=TensorShapeProto()),
+        )
+        self._add(self._root, Summary(value=[value]), step=step, now_s=now_s)
 
     def hparams(self, values: Mapping[str, Scalar], *, metrics: Mapping[str, str], run: str) -> None:
         """Write what the HPARAMS tab shows: this run's settings beside the last values of its metrics.
@@ -245,19 +240,20 @@ class Board:
         )
         self._add(self._root, Summary(value=[value]), now_s=now_s)
 
-    def layout(self, *, private: bool = False, now_s: float = 0.0) -> None:
-        """Write the first screen: the CUSTOM SCALARS tab."""
+    def layout(self, tags: Iterable[str], *, now_s: float = 0.0) -> None:
+        """Write the CUSTOM SCALARS page: the charts of these tags."""
+        known = set(tags)
         value = Summary.Value(
             tag=CONFIG_SUMMARY_TAG,
             metadata=SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=LAYOUT_PLUGIN)),
             tensor=TensorProto(
                 dtype="DT_STRING",
-                string_val=[layout(private=private).SerializeToString()],
+                string_val=[layout(known).SerializeToString()],
                 tensor_shape=TensorShapeProto(),
             ),
         )
-        # TensorBoard reads the layout of the highest step: one that shows privacy replaces one that does not.
-        self._add(self._root, Summary(value=[value]), step=int(private), now_s=now_s)
+        # TensorBoard reads the layout of the highest step: one with more charts replaces one with fewer.
+        self._add(self._root, Summary(value=[value]), step=len(known), now_s=now_s)
 
     @property
     def trouble(self) -> str:
@@ -274,49 +270,30 @@ class Board:
 
     def _add(self, node: str, summary: Summary, *, step: int = 0, now_s: float = 0.0) -> None:
         event = Event(wall_time=self._started_at + now_s, step=step, summary=summary)
-        self._files.add(_UNSAFE.sub("_", node), event)
+        self._files.add(clean(node), event)
 
 
-def layout(*, private: bool = False) -> layout_pb2.Layout:
-    """Charts of the CUSTOM SCALARS tab, in the order in which a run is understood.
+def layout(tags: Iterable[str]) -> layout_pb2.Layout:
+    """The CUSTOM SCALARS page, in the order in which a run is understood: no chart without a tag.
 
     Args:
-        private: add the chart of privacy spent.
+        tags: those that exist, as `Chart.tag` gives them.
     """
-    learning = [
-        _chart("Clients: loss (nats/byte) by tokens", "^loss_by_tokens/client$"),
-        _chart("World, federations: own loss (nats/byte) by tokens", "^loss_by_tokens/inner$"),
-        _chart("World, federations: mean of the clients' losses by tokens", "^clients_loss_by_tokens/inner$"),
-        _chart("Loss (nats/byte) by run time (s)", "^loss_by_time$"),
-    ]
-    asynchrony = [
-        _chart("Staleness per edge (versions behind)", "^tau$"),
-        _chart("Version by run time (s)", "^version/inner$"),
-        _chart("How far a node followed its parent (0 to 1)", "^merge$"),
-        _chart("Agreement with the others' movement (cosine)", "^agreement$"),
-        _chart("Clients: training speed (tokens/s)", "^tokens_per_s/client$"),
-        _chart("Busy share of every node", "^busy_fraction$"),
-        _chart("Updates accepted per edge", "^accepted$"),
-        _chart("Updates refused per edge and reason", "^refused(_strangers)?/"),
-    ]
-    more = [
-        _chart("Clients: perplexity per byte by tokens", "^perplexity_by_tokens/client$"),
-        _chart("Bytes sent up per edge", "^bytes_up$"),
-        _chart("Bytes sent down per edge", "^bytes_down$"),
-    ]
-    if private:
-        more.insert(0, _chart("Privacy spent (epsilon)", "^epsilon$"))
+    known = set(tags)
+    charts = [chart for each in CHARTS.values() for chart in each if chart.tag in known and chart.category]
     return layout_pb2.Layout(
         category=[
-            layout_pb2.Category(title="Learning", chart=learning),
-            layout_pb2.Category(title="Asynchrony", chart=asynchrony),
-            layout_pb2.Category(title="Cost", chart=more),
+            layout_pb2.Category(title=title, chart=[_chart(chart) for chart in charts if chart.category == title])
+            for title in CATEGORIES
+            if any(chart.category == title for chart in charts)
         ]
     )
 
 
-def _chart(title: str, regex: str) -> layout_pb2.Chart:
-    return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[regex]))
+def _chart(chart: Chart) -> layout_pb2.Chart:
+    # A tag may go on: after a comma with the reason of a refusal, after a slash with a node.
+    regex = f"^{re.escape(chart.tag)}([,/].*)?$"
+    return layout_pb2.Chart(title=chart.title, multiline=layout_pb2.MultilineChartContent(tag=[regex]))
 
 
 def heat_map(record: AttentionRecord) -> tuple[bytes, int, int]:
@@ -340,8 +317,7 @@ def heat_map(record: AttentionRecord) -> tuple[bytes, int, int]:
     axes.set_xticks(range(columns), labels=record.candidates, rotation=30 if columns > 4 else 0)
     axes.set_yticks(range(rows), labels=record.layers)
     axes.tick_params(labelsize=9, length=0)
-    verb = {"up": "blends its children", "down": "blends itself and its parent"}
-    what = verb.get(record.direction, record.direction)
+    what = _BLENDS.get(record.direction, record.direction)
     figure.suptitle(f"{what}, version {record.version}", fontsize=9)  # TensorBoard names the node
     if rows * columns <= CELLS_WITH_NUMBERS:
         for i, row in enumerate(record.weights):

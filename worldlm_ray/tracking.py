@@ -1,8 +1,11 @@
 """The single writer of a run folder: what the shells record becomes files that people and tools read.
 
     status.json     the newest snapshot, replaced whole about once a second
-    tensorboard/    see worldlm_ray/tensorboard.py; of a world with more than MANY_CLIENTS clients, a sample of them
+    tensorboard/    charts, heat maps, texts: see worldlm_ray/tensorboard.py
+    metrics.jsonl   the same curves as lines of JSON, of all nodes: see worldlm_ray/curves.py
     summary.json    the result of a finished run
+
+Of a world with more than MANY_CLIENTS clients, charts and metrics.jsonl hold a sample of them.
 
 Storage that refuses costs no more than delay: files are written later, and the snapshot says why (`trouble`).
 
@@ -21,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray import audit, storage
+from worldlm_ray.charts import EACH, HISTOGRAM, Crowd, Lines, charts_of, clean
 from worldlm_ray.config import BudgetConfig
+from worldlm_ray.curves import Curves
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
     AggregationRecord,
@@ -39,7 +44,8 @@ from worldlm_ray.records import (
     perplexity,
 )
 from worldlm_ray.run_state import ACCEPTED, RunState, finite
-from worldlm_ray.tensorboard import Board, Scalar, tag
+from worldlm_ray.run_texts import quoted
+from worldlm_ray.tensorboard import Board, Scalar
 
 STATUS, SUMMARY, TENSORBOARD = "status.json", "summary.json", "tensorboard"
 STATUS_EVERY_S = 1.0
@@ -64,6 +70,7 @@ class Tracker:
         kinds: `world`, `federation` or `client` by the path of every node.
         hparams: settings for the HPARAMS tab, by dotted key.
         budget: what `progress` is measured against.
+        texts: Markdown by tag for the TEXT page (`run_texts.introduction`).
         clock: monotonic seconds; it only paces files.
         wall: seconds since 1970.
 
@@ -78,6 +85,7 @@ class Tracker:
         kinds: Mapping[str, str],
         hparams: Mapping[str, Scalar],
         budget: BudgetConfig,
+        texts: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -94,14 +102,20 @@ class Tracker:
             status = {}  # A new run, or one that ended before its first status.
         self._state.restore(status, audit.read(run_dir))
         self._started_at: float = status.get("started_at", wall())
-        self._private = any(node.epsilon is not None for node in self._state.nodes.values())
-        root = next(path for path, kind in kinds.items() if kind == "world")
-        self._board = Board(run_dir / TENSORBOARD, root=root, started_at=self._started_at)
-        self._introduce(hparams)
+        self._root = next(path for path, kind in kinds.items() if kind == "world")
+        self._curves = Curves(run_dir, clock=clock)
+        self._board = Board(run_dir / TENSORBOARD, root=self._root, started_at=self._started_at)
+        self._charted: set[tuple[str, str]] = set()
+        """Names of the quantities that have a chart already, with the kind of the node."""
+        self._introduce(hparams, texts or {})
+        self._lines = Lines(kinds)
         clients = [path for path, kind in kinds.items() if kind == "client"]
         self._every = max(len(clients) // SHOWN_CLIENTS, 1) if len(clients) > MANY_CLIENTS else 1
         self._hidden = set(clients) - set(clients[:: self._every])
-        """Clients without charts of their own."""
+        """Clients without curves of their own."""
+        self._crowd = Crowd(len(clients))
+        self._ended = False
+        """Whether models have been measured for the last time."""
         self._status_s = 0.0
         """What the last write of status.json took."""
         self._last_status = self._last_image = -math.inf
@@ -124,17 +138,31 @@ class Tracker:
             self._draw_next()
         if now - self._last_status >= max(STATUS_EVERY_S, self._status_s / STATUS_SHARE):
             self._write_status()
+        self._curves.flush_if_due()
 
     def add(self, path: str, kind: str) -> None:
         """A node has joined the tree while the run goes on. One that is known already stays as it is."""
         if path not in self._state.nodes:
             self._state.add(path, kind)
+            self._lines.add(path)
+
+    def samples(self, texts: Mapping[str, str], *, now_s: float) -> None:
+        """Show texts that the clients' models wrote; the step of each is the rounds of its client.
+
+        Args:
+            texts: by path of the client.
+            now_s: run time in seconds.
+        """
+        for path, sample in texts.items():
+            if path not in self._hidden:
+                name = f"3 samples/{clean(path)}"
+                self._board.text(name, quoted(sample), step=self._state.nodes[path].rounds, now_s=now_s)
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that is known, ready for JSON: totals of the run, `trouble` with its files, `nodes` by path."""
         return {
             "run": self.run_dir.name,
-            "trouble": self._trouble or self._board.trouble,
+            "trouble": self._trouble or self._board.trouble or self._curves.trouble,
             "started_at": self._started_at,
             "updated_at": self._wall(),
             **self._state.snapshot(),
@@ -150,6 +178,7 @@ class Tracker:
 
     def flush(self) -> None:
         """Bring every file up to date."""
+        self._curves.flush()
         self._write_status()
         self._board.flush()
 
@@ -157,30 +186,72 @@ class Tracker:
         """Draw what still waits, mark the run as ended in TensorBoard, and close every file."""
         for _ in range(min(len(self._images), IMAGES_AT_END)):
             self._draw_next()
+        now_s = self._state.now_s
+        self._show_crowd(now_s)
+        for path, node in self._state.nodes.items() if self._ended else ():
+            if node.kind != "client":  # once, when all clients below have been measured
+                self._put(path, {"clients_loss": node.clients_loss}, now_s=now_s)
         self._board.finish(now_s=self._state.now_s)
         self.flush()
         self._board.close()
 
-    # What each record shows in TensorBoard, after the state has taken it in.
+    # What each record shows, after the state has taken it in.
 
-    def _introduce(self, hparams: Mapping[str, Scalar]) -> None:
-        metrics = {
-            "loss_by_tokens/inner": "World's own model: loss (nats/byte)",
-            "clients_loss_by_tokens/inner": "Clients' own models: mean loss (nats/byte)",
-            "version/inner": "World: version",
+    def _introduce(self, hparams: Mapping[str, Scalar], texts: Mapping[str, str]) -> None:
+        names = {
+            "loss": "World's own model: loss (nats/byte)",
+            "clients_loss": "Clients' own models: mean loss (nats/byte)",
+            "perplexity": "World's own model: perplexity per byte",
+            "version": "World: version",
         }
+        metrics = {charts_of(name, "world")[0].tag: shown for name, shown in names.items()}
         self._board.hparams(hparams, metrics=metrics, run=self.run_dir.name)
-        self._board.layout(private=self._private)
+        for name, markdown in texts.items():
+            self._board.text(name, markdown, now_s=self._state.now_s)
+
+    def _put(self, path: str, values: Mapping[str, float | None], *, now_s: float) -> None:
+        """Add a point to curves of a node, in charts if it has a line there, and in metrics.jsonl.
+
+        Args:
+            path: of the node.
+            values: by name, see worldlm_ray/charts.py.
+            now_s: run time in seconds.
+        """
+        node = self._state.nodes[path]
+        self._curves.add(path, values, now_s=now_s, tokens=node.tokens)
+        if path in self._lines:
+            self._draw(path, node.kind, values, now_s=now_s, tokens=node.tokens)
+        elif node.kind == "client" and values.get("loss") is not None:
+            self._draw(self._root, "client", {f"{EACH}/{path}": values["loss"]}, now_s=now_s, tokens=node.tokens)
+
+    def _draw(self, line: str, kind: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
+        """Add a point to every chart that shows these values."""
+        by_time, by_tokens = dict[str, float | None](), dict[str, float | None]()
+        for name, value in values.items():
+            for chart in charts_of(name, kind) if value is not None else ():
+                (by_tokens if chart.by == "tokens" else by_time)[chart.tag] = value
+        self._board.scalars(line, by_time, now_s=now_s)
+        self._board.scalars(line, by_tokens, now_s=now_s, step=tokens)
+        names = {(name.partition("/")[0], kind) for name, value in values.items() if value is not None}
+        if not names <= self._charted:
+            self._charted |= names
+            tags = (chart.tag for known in self._charted for chart in charts_of(*known))
+            self._board.layout(tags, now_s=now_s)
 
     def _show(self, record: Record) -> None:
         node, path, now_s = self._state.nodes[record.node], record.node, record.now_s
+        if isinstance(record, StartRecord | RoundRecord) and self._lines.crowded and self._crowd.is_due():
+            self._show_crowd(now_s)
         if path in self._hidden:
             return
         match record:
             case StartRecord():
                 self._show_losses(path, now_s)
+                for inner in self._state.above[path] if node.rounds == 0 else ():
+                    self._show_own_loss(inner, now_s)  # of the initial model: every node has it
             case FinalRecord():
                 self._show_own_loss(path, now_s)
+                self._ended = True
             case RoundRecord():
                 self._show_round(record)
             case VerdictRecord():
@@ -191,43 +262,37 @@ class Tracker:
                 # A newer one takes the place of one that still waits, so every node gets its turn.
                 self._images[path, record.direction] = record
             case MergeRecord():
-                self._board.scalars(path, {"merge": record.m, "agreement": record.agreement}, now_s=now_s)
+                self._put(path, {"merge": record.m, "agreement": record.agreement}, now_s=now_s)
             case PrivacyRecord():
                 self._show_privacy(path, record.epsilon, now_s)
             case PushRecord():
-                self._board.scalars(path, {"bytes_up": node.bytes_up}, now_s=now_s)
+                self._put(path, {"bytes_up": node.bytes_up}, now_s=now_s)
             case PullRecord():
-                values: dict[str, float | None] = {"bytes_down": node.bytes_down}
-                if node.kind == "client":
-                    values["version/client"] = node.version
-                self._board.scalars(path, values, now_s=now_s)
+                version = node.version if node.kind == "client" else None
+                self._put(path, {"bytes_down": node.bytes_down, "version": version}, now_s=now_s)
 
     def _show_privacy(self, path: str, epsilon: float, now_s: float) -> None:
-        """Epsilon of a client, and the largest below each node above it: nobody there has less protection."""
-        if not self._private:
-            self._private = True
-            self._board.layout(private=True, now_s=now_s)
-        self._board.scalars(path, {"epsilon": epsilon}, now_s=now_s)
+        """Epsilon of a client, and the largest below each node above it: no client there has less protection."""
+        self._put(path, {"epsilon": epsilon}, now_s=now_s)
         for inner in self._state.above[path]:
             below = [
                 n.epsilon for p, n in self._state.nodes.items() if p.startswith(f"{inner}/") and n.kind == "client"
             ]
-            self._board.scalars(inner, {"epsilon": max(e for e in below if e is not None)}, now_s=now_s)
+            self._put(inner, {"epsilon": max(e for e in below if e is not None)}, now_s=now_s)
 
     def _show_round(self, record: RoundRecord) -> None:
         path, now_s = record.node, record.now_s
         if record.epsilon is not None:
             self._show_privacy(path, record.epsilon, now_s)
-        by_time = {"tokens_per_s/client": record.tokens_per_s, "busy_fraction": record.busy_fraction}
-        by_tokens = {
-            "train_loss_by_tokens": record.train_loss,
-            "learning_rate_by_tokens": record.learning_rate,
+        values = {
+            "tokens_per_s": record.tokens_per_s,
+            "busy_fraction": record.busy_fraction,
+            "train_loss": record.train_loss,
+            "learning_rate": record.learning_rate,
         }
-        self._board.scalars(path, by_time, now_s=now_s)
-        self._board.scalars(path, by_tokens, now_s=now_s, step=record.tokens)
+        self._put(path, values, now_s=now_s)
         for inner in self._state.above[path]:
-            speed = self._state.nodes[inner].tokens_per_s
-            self._board.scalars(inner, {"tokens_per_s/inner": speed}, now_s=now_s)
+            self._put(inner, {"tokens_per_s": self._state.nodes[inner].tokens_per_s}, now_s=now_s)
         if record.loss is not None:
             self._show_losses(path, now_s)
 
@@ -235,56 +300,60 @@ class Tracker:
         """The client's loss, and the means over the clients below every inner node above it."""
         self._show_own_loss(client, now_s)
         for path in self._state.above[client]:
-            node = self._state.nodes[path]
-            by_tokens = {"clients_loss_by_tokens/inner": node.clients_loss}
-            self._board.scalars(path, by_tokens, now_s=now_s, step=node.tokens)
-            self._board.scalars(path, {"clients_loss_by_time": node.clients_loss}, now_s=now_s)
-            if node.loss_version == 0:
-                self._show_own_loss(path, now_s)
+            self._put(path, {"clients_loss": self._state.nodes[path].clients_loss}, now_s=now_s)
 
     def _show_own_loss(self, path: str, now_s: float) -> None:
         """Of the node's own model."""
-        node = self._state.nodes[path]
-        kind = "client" if node.kind == "client" else "inner"
-        per_byte = None if node.loss is None else perplexity(node.loss)
-        by_tokens = {f"loss_by_tokens/{kind}": node.loss, f"perplexity_by_tokens/{kind}": per_byte}
-        self._board.scalars(path, by_tokens, now_s=now_s, step=node.tokens)
-        self._board.scalars(path, {"loss_by_time": node.loss, "perplexity_by_time": per_byte}, now_s=now_s)
+        loss = self._state.nodes[path].loss
+        self._put(path, {"loss": loss, "perplexity": None if loss is None else perplexity(loss)}, now_s=now_s)
+
+    def _show_crowd(self, now_s: float) -> None:
+        """The lines of all clients together; their tokens are those of one client, in the mean."""
+        clients = [node for node in self._state.nodes.values() if node.kind == "client"]
+        if not self._lines.crowded or not clients:
+            return
+        world = self._state.nodes[self._root]
+        tokens = world.tokens // len(clients)
+        losses = [node.loss for node in clients if node.loss is not None]
+        speeds = [node.tokens_per_s for node in clients if node.rounds]
+        for line, values in self._crowd.point(losses, world.clients_loss, speeds).items():
+            self._draw(line, "client", values, now_s=now_s, tokens=tokens)
+            self._curves.add(line, values, now_s=now_s, tokens=tokens)
 
     def _show_verdict(self, record: VerdictRecord) -> None:
         edge = self._state.edge(record.node, record.sender)
         if edge is None:
             count = self._state.nodes[record.node].strangers[record.verdict]
-            name = tag("refused_strangers", record.verdict)
-            self._board.scalars(record.node, {name: count}, now_s=record.now_s)
-            return
-        if edge in self._hidden:
+            self._put(record.node, {f"refused_strangers/{record.verdict}": count}, now_s=record.now_s)
             return
         node = self._state.nodes[edge]
+        if record.tau >= 0 and node.kind == "client":
+            self._crowd.hear_tau(record.tau)
+        if edge in self._hidden:
+            return
         if record.tau >= 0:
             self._new_taus.setdefault(edge, []).append(record.tau)
-        values: dict[str, float | None] = {
-            "arrivals": node.accepted + sum(node.refused.values()),
-            "accepted": node.accepted,
-        }
-        if record.verdict != ACCEPTED:
-            values[tag("refused", record.verdict)] = node.refused[record.verdict]
-        self._board.scalars(edge, values, now_s=record.now_s)
+        if record.verdict == ACCEPTED:
+            self._put(edge, {"accepted": node.accepted}, now_s=record.now_s)
+        else:
+            count = node.refused[record.verdict]
+            self._put(edge, {f"refused/{record.verdict}": count}, now_s=record.now_s)
 
     def _show_aggregation(self, record: AggregationRecord) -> None:
         path, now_s = record.node, record.now_s
         if record.version % self._every:
             return
         values = {
-            "version/inner": record.version,
+            "version": record.version,
             "step_norm": record.step_norm,
             "busy_fraction": record.busy_fraction,
         }
-        self._board.scalars(path, values, now_s=now_s)
+        self._put(path, values, now_s=now_s)
         for child in [child for child in self._new_taus if self._state.above[child][0] == path]:
             taus, counts = self._new_taus.pop(child), self._state.taus[child]
-            self._board.scalars(child, {"tau": sum(taus) / len(taus)}, now_s=now_s)
-            self._board.histogram(child, "tau_histogram", counts, step=record.version, now_s=now_s)
+            self._put(child, {"tau": sum(taus) / len(taus)}, now_s=now_s)
+            if child in self._lines:
+                self._board.histogram(child, HISTOGRAM, counts, step=record.version, now_s=now_s)
 
     def _draw_next(self) -> None:
         self._board.attention(self._images.pop(next(iter(self._images))))

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from worlds import client, write_text
 
-from worldlm_ray import compare, rundir
+from worldlm_ray import compare, curves, rundir
 from worldlm_ray.audit import proofs
+from worldlm_ray.charts import BEST, MEAN, WORST
 from worldlm_ray.cost_model import CostClient, cost_plan
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan
@@ -134,8 +135,9 @@ def test_charts_show_a_sample_of_very_many_clients(tiny: Tiny, tmp_path: Path) -
     plan = rundir.create(tiny([many], budget={"rounds": 1}, simulation={"train": False}))
     summary = simulate(plan).summary
     assert len(summary["nodes"]) == 1 + MANY_CLIENTS + 128
-    shown = [path.name for path in (plan.run_dir / "tensorboard/world").iterdir() if path.is_dir()]
-    assert len(shown) == SHOWN_CLIENTS
+    nodes = {line["node"] for line in curves.read(plan.run_dir)} - {MEAN, BEST, WORST}
+    assert len(nodes - {"world"}) == SHOWN_CLIENTS
+    assert {path.name for path in (plan.run_dir / "tensorboard").iterdir()} == {"world", MEAN, BEST, WORST}
     status = json.loads((plan.run_dir / "status.json").read_text())
     assert status["nodes"]["world"]["tokens"] == summary["tokens"] > 0
 

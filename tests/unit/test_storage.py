@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing import event_file_loader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from worldlm_ray import audit, checkpoint, evaluate, plan, rundir, simulate, storage
+from worldlm_ray import audit, checkpoint, curves, evaluate, plan, rundir, simulate, storage
 from worldlm_ray.errors import CheckpointError, ConfigError, RunError, SupersededError
 from worldlm_ray.records import VerdictRecord
 from worldlm_ray.tensorboard import EventFiles
@@ -202,7 +202,9 @@ def test_a_world_is_simulated_in_an_object_store_and_found_again(
     made = rundir.create(tiny(run_dir=address))
     outcome = simulate.simulate(made)
     there = storage.place(address)
-    assert {"audit", "checkpoints", "config.yaml", "status.json", "summary.json", "tensorboard"} == set(names(there))
+    kept = {name for name in names(there) if not name.startswith("metrics.")}
+    assert kept == {"audit", "checkpoints", "config.yaml", "status.json", "summary.json", "tensorboard"}
+    assert {line["node"] for line in curves.read(there)} == set(made.kinds)
     summary = json.loads((there / "summary.json").read_text(encoding="utf-8"))
     assert summary["params_sha256"] == outcome.summary["params_sha256"]
     assert all(proof.holds and proof.applied for proof in audit.proofs(there))

@@ -1,0 +1,107 @@
+"""The curves of a run as lines of JSON, for tools that do not read TensorBoard's files.
+
+    metrics.jsonl    {"now_s": 12.5, "tokens": 4096, "node": "world/europe/italy", "name": "loss", "value": 2.31}
+
+One line per value: run time in seconds, tokens trained so far (of an inner node, by the clients below it), path of the
+node, name of the quantity as in worldlm_ray/charts.py, and the value, null where it is not finite. The nodes
+`all-clients-mean`, `-best` and `-worst` stand for all clients together. A resumed run appends. In an object store
+the file is a row of objects, `metrics.0000-MARK.jsonl` and so on.
+
+    pandas.read_json("runs/NAME/metrics.jsonl", lines=True).pivot_table(index="now_s", columns="node", values="value")
+
+Of a world with very many clients there are lines for a sample of them, as there are charts (worldlm_ray/tracking.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from worldlm_ray import storage
+
+FILE = "metrics.jsonl"
+EVERY_S = 2.0
+"""Wall seconds between two additions."""
+OBJECTS_EVERY_S = 10.0
+"""The same where files are objects: the newest one is written anew with each addition."""
+TIME_SHARE = 0.05
+"""Share of the time that writing may take: slow storage is written to less often."""
+KEPT_LINES = 200_000
+"""Lines that wait in memory while the storage refuses them, 25 MB or so; newer ones are dropped and counted."""
+
+
+class Curves:
+    """Appends to the curves of one run.
+
+    Args:
+        run_dir: the run folder.
+        clock: monotonic seconds; it only paces the file.
+    """
+
+    def __init__(self, run_dir: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = run_dir / FILE, clock
+        self._file = storage.Growing(self._path, closing=b"\n")
+        self._pause_s = OBJECTS_EVERY_S if storage.is_remote(run_dir) else EVERY_S
+        self._waiting: list[str] = []
+        self._dropped = 0
+        self._next = self._clock() + self._pause_s
+        self.trouble = ""
+        """Why lines wait in memory; empty if they do not."""
+
+    def add(self, node: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
+        """Have values of a node written soon.
+
+        Args:
+            node: its path.
+            values: by name; None is left out.
+            now_s: run time in seconds.
+            tokens: trained so far, by the node or by the clients below it.
+        """
+        for name, value in values.items():
+            if value is None:
+                continue
+            if len(self._waiting) >= KEPT_LINES:
+                self._dropped += 1
+                continue
+            line = {
+                "now_s": round(now_s, 3),
+                "tokens": tokens,
+                "node": node,
+                "name": name,
+                "value": value if math.isfinite(value) else None,
+            }
+            self._waiting.append(json.dumps(line, allow_nan=False))
+
+    def flush_if_due(self) -> None:
+        """Write what waits, if the last time was long enough ago."""
+        if self._waiting and self._clock() >= self._next:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits; where the storage refuses, it goes on waiting, and `trouble` says why."""
+        began = self._clock()
+        if self._waiting:
+            try:
+                self._file.add(("\n".join(self._waiting) + "\n").encode())
+                self._waiting.clear()
+                self.trouble = f"{self._dropped:,} lines of {self._path} were dropped" if self._dropped else ""
+            except OSError as error:
+                self.trouble = f"cannot write {self._path}: {error}; curves wait in memory"
+        ended = self._clock()
+        self._next = ended + max(self._pause_s, (ended - began) / TIME_SHARE)
+
+
+def read(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line of a run's curves, in the order in which they were written."""
+    name = Path(FILE)
+    for path in sorted(run_dir.glob(f"{name.stem}*{name.suffix}")):
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # torn apart by a kill
+            yield line
