@@ -12,7 +12,7 @@ from typing import Any
 from actors.shared import RECORDER, STORAGE_AGAIN_S, end_process, was_restarted
 from worldlm_ray import checkpoint, rundir, storage
 from worldlm_ray.errors import RunError, SupersededError, WorldLMError
-from worldlm_ray.outcome import finish
+from worldlm_ray.outcome import Sample, finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import Measure, Record
@@ -110,7 +110,7 @@ class RecorderActor:
         world: Flat,
         *,
         measures: Mapping[str, Measure],
-        samples: Mapping[str, str],
+        samples: Mapping[str, Sample],
         wall_s: float,
         status: str,
     ) -> dict[str, Any]:

@@ -283,7 +283,10 @@ class ZeroTrainer:
 
     def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
         """Token ids that continue a prompt."""
-        return list(self._perform(Task("sample", (prompt.tolist(), tokens, temperature, seed))))
+        found = self._perform(Task("sample", (prompt.tolist(), tokens, temperature, seed)))
+        if isinstance(found, str):
+            raise RunError(found)
+        return list(found)
 
     def optimizer_state(self) -> dict[str, Flat]:
         """The moments, in the run's layout: whatever the stage and the number of workers, as a plain client's."""

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from actors.last_words import stay_to_the_end
+from worldlm_ray.errors import RunError
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.training.trainer import MOMENTS
 
@@ -131,8 +132,12 @@ class _Tasks:
     def evaluate(self, refs: list[Any]) -> tuple[float, int]:
         return self._worker.evaluate(ray.get(refs[0]))
 
-    def sample(self, prompt: list[int], tokens: int, temperature: float, seed: int) -> list[int]:
-        return self._worker.sample(np.array(prompt), tokens=tokens, temperature=temperature, seed=seed)
+    def sample(self, prompt: list[int], tokens: int, temperature: float, seed: int) -> list[int] | str:
+        """Token ids, or why there are none: an error would end the workers."""
+        try:
+            return self._worker.sample(np.array(prompt), tokens=tokens, temperature=temperature, seed=seed)
+        except RunError as error:
+            return str(error)
 
     def moments(self) -> tuple[int, dict[str, list[Any]]]:
         """The step count, and references to both moments, a layer each."""

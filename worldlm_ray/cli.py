@@ -105,9 +105,11 @@ def _train(plan: Any, address: str | None) -> Any:
             stop.install()  # Ray sets handlers of its own when it starts
 
         try:
-            return launch.train(
+            outcome = launch.train(
                 plan, address=address, on_progress=progress.show, on_phase=phase, should_stop=stop.asked
             )
+            progress.warn(outcome.summary["warnings"])
+            return outcome
         except WorldLMError:
             rundir.discard(plan)
             raise
@@ -136,6 +138,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
         def look(simulation: Any) -> None:
             nonlocal events
             events = simulation.events
+            progress.warn(simulation.tracker.warnings)
             progress.show_if_due(simulation.tracker.snapshot)
 
         try:
@@ -143,6 +146,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
         except Exception:
             rundir.discard(plan, began=events > 0)
             raise
+        progress.warn(outcome.summary["warnings"])
     if outcome.summary.get("trained", True):
         _report(plan.run_dir, outcome.summary, outcome.samples)
         return
@@ -372,12 +376,12 @@ def export(
 ) -> None:
     """Write a node's model as a Hugging Face folder."""
     from worldlm_ray import huggingface, rundir
-    from worldlm_ray.evaluate import theta
+    from worldlm_ray.evaluate import sound_theta
 
     plan = rundir.reopen(run, check_data=False)
     spec = plan.node(node)
     tokenizer = plan.root.clients[0].settings.data.tokenizer
-    huggingface.export(theta(plan, spec), plan.shape, plan.layout, Path(folder), tokenizer=tokenizer)
+    huggingface.export(sound_theta(plan, spec), plan.shape, plan.layout, Path(folder), tokenizer=tokenizer)
     console.print(f"{node} is in {pasted(folder)}", highlight=False, soft_wrap=True)
 
 

@@ -579,6 +579,7 @@ class Client:
             tokens=tokens,
             temperature=temperature,
             seed=seed,
+            opening=self.dataset.heldout[:1],
         )
 
     # ---- durability ------------------------------------------------------------------------------------------

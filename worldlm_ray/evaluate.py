@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
+
+import numpy as np
 
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.client import Client
@@ -82,6 +85,18 @@ def theta(plan: Plan, spec: NodeSpec) -> Flat:
     return found[1]["theta"]
 
 
+def sound_theta(plan: Plan, spec: NodeSpec) -> Flat:
+    """The parameters in a node's newest whole checkpoint, to be used elsewhere.
+
+    Raises:
+        CheckpointError: it has none, or the model has diverged.
+    """
+    found = theta(plan, spec)
+    if not np.isfinite(found).all():
+        raise CheckpointError(f"the model of {spec.path} has diverged: its values are not finite; take another node's")
+    return found
+
+
 def clients_mean(measures: Mapping[str, Measure], path: str) -> Measure | None:
     """The mean over the clients below an inner node: each one's own model on its own text; None of a client."""
     inner = {other.rpartition("/")[0] for other in measures}
@@ -114,7 +129,8 @@ def table(run: str, measures: Mapping[str, Measure]) -> FittingTable:
     columns += [Column("perplexity\nper token\nown model", rank=1)] if per_token else []
     drawn = FittingTable(f"{run}: held-out text", [Column("node", is_number=False), *columns, Column("bytes", rank=2)])
     for path, shown in values(measures).items():
-        cells = [_or(shown["loss"], ".4f"), _or(shown["clients_loss"], ".4f"), _or(shown["perplexity"], ".3f")]
+        loss = _or(shown["loss"], ".4f") if math.isfinite(measures[path].loss) else "diverged"
+        cells = [loss, _or(shown["clients_loss"], ".4f"), _or(shown["perplexity"], ".3f")]
         cells += [_or(shown["perplexity_per_token"], ".3f")] if per_token else []
         drawn.add_row(path, *cells, f"{shown['heldout_bytes']:,}")
     return drawn

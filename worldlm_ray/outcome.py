@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from worldlm_ray.config import BudgetConfig
+from worldlm_ray.errors import WorldLMError
 from worldlm_ray.params import Flat, params_sha256
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import FinalRecord, Measure
 from worldlm_ray.tracking import Tracker, write_summary
+
+LONGEST_FAILURE = 200
+"""Characters of a reason that an error gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A short text from a model, or why there is none."""
+
+    text: str = ""
+    failure: str = ""
+    """Empty where there is a text."""
+
+
+def sampled(generate: Callable[[], str]) -> Sample:
+    """What `generate` gives. A text is no more than a taste: whatever fails here must not cost the run its summary."""
+    try:
+        return Sample(text=generate())
+    except WorldLMError as error:
+        return Sample(failure=str(error))
+    except Exception as error:  # noqa: BLE001 - a boundary: see above
+        return Sample(failure=" ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_FAILURE])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +77,7 @@ def finish(
     *,
     world: Flat | None,
     measures: Mapping[str, Measure | None],
-    samples: Mapping[str, str],
+    samples: Mapping[str, Sample],
     wall_s: float,
     status: str,
     shell: str,
@@ -67,7 +90,7 @@ def finish(
         world: the world's final parameters; None where nothing was trained.
         measures: final quality by path: clients' own models on their own text, inner nodes' own models on the
             text of all clients below them; None where losses are private.
-        samples: generated text by client.
+        samples: generated text by client, or why there is none.
         wall_s: seconds of the run, virtual ones in simulation.
         status: `finished`, or `stopped` for a run that was left early.
         shell: `ray` or `simulate`.
@@ -85,7 +108,8 @@ def finish(
             )
             tracker.record(final)
     open_clients = {client.path for client in plan.root.clients if client.settings.privacy.unit == "none"}
-    tracker.samples({path: text for path, text in samples.items() if path in open_clients}, now_s=wall_s)
+    texts = {path: sample.text for path, sample in samples.items()}
+    tracker.samples({path: text for path, text in texts.items() if path in open_clients}, now_s=wall_s)
     nodes = tracker.summaries()
     trained = sum(node.tokens for node in nodes.values() if node.kind == "client")
     summary = write_summary(
@@ -103,6 +127,8 @@ def finish(
             "shell": shell,
             "budget": spent(plan.config.budget, trained),
             **({"trained": False} if world is None else {}),
+            "samples_failed": {path: sample.failure for path, sample in samples.items() if sample.failure},
+            "warnings": tracker.warnings,
         },
     )
-    return Outcome(summary=summary, samples=dict(samples))
+    return Outcome(summary=summary, samples=texts)

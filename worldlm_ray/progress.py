@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -61,17 +61,21 @@ class Progress:
             self._shown_at = time.monotonic()
             self._drawn_s = self._shown_at - began
 
+    def warn(self, warnings: Iterable[Mapping[str, Any]]) -> None:
+        """Say each warning of a run once: `node` and `text`."""
+        for warning in warnings:
+            named = (warning["node"], warning["text"])
+            if named not in self._warned:
+                self._warned.add(named)
+                line = f"WARNING {named[0]}: {named[1]}"
+                self.console.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
+
     def show(self, snapshot: dict[str, Any]) -> None:
         """Draw a snapshot of the run; a warning of a node, or of the run's files, is a line of its own, once."""
         now = time.monotonic()
-        warnings = [(path, node["state_detail"]) for path, node in snapshot["nodes"].items() if _warns(node)]
+        self.warn(snapshot.get("warnings", []))
         if snapshot.get("trouble"):
-            warnings.append((snapshot["run"], snapshot["trouble"]))
-        for warning in warnings:
-            if warning not in self._warned:
-                self._warned.add(warning)
-                line = f"WARNING {warning[0]}: {warning[1]}"
-                self.console.print(line, style="bold red", markup=False, highlight=False)
+            self.warn([{"node": snapshot["run"], "text": snapshot["trouble"]}])
         if self._live is not None:
             self._live.update(live_table(snapshot), refresh=True)
         elif now - self._shown_at < LINE_EVERY_S or (line := _line(snapshot)) == self._line:
@@ -80,10 +84,6 @@ class Progress:
             self._line = line
             self.console.print(line, markup=False, highlight=False)
         self._shown_at = now
-
-
-def _warns(node: dict[str, Any]) -> bool:
-    return node.get("state") == "warning"
 
 
 def _line(snapshot: dict[str, Any]) -> str:

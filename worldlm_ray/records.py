@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), without overflowing on a diverged model: per byte of a loss in nats per byte."""
-    return math.exp(min(loss, 700.0))
+    """exp(loss), per byte of a loss in nats per byte; infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700.0 or math.isnan(loss) else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

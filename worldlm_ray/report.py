@@ -27,7 +27,8 @@ SAMPLE_CHARACTERS = 240
 MANY = 32
 """More siblings of a kind than this are one line together."""
 _STYLES = {"world": "bold", "federation": "bold cyan", "client": ""}
-_STATES = {"finished": "green", "warning": "bold red", "waiting": "yellow", "paused": "yellow", "left": "dim"}
+_STATES = {"finished": "green", "waiting": "yellow", "paused": "yellow", "left": "dim"}
+_STATES |= dict.fromkeys(("warning", "diverged"), "bold red")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def _live_table(snapshot: Mapping[str, Any], *, wide: bool) -> Table:
 def _said(state: str, node: Mapping[str, Any]) -> str:
     """A state; of one that an operator may want to change, with its reason."""
     detail = str(node.get("state_detail") or "")
+    if node.get("diverged") and state != "diverged":
+        return f"{state}, diverged"
     return f"{state}: {detail}" if state == "paused" and detail else state
 
 
@@ -118,9 +121,15 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
             Text(_own(node), style="bold"),
             _perplexity(node.get("clients_perplexity")),
             # A Text is never read as markup, whatever brackets the model wrote.
-            Text(printable(samples.get(path, ""))[:SAMPLE_CHARACTERS]),
+            _sample(path, samples, failed=summary.get("samples_failed") or {}),
         )
     return table
+
+
+def _sample(path: str, samples: Mapping[str, str], *, failed: Mapping[str, str]) -> Text:
+    if path in failed:
+        return Text(printable(f"(no sample: {failed[path]})"), style="red")
+    return Text(printable(samples.get(path, ""))[:SAMPLE_CHARACTERS])
 
 
 def cost_table(summary: Mapping[str, Any]) -> FittingTable:
@@ -255,6 +264,8 @@ def amount(number: float | None) -> str:
     if number is None:
         return NOTHING
     value, unit, units = float(number), "", iter("kMGTPE")
+    if not math.isfinite(value):  # of a diverged model
+        return NOTHING
     if value < 999.5:
         return f"{value:.0f}"
     while value >= 999.5:  # From here on three digits would round to 1000.
@@ -301,7 +312,7 @@ def _or(value: float | None, form: str) -> str:
 def _perplexity(value: float | None) -> str:
     if value is None:
         return NOTHING
-    return amount(value) if value >= 999.5 else f"{value:.{1 if value >= 99.95 else 2}f}"
+    return amount(value) if value >= 999.5 or math.isnan(value) else f"{value:.{1 if value >= 99.95 else 2}f}"
 
 
 def _own(node: Mapping[str, Any]) -> str:

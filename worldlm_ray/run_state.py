@@ -35,6 +35,12 @@ SILENT = 3.0
 """A client that ends no round for so many times as long as its last one took does not count as training."""
 MANY, OFTEN = 256, 16
 """With more clients below it, the speed of an inner node is summed up so often in the time of a round of all."""
+FINISHED, DIVERGED = "finished", "diverged"
+NOT_FINITE = "not_finite"
+ORDINARY = frozenset({"duplicate", "stale", "future_version", "out_of_turn", "too_soon", "privacy_exhausted"})
+"""Refusals that a sound run may have; the first of any other kind is a warning."""
+WARNINGS = 100
+"""So many are kept; the others are counted."""
 KINDS = ("world", "federation", "client")
 
 
@@ -86,6 +92,8 @@ class NodeState:
     """The last event in the node's life, with its run time and what was said about it."""
     state_at_s: float = 0.0
     state_detail: str = ""
+    diverged: bool = False
+    """Whether the last update that this node sent was refused since its values are not finite."""
 
 
 class RunState:
@@ -109,6 +117,9 @@ class RunState:
         self._last_seq: dict[str, int] = {}
         """Highest accepted seq of every sender."""
         self.now_s = 0.0
+        self.warnings: list[dict[str, Any]] = []
+        """What an operator must know, each once, in order: `node`, `now_s`, `text`. WARNINGS of them at most."""
+        self.warnings_left_out = 0
         self._budget = budget
         self._clients: dict[str, list[NodeState]] = {}
         self._rounds: Counter[str] = Counter()
@@ -172,6 +183,7 @@ class RunState:
             case FinalRecord():
                 self._final(node, record)
             case VerdictRecord():
+                self._warn_of_refusal(record)
                 self.count(record.node, record.sender, seq=record.seq, tau=record.tau, verdict=record.verdict)
             case AggregationRecord():
                 node.version, node.tokens_aggregated = record.version, record.total_tokens
@@ -186,6 +198,27 @@ class RunState:
                 node.epsilon = record.epsilon
             case LifeRecord():
                 node.state, node.state_detail, node.state_at_s = record.event, record.detail, record.now_s
+                if record.event == "warning":
+                    self._warn(record.node, record.detail, now_s=record.now_s)
+
+    def _warn(self, path: str, text: str, *, now_s: float) -> None:
+        """Keep a warning, unless it is known."""
+        if any((known["node"], known["text"]) == (path, text) for known in self.warnings):
+            return
+        if len(self.warnings) < WARNINGS:
+            self.warnings.append({"node": path, "now_s": now_s, "text": text})
+        else:
+            self.warnings_left_out += 1
+
+    def _warn_of_refusal(self, record: VerdictRecord) -> None:
+        """The first refusal of a kind that a sound run does not have."""
+        path, kind = self.edge(record.node, record.sender), record.verdict
+        if path is None or kind == ACCEPTED or kind in ORDINARY or kind in self.nodes[path].refused:
+            return
+        text = f"an update is refused: {kind} ({record.detail})"
+        if kind == NOT_FINITE:
+            text = f"its model has diverged: its updates are refused, {kind} ({record.detail}); lower training.lr"
+        self._warn(path, text, now_s=record.now_s)
 
     def count(self, receiver: str, sender: str, *, seq: int, tau: int, verdict: str) -> None:
         """Count one verdict. What a restart of the receiver had undone is accepted again, and counts once."""
@@ -200,7 +233,9 @@ class RunState:
                 return
             self._last_seq[path] = seq
             node.accepted += 1
+            node.diverged = False
         else:
+            node.diverged = verdict == NOT_FINITE or node.diverged
             node.refused[verdict] = node.refused.get(verdict, 0) + 1
         if tau >= 0:  # A malformed update may claim to come from a version that is yet to be.
             seen = taus.total()
@@ -224,6 +259,8 @@ class RunState:
             "refused": dict(refused),
             "bytes_up": sum(node.bytes_up for node in nodes),
             "bytes_down": sum(node.bytes_down for node in nodes),
+            "warnings": list(self.warnings),
+            "warnings_left_out": self.warnings_left_out,
             "nodes": {path: _values(node) for path, node in self.nodes.items()},
         }
         return dict(finite(values))
@@ -242,7 +279,9 @@ class RunState:
         Nodes that have left the tree since then are forgotten; nodes that are new start empty.
         """
         self.now_s = snapshot.get("now_s", 0.0)
-        counted = {"accepted", "refused", "strangers", "tau_mean"}
+        self.warnings = list(snapshot.get("warnings", []))
+        self.warnings_left_out = snapshot.get("warnings_left_out", 0)
+        counted = {"accepted", "refused", "strangers", "tau_mean", "diverged"}
         kept = {each.name for each in fields(NodeState)} - counted - {"kind"}
         for path, values in snapshot.get("nodes", {}).items():
             if "clients_loss" not in values and values["kind"] != "client":
@@ -253,6 +292,8 @@ class RunState:
                 }  # of a version before the two were apart
             for name in kept & values.keys() if path in self.nodes else ():
                 setattr(self.nodes[path], name, values[name])
+            if values.get("state") == DIVERGED and path in self.nodes:
+                self.nodes[path].state = FINISHED
         for inner, clients in self._clients.items():
             if self.nodes[inner].kind != "client":  # clients may have left since
                 self.nodes[inner].steps = sum(client.steps for client in clients)
@@ -343,9 +384,19 @@ class RunState:
 
 
 def _values(node: NodeState) -> dict[str, Any]:
-    """As `asdict`, which takes ten times as long; with the perplexities per byte that the losses stand for."""
+    """As `asdict`, which takes ten times as long; with the perplexities per byte that the losses stand for.
+
+    A node that has ended with a model of NaN is not simply finished.
+    """
+    state = DIVERGED if node.diverged and node.state == FINISHED else node.state
     perplexities = {of: None if getattr(node, loss) is None else perplexity(getattr(node, loss)) for of, loss in _OF}
-    return {**vars(node), **perplexities, "refused": dict(node.refused), "strangers": dict(node.strangers)}
+    return {
+        **vars(node),
+        **perplexities,
+        "refused": dict(node.refused),
+        "strangers": dict(node.strangers),
+        "state": state,
+    }
 
 
 _OF = (

@@ -63,7 +63,7 @@ from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.errors import MessageError
 from worldlm_ray.faults import Fault, damaged
 from worldlm_ray.messages import Model, Packed, Update, pack
-from worldlm_ray.outcome import Outcome, combine, finish
+from worldlm_ray.outcome import Outcome, combine, finish, sampled
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
@@ -253,7 +253,7 @@ class Simulation:
             self.tracker,
             world=self.nodes["world"].theta,
             measures=measures,
-            samples={path: client.sample() for path, client in there.items()},
+            samples={path: sampled(client.sample) for path, client in there.items()},
             wall_s=self.now_s,
             status=status,
             shell="simulate",

@@ -168,6 +168,11 @@ class Tracker:
             **self._state.snapshot(),
         }
 
+    @property
+    def warnings(self) -> list[dict[str, Any]]:
+        """What an operator must know: see `RunState.warnings`."""
+        return list(self._state.warnings)
+
     def summaries(self) -> dict[str, NodeSummary]:
         """One line per node for `write_summary`."""
         return self._state.summaries()

@@ -114,6 +114,44 @@ def test_heldout_documents_are_never_in_train(config: DataConfig) -> None:
     assert data.heldout_bytes_per_token() == 1.0
 
 
+class Counted(str):
+    """A text that counts the characters that are copied out of it."""
+
+    copied = 0
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        return [Counted(line) for line in super().splitlines(keepends)]
+
+    def __getitem__(self, key: Any) -> str:
+        part = super().__getitem__(key)
+        Counted.copied += len(part)
+        return part
+
+
+def test_a_line_of_any_length_is_copied_once() -> None:
+    text = Counted("word " * 100_000)
+    assert "".join(block.text for block in blocks([text])) == text
+    assert Counted.copied == len(text), "to copy the rest for every block takes time with the square of the length"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_documents_are_cut_at_the_ends_of_lines(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(dataset, "BLOCK_CHARS", 7)
+    rng = random.Random(seed)
+    document = "".join(rng.choice("ab\n") * rng.randrange(1, 12) for _ in range(12))
+    expected, piece = [], ""
+    for line in document.splitlines(keepends=True):
+        if piece and len(piece) + len(line) > 7:
+            expected.append(piece)
+            piece = ""
+        piece += line
+        while len(piece) > 7:
+            expected.append(piece[:7])
+            piece = piece[7:]
+    expected += [piece] if piece else []
+    assert list(dataset._pieces(document)) == expected
+
+
 def test_heldout_blocks_are_spread_evenly() -> None:
     marks = [held for _, held in split([Block(str(index)) for index in range(1000)], 0.05)]
     counts = [sum(marks[start : start + 20]) for start in range(0, 1000, 20)]

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from worldlm_ray.config import DataConfig
 from worldlm_ray.data.corpora import CORPORA
-from worldlm_ray.data.text import check_sources, describe, members_of, read_documents, shard_of
+from worldlm_ray.data.text import check_shard, describe, find_sources, members_of, read_documents, shard_of
 from worldlm_ray.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.seeds import derive
@@ -65,6 +65,8 @@ class Dataset:
     """Changes whenever the text, the tokenizer or the split changes."""
     order: str = ""
     """Names the random order in which text is drawn."""
+    left_out: tuple[str, ...] = ()
+    """What was found beside the text and is not read, a line for each entry of `data.files`."""
 
     parts = 1
     """Sequences per step are `batch_size` times this."""
@@ -190,7 +192,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
     if not 0.0 < config.heldout_fraction < 1.0:
         got = f"got {config.heldout_fraction}"
         raise ConfigError(f"{key}.heldout_fraction", got, "give a number between 0 and 1")
-    paths = check_sources(config, key)
+    found = find_sources(config, key)
     if config.pool:
         members = [
             prepare(member, context=context, key=f"{key}.pool[{index}]", order=f"{order}/{index}")
@@ -198,7 +200,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
         ]
         return _pool(members)
     tokenizer = load_tokenizer(config.tokenizer)
-    fingerprint = _fingerprint(config, _source(config, paths), tokenizer)
+    fingerprint = _fingerprint(config, _source(config, found.paths), tokenizer)
     folder = Path(config.cache_dir).expanduser() / fingerprint
     parts = _cached(folder) or _build(folder, config, tokenizer, key=key)
     for part, cure in (
@@ -216,6 +218,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
         tokenizer=tokenizer,
         fingerprint=fingerprint,
         order=config.order or order,
+        left_out=tuple(found.left_out),
     )
 
 
@@ -242,11 +245,11 @@ def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> 
         return
     if len({repr(replace(config, shard=None)) for config in shared}) > 1:
         raise ValueError("the sections are not parts of one text")
-    paths, tokenizer = check_sources(shared[0], key), load_tokenizer(shared[0].tokenizer)
-    source = _source(shared[0], paths)
+    found, tokenizer = find_sources(shared[0], key), load_tokenizer(shared[0].tokenizer)
+    source = _source(shared[0], found.paths)
     missing = dict[str, DataConfig]()
     for config in shared:
-        check_sources(config, key)
+        check_shard(config, key)
         folder = Path(config.cache_dir).expanduser() / _fingerprint(config, source, tokenizer)
         if not (folder / "meta.json").is_file():
             missing[str(folder)] = config
@@ -267,6 +270,7 @@ def _pool(members: Sequence[Dataset]) -> Pool:
         vocab_size=first.vocab_size,
         tokenizer=first.tokenizer,
         fingerprint="+".join(member.fingerprint for member in members),
+        left_out=tuple(line for member in members for line in member.left_out),
     )
 
 
@@ -374,10 +378,14 @@ def _pieces(document: str) -> Iterator[str]:
         if piece and len(piece) + len(line) > BLOCK_CHARS:
             yield piece
             piece = ""
-        piece += line
-        while len(piece) > BLOCK_CHARS:  # a line longer than a block
-            yield piece[:BLOCK_CHARS]
-            piece = piece[BLOCK_CHARS:]
+        if len(line) <= BLOCK_CHARS:
+            piece += line
+            continue
+        at = 0  # a line longer than a block: cut by index, since to cut the rest off again and again is quadratic
+        while len(line) - at > BLOCK_CHARS:
+            yield line[at : at + BLOCK_CHARS]
+            at += BLOCK_CHARS
+        piece = line[at:]
     if piece:
         yield piece
 

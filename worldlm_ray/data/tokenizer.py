@@ -105,7 +105,11 @@ class JsonTokenizer:
     def encode(self, text: str) -> Tokens:
         """Token ids of a text, without special tokens at its ends."""
         # One text at a time: batches start threads, which warn or hang when the process forks later.
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a word that a vocabulary without an unknown token does not hold
+            detail = " ".join(str(error).split())
+            raise DataError(f"the tokenizer cannot encode {text[:40]!r} ({detail}); use one that can") from error
         encoded: Tokens = np.asarray(ids, dtype=self.dtype)
         return encoded
 

@@ -15,6 +15,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import World, answer, ask, create, find, plain
 from worldlm_ray.plan import Plan
+from worldlm_ray.run_state import DIVERGED, FINISHED
 
 POLL_S = 0.2
 PLACED_S = 10.0
@@ -59,7 +60,7 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
             node = ask(world.recorder, "snapshot")["nodes"][path]
             if node["accepted"]:
                 return time.monotonic() - began
-            if node["state"] == "finished":
+            if node["state"] in (FINISHED, DIVERGED):
                 raise RunError(f"{path} has come too late: the budget of the run is spent")
             if node["state"] == "paused":
                 raise RunError(f"{path} trains no round: the privacy budget of its text is spent")

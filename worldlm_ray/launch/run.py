@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -24,7 +25,7 @@ from worldlm_ray import rundir, tree
 from worldlm_ray.errors import RunError, WorldLMError
 from worldlm_ray.faults import Fault
 from worldlm_ray.launch import cluster, hosts, preflight
-from worldlm_ray.outcome import Outcome, combine
+from worldlm_ray.outcome import Outcome, Sample, combine, sampled
 from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import Measure
@@ -162,17 +163,26 @@ def _conduct(
         elif path == "world":
             raise RunError("the world's aggregator has no machine; its last checkpoint holds the run: resume it later")
     measures = _measure(plan, world) if status == "finished" else {}
-    samples = {}
+    samples = dict[str, Sample]()
     if status == "finished":
         some = dict(list(world.clients.items())[:SAMPLES])
-        samples = dict(zip(some, answer([client.sample.remote() for client in some.values()]), strict=True))
+        asked_for = {path: client.sample.remote() for path, client in some.items()}
+        samples = {path: sampled(partial(_text, ref)) for path, ref in asked_for.items()}
     named = {"measures": measures, "samples": samples, "wall_s": world.clock.now_s(), "status": status}
 
     def conclude() -> Any:
         [parameters] = ask(world["world"], "parameters")
         return ask(world.recorder, "conclude", parameters, **named)
 
-    return Outcome(summary=with_living_owners(conclude), samples=samples)
+    texts = {path: sample.text for path, sample in samples.items()}
+    return Outcome(summary=with_living_owners(conclude), samples=texts)
+
+
+def _text(ref: Any) -> str:
+    try:
+        return str(answer(ref))
+    except RayTaskError as error:
+        raise plain(error) from error
 
 
 def _answer(ref: Any, world: World, path: str) -> int:

@@ -1,0 +1,425 @@
+"""Reading the documents of one file.
+
+| suffix              | a document is                                                                     |
+|---------------------|-----------------------------------------------------------------------------------|
+| .txt                | a run of lines between blank lines                                                |
+| .jsonl, .ndjson     | the string under `data.text_key` of one line                                      |
+| .json               | the same of one object: of an array, or one after the other, on a line each or not |
+| .parquet            | one row of the column `data.text_key`                                             |
+
+All but .parquet may be compressed: .gz, .zst, .bz2, .xz. Upper and lower case are alike. A `text_key` such as
+`meta.text` names a field of a field, unless there is a field of that very name.
+
+Every failure is a `DataError` that names the file and the line, record or row.
+"""
+
+from __future__ import annotations
+
+import bz2
+import difflib
+import gzip
+import importlib
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from worldlm_ray.errors import DataError
+
+FORMATS = (".txt", ".jsonl", ".ndjson", ".json")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+EXPECTED = f"expected {', '.join(FORMATS)} (also with {', '.join(COMPRESSED)}) or .parquet"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with whose content git-lfs has not fetched."""
+SMALL_BYTES = 1024
+CHUNK_CHARS = 1 << 16
+KEYS_NAMED = 20
+"""A message names so many keys of a record at most."""
+
+_MISSING = object()
+
+
+def format_of(path: Path) -> str | None:
+    """The suffix of a file that can be read, without its compression; None for any other file."""
+    name = path.name.lower()
+    for suffix in (*FORMATS, ".parquet"):
+        endings = (suffix,) if suffix == ".parquet" else (suffix, *(suffix + packed for packed in COMPRESSED))
+        if name.endswith(endings):
+            return suffix
+    return None
+
+
+def read(path: Path, *, text_key: str, key: str) -> Iterator[str]:
+    """The documents of a file, blank ones left out.
+
+    Args:
+        path: the file; `format_of` knows it.
+        text_key: field or column that holds the text.
+        key: dotted key of the data section, for messages.
+
+    Raises:
+        DataError: the file is damaged or holds no such field.
+    """
+    _refuse_pointer(path)
+    match format_of(path):
+        case ".txt":
+            yield from _read_txt(path)
+        case ".json":
+            for number, record in json_values(path):
+                where = f"{path}: record {number}"
+                yield from _unless_blank(text_of(record, text_key, where=where, key=key))
+        case ".parquet":
+            yield from _read_parquet(path, text_key=text_key, key=key)
+        case _:
+            for number, record in _json_lines(path):
+                yield from _unless_blank(text_of(record, text_key, where=f"{path}:{number}", key=key))
+
+
+def holds_text(path: Path, *, text_key: str, key: str) -> bool:
+    """Look at the beginning of a file: whether there is text.
+
+    A .txt file is read up to its first characters, others up to their first record with text, a .parquet file's
+    header only.
+
+    Raises:
+        DataError: the beginning is damaged, or the first record has no text under this key.
+    """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+    return _holds_text_as_of(path, text_key, key, state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+@lru_cache(1024)
+def _holds_text_as_of(path: Path, text_key: str, key: str, *_: int) -> bool:
+    _refuse_pointer(path)
+    match format_of(path):
+        case ".txt":
+            return _has_characters(path)  # not by documents: a file of one line would be read as a whole
+        case ".parquet":
+            return _parquet_rows(path, text_key=text_key, key=key) > 0
+        case _:
+            return next(read(path, text_key=text_key, key=key), None) is not None
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a small file, perhaps compressed, holds nothing but white space. Of a large one this is not asked."""
+    if path.stat().st_size > SMALL_BYTES or format_of(path) == ".parquet":
+        return False
+    try:
+        return not _has_characters(path)
+    except DataError:
+        return False  # the reader says what is wrong
+
+
+def is_record(value: Any, text_key: str) -> bool:
+    """Whether a value of a .json file has text under this key."""
+    return isinstance(value, dict) and isinstance(_lookup(value, text_key), str)
+
+
+def _has_characters(path: Path) -> bool:
+    with _damage(path), _decompressed(path) as handle:
+        return any(chunk.strip(b"\xef\xbb\xbf \t\r\n") for chunk in iter(lambda: handle.read(1 << 16), b""))
+
+
+def _unless_blank(text: str) -> Iterator[str]:
+    if text.strip():
+        yield text
+
+
+def _refuse_pointer(path: Path) -> None:
+    with _damage(path), path.open("rb") as handle:
+        if handle.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(f"{path}: is a pointer of git-lfs, not the text itself; run `git lfs pull` in its folder")
+
+
+# ---- opening -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Iterator[tuple[int, str]]]:
+    """Numbered lines of a text file that may be compressed. Every failure names the file."""
+    number = 0
+
+    def lines(handle: BinaryIO) -> Iterator[tuple[int, str]]:
+        nonlocal number
+        for number, raw in enumerate(handle, 1):
+            # utf-8-sig drops the mark that some editors write at the start of a file.
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+
+    with _damage(path):
+        try:
+            with _decompressed(path) as handle:
+                yield lines(handle)
+        except UnicodeDecodeError as error:
+            problem = f"is not valid UTF-8 (byte {error.start} of the line)"
+            raise DataError(f"{path}:{number}: {problem}; convert the file to UTF-8") from error
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:  # a truncated gzip raises EOFError, a damaged one the others
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read ({detail}); restore or remove the file") from error
+
+
+@contextmanager
+def _decompressed(path: Path) -> Iterator[BinaryIO]:
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    suffix = path.suffix.lower()
+    if suffix in openers:
+        with openers[suffix](path) as handle:
+            yield cast(BinaryIO, handle)
+    elif suffix == ".zst":
+        try:
+            zstandard = importlib.import_module("zstandard")
+        except ImportError as error:
+            raise DataError(f"{path}: reading .zst needs zstandard; pip install zstandard") from error
+        try:
+            with path.open("rb") as raw, io.BufferedReader(_ZstReader(raw, zstandard)) as handle:
+                yield cast(BinaryIO, handle)
+        except zstandard.ZstdError as error:
+            raise DataError(f"{path}: cannot be read ({error}); restore or remove the file") from error
+    else:
+        with path.open("rb") as handle:
+            yield handle
+
+
+class _ZstReader(io.RawIOBase):
+    """Decompresses all frames of a file. zstandard's own takes a file that was cut off for a whole one."""
+
+    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
+        self._raw = raw
+        self._context = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._raw.read(1 << 17)
+            if not compressed:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            parts = []
+            while compressed:
+                if self._frame is None or self._frame.eof:
+                    self._frame = self._context.decompressobj()
+                parts.append(self._frame.decompress(compressed))
+                compressed = self._frame.unused_data if self._frame.eof else b""
+            self._ready = memoryview(b"".join(parts))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]  # a view: what a few bytes become may be gigabytes
+        return count
+
+
+# ---- formats -----------------------------------------------------------------------------------------------------
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    lines: list[str] = []
+    with _open(path) as numbered:
+        for _, line in numbered:
+            if line.strip():
+                lines.append(line.rstrip("\r\n"))
+            elif lines:
+                yield "\n".join(lines)
+                lines = []
+        if lines:
+            yield "\n".join(lines)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with _open(path) as numbered:
+        for number, line in numbered:
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    problem = f"is not valid JSON ({error})"
+                    raise DataError(f"{path}:{number}: {problem}; mend or remove the line") from error
+                yield number, record
+
+
+def json_values(path: Path) -> Generator[tuple[int, Any]]:
+    """The values of a .json file with their numbers, from 1: those of its array, or all that stand in it.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    with _damage(path):
+        try:
+            with _decompressed(path) as handle, io.TextIOWrapper(handle, encoding="utf-8-sig") as text:
+                yield from enumerate(_values(path, text), 1)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: is not valid UTF-8; convert the file to UTF-8") from error
+
+
+def _values(path: Path, text: io.TextIOWrapper) -> Iterator[Any]:
+    decoder, gap = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    buffer, at, count, in_array, closed = "", 0, 0, False, False
+    while True:
+        match = gap.match(buffer, at)
+        at = match.end() if match else at
+        if at == len(buffer):
+            buffer, at = text.read(CHUNK_CHARS), 0
+            if not buffer:
+                break
+            continue
+        if buffer[at] == "[" and not count and not in_array:
+            gap, in_array, at = re.compile(r"[ \t\r\n,]*"), True, at + 1
+            continue
+        if buffer[at] == "]" and in_array and not closed:
+            closed, at = True, at + 1
+            continue
+        if closed:
+            raise DataError(f"{path}: holds more than its array; mend or remove the file")
+        try:
+            value, at = decoder.raw_decode(buffer, at)
+        except (ValueError, RecursionError) as error:
+            more = text.read(max(CHUNK_CHARS, len(buffer) - at))  # perhaps it goes on; twice as much at every try
+            if not more:
+                problem = f"record {count + 1}: is not valid JSON ({error})"
+                raise DataError(f"{path}: {problem}; mend or remove the file") from error
+            buffer, at = buffer[at:] + more, 0
+            continue
+        count += 1
+        yield value
+    if in_array and not closed:
+        raise DataError(f"{path}: ends in the middle of its array; restore or remove the file")
+
+
+def text_of(record: Any, text_key: str, *, where: str, key: str) -> str:
+    """The text of a JSON record.
+
+    Raises:
+        DataError: it has none.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: is a {type(record).__name__}, not an object; write one object per line")
+    text = _lookup(record, text_key)
+    if text is _MISSING:
+        raise DataError(_no_key(where, "key", text_key, list(record), list(_names_of_texts(record)), key=key))
+    if not isinstance(text, str):
+        got = type(text).__name__
+        raise DataError(f"{where}: {text_key!r} is a {got}, not a string; set {key}.text_key")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which no UTF-8 text can
+        problem = f"{text_key!r} holds half of a surrogate pair"
+        raise DataError(f"{where}: {problem}; mend or remove the line") from error
+    return text
+
+
+def _lookup(record: Mapping[str, Any], text_key: str) -> Any:
+    if text_key in record:
+        return record[text_key]
+    value: Any = record
+    for part in text_key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _MISSING
+        value = value[part]
+    return value
+
+
+def _names_of_texts(record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in record.items():
+        if isinstance(value, str):
+            yield prefix + name
+        elif isinstance(value, dict) and prefix.count(".") < 3:
+            yield from _names_of_texts(value, f"{prefix}{name}.")
+
+
+def _no_key(where: str, what: str, text_key: str, keys: list[str], texts: list[str], *, key: str) -> str:
+    """One line: what is missing, what is there, and what was probably meant."""
+    known = ", ".join(keys[:KEYS_NAMED]) + (f" and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else "")
+    leaf = text_key.rpartition(".")[2]
+    close = [name for name in texts if name.rpartition(".")[2] == leaf] or difflib.get_close_matches(text_key, texts)
+    if not close and len(texts) == 1:
+        close = texts
+    line = f"{where}: has no {what} {text_key!r} ({what}s: {known or 'none'}); set {key}.text_key"
+    return line + (f": did you mean {close[0]!r}?" if close else "")
+
+
+def _read_parquet(path: Path, *, text_key: str, key: str) -> Iterator[str]:
+    row = 0
+    try:
+        with _parquet(path) as file:
+            parts = _column(path, file.schema_arrow, text_key, key=key)
+            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    for part in parts[1:]:
+                        text = None if text is None else text[part]
+                    if text is not None and not isinstance(text, str):
+                        problem = f"{text_key!r} is a {type(text).__name__}, not a string"
+                        raise DataError(f"{path}: row {row}: {problem}; set {key}.text_key")
+                    if text and text.strip():
+                        yield text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: row {row + 1}: is not valid UTF-8; write the column as UTF-8") from error
+
+
+def _parquet_rows(path: Path, *, text_key: str, key: str) -> int:
+    """Number of rows, by the header alone."""
+    import pyarrow
+
+    with _parquet(path) as file:
+        column: Any = file.schema_arrow
+        for part in _column(path, column, text_key, key=key):
+            column = column.field(part) if isinstance(column, pyarrow.Schema) else column.type.field(part)
+        if not any(word in str(column.type) for word in ("string", "null")):
+            raise DataError(f"{path}: {text_key!r} is a {column.type}, not a string; set {key}.text_key")
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    # pyarrow takes a good part of a second to import: only those who read parquet pay for it.
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _damage(path), pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except pyarrow.ArrowException as error:
+        detail = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read ({detail}); restore or remove the file") from error
+
+
+def _column(path: Path, schema: Any, text_key: str, *, key: str) -> list[str]:
+    """Names from the column to the field that holds the text."""
+    if text_key in schema.names:
+        return [text_key]
+    parts = text_key.split(".")
+    found: Any = schema.field(parts[0]) if parts[0] in schema.names else None
+    for part in parts[1:]:
+        fields = {field.name: field for field in found.type} if found is not None and _is_struct(found) else {}
+        found = fields.get(part)
+    if found is None:
+        texts = [name for name in schema.names if "string" in str(schema.field(name).type)]
+        texts += [f"{f.name}.{inner.name}" for f in schema if _is_struct(f) for inner in f.type]
+        raise DataError(_no_key(str(path), "column", text_key, schema.names, texts, key=key))
+    return parts
+
+
+def _is_struct(field: Any) -> bool:
+    return str(field.type).startswith("struct<")

@@ -1,0 +1,222 @@
+"""Which files the entries of `data.files` stand for, and what is left out of folders and globs.
+
+A folder stands for the glob FOLDER/**/*. Links to files and folders are followed, every folder once: loops end.
+Names that begin with a dot are hidden: a folder or a glob leaves them out, unless the glob's own part begins with a
+dot. What an entry matches and what is not read (another suffix, hidden, empty, a .json file that holds no records) is
+counted. A file that is named as such must be readable.
+
+A path that exists is taken as it is, whatever brackets or stars its name has; of a glob, so are its first folders.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+from worldlm_ray.data.readers import COMPRESSED, EXPECTED, format_of, is_blank, is_record, json_values
+from worldlm_ray.errors import ConfigError, DataError
+
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+KINDS_NAMED = 5
+"""A line about what was left out names so many kinds at most."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the entries stand for."""
+
+    paths: list[Path]
+    """In reading order, each file once."""
+    left_out: list[str]
+    """A line for each entry that matches more than is read: `3 files of 'texts' left out: 2 .md, 1 empty`."""
+
+
+def find(entries: list[str], *, text_key: str, key: str) -> Found:
+    """Find the files behind the entries of `data.files`.
+
+    Args:
+        entries: files, folders and globs.
+        text_key: field that holds the text, by which records are told from other .json files.
+        key: dotted key of the list, for messages.
+
+    Raises:
+        ConfigError: an entry stands for no file that can be read.
+    """
+    # A file that is listed twice would land in both the training and the held-out part: each counts once.
+    found: dict[Path, Path] = {}
+    lines: list[str] = []
+    for index, entry in enumerate(entries):
+        paths, left_out = _expand(entry, text_key=text_key, key=f"{key}[{index}]")
+        for path in paths:
+            found.setdefault(path.resolve(), path)
+        if left_out:
+            number = left_out.total()
+            noun = "file" if number == 1 else "files"
+            lines.append(f"{number:,} {noun} of {entry!r} left out: {counted(left_out)}")
+    return Found(list(found.values()), lines)
+
+
+def counted(left_out: Counter[str]) -> str:
+    """`2 .md, 1 empty`."""
+    most = left_out.most_common(KINDS_NAMED)
+    more = left_out.total() - sum(number for _, number in most)
+    return ", ".join([f"{number:,} {kind}" for kind, number in most] + ([f"{more:,} others"] if more else []))
+
+
+def _expand(entry: str, *, text_key: str, key: str) -> tuple[list[Path], Counter[str]]:
+    """Files behind one entry, sorted where it stands for several, and what is left out, by kind."""
+    if REMOTE.match(entry):
+        cure = "copy it to a folder of this machine first, and give that path"
+        raise ConfigError(key, f"{entry!r} is not on a file system, and only files are read", cure)
+    path = Path(entry).expanduser()
+    left_out = Counter[str]()
+    if path.is_dir():
+        matches = sorted(_below(path, ["**", "*"], left_out, key=key))
+        paths = _readable(matches, left_out, text_key=text_key, key=key)
+        if not paths:
+            problem = f"the folder {entry!r} holds no text files"
+            raise ConfigError(key, problem + (f" ({counted(left_out)})" if left_out else ""), EXPECTED)
+        return paths, left_out
+    if path.exists():
+        return [_named(path, entry, key=key)], left_out
+    if not glob.has_magic(entry):
+        raise ConfigError(key, f"there is no file {entry!r}", f"check the path (from {os.getcwd()})")
+    folder, parts = _literal(path)
+    matches = sorted(_below(folder, parts, left_out, key=key), key=str)
+    paths = _readable(matches, left_out, text_key=text_key, key=key)
+    if not paths:
+        problem = f"matches no file of a supported suffix ({counted(left_out)})" if left_out else "matches no file"
+        raise ConfigError(key, f"{entry!r} {problem}", f"check the pattern; {EXPECTED}")
+    return paths, left_out
+
+
+def _named(path: Path, entry: str, *, key: str) -> Path:
+    if format_of(path) is None:
+        raise ConfigError(key, f"{entry!r} has an unsupported suffix", EXPECTED)
+    if path.stat().st_size == 0:
+        raise ConfigError(key, f"{str(path)!r} is empty", "remove it or give a file with text")
+    _require_access(path, key=key)
+    return path
+
+
+def _require_access(path: Path, *, key: str) -> None:
+    if not os.access(path, os.R_OK):
+        raise ConfigError(key, f"{str(path)!r} is not readable", "mend its permissions")
+
+
+def _readable(matches: list[Path], left_out: Counter[str], *, text_key: str, key: str) -> list[Path]:
+    """Those that are read; the others are counted."""
+    paths = []
+    for path in matches:
+        if format_of(path) is None:
+            left_out[_kind(path)] += 1
+            continue
+        _require_access(path, key=key)
+        if is_blank(path):
+            left_out["empty"] += 1
+        elif format_of(path) == ".json" and not _has_records(path, text_key):
+            left_out[f".json without {text_key!r}"] += 1
+        else:
+            paths.append(path)
+    return paths
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if not suffixes:
+        return "without a suffix"
+    return "".join(suffixes[-2:] if suffixes[-1] in COMPRESSED else suffixes[-1:])
+
+
+def _has_records(path: Path, text_key: str) -> bool:
+    """Whether a .json file of a folder is text; data sets come with such files that describe them.
+
+    It is not if it holds one object without text, or no object. Several objects without text are an error, which the
+    reader raises: the key is wrong.
+    """
+    state = path.stat()
+    return _has_records_as_of(path, text_key, state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+@lru_cache(1024)
+def _has_records_as_of(path: Path, text_key: str, *_: int) -> bool:
+    try:
+        with closing(json_values(path)) as values:
+            first = [value for _, value in islice(values, 2)]
+    except DataError:
+        return True  # the reader says what is wrong
+    return bool(first) and (is_record(first[0], text_key) or len([v for v in first if isinstance(v, dict)]) > 1)
+
+
+# ---- globs -------------------------------------------------------------------------------------------------------
+
+
+def _literal(pattern: Path) -> tuple[Path, list[str]]:
+    """A pattern's first folders, as far as they exist under these very names, and the parts that are left."""
+    parts = list(pattern.parts)
+    folder = Path(parts.pop(0)) if pattern.is_absolute() else Path()
+    while len(parts) > 1 and (folder / parts[0]).is_dir():
+        folder /= parts.pop(0)
+    return folder, parts + ["*"] * (parts[-1] == "**")
+
+
+def _below(folder: Path, parts: list[str], left_out: Counter[str], *, key: str) -> Iterator[Path]:
+    """Files below a folder whose path matches the parts of a pattern. What matches and is no file is counted.
+
+    The pair of a folder and a part is looked at once, whatever names lead to the folder: loops of links end, and the
+    time grows with the number of folders. Names without links go first.
+    """
+    seen: set[tuple[str, int]] = set()
+    now, later = deque([(folder, 0)]), deque[tuple[Path, int]]()
+    while now or later:
+        place, index = (now or later).popleft()
+        if (mark := (os.path.realpath(place), index)) in seen:
+            continue
+        seen.add(mark)
+        part, is_last = parts[index], index == len(parts) - 1
+        if part == "**":
+            now.append((place, index + 1))
+        for path in _matching(place, part, left_out, key=key):
+            if os.path.isdir(path):
+                if not is_last:
+                    queue = later if path.is_symlink() else now
+                    queue.append((path, index if part == "**" else index + 1))
+                elif "**" not in parts:
+                    left_out["folder"] += 1
+            elif is_last and os.path.isfile(path):
+                yield path
+            elif is_last:
+                left_out["broken link" if path.is_symlink() else "special file"] += 1
+
+
+def _matching(folder: Path, part: str, left_out: Counter[str], *, key: str) -> Iterator[Path]:
+    """What a part of a pattern stands for in a folder; of `**`, the folders."""
+    if part != "**" and not glob.has_magic(part):
+        path = folder / part
+        if os.path.exists(path):
+            yield path
+        return
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ConfigError(key, f"cannot list {str(folder)!r} ({error.strerror})", "mend its permissions") from error
+    for name in names:
+        path = folder / name
+        if part == "**" and not os.path.isdir(path):
+            continue
+        if part != "**" and not fnmatch.fnmatchcase(name, part):
+            continue
+        if name.startswith(".") and not part.startswith("."):
+            # Once: a folder where the pattern goes on, a file where it ends.
+            left_out["hidden"] += (part == "**") or not os.path.isdir(path)
+            continue
+        yield path
