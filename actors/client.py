@@ -35,6 +35,7 @@ from actors.shared import (
     beside,
     end_process,
     schedule_kills,
+    settle,
     was_restarted,
 )
 from actors.uplink import Steps, Stopped, wait_for
@@ -58,7 +59,9 @@ class ClientActor(LastWords, Leaf):
     """
 
     def __init__(self, address: Address) -> None:
-        super().__init__(plan_from_mapping(address.mapping), address, address.recorder)
+        plan = plan_from_mapping(address.mapping)
+        settle(address.clock, address.namespace, address.path, plan.run_dir)
+        super().__init__(plan, address, address.recorder)
         self.faults = self.plan.faults
         self._stop, self._leave = threading.Event(), threading.Event()
         self._ended = threading.Event()

@@ -24,6 +24,7 @@ from actors.shared import (
     Address,
     end_process,
     schedule_kills,
+    settle,
     was_restarted,
 )
 from actors.uplink import follow as follow_steps
@@ -53,7 +54,8 @@ class HostActor(LastWords):
 
     def __init__(self, address: Address, paths: Sequence[str]) -> None:
         self.plan = plan_from_mapping(address.mapping)
-        self.clock, self.recorder, self.loop = address.clock, address.recorder, asyncio.get_running_loop()
+        self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
+        self.recorder, self.loop = address.recorder, asyncio.get_running_loop()
         specs = [self.plan.node(path) for path in paths]
         memory_gb = specs[0].settings.resources.memory_gb
         limit_bytes = None if memory_gb is None else int(memory_gb * 1e9)

@@ -38,6 +38,7 @@ from actors.shared import (
     Carried,
     end_process,
     schedule_kills,
+    settle,
     was_restarted,
     write_checkpoint,
 )
@@ -83,7 +84,8 @@ class InnerActor(LastWords):
     def __init__(self, address: Address) -> None:
         self.plan = plan_from_mapping(address.mapping)
         self.spec = self.plan.node(address.path)
-        self.clock, self.recorder = address.clock, address.recorder
+        self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
+        self.recorder = address.recorder
         self.contributions = self.plan.contributions(self.spec)
         self.node = self.plan.inner_node(self.spec, self.plan.initial(), self.contributions)
         self.faults = self.plan.faults
@@ -201,6 +203,10 @@ class InnerActor(LastWords):
     async def process(self) -> int:
         """Id of this process."""
         return os.getpid()
+
+    async def run_time_s(self) -> float:
+        """Run time now, for a process on another machine."""
+        return self.clock.now_s()
 
     async def give_up(self, child: str) -> None:
         """There is no room for a client that has never been there."""

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from actors.shared import RECORDER, STORAGE_AGAIN_S, end_process, was_restarted
+from actors.shared import RECORDER, STORAGE_AGAIN_S, end_process, settle, was_restarted
 from worldlm_ray import checkpoint, rundir, storage
 from worldlm_ray.errors import RunError, SupersededError, WorldLMError
 from worldlm_ray.outcome import Sample, finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import Measure, Record
+from worldlm_ray.run_clock import Anchor, RunClock
 from worldlm_ray.run_texts import introduction
 from worldlm_ray.tracking import STATUS_EVERY_S, STATUS_SHARE, Tracker
 
@@ -25,10 +26,14 @@ class RecorderActor:
 
     Args:
         mapping: the configuration as plain containers.
+        clock: the run's; None for one that begins now.
+        namespace: of the run.
     """
 
-    def __init__(self, mapping: dict[str, Any]) -> None:
+    def __init__(self, mapping: dict[str, Any], clock: RunClock | None = None, namespace: str = "") -> None:
         self.plan = plan_from_mapping(mapping)
+        self.clock = clock or RunClock.starting()
+        settle(self.clock, namespace, RECORDER, self.plan.run_dir)
         self._place = checkpoint.folder(self.plan.run_dir, RECORDER)
         self._incarnation = 0
         self._opened: Tracker | None = None
@@ -76,6 +81,14 @@ class RecorderActor:
     def process(self) -> int:
         """Id of this process."""
         return os.getpid()
+
+    def run_time_s(self) -> float:
+        """Run time now, for a process on another machine."""
+        return self.clock.now_s()
+
+    def anchor(self) -> Anchor:
+        """The same for a process that has no clock yet."""
+        return self.clock.anchor()
 
     def record(self, records: list[Record]) -> None:
         """Take in what happened."""

@@ -1,4 +1,4 @@
-"""What all actors share: the run's clock, and messages whose buffers travel by reference."""
+"""What all actors share: the run's clock, settled, and messages whose buffers travel by reference."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError
 
-from worldlm_ray import checkpoint
+from worldlm_ray import checkpoint, rundir
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.faults import Faults
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
+from worldlm_ray.run_clock import RunClock
 from worldlm_ray.tree import parent_path
 
 RECORDER = "recorder"
@@ -28,6 +31,8 @@ STORAGE_AGAIN_S = 2.0
 """How long an actor that cannot go on without its storage waits before it asks again, while the storage refuses."""
 ARRIVAL_S = 10.0
 """How long a client that is told to stop still tries to have its last update arrive."""
+PEER_S = 5.0
+"""How long a process of the run may take to say what its run time is, before another one is asked."""
 LAST_WORDS_S = 20.0
 """Time to end what is under way and to write a checkpoint after SIGTERM."""
 
@@ -39,20 +44,6 @@ Carried = tuple[bytes, list[Any]]
 The reference is wrapped in a list because Ray would otherwise fetch it before the call and count it as an
 argument; inside a list it arrives as a reference, and the receiver maps the buffer when it wants it.
 """
-
-
-@dataclass(frozen=True)
-class RunClock:
-    """Run time: seconds since the run began, continued over a resume."""
-
-    began_at: float
-    """Wall time at which this stretch of the run began, seconds since 1970."""
-    offset_s: float = 0.0
-    """Run time at which it began."""
-
-    def now_s(self) -> float:
-        """Run time now."""
-        return self.offset_s + time.time() - self.began_at
 
 
 @dataclass(frozen=True)
@@ -77,6 +68,30 @@ class Address:
     def parent(self) -> Any:
         """Handle of the parent's actor."""
         return ray.get_actor(parent_path(self.path), namespace=self.namespace)
+
+
+def settle(clock: RunClock, namespace: str, path: str, run_dir: Path) -> RunClock:
+    """Have a process tell the same run time as the others; exactly, or within half a round trip to another machine.
+
+    Args:
+        clock: as it came with the process's address.
+        namespace: of the run.
+        path: of the actor; the recorder is asked first, then its parent, then the world.
+        run_dir: holds the run time that is known if none of them answers.
+    """
+    peers = [name for name in dict.fromkeys((RECORDER, parent_path(path), "world")) if name and name != path]
+    clock.settle(
+        [partial(_run_time_of, name, namespace) for name in peers], known_s=partial(rundir.run_time_s, run_dir)
+    )
+    return clock
+
+
+def _run_time_of(name: str, namespace: str) -> float | None:
+    try:
+        told: float = ray.get(ray.get_actor(name, namespace=namespace).run_time_s.remote(), timeout=PEER_S)
+    except (RayError, ValueError):  # ValueError: there is no actor of that name (yet)
+        return None
+    return told
 
 
 def was_restarted() -> bool:
@@ -124,13 +139,15 @@ def write_checkpoint(
     clock: RunClock,
     **options: Any,
 ) -> None:
-    """Write a checkpoint of a node; options are those of `checkpoint.save`.
+    """Write a checkpoint of a node, with the run time; options are those of `checkpoint.save`.
 
     Raises:
         CheckpointError: the storage refuses, by itself or because a fault script says so.
         SupersededError: another process plays this node by now.
     """
     place = checkpoint.folder(plan.run_dir, path)
-    if plan.faults.now(path, "disk", clock.now_s()):
+    now_s = clock.now_s()
+    if plan.faults.now(path, "disk", now_s):
         raise CheckpointError(f"{place}: the storage refuses on purpose")
+    meta = meta | {"now_s": now_s}
     checkpoint.save(place, meta, arrays, incarnation=incarnation, keep=plan.config.checkpoint.keep, **options)

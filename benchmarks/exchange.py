@@ -25,7 +25,7 @@ import numpy as np
 import ray
 
 from actors.recorder import RecorderActor
-from actors.shared import RECORDER, Address, RunClock
+from actors.shared import RECORDER, Address
 from actors.uplink import Uplink, wait_for
 from actors.world import WorldActor
 from worldlm_ray import config
@@ -34,6 +34,7 @@ from worldlm_ray.aggregation.outbox import Outbox, Welcome
 from worldlm_ray.launch import cluster
 from worldlm_ray.messages import Update
 from worldlm_ray.plan import Plan, make_plan, plan_from_mapping
+from worldlm_ray.run_clock import RunClock
 
 CLIENTS, ROUNDS = 4, 10
 PEERS = Path(__file__).parent / "peers"
@@ -75,7 +76,7 @@ class Idle:
 
     def exchange(self, rounds: int) -> tuple[float, float]:
         """So many times pull and push; returns when it began and ended."""
-        began = time.time()
+        began = time.monotonic()
         for _ in range(rounds):
             model = wait_for(self.uplink.pull())
             self.seq += 1
@@ -89,7 +90,7 @@ class Idle:
             )
             self.outbox.add(update)
             wait_for(self.uplink.push(update))
-        return began, time.time()
+        return began, time.monotonic()
 
 
 def plan_for(folder: str, layers: int = LAYERS[0], preset: str = "125m", **rules: Any) -> Plan:
@@ -107,7 +108,7 @@ def plan_for(folder: str, layers: int = LAYERS[0], preset: str = "125m", **rules
 
 def ours(plan: Plan) -> float:
     """Seconds per update through real actors, on a cluster that is connected."""
-    mapping, clock, namespace = plan.to_mapping(), RunClock(time.time()), f"exchange-{time.time_ns()}"
+    mapping, clock, namespace = plan.to_mapping(), RunClock.starting(), f"exchange-{time.time_ns()}"
     options: dict[str, Any] = {"num_cpus": 0, "namespace": namespace}
     recorder = ray.remote(RecorderActor).options(name=RECORDER, **options).remote(mapping)
     ray.get(recorder.ready.remote())

@@ -19,13 +19,14 @@ import ray
 
 from actors.federation import FederationActor
 from actors.recorder import RecorderActor
-from actors.shared import RECORDER, Address, RunClock
+from actors.shared import RECORDER, Address
 from actors.world import WorldActor
 from worldlm_ray import config
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import _options
 from worldlm_ray.messages import Update, pack
 from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.run_clock import RunClock
 
 CHILDREN = (2, 4, 8, 16)
 SAMPLE_S = 0.002
@@ -109,7 +110,7 @@ def measure(children: int) -> dict[str, Any]:
     """Two rounds of all children through a federation and a world."""
     with tempfile.TemporaryDirectory() as folder:
         plan = plan_for(children, folder)
-        mapping, clock = plan.to_mapping(), RunClock(time.time())
+        mapping, clock = plan.to_mapping(), RunClock.starting()
         namespace = f"memory-{children}"
         recorder = ray.remote(RecorderActor).options(num_cpus=0, name=RECORDER, namespace=namespace).remote(mapping)
         actors = {}

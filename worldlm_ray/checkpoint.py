@@ -175,17 +175,43 @@ def load(place: Path, *, warn: Callable[[str], None] = lambda _: None) -> tuple[
     return None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Flat]]:
+def newest_meta(place: Path) -> dict[str, Any]:
+    """Plain values of a node's newest checkpoint whose meta.json is whole; its arrays are not read.
+
+    Returns:
+        They are empty where there is no such checkpoint.
+    """
+    with suppress(OSError), storage.refusals(place):
+        for _, path in reversed(_numbered(place)):
+            with suppress(CheckpointError):
+                return dict(_read_manifest(path)["meta"])
+    return {}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """What meta.json holds, checked.
+
+    Raises:
+        CheckpointError: it is not whole, or of another format.
+    """
     try:
         with storage.refusals(path):
-            manifest = json.loads((path / _META).read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = json.loads((path / _META).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+        if _sha256_of(manifest["meta"]) != manifest["meta_sha256"]:
+            raise CheckpointError(f"{path}: {_META} is damaged")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Flat]]:
+    try:
+        manifest = _read_manifest(path)
         with storage.local_copy(path / "arrays.safetensors") as file:
             if file.stat().st_size != manifest["bytes"] or _sha256(file) != manifest["sha256"]:
                 raise CheckpointError(f"{path}: the arrays are damaged")
-            if _sha256_of(manifest["meta"]) != manifest["meta_sha256"]:
-                raise CheckpointError(f"{path}: {_META} is damaged")
             return manifest["meta"], load_file(file)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error

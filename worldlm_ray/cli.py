@@ -501,6 +501,7 @@ def status(
 ) -> None:
     """Print the table of a run's nodes, living or ended."""
     from worldlm_ray import rundir
+    from worldlm_ray.liveness import liveness
     from worldlm_ray.report import live_table
     from worldlm_ray.tracking import read_status
 
@@ -511,21 +512,12 @@ def status(
     snapshot = read_status(folder)
     if not watch:
         console.print(live_table(snapshot | {"run": folder.name}))
-        console.print(_liveness(folder, snapshot), highlight=False)
+        console.print(liveness(folder, snapshot), highlight=False)
         return
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(live_table(read_status(folder) | {"run": folder.name}), refresh=True)
             time.sleep(1.0)
-
-
-def _liveness(folder: Path, snapshot: dict[str, Any]) -> str:
-    age_s = time.time() - float(snapshot["updated_at"])
-    if (folder / "summary.json").is_file() and age_s > 5.0:
-        return "ended: see summary.json"
-    if age_s > 15.0:
-        return f"silent for {age_s:.0f} s; if nothing runs it, continue with: worldlm train --resume {pasted(folder)}"
-    return "running"
 
 
 def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:

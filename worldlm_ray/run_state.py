@@ -29,6 +29,7 @@ from worldlm_ray.records import (
     VerdictRecord,
     perplexity,
 )
+from worldlm_ray.run_clock import seconds
 
 ACCEPTED = "accepted"
 SILENT = 3.0
@@ -171,7 +172,7 @@ class RunState:
             RunError: see `check`.
         """
         self.check(record)
-        self.now_s = max(self.now_s, record.now_s)
+        self.now_s = max(self.now_s, seconds(record.now_s))
         node = self.nodes[record.node]
         match record:
             case RoundRecord():
@@ -278,7 +279,7 @@ class RunState:
 
         Nodes that have left the tree since then are forgotten; nodes that are new start empty.
         """
-        self.now_s = snapshot.get("now_s", 0.0)
+        self.now_s = seconds(snapshot.get("now_s"))
         self.warnings = list(snapshot.get("warnings", []))
         self.warnings_left_out = snapshot.get("warnings_left_out", 0)
         counted = {"accepted", "refused", "strangers", "tau_mean", "diverged"}

@@ -26,11 +26,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from worldlm_ray import checkpoint, storage
 from worldlm_ray import config as configuration
-from worldlm_ray import storage
 from worldlm_ray.errors import RunError
 from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.run_clock import seconds
 
 CONFIG, STATUS, SUMMARY, LOCK, TENSORBOARD = "config.yaml", "status.json", "summary.json", "run.lock", "tensorboard"
 SIMULATED = "# made by worldlm simulate: it cannot be continued\n"
@@ -94,7 +95,7 @@ def _taken(run_dir: Path) -> str:
 
 
 def _is_simulated(run_dir: Path) -> bool:
-    if _summary(run_dir).get("shell") == "simulate":
+    if _mapping(run_dir / SUMMARY).get("shell") == "simulate":
         return True
     try:
         return (run_dir / CONFIG).read_text(encoding="utf-8").startswith(SIMULATED)
@@ -218,7 +219,7 @@ def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:
         RunError: the run has ended at its full budget, and the budget is not changed; or it is a simulation.
     """
     plan = reopen(run, overrides, check_data=check_data)
-    summary = _summary(plan.run_dir)
+    summary = _mapping(plan.run_dir / SUMMARY)
     if _is_simulated(plan.run_dir):
         raise RunError(f"{plan.run_dir} is a simulation, which is not continued; start it again")
     if not overrides and summary.get("status") == "finished":
@@ -232,9 +233,23 @@ def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:
     return plan
 
 
-def _summary(run_dir: Path) -> dict[str, Any]:
+def run_time_s(run_dir: Path) -> float:
+    """Run time at which a run was last heard of: by its status, or by the world's checkpoint if that is newer.
+
+    Both are written about as things happen: the run may have gone on for a little longer.
+
+    Returns:
+        Seconds; 0 for a run that has not begun.
+    """
+    status = seconds(_mapping(run_dir / STATUS).get("now_s"))
+    return max(status, seconds(checkpoint.newest_meta(checkpoint.folder(run_dir, "world")).get("now_s")))
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing if it is not there, or holds no mapping."""
     try:
-        found = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+        with storage.refusals(path):
+            found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -55,6 +55,24 @@ _BLENDS = {"up": "blends its children", "down": "blends itself and its parent"}
 
 _file_numbers = itertools.count()
 
+_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+
+
+def _next_file(folder: Path) -> str:
+    """Name of a new event file, after those that are there.
+
+    TensorBoard reads the files of a run in the order of their names, which begin with the time. A clock that was set
+    back since the last file was made must not put the new one before it.
+
+    Raises:
+        OSError: the storage refused.
+    """
+    with storage.refusals(folder):
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    newest = max((int(match[1]) for match in map(_FILE.match, names) if match), default=0)
+    began = max(int(time.time()), newest + 1)
+    return f"events.out.tfevents.{began:010d}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
+
 
 class EventFiles:
     """Event files of many TensorBoard runs.
@@ -131,10 +149,7 @@ class EventFiles:
         """Append to a run's file: all of the events or none of them, as far as the storage can be told."""
         file = self._runs.pop(run, None)  # after an error the run goes on in a new file: this one may end anyhow
         if file is None:
-            # TensorBoard reads the files of a run in the order of their names, which begin with the time.
-            number = f"{os.getpid()}.{next(_file_numbers)}"
-            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{number}"
-            file = storage.Growing(self._folder / run / name)
+            file = storage.Growing(self._folder / run / _next_file(self._folder / run))
             source = SourceMetadata(writer="worldlm_ray.tensorboard")
             first = Event(wall_time=self._started_at, file_version="brain.Event:2", source_metadata=source)
             events = [first.SerializeToString(), *events]

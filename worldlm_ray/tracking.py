@@ -43,6 +43,7 @@ from worldlm_ray.records import (
     VerdictRecord,
     perplexity,
 )
+from worldlm_ray.run_clock import Stamp
 from worldlm_ray.run_state import ACCEPTED, RunState, finite
 from worldlm_ray.run_texts import quoted
 from worldlm_ray.tensorboard import Board, Scalar
@@ -165,6 +166,7 @@ class Tracker:
             "trouble": self._trouble or self._board.trouble or self._curves.trouble,
             "started_at": self._started_at,
             "updated_at": self._wall(),
+            "updated": asdict(Stamp.now()),
             **self._state.snapshot(),
         }
 

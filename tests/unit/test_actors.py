@@ -21,7 +21,7 @@ import actors.shared
 import actors.uplink
 from actors.federation import FederationActor
 from actors.host import HostActor
-from actors.shared import Address, RunClock
+from actors.shared import Address
 from actors.world import WorldActor
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.audit import proofs
@@ -31,6 +31,7 @@ from worldlm_ray.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import Record, VerdictRecord
+from worldlm_ray.run_clock import RunClock
 
 
 class Ref:
@@ -102,7 +103,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 
 def address(plan: Plan, path: str) -> Address:
-    return Address(plan.to_mapping(), path, RunClock(0.0), "test")
+    return Address(plan.to_mapping(), path, RunClock.starting(), "test")
 
 
 def an_update(plan: Plan, sender: str, seq: int = 1, tokens: int = 10) -> tuple[bytes, list[Ref]]:

@@ -18,7 +18,7 @@ import actors.client
 import actors.shared
 import actors.uplink
 from actors.client import ClientActor
-from actors.shared import Address, RunClock
+from actors.shared import Address
 from worldlm_ray import checkpoint
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
 from worldlm_ray.client import Client
@@ -26,6 +26,7 @@ from worldlm_ray.messages import Packed, pack
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
+from worldlm_ray.run_clock import RunClock
 
 Tiny = Callable[..., Plan]
 PATH = "world/a"
@@ -154,7 +155,7 @@ def living(fake: FakeRay) -> Iterator[Callable[[Plan], ClientActor]]:
     started: list[ClientActor] = []
 
     def start(plan: Plan) -> ClientActor:
-        actor = ClientActor(Address(plan.to_mapping(), PATH, RunClock(time.time()), "test"))
+        actor = ClientActor(Address(plan.to_mapping(), PATH, RunClock.starting(), "test"))
         started.append(actor)
         actor.ready()
         actor.start()

@@ -37,7 +37,7 @@ from worldlm_ray.records import (
     VerdictRecord,
 )
 from worldlm_ray.tensorboard import Board, EventFiles, layout
-from worldlm_ray.tracking import Tracker, read_status, write_summary
+from worldlm_ray.tracking import STATUS, Tracker, read_status, write_summary
 
 ITALY, FRANCE, JAPAN = "world/europe/italy", "world/europe/france", "world/japan"
 KINDS = {"world": "world", "world/europe": "federation", ITALY: "client", FRANCE: "client", JAPAN: "client"}
@@ -721,3 +721,51 @@ def test_a_missing_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text("{")
     with pytest.raises(RunError, match="not valid JSON"):
         read_status(tmp_path)
+
+
+def test_a_clock_that_is_set_back_puts_no_event_file_before_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wall = time.time()
+    names = []
+    for step_s in (0.0, 3_600.0, -3_600.0, 0.0):
+        monkeypatch.setattr(time, "time", lambda step_s=step_s: wall + step_s)
+        board = Board(tmp_path, root="world", started_at=wall)
+        board.scalars("world", {"loss_by_time": 1.0}, now_s=float(len(names)))
+        board.close()
+        [name] = {path.name for path in (tmp_path / "world").iterdir()} - set(names)
+        names.append(name)
+    assert names == sorted(names)
+
+
+def test_a_wall_clock_that_is_set_moves_no_curve_back(tmp_path: Path) -> None:
+    wall = [1e9, 1e9 + 3_600.0, 1e9 - 3_600.0]
+    for part, now_s in enumerate((10.0, 20.0, 30.0)):  # the run is resumed twice
+        tracker = Tracker(
+            tmp_path,
+            kinds={"world": "world", "world/a": "client"},
+            hparams={},
+            budget=BudgetConfig(seconds=40.0),
+            wall=lambda part=part: wall[part],
+        )
+        tracker.record(PushRecord(node="world/a", now_s=now_s, bytes=7))
+        assert tracker.snapshot()["progress"] == pytest.approx(now_s / 40.0)
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "world" / "a"))
+    events.Reload()
+    drawn = [events.Scalars(name) for name in events.Tags()["scalars"]]
+    assert drawn
+    for curve in drawn:
+        assert [event.wall_time for event in curve] == [1e9 + 10.0, 1e9 + 20.0, 1e9 + 30.0]
+
+
+@pytest.mark.parametrize("odd", ["NaN", "null", "-5.0", '"soon"', "Infinity"])
+def test_a_status_whose_run_time_is_damaged_makes_no_odd_progress(tmp_path: Path, odd: str) -> None:
+    (tmp_path / STATUS).write_text(f'{{"started_at": 1000.0, "now_s": {odd}, "nodes": {{}}}}')
+    tracker = Tracker(
+        tmp_path, kinds={"world": "world", "world/a": "client"}, hparams={}, budget=BudgetConfig(seconds=40.0)
+    )
+    assert tracker.snapshot()["progress"] == 0.0
+    tracker.record(PushRecord(node="world/a", now_s=-3.0, bytes=7))
+    assert tracker.snapshot()["now_s"] == 0.0
+    tracker.close()

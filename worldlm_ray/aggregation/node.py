@@ -14,6 +14,7 @@ children, each as soon as those before it are in, so that the result does not de
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
@@ -204,6 +205,8 @@ class Node:
         self.finished = False
         """No new local round should begin."""
         self.ended = False
+        self.now_s = 0.0
+        """Run time of its newest event. It never goes back: neither a budget nor a silence has a negative length."""
         self.began_s: float | None = None
         """When the first child began: a budget of seconds counts from here."""
         self.codec, self.lost = codec, memory(codec, layout.backbone_size)
@@ -248,6 +251,10 @@ class Node:
             MessageError: unknown_sender, superseded or restarted: the event changes nothing. (A push is answered.)
         """
         commands: list[Command] = []
+        if self.now_s < event.now_s < math.inf:
+            self.now_s = event.now_s
+        elif event.now_s != self.now_s:  # of a clock that is behind the one that this node's last life was told
+            event = replace(event, now_s=self.now_s)
         if isinstance(event, Word):
             self._check(event.child, event.incarnation, to=event.to)
         if isinstance(event, Push | Pull | Beat | Joined):
@@ -923,6 +930,7 @@ class Node:
                 )
         for name in _STATE:
             setattr(self, name, meta[name])
+        self.now_s = max(self.now_s, self.began_s or 0.0, meta.get("now_s", 0.0))  # where its shell has written it down
         self.ended, self.wants_news = False, meta.get("wants_news", False)
         # A private sum takes only those whom the plan knows: of others nobody says how they are to be clipped.
         mine = {n: c for n, c in meta["children"].items() if self.privacy is None or n in self.children}

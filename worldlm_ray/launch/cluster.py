@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from worldlm_ray import tree
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan
+from worldlm_ray.run_clock import Anchor
 from worldlm_ray.tree import NodeSpec
 
 OBJECT_STORE_FLOOR_BYTES = 512 * 1024**2
@@ -164,11 +166,12 @@ def first_line(error: BaseException) -> str:
 
 
 def remember(
-    plan: Plan, *, namespace: str, local: bool, began_at: float, offset_s: float, hosts: dict[str, list[str]]
+    plan: Plan, *, namespace: str, local: bool, anchor: Anchor, began_s: float, hosts: dict[str, list[str]]
 ) -> None:
     """Write down where the run lives, so that others find it: `join`, `leave`, `--resume`.
 
-    `hosts` are clients' paths by the name of the actor that they share.
+    `anchor` says where run time stands, `began_s` where it stood when this stretch of the run began; `hosts` are
+    clients' paths by the name of the actor that they share.
     """
     address = ray.get_runtime_context().gcs_address
     place = {
@@ -176,8 +179,8 @@ def remember(
         "address": address,
         "namespace": namespace,
         "local": local,
-        "began_at": began_at,
-        "offset_s": offset_s,
+        "anchor": asdict(anchor),
+        "began_s": began_s,
     }
     (plan.run_dir / PLACE).write_text(json.dumps(place), encoding="utf-8")
 
@@ -188,7 +191,7 @@ def recall(run_dir: Path) -> dict[str, Any] | None:
         found = json.loads((run_dir / PLACE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and {"address", "namespace", "local"} <= found.keys() else None
+    return found if isinstance(found, dict) and {"address", "namespace", "local", "anchor"} <= found.keys() else None
 
 
 def forget(run_dir: Path) -> None:

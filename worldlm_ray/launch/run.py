@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -19,7 +18,7 @@ from actors.federation import FederationActor
 from actors.host import HostActor
 from actors.recorder import RecorderActor
 from actors.reserved import give_back, prefix
-from actors.shared import RECORDER, Address, RunClock
+from actors.shared import RECORDER, Address, settle
 from actors.world import WorldActor
 from worldlm_ray import rundir, tree
 from worldlm_ray.errors import RunError, WorldLMError
@@ -30,7 +29,7 @@ from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import Measure
 from worldlm_ray.report import MANY
-from worldlm_ray.tracking import STATUS
+from worldlm_ray.run_clock import Anchor, RunClock, this_machine
 from worldlm_ray.training.deepspeed_config import is_zero
 from worldlm_ray.tree import NodeSpec
 
@@ -55,6 +54,8 @@ class World:
     recorder: Any
     namespace: str
     clock: RunClock
+    began_s: float
+    """Run time at which this stretch of the run began."""
     local: bool
     """Whether the cluster ends with this process."""
     inner: dict[str, Any] = field(default_factory=dict)
@@ -128,7 +129,7 @@ def _train(
         if not local:
             preflight.check(plan)
         on_phase(f"starting {len(plan.kinds)} nodes")
-        world = _create(plan, RunClock(time.time(), _continued_from_s(plan)), local=local)
+        world = _create(plan, local=local)
     try:
         return _conduct(plan, world, on_progress, on_phase, should_stop)
     finally:
@@ -209,18 +210,10 @@ def _begun(plan: Plan, world: World) -> list[str]:
     return paths
 
 
-def _continued_from_s(plan: Plan) -> float:
-    """Run time at which an earlier part of this run ended; 0 for a new run."""
-    try:
-        return float(json.loads((plan.run_dir / STATUS).read_text(encoding="utf-8"))["now_s"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
-
 # ---- the actors ----------------------------------------------------------------------------------------------
 
 
-def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
+def _create(plan: Plan, *, local: bool) -> World:
     """Make an actor of every node: each finds its parent and the recorder by name."""
     namespace = f"worldlm-{plan.config.name}-{secrets.token_hex(4)}"
     # What is sent while it is dead waits for its next life: a record counted twice is better than one that is lost.
@@ -228,14 +221,18 @@ def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
     options |= cluster.on_the_head() | lifetime(local)
     named = ray.remote(RecorderActor).options(name=RECORDER, namespace=namespace, **options)
     mapping = plan.to_mapping()
-    recorder = named.remote(mapping)
-    world = World(recorder, namespace, clock, local)
+    began_s = rundir.run_time_s(plan.run_dir)
+    clock = RunClock.starting(began_s)
+    recorder = named.remote(mapping, clock, namespace)
+    if not (local and this_machine()):  # it may have begun later, on another machine: it sets the time
+        clock = _clock_of(recorder, namespace, plan)
+    world = World(recorder, namespace, clock, began_s, local)
     together = {group[0].path: group for group in tree.processes(plan.root) if len(group) > 1}
     shared = {spec.path for group in together.values() for spec in group}
     for spec in plan.root.inner:
         world.inner[spec.path] = create(plan, spec, world, mapping=mapping)
         clients = [child for child in spec.children if child.kind == "client"]
-        there = [child for child in clients if plan.faults.is_member(child.path, clock.offset_s)]
+        there = [child for child in clients if plan.faults.is_member(child.path, began_s)]
         for child in there[: spec.max_clients]:
             if child.path in together:
                 _create_host(together[child.path], world, mapping)
@@ -245,11 +242,20 @@ def _create(plan: Plan, clock: RunClock, *, local: bool) -> World:
         plan,
         namespace=namespace,
         local=local,
-        began_at=clock.began_at,
-        offset_s=clock.offset_s,
+        anchor=clock.anchor(),
+        began_s=began_s,
         hosts=world.hosts,
     )
     return world
+
+
+def _clock_of(recorder: Any, namespace: str, plan: Plan) -> RunClock:
+    """The run's clock as its recorder has it; whatever keeps that from starting, nothing is left of it."""
+    try:
+        return settle(RunClock(ask(recorder, "anchor")), namespace, "", plan.run_dir)
+    except BaseException:
+        ray.kill(recorder)
+        raise
 
 
 def _create_host(group: Sequence[NodeSpec], world: World, mapping: dict[str, Any]) -> None:
@@ -295,11 +301,12 @@ def find(plan: Plan) -> World | None:
     place = cluster.recall(plan.run_dir)
     if place is None or place["address"] != ray.get_runtime_context().gcs_address:
         return None
-    clock = RunClock(place["began_at"], place["offset_s"])
     try:
-        world = World(_named(RECORDER, place), place["namespace"], clock, place["local"])
+        recorder, namespace = _named(RECORDER, place), place["namespace"]
+        clock = settle(RunClock(Anchor.from_mapping(place["anchor"])), namespace, "", plan.run_dir)
+        world = World(recorder, namespace, clock, place["began_s"], place["local"])
         world.inner = {spec.path: _named(spec.path, place) for spec in plan.root.inner}
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         return None
     shared = {path: name for name, paths in place.get("hosts", {}).items() for path in paths}
     found = {name: _named(name, place) for name in dict.fromkeys(shared.values())}
@@ -365,7 +372,7 @@ def _watch(
     ends = {actor.ended.remote(): path for path, actor in world.inner.items()}
     there, results = set(begun), dict[str, str]()
     # Who was to come before this process looked is there, or has come and gone.
-    joined = {fault for fault in plan.faults.all if fault.kind == "join" and fault.at_s <= world.clock.offset_s}
+    joined = {fault for fault in plan.faults.all if fault.kind == "join" and fault.at_s <= world.began_s}
     given_up: set[str] = set()
     answers, asked_at = dict[str, Any](), 0.0
     heard_at, missed = time.monotonic(), False
