@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from actors.above import PATIENCE_S, published
 from actors.last_words import LastWords
 from actors.leaf import Leaf
 from actors.shared import (
@@ -202,6 +204,7 @@ class ClientActor(LastWords, Leaf):
                     return end()
                 if self._train():
                     self._push()
+                    self._look_above()
                     self._save_if_due()
         except Stopped:
             pass
@@ -294,6 +297,20 @@ class ClientActor(LastWords, Leaf):
 
         wait_for(self.uplink.push(update), enough, lock=self._link)
 
+    def _look_above(self) -> None:
+        """Measure a node above, when that is due; without its model soon there is no measurement."""
+        path, began_s = self._due_above(), time.monotonic()
+        if path is None:
+            return
+        try:
+            found = wait_for(
+                published(self._address, path), lambda: self._stop.is_set() or _since(began_s) > PATIENCE_S
+            )
+        except Stopped:
+            found = None
+        if not self._stop.is_set():
+            self._measure_above(path, found, waited_s=_since(began_s))
+
     def _finish(self) -> str:
         self.client.paused = self.client.may_pause
         self.save()
@@ -365,3 +382,7 @@ class ClientActor(LastWords, Leaf):
         if self._thread is not None:
             self._stop.set()
             self._ended.wait(LAST_WORDS_S)
+
+
+def _since(began_s: float) -> float:
+    return time.monotonic() - began_s

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from actors.above import PATIENCE_S, published
 from actors.last_words import LastWords
 from actors.leaf import Leaf
 from actors.shared import (
@@ -291,6 +292,7 @@ class _Member(Leaf):
                     return await self._finish()
                 if update is not None:
                     await self._push(update)
+                    await self._look_above()
                     await self._save_if_due()
         except asyncio.CancelledError:
             if not self.stopping:
@@ -333,6 +335,16 @@ class _Member(Leaf):
             await follow(self.uplink.push(replace(update, values=shared)))
         finally:
             self._pushing = False
+
+    async def _look_above(self) -> None:
+        """Measure a node above, when that is due. While its model is on its way, others train."""
+        path = self._due_above()
+        if path is None or self.stopping:
+            return
+        found = None
+        with suppress(TimeoutError):
+            found = await self._wait(asyncio.wait_for(follow_steps(published(self._address, path)), PATIENCE_S))
+        await self.host.with_model(partial(self._measure_above, path, found))
 
     async def _finish(self) -> str:
         await self._save()

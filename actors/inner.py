@@ -180,6 +180,11 @@ class InnerActor(LastWords):
                 lost.append(child)
         return lost
 
+    async def published(self) -> tuple[int, list[Any]]:
+        """For a client anywhere below that measures this node: the version, and a reference to its model in a list."""
+        await self._started.wait()
+        return self.node.version, [self._publish()]
+
     # ---- called by the launcher ------------------------------------------------------------------------------
 
     async def ready(self) -> int:

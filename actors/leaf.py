@@ -9,6 +9,7 @@ from typing import Any
 from actors.shared import Address, write_checkpoint
 from actors.uplink import Uplink
 from worldlm_ray import checkpoint
+from worldlm_ray.above import Turns
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.params import Flat
@@ -37,6 +38,7 @@ class Leaf:
         """Held by whoever uses the trainer."""
         self._is_set_up = False
         self._busy_s = 0.0
+        self._turns = Turns(self.spec.path)
         self._began_s = self._saved_s = self.clock.now_s()
 
     def _set_up(self) -> None:
@@ -74,9 +76,33 @@ class Leaf:
                 measure = self.client.measure(self.plan.config.evaluation.tokens)
         now_s = self.clock.now_s()
         self._busy_s += now_s - began_s
+        self._turns.expect(now_s - began_s)
         busy = min(self._busy_s / max(now_s - self._began_s, 1e-9), 1.0)
         self._tell(self.client.round_record(now_s=now_s, train_s=train_s, busy_fraction=busy, measure=measure))
         return train_s + now_s - began_s
+
+    def _due_above(self) -> str | None:
+        """The node above whose model is to be measured now, if one is."""
+        return self._turns.due(self._busy_s) if self.client.measure_is_due else None
+
+    def _measure_above(self, path: str, found: tuple[int, Flat] | None, *, waited_s: float = 0.0) -> None:
+        """Measure the model of a node above on this client's text, and tell.
+
+        Args:
+            path: of the node.
+            found: version and values of its model; None if it could not be had.
+            waited_s: how long the client has done nothing but wait for it.
+        """
+        began_s, record = self.clock.now_s(), None
+        if found is not None:
+            version, values = found
+            with self._model:
+                record = self.client.measure_above(path, values, version=version, now_s=began_s)
+        spent_s = waited_s + self.clock.now_s() - began_s
+        self._busy_s += spent_s
+        self._turns.done(spent_s, measured=record is not None)
+        if record is not None:
+            self._tell(record)
 
     def _write(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Write a checkpoint, or go on without.

@@ -67,7 +67,15 @@ class Address:
     @property
     def parent(self) -> Any:
         """Handle of the parent's actor."""
-        return ray.get_actor(parent_path(self.path), namespace=self.namespace)
+        return self.node(parent_path(self.path))
+
+    def node(self, path: str | None) -> Any:
+        """Handle of another node's actor.
+
+        Raises:
+            ValueError: there is no such actor.
+        """
+        return ray.get_actor(path, namespace=self.namespace)
 
 
 def settle(clock: RunClock, namespace: str, path: str, run_dir: Path) -> RunClock:

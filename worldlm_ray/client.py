@@ -31,7 +31,7 @@ from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account, ledger_folder
 from worldlm_ray.privacy.ledger import Ledger
-from worldlm_ray.records import Measure, Record, RoundRecord, StandRecord, StartRecord, perplexity
+from worldlm_ray.records import Measure, OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
 from worldlm_ray.training.common import Common
 from worldlm_ray.training.local import LocalTrainer
@@ -547,6 +547,28 @@ class Client:
     def report(self, tokens: int, *, parameters: Flat | None = None) -> Measure | None:
         """What `measure` gives, if that may leave the client."""
         return self.measure(tokens, parameters=parameters) if self.reports else None
+
+    def measure_above(self, path: str, values: Flat, *, version: int, now_s: float) -> OwnModelRecord | None:
+        """Measure the model of a node above on this client's held-out text; None of a client that reports no losses.
+
+        Args:
+            path: of the node.
+            values: its published model.
+            version: of the model.
+            now_s: run time.
+        """
+        measure = self.report(self.plan.config.evaluation.tokens, parameters=values)
+        if measure is None:
+            return None
+        return OwnModelRecord(
+            node=path,
+            now_s=now_s,
+            by=self.spec.path,
+            version=version,
+            loss=measure.loss,
+            perplexity_per_token=measure.perplexity_per_token,
+            heldout_bytes=measure.heldout_bytes,
+        )
 
     def stand_record(self, *, now_s: float) -> StandRecord:
         """How far this client is."""

@@ -71,6 +71,25 @@ class StartRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnModelRecord:
+    """A client has measured the published model of a node above it on its held-out text, during the run."""
+
+    node: str
+    """The node whose model it is."""
+    now_s: float
+    by: str
+    """The client; one that keeps its losses private measures none."""
+    version: int
+    """Of the model."""
+    loss: float
+    """Nats per byte."""
+    perplexity_per_token: float | None
+    """None where a token is a byte, too."""
+    heldout_bytes: int
+    """Size of the client's held-out text: the weight of this measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinalRecord:
     """The run has ended: a node's own model was measured, an inner node's on the text of all clients below it."""
 
@@ -203,6 +222,7 @@ Record = (
     RoundRecord
     | StandRecord
     | StartRecord
+    | OwnModelRecord
     | FinalRecord
     | VerdictRecord
     | AggregationRecord

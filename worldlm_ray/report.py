@@ -316,12 +316,19 @@ def _perplexity(value: float | None) -> str:
 
 
 def _own(node: Mapping[str, Any]) -> str:
-    """Perplexity of a node's own model, as far as it is known and may be."""
-    return PRIVATE if node["perplexity"] is None and node.get("private") else _perplexity(node["perplexity"])
+    """Perplexity of a node's own model, as far as it is known and may be; of an older version than now, with that."""
+    return _of_version(node, _perplexity(node["perplexity"]), node["perplexity"])
 
 
 def _loss(node: Mapping[str, Any]) -> str:
-    return PRIVATE if node["loss"] is None and node.get("private") else _or(node["loss"], ".3f")
+    return _of_version(node, _or(node["loss"], ".3f"), node["loss"])
+
+
+def _of_version(node: Mapping[str, Any], shown: str, value: float | None) -> str:
+    if value is None:
+        return PRIVATE if node.get("private") else shown
+    version = node.get("loss_version")
+    return shown if version is None or version == node["version"] else f"{shown} v{version}"
 
 
 def budget_line(summary: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from worldlm_ray.config import BudgetConfig
 from worldlm_ray.errors import RunError
@@ -19,6 +19,7 @@ from worldlm_ray.records import (
     FinalRecord,
     LifeRecord,
     NodeSummary,
+    OwnModelRecord,
     PrivacyRecord,
     PullRecord,
     PushRecord,
@@ -31,6 +32,7 @@ from worldlm_ray.records import (
 )
 from worldlm_ray.run_clock import seconds
 
+T = TypeVar("T", "NodeState", OwnModelRecord)
 ACCEPTED = "accepted"
 SILENT = 3.0
 """A client that ends no round for so many times as long as its last one took does not count as training."""
@@ -65,7 +67,7 @@ class NodeState:
     loss: float | None = None
     """Of the node's own model: a client's on its held-out text, an inner node's on that of all clients below it."""
     loss_version: int | None = None
-    """Of an inner node: the version that `loss` was measured of."""
+    """Of an inner node: the version that `loss` was measured of; the oldest, where texts were measured at several."""
     loss_measured_s: float | None = None
     """Run time of the newest measurement in `loss`."""
     perplexity_per_token: float | None = None
@@ -123,6 +125,8 @@ class RunState:
         self.warnings_left_out = 0
         self._budget = budget
         self._clients: dict[str, list[NodeState]] = {}
+        self._own_models: dict[str, dict[str, OwnModelRecord]] = {}
+        """Of every inner node the newest measurement by each client below it."""
         self._rounds: Counter[str] = Counter()
         """Rounds heard of below every inner node."""
         for path, kind in kinds.items():
@@ -164,6 +168,8 @@ class RunState:
         node = self.node(record.node)
         if isinstance(record, RoundRecord | StandRecord | StartRecord) and node.kind != "client":
             raise RunError(f"{record.node!r} is a {node.kind}, but only clients train and measure")
+        if isinstance(record, OwnModelRecord) and record.node not in self.above.get(record.by, ()):
+            raise RunError(f"{record.by!r} has measured {record.node!r}, which is not above it")
 
     def apply(self, record: Record) -> None:
         """Take in what happened.
@@ -181,6 +187,8 @@ class RunState:
                 self._stand(node, record)
             case StartRecord():
                 self._start(node, record)
+            case OwnModelRecord():
+                self._own_model(node, record)
             case FinalRecord():
                 self._final(node, record)
             case VerdictRecord():
@@ -315,6 +323,27 @@ class RunState:
             if record.heldout_bytes:
                 self._average(inner)
 
+    def _own_model(self, node: NodeState, record: OwnModelRecord) -> None:
+        """An inner node's model on the texts below: of every text the newest measurement, weighted by bytes.
+
+        The number changes once every client that trains now has measured: a mean over fewer texts is of something else.
+        """
+        texts = self._own_models.setdefault(record.node, {})
+        texts[record.by] = record
+        for path in [path for path in texts if self.nodes[path].state == "left"]:
+            del texts[path]
+        counted = {id(self.nodes[path]) for path in texts}
+        training = [client for client in self._clients[record.node] if client.heldout_bytes and self._is_heard(client)]
+        if not texts or any(id(client) not in counted for client in training):
+            return
+        newest = list(texts.values())
+        node.loss = _mean(newest, lambda text: text.loss)
+        per_token = [text.perplexity_per_token for text in newest if text.perplexity_per_token]
+        log = _mean(newest, lambda text: math.log(text.perplexity_per_token or 1.0))
+        node.perplexity_per_token = math.exp(log) if log is not None and len(per_token) == len(newest) else None
+        node.loss_version = min(each.version for each in texts.values())
+        node.loss_measured_s = record.now_s
+
     def _final(self, node: NodeState, record: FinalRecord) -> None:
         node.heldout_bytes = record.heldout_bytes
         self._measured(node, record)
@@ -354,8 +383,11 @@ class RunState:
 
     def _speed(self, clients: list[NodeState]) -> float:
         """Tokens/s of those who train."""
-        heard = [c for c in clients if self.now_s - c.round_at_s <= SILENT * c.round_s]
-        return sum(client.tokens_per_s for client in heard)
+        return sum(client.tokens_per_s for client in clients if self._is_heard(client))
+
+    def _is_heard(self, client: NodeState) -> bool:
+        """Whether a client counts as training."""
+        return self.now_s - client.round_at_s <= SILENT * client.round_s
 
     def _average(self, path: str) -> None:
         """Means over the clients below that have measured; the others have no weight yet.
@@ -368,7 +400,7 @@ class RunState:
         node.heldout_bytes = sum(client.heldout_bytes for client in measured)
         node.clients_loss = _mean(measured, lambda client: client.loss)
         node.loss_start = _mean(measured, lambda client: client.loss_start)
-        if not node.loss_version:
+        if not node.loss_version and path not in self._own_models:
             node.loss, node.loss_version, node.loss_measured_s = node.loss_start, 0, self.now_s
 
     def _progress(self, clients: list[NodeState]) -> float:
@@ -416,8 +448,9 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _mean(clients: list[NodeState], get: Callable[[NodeState], float | None]) -> float | None:
-    pairs = [(client.heldout_bytes, value) for client in clients if (value := get(client)) is not None]
+def _mean(texts: list[T], get: Callable[[T], float | None]) -> float | None:
+    """Mean over clients' texts, weighted by their bytes."""
+    pairs = [(text.heldout_bytes, value) for text in texts if (value := get(text)) is not None]
     total = sum(weight for weight, _ in pairs)
     return sum(weight * value for weight, value in pairs) / total if total else None
 

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray import checkpoint
+from worldlm_ray.above import FORWARD, Turns
 from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
@@ -141,6 +142,8 @@ class Simulation:
         every_s = AUDIT_EVERY_S if isinstance(plan, CostPlan) else 0.0
         self.audit = {path: AuditLog(plan.run_dir, path, every_s=every_s) for path in self.nodes}
         self._busy_s = dict.fromkeys(self.clients, 0.0)
+        self._turns: dict[str, Turns] = {}
+        """Of clients that have measured a node above them."""
         self._training: set[str] = set()
         self._begun_s: dict[str, float] = {}
         """When a client's round under way began."""
@@ -442,10 +445,27 @@ class Simulation:
         measure = client.measure(self.plan.config.evaluation.tokens) if client.measure_is_due else None
         busy = self._busy_s[path] / self.now_s
         self._record(client.round_record(now_s=self.now_s, train_s=train_s, busy_fraction=busy, measure=measure))
+        self._measure_above(path)
         if client.in_flight is not None:
             self._whole.add(path)  # the exchange under way has to come back first
         else:
             self._push_round(path)
+
+    def _measure_above(self, path: str) -> None:
+        """Have a client measure a node above it when that is due. Like every measurement it takes no virtual time."""
+        client = self.clients[path]
+        if not client.measure_is_due:
+            return
+        cost_s = self.plan.config.evaluation.tokens / (FORWARD * self.speeds[path])
+        turns = self._turns.setdefault(path, Turns(path, cost_s=cost_s))
+        above = turns.due(self._busy_s[path])
+        if above is None:
+            return
+        node = self.nodes[above]
+        measured = bool(self._lives[above] and node.version)
+        if measured:
+            self._record(client.measure_above(above, node.theta, version=node.version, now_s=self.now_s))
+        turns.done(cost_s if measured else 0.0, measured=measured)
 
     def _push_round(self, path: str) -> None:
         update = self.clients[path].update()

@@ -34,6 +34,7 @@ from worldlm_ray.records import (
     FinalRecord,
     MergeRecord,
     NodeSummary,
+    OwnModelRecord,
     PrivacyRecord,
     PullRecord,
     PushRecord,
@@ -256,6 +257,9 @@ class Tracker:
                 self._show_losses(path, now_s)
                 for inner in self._state.above[path] if node.rounds == 0 else ():
                     self._show_own_loss(inner, now_s)  # of the initial model: every node has it
+            case OwnModelRecord():
+                if node.loss_measured_s == now_s:  # else other texts are still to be measured
+                    self._show_own_loss(path, now_s)
             case FinalRecord():
                 self._show_own_loss(path, now_s)
                 self._ended = True

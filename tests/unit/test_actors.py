@@ -23,14 +23,14 @@ from actors.federation import FederationActor
 from actors.host import HostActor
 from actors.shared import Address
 from actors.world import WorldActor
-from worldlm_ray import checkpoint, rundir
+from worldlm_ray import above, checkpoint, rundir
 from worldlm_ray.audit import proofs
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.launch.run import with_living_owners
 from worldlm_ray.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import Record, VerdictRecord
+from worldlm_ray.records import OwnModelRecord, Record, VerdictRecord
 from worldlm_ray.run_clock import RunClock
 
 
@@ -381,6 +381,32 @@ def test_clients_of_one_process_ask_again_for_answers_that_never_come(
     assert world.node.tokens == 6 * plan.round_tokens(plan.root.clients[0])
     found = proofs(plan.run_dir)
     assert {proof.sender: proof.applied for proof in found} == {f"phone-{n}": [1, 2] for n in (1, 2, 3)}
+
+
+def test_clients_of_one_process_measure_the_published_model(
+    fake: FakeRay, tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(above, "SHARE", 1e9)
+    phones = client("phone", tmp_path, 1) | {"copies": 2}
+    write_text(tmp_path / "phone.txt", seed=1, size=40_000)
+    plan = rundir.create(tiny([phones], resources={"share": 2}, budget={"rounds": 2}))
+    paths = [spec.path for spec in plan.root.clients]
+
+    async def scene() -> WorldActor:
+        world = WorldActor(address(plan, "world"))
+        fake.actors["world"] = Handle(world)
+        await world.start()
+        host = HostActor(address(plan, paths[0]), paths)
+        for path in paths:
+            await host.ready(path)
+            await host.start(path)
+        await asyncio.wait_for(asyncio.gather(*map(host.outcome, paths)), 60.0)
+        return world
+
+    world = asyncio.run(scene())
+    found = [record for record in fake.actors["recorder"].records if isinstance(record, OwnModelRecord)]
+    assert {(record.node, record.by) for record in found} == {("world", path) for path in paths}
+    assert {record.version for record in found} <= set(range(1, world.node.version + 1))
 
 
 def test_what_a_dead_actor_handed_out_is_asked_for_again() -> None:

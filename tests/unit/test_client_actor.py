@@ -19,13 +19,13 @@ import actors.shared
 import actors.uplink
 from actors.client import ClientActor
 from actors.shared import Address
-from worldlm_ray import checkpoint
+from worldlm_ray import above, checkpoint
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
 from worldlm_ray.client import Client
 from worldlm_ray.messages import Packed, pack
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
-from worldlm_ray.records import LifeRecord, Record
+from worldlm_ray.records import LifeRecord, OwnModelRecord, Record
 from worldlm_ray.run_clock import RunClock
 
 Tiny = Callable[..., Plan]
@@ -129,6 +129,10 @@ class Parent:
         ref = Ref(lambda: values)
         assert ref.ready.wait(20.0)
         return header, [ref]
+
+    def published(self) -> tuple[int, list[Ref]]:
+        values = self.node.theta
+        return self.node.version, [Ref(lambda: values)]
 
     def beat(self, child: str, incarnation: int, to: int) -> None:
         self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=0.0))
@@ -369,3 +373,34 @@ def test_a_client_that_leaves_has_its_last_update_arrive(
     assert actor.outcome() == "left"
     assert parent.node.accepted == actor.client.seq == actor.client.round
     assert not actor.client.began
+
+
+# ---- the models of the nodes above ------------------------------------------------------------------------------
+
+
+def test_a_client_measures_the_published_model_of_its_parent(
+    fake: FakeRay, tiny: Tiny, tmp_path: Path, living: Callable[[Plan], ClientActor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(above, "SHARE", 1e9)
+    plan = a_plan(tiny, tmp_path)
+    parent_of(fake, plan)
+    assert living(plan).outcome() == "finished"
+    found = [record for record in fake.records if isinstance(record, OwnModelRecord)]
+    assert [(record.node, record.by, record.version) for record in found] == [
+        ("world", PATH, number) for number in range(1, ROUNDS + 1)
+    ]
+    assert all(record.loss > 0.0 and record.heldout_bytes > 0 for record in found)
+
+
+def test_a_node_that_does_not_give_its_model_is_not_waited_for(
+    fake: FakeRay, tiny: Tiny, tmp_path: Path, living: Callable[[Plan], ClientActor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(above, "SHARE", 1e9)
+    monkeypatch.setattr(actors.client, "PATIENCE_S", 0.05)
+    plan = a_plan(tiny, tmp_path, budget={"rounds": 2})
+    parent, never = parent_of(fake, plan), threading.Event()
+    monkeypatch.setattr(parent, "published", never.wait)
+    assert living(plan).outcome() == "finished"
+    never.set()
+    assert parent.node.accepted == 2
+    assert not any(isinstance(record, OwnModelRecord) for record in fake.records)
