@@ -163,7 +163,7 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
     folder = Path(out) / "runs" / f"{method}-{seed}"
     if (folder / MEASURES).is_file():
         return _read(Path(out), method, seed)
-    world = from_mapping(mapping)
+    world = from_mapping(mapping, resolved=True)
     config = replace(configure(world, method), seed=seed, run_dir=str(folder))
     plan = make_plan(config)
     if not (folder / CURVE).is_file():

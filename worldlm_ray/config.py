@@ -8,19 +8,23 @@ dotted key. Settings of a node are inherited by everything below it and may be o
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from worldlm_ray import storage
+from worldlm_ray import schema, storage
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.schema import Problems
+from worldlm_ray.schema import listed as listed
+from worldlm_ray.schema import one_of as one_of
+from worldlm_ray.yaml_text import Document, value_of
 
 T = TypeVar("T")
 
@@ -425,8 +429,6 @@ class RunConfig:
     """The tree: see worldlm_ray/tree.py."""
 
 
-NAMED = 50
-"""As many names are listed in a message, at most."""
 INHERITED = tuple(f.name for f in fields(NodeSettings))
 NODE_KEYS = (
     "world",
@@ -473,85 +475,124 @@ def find(conf: str) -> Path:
     raise ConfigError("CONF", f"there is no preset {conf!r}", one_of(conf, list(known)))
 
 
-def load(conf: str, overrides: Sequence[str] = (), *, run_dir: str | None = None) -> RunConfig:
+def load(
+    conf: str, overrides: Sequence[str] = (), *, run_dir: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> RunConfig:
     """Read a configuration and apply `key=value` overrides.
 
     Args:
         conf: a preset's name (`quickstart`) or the path of a YAML file.
         overrides: such as `training.lr=1e-3` or `world.children[0].training.local_steps=20`.
         run_dir: folder of the run, taken as it is: a path is neither YAML nor an interpolation.
+        say: told what an override replaces without naming it.
 
     Raises:
         ConfigError: one problem, by its dotted key.
     """
-    path = find(conf)
-    try:
-        with path.open(encoding="utf-8") as file:
-            raw = OmegaConf.load(file)
-    except Exception as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(str(path), f"is not valid YAML ({detail})", "mend the file") from error
-    if not isinstance(raw, DictConfig):
-        raise ConfigError(str(path), "is not a mapping of keys", "start from conf/quickstart.yaml")
+    document = read(conf)
+    raw = OmegaConf.create(_mapping_of(document, conf))
     if "name" not in raw:
-        raw["name"] = path.stem
+        raw["name"] = find(conf).stem
     for text in overrides:
         override(raw, text)
+    for note in _one_budget(raw, overrides):
+        say(note)
     config = from_mapping(raw)
     return config if run_dir is None else replace(config, run_dir=run_dir)
 
 
-def from_mapping(raw: DictConfig | dict[str, Any]) -> RunConfig:
+def read(conf: str) -> Document:
+    """The YAML document behind a preset's name or a path, with the lines of its entries.
+
+    Raises:
+        ConfigError: there is none, or it is no YAML.
+    """
+    path = find(conf)
+    try:
+        with storage.refusals(path):
+            return Document(path.read_text(encoding="utf-8"), RunConfig, hint_of)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        detail = " ".join(str(error).replace("<unicode string>", "it").split())
+        raise ConfigError(str(path), f"is not valid YAML ({detail})", "mend the file") from error
+
+
+def _mapping_of(document: Document, conf: str) -> dict[str, Any]:
+    found = {} if document.value is None else document.value
+    if not isinstance(found, dict):
+        raise ConfigError(str(find(conf)), "is not a mapping of keys", "start from conf/quickstart.yaml")
+    return found
+
+
+def _one_budget(raw: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """A budget of another kind on the command line takes the place of the file's; returns what to say about it."""
+    given = [text.partition("=")[0].strip() for text in overrides]
+    kinds = [f.name for f in fields(BudgetConfig)]
+    budget = raw.get("budget")
+    chosen = [kind for kind in kinds if f"budget.{kind}" in given and budget.get(kind) is not None]
+    if len(chosen) != 1:
+        return []
+    replaced = [kind for kind in kinds if f"budget.{kind}" not in given and budget.get(kind) is not None]
+    for kind in replaced:
+        budget[kind] = None
+    return [f"budget.{chosen[0]} on the command line takes the place of budget.{kind}" for kind in replaced]
+
+
+def from_mapping(raw: DictConfig | dict[str, Any], *, resolved: bool = False) -> RunConfig:
     """Check a mapping against the schema and return the configuration.
+
+    Args:
+        raw: the mapping.
+        resolved: whether ${...} in it is text, as in what `to_mapping` returns, and no reference to another key.
 
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value, by its dotted key.
+        ConfigErrors: several of them.
     """
-    if not isinstance(raw, DictConfig):
-        raw = OmegaConf.create(raw)
-    for name in raw:
-        if OmegaConf.is_missing(raw, name):
-            key = str(name)
-            raise ConfigError(key, "has no value", f"give it one, such as {key}=... on the command line")
-    try:
-        resolved = OmegaConf.create(OmegaConf.to_container(raw, resolve=True, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        raise _config_error(error, "") from error
-    assert isinstance(resolved, DictConfig)
-    config = merge_into(RunConfig(), resolved, prefix="")
-    check_run(config)
+    mapping = raw if resolved and isinstance(raw, dict) else _resolved(raw)
+    problems = Problems()
+    config = schema.merged(RunConfig(), mapping, prefix="", problems=problems)
+    check_run(config, problems)
+    problems.check()
     return config
 
 
-def merge_into(schema: T, overrides: Any, *, prefix: str) -> T:
+def _resolved(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """Plain containers with every ${...} replaced by what it refers to."""
+    found = raw if isinstance(raw, DictConfig) else OmegaConf.create(raw)
+    for name in found:
+        if OmegaConf.is_missing(found, name):
+            key = str(name)
+            raise ConfigError(key, "has no value", f"give it one, such as {key}=... on the command line")
+    try:
+        container = OmegaConf.to_container(found, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", None) or "config")
+        message = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
+        raise ConfigError(key, message, "set that key") from error
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def merge_into(settings: T, overrides: Any, *, prefix: str) -> T:
     """Merge a mapping into a frozen dataclass, checking keys and types.
 
     Args:
-        schema: the dataclass instance that gives keys, types and defaults.
-        overrides: a mapping (or DictConfig) with some of its keys.
+        settings: the dataclass instance that gives keys, types and defaults.
+        overrides: a mapping with some of its keys.
         prefix: dotted key of the mapping itself, for messages.
 
     Raises:
         ConfigError: names `prefix` and the key.
     """
-    if OmegaConf.is_config(overrides):
-        overrides = OmegaConf.to_container(overrides)
-    base = OmegaConf.structured(schema)
-    _unlock(base)
-    try:
-        merged = OmegaConf.merge(base, OmegaConf.create(_containers(schema, overrides, prefix)))
-        result = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise _config_error(error, prefix) from error
-    assert isinstance(result, type(schema))
-    return result
+    problems = Problems()
+    found = schema.merged(settings, overrides, prefix=prefix, problems=problems)
+    problems.check()
+    return found
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain containers, ready for YAML, JSON or another process."""
-    container = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return asdict(config)
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -561,94 +602,73 @@ def save(config: RunConfig, path: Path) -> None:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_mapping(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_mapping(config))))
 
 
-def check_run(config: RunConfig) -> None:
+def _escaped(value: Any) -> Any:
+    """Text with ${ in it, written so that it is read as text again."""
+    if isinstance(value, dict):
+        return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def check_run(config: RunConfig, problems: Problems) -> None:
     """Checks of the run's own values that types alone cannot make."""
-    chosen = [name for name in ("tokens", "rounds", "seconds") if getattr(config.budget, name) is not None]
+    with problems.kept():
+        _check_name(config.name)
+    chosen = [f.name for f in fields(BudgetConfig) if getattr(config.budget, f.name) is not None]
     if len(chosen) != 1:
         got = " and ".join(chosen) if chosen else "nothing"
-        raise ConfigError("budget", f"{got} set", "set exactly one of tokens, rounds, seconds")
-    positive(getattr(config.budget, chosen[0]), f"budget.{chosen[0]}")
-    positive(config.evaluation.tokens, "evaluation.tokens")
-    positive(config.evaluation.final_tokens, "evaluation.final_tokens")
-    not_negative(config.evaluation.every_rounds, "evaluation.every_rounds")
-    not_negative(config.checkpoint.every_s, "checkpoint.every_s")
-    positive(config.checkpoint.keep, "checkpoint.keep")
-    positive(config.checkpoint.every_updates, "checkpoint.every_updates")
-    not_negative(config.checkpoint.patience_s or 0.0, "checkpoint.patience_s")
-    positive(config.liveness.heartbeat_s, "liveness.heartbeat_s")
-    positive(config.liveness.grace_s, "liveness.grace_s")
-    not_negative(config.liveness.k, "liveness.k")
+        cure = "set exactly one of tokens, rounds, seconds"
+        if chosen:
+            cure += f": the others to null, such as budget.{chosen[0]}=null"
+        problems.add(ConfigError("budget", f"{got} set", cure))
+    check_bounds(config, RUN_BOUNDS, "", problems)
 
 
-def check_settings(settings: NodeSettings, key: str) -> None:
+def _check_name(name: str) -> None:
+    """A run's name becomes a folder."""
+    if name in ("", ".", "..") or name.startswith("-") or any(c == "/" or not c.isprintable() for c in name):
+        cure = "give one without '/' and control characters that does not begin with '-', and is not '.' or '..'"
+        raise ConfigError("name", f"{name!r} cannot be a folder's name", cure)
+
+
+def check_bounds(of: Any, bounds: Mapping[str, Callable[[float, str], None]], at: str, problems: Problems) -> None:
+    """Check numbers against their bounds. Null is no number, and within all bounds.
+
+    Args:
+        of: the dataclass that holds them, or holds their sections.
+        bounds: a check of each, by its dotted key.
+        at: dotted key of `of` with a dot, for messages; empty at top level.
+        problems: takes what is out of bounds.
+    """
+    for key, check in bounds.items():
+        value = of
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value is not None or key == "resources.workers":
+            with problems.kept():
+                check(value, f"{at}{key}")
+
+
+def check_settings(settings: NodeSettings, key: str, problems: Problems) -> None:
     """Checks of one node's inherited settings.
 
     Args:
         settings: the settings in force at the node.
         key: dotted key of the node, for messages; empty at top level.
+        problems: takes what is wrong.
     """
     at = f"{key}." if key else ""
-    training, aggregation = settings.training, settings.aggregation
-    for name in ("local_steps", "batch_size", "lr", "accumulation_steps"):
-        positive(getattr(training, name), f"{at}training.{name}")
-    for name in ("weight_decay", "grad_clip", "step_delay_s"):
-        not_negative(getattr(training, name), f"{at}training.{name}")
-    for name in ("min_lr_ratio", "warmup_fraction"):
-        fraction(getattr(training, name), f"{at}training.{name}")
-    _two_betas(training.betas, f"{at}training.betas")
-    for name in ("buffer_size", "quorum", "push_every", "time_up_s"):
-        positive(getattr(aggregation, name), f"{at}aggregation.{name}")
-    if aggregation.max_staleness is not None:
-        not_negative(aggregation.max_staleness, f"{at}aggregation.max_staleness")
-    if aggregation.max_update_norm is not None:
-        positive(aggregation.max_update_norm, f"{at}aggregation.max_update_norm")
-    _robust(aggregation, f"{at}aggregation")
-    positive(aggregation.attention.temperature, f"{at}aggregation.attention.temperature")
-    not_negative(aggregation.attention.self_weight, f"{at}aggregation.attention.self_weight")
-    not_negative(aggregation.residuals.per_round, f"{at}aggregation.residuals.per_round")
-    for name in ("pool", "max_age", "offers"):
-        positive(getattr(aggregation.residuals, name), f"{at}aggregation.residuals.{name}")
-    if aggregation.staleness.a is not None:
-        positive(aggregation.staleness.a, f"{at}aggregation.staleness.a")
-    not_negative(aggregation.staleness.b, f"{at}aggregation.staleness.b")
-    _two_betas(aggregation.server_optimizer.betas, f"{at}aggregation.server_optimizer.betas")
-    positive(aggregation.server_optimizer.delay, f"{at}aggregation.server_optimizer.delay")
-    if aggregation.server_optimizer.lr is not None:
-        positive(aggregation.server_optimizer.lr, f"{at}aggregation.server_optimizer.lr")
-    fraction(aggregation.server_optimizer.momentum, f"{at}aggregation.server_optimizer.momentum")
-    for name in ("client", "federation"):
-        m = getattr(settings.merge, name)
-        if isinstance(m, str) and m != "adaptive":
-            raise ConfigError(f"{at}merge.{name}", f"got {m!r}", "write a number from 0 to 1, or adaptive")
-        if not isinstance(m, str):
-            fraction(m, f"{at}merge.{name}")
-    if not -1.0 <= settings.merge.agreement <= 1.0:
-        got = f"got {settings.merge.agreement}"
-        raise ConfigError(f"{at}merge.agreement", got, "give a cosine, from -1 to 1")
-    _common(settings, at)
-    positive(settings.exchange.fragments, f"{at}exchange.fragments")
-    positive(settings.resources.cpus, f"{at}resources.cpus")
-    positive(settings.resources.share, f"{at}resources.share")
-    not_negative(settings.resources.gpus, f"{at}resources.gpus")
-    if settings.resources.memory_gb is not None:
-        positive(settings.resources.memory_gb, f"{at}resources.memory_gb")
-    _workers(settings.resources.workers, f"{at}resources.workers")
-    if training.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{at}training.zero_stage", f"got {training.zero_stage}", "there are ZeRO stages 0 to 3")
-    _privacy(settings.privacy, f"{at}privacy")
-    positive(settings.simulation.tokens_per_s, f"{at}simulation.tokens_per_s")
-    positive(settings.simulation.bandwidth_gbps, f"{at}simulation.bandwidth_gbps")
-    not_negative(settings.simulation.latency_s, f"{at}simulation.latency_s")
-    not_negative(settings.simulation.speed_spread, f"{at}simulation.speed_spread")
-    if not 0.0 < settings.data.heldout_fraction < 1.0:
-        raise ConfigError(
-            f"{at}data.heldout_fraction",
-            f"got {settings.data.heldout_fraction}",
-            "give a number between 0 and 1",
-        )
+    before = len(problems.found)
+    check_bounds(settings, BOUNDS, at, problems)
+    if len(problems.found) > before:
+        return  # what several values mean together is checked once each of them can be
+    for check in (_common, _robust, _privacy):
+        with problems.kept():
+            check(settings, at)
 
 
 def positive(value: float, key: str) -> None:
@@ -669,10 +689,41 @@ def fraction(value: float, key: str) -> None:
         raise ConfigError(key, f"got {value}", "give a number from 0 to 1")
 
 
+def _cosine(value: float, key: str) -> None:
+    if not -1.0 <= value <= 1.0:
+        raise ConfigError(key, f"got {value}", "give a cosine, from -1 to 1")
+
+
+def _between(value: float, key: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise ConfigError(key, f"got {value}", "give a number between 0 and 1")
+
+
+def _probability(value: float, key: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise ConfigError(key, f"got {value}", "give a probability below 1 / records, such as 1e-5")
+
+
+def _trim(value: float, key: str) -> None:
+    if not 0.0 <= value < 0.5:
+        raise ConfigError(key, f"got {value}", "give a share from 0 to below 0.5")
+
+
+def _follows(value: float | str, key: str) -> None:
+    if isinstance(value, str) and value != "adaptive":
+        raise ConfigError(key, f"got {value!r}", "write a number from 0 to 1, or adaptive")
+    if not isinstance(value, str):
+        fraction(value, key)
+
+
+def _zero_stage(value: int, key: str) -> None:
+    if value not in (0, 1, 2, 3):
+        raise ConfigError(key, f"got {value}", "there are ZeRO stages 0 to 3")
+
+
 def _common(settings: NodeSettings, at: str) -> None:
     """Whether a client can train its parent's model beside its own."""
     share, batch, key = settings.merge.common_fraction, settings.training.batch_size, f"{at}merge.common_fraction"
-    fraction(share, key)
     if not share:
         return
     if settings.merge.client != "adaptive":
@@ -689,12 +740,9 @@ def _common(settings: NodeSettings, at: str) -> None:
         raise ConfigError(key, got, "set it to 0 at clients with several workers or a zero_stage")
 
 
-def _robust(aggregation: AggregationConfig, key: str) -> None:
+def _robust(settings: NodeSettings, at: str) -> None:
+    aggregation, key = settings.aggregation, f"{at}aggregation"
     robust = aggregation.robust
-    if not 0.0 <= robust.trim < 0.5:
-        raise ConfigError(f"{key}.robust.trim", f"got {robust.trim}", "give a share from 0 to below 0.5")
-    if robust.clip_norm is not None:
-        positive(robust.clip_norm, f"{key}.robust.clip_norm")
     if robust.rule == "none":
         return
     if aggregation.trigger == "goal_achieved" and aggregation.buffer_size < 3:
@@ -707,23 +755,14 @@ def _robust(aggregation: AggregationConfig, key: str) -> None:
         raise ConfigError(f"{key}.robust.rule", got, "set aggregation.residuals.per_round to 0")
 
 
-def _privacy(privacy: PrivacyConfig, key: str) -> None:
-    for name in ("target_epsilon", "max_grad_norm"):
-        value = getattr(privacy, name)
-        if value is not None:
-            positive(value, f"{key}.{name}")
-    if privacy.noise_multiplier is not None:
-        positive(privacy.noise_multiplier, f"{key}.noise_multiplier")
+def _privacy(settings: NodeSettings, at: str) -> None:
+    privacy, key = settings.privacy, f"{at}privacy"
     if privacy.ledger_dir is not None and not Path(privacy.ledger_dir).expanduser().is_absolute():
         got = f"{privacy.ledger_dir!r} would be another folder, and an empty ledger, for whoever starts elsewhere"
         raise ConfigError(f"{key}.ledger_dir", got, "give an absolute path")
-    if not 0.0 < privacy.delta < 1.0:
-        raise ConfigError(f"{key}.delta", f"got {privacy.delta}", "give a probability, such as 1e-5")
-    if privacy.max_updates is not None:
-        positive(privacy.max_updates, f"{key}.max_updates")
-        if privacy.unit != "client":
-            got = f"is set, but privacy.unit is {privacy.unit}"
-            raise ConfigError(f"{key}.max_updates", got, "only unit client counts updates: remove it")
+    if privacy.max_updates is not None and privacy.unit != "client":
+        got = f"is set, but privacy.unit is {privacy.unit}"
+        raise ConfigError(f"{key}.max_updates", got, "only unit client counts updates: remove it")
     if privacy.on_exhausted == "pause" and privacy.unit != "record":
         got = f"pause, but privacy.unit is {privacy.unit}: only a client that keeps its own budget can pause"
         raise ConfigError(f"{key}.on_exhausted", got, "remove it, or set privacy.unit to record")
@@ -773,108 +812,79 @@ def _workers(workers: Any, key: str) -> None:
         raise ConfigError(key, f"got {workers}", "give a whole number above 0, or [min, max]")
 
 
-def _two_betas(betas: list[float], key: str) -> None:
+def _two_betas(betas: Any, key: str) -> None:
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ConfigError(key, f"got {betas}", "give two numbers from 0 to below 1")
 
 
-def _containers(schema: Any, overrides: Any, prefix: str) -> dict[str, Any]:
-    """Check that mappings and lists stand where the schema has them; an empty section is as good as none.
-
-    OmegaConf would say so too, but without the key.
-    """
-    if not isinstance(overrides, dict):
-        raise ConfigError(prefix or "config", f"got {overrides!r}", "expected a mapping of keys")
-    result: dict[str, Any] = {}
-    hints = get_type_hints(type(schema))
-    for name, value in overrides.items():
-        key = str(name)
-        dotted = f"{prefix}.{key}" if prefix else key
-        known = getattr(schema, key, None)
-        if is_dataclass(known):
-            if value is None:
-                continue
-            value = _containers(known, value, dotted)
-        elif isinstance(known, dict) and not isinstance(value, dict):
-            raise ConfigError(dotted, f"got {value!r}", "expected a mapping of keys")
-        elif isinstance(known, list) and not isinstance(value, list):
-            raise ConfigError(dotted, f"got {value!r}", "expected a list, such as [a, b]")
-        hint = hints.get(key)
-        if isinstance(value, list | dict) and get_origin(hint) in (list, dict) and get_args(hint)[-1] is not Any:
-            _check_elements(value, dotted)
-        result[key] = value
-    return result
-
-
-def _check_elements(value: list[Any] | dict[Any, Any], key: str) -> None:
-    """Lists and mappings of plain values hold plain values. OmegaConf lets others pass."""
-    for place, element in enumerate(value) if isinstance(value, list) else value.items():
-        if element is None or isinstance(element, list | dict):
-            raise ConfigError(
-                f"{key}[{place}]", f"got {element!r}", "expected one plain value, such as a name or a number"
-            )
-
-
-def _unlock(node: Any) -> None:
-    """Frozen dataclasses make read-only nodes; merging needs them writable."""
-    if isinstance(node, DictConfig):
-        OmegaConf.set_readonly(node, False)
-        for key in node:
-            child = node._get_node(key)
-            if isinstance(child, DictConfig):
-                _unlock(child)
-
-
 def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A mapping with `key=value` overrides applied.
+    """An entry of the tree with `key=value` overrides applied.
 
     Raises:
         ConfigError: an override is none.
     """
-    found = OmegaConf.create(raw)
+    found = OmegaConf.create(_escaped(raw))
     for text in overrides:
-        override(found, text)
-    container = OmegaConf.to_container(found)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+        override(found, text, Node)
+    return _resolved(found)
 
 
-def override(raw: DictConfig, text: str) -> None:
-    """Apply one `key=value` override in place."""
-    key, equals, _ = text.partition("=")
+def override(raw: DictConfig, text: str, hint: Any = RunConfig) -> None:
+    """Apply one `key=value` override in place.
+
+    Args:
+        raw: the mapping.
+        text: the override.
+        hint: what the mapping is: a RunConfig, or a Node of its tree.
+
+    Raises:
+        ConfigError: the text is no override, or the key is not there.
+    """
+    key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
         raise ConfigError(text, "is not an override", "write key=value, such as training.lr=1e-3")
     try:
-        parsed = OmegaConf.from_dotlist([f"x={text.partition('=')[2]}"])
-        value = OmegaConf.to_container(parsed)
-        assert isinstance(value, dict)
-        OmegaConf.update(raw, key, value["x"], merge=True, force_add=True)
+        for part in re.findall(r"[^.\[\]]+", key):
+            hint = hint_of(hint, int(part) if part.isdigit() else part)
+        OmegaConf.update(raw, key, value_of(value, hint, hint_of), merge=True, force_add=True)
     except Exception as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        detail = " ".join(str(error).split("\n    full_key")[0].split()) if str(error) else type(error).__name__
         raise ConfigError(key, f"cannot be overridden ({detail})", "check the key with `worldlm show CONF`") from error
 
 
-def _config_error(error: OmegaConfBaseException, prefix: str) -> ConfigError:
-    """OmegaConf's error as one of ours: the dotted key, what was got, what to write instead."""
-    key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
-    message = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
-    dotted = ".".join(part for part in (prefix, key) if part) or "config"
-    if type(error).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
-        known = getattr(error, "object_type", None)
-        names = [f.name for f in fields(known)] if isinstance(known, type) and is_dataclass(known) else []
-        return ConfigError(dotted, "unknown key", one_of(key.rsplit(".", 1)[-1], names))
-    if converted := re.search(r"[Vv]alue '(.*)' of type '.*' could not be converted to (\w+)", message):
-        expected = _EXPECTED.get(converted.group(2), f"a value of type {converted.group(2)}")
-        return ConfigError(dotted, f"got {converted.group(1)!r}", f"expected {expected}")
-    if choice := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
-        return ConfigError(dotted, f"got {choice.group(1)!r}", "expected one of " + choice.group(2).replace("'", ""))
-    if "Interpolation key" in message:
-        return ConfigError(dotted, message, "set that key")
-    return ConfigError(dotted, message, "see worldlm_ray/config.py")
+class Node:
+    """An entry of the tree as YAML has it: the types of its keys. Only they are used."""
+
+    world: str
+    federation: str
+    client: str
+    children: list[Node]
+    copies: int
+    min_clients: int
+    max_clients: int
 
 
-_EXPECTED = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false", "String": "text"}
+def hint_of(hint: Any, key: str | int) -> Any:
+    """Type of an entry of the configuration.
+
+    Args:
+        hint: type of the container.
+        key: of the entry, or its index.
+    """
+    if isinstance(key, int):
+        return get_args(hint)[0] if get_origin(hint) is list else Any
+    if get_origin(hint) is dict:
+        return get_args(hint)[1]
+    if hint is RunConfig and key == "world":
+        return Node
+    if hint is DataConfig and key == "pool":
+        return list[DataConfig]
+    if hint is Node and key in INHERITED:
+        return schema.hints_of(NodeSettings)[key]
+    found = schema.hints_of(hint).get(key, Any) if hint is Node or is_dataclass(hint) else Any
+    words = get_origin(found) is Literal or found == str | None
+    return str if words else found
 
 
 def unknown_name(key: str, got: str, known: Collection[str]) -> ConfigError:
@@ -882,15 +892,77 @@ def unknown_name(key: str, got: str, known: Collection[str]) -> ConfigError:
     return ConfigError(key, f"got {got!r}", one_of(got, sorted(known)))
 
 
-def one_of(got: str, known: Sequence[str]) -> str:
-    """A cure for a wrong name: the closest known one, or all of them."""
-    if not known:
-        return "remove it"
-    close = difflib.get_close_matches(got, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "expected one of " + listed(sorted(known))
+BOUNDS: dict[str, Callable[[Any, str], None]] = {
+    "training.local_steps": positive,
+    "training.batch_size": positive,
+    "training.lr": positive,
+    "training.accumulation_steps": positive,
+    "training.weight_decay": not_negative,
+    "training.grad_clip": not_negative,
+    "training.step_delay_s": not_negative,
+    "training.min_lr_ratio": fraction,
+    "training.warmup_fraction": fraction,
+    "training.betas": _two_betas,
+    "training.zero_stage": _zero_stage,
+    "aggregation.buffer_size": positive,
+    "aggregation.quorum": positive,
+    "aggregation.push_every": positive,
+    "aggregation.time_up_s": positive,
+    "aggregation.max_staleness": not_negative,
+    "aggregation.max_update_norm": positive,
+    "aggregation.robust.trim": _trim,
+    "aggregation.robust.clip_norm": positive,
+    "aggregation.attention.temperature": positive,
+    "aggregation.attention.self_weight": not_negative,
+    "aggregation.residuals.per_round": not_negative,
+    "aggregation.residuals.pool": positive,
+    "aggregation.residuals.max_age": positive,
+    "aggregation.residuals.offers": positive,
+    "aggregation.residuals.discount.a": positive,
+    "aggregation.residuals.discount.b": not_negative,
+    "aggregation.staleness.a": positive,
+    "aggregation.staleness.b": not_negative,
+    "aggregation.server_optimizer.betas": _two_betas,
+    "aggregation.server_optimizer.delay": positive,
+    "aggregation.server_optimizer.lr": positive,
+    "aggregation.server_optimizer.eps": positive,
+    "aggregation.server_optimizer.momentum": fraction,
+    "merge.client": _follows,
+    "merge.federation": _follows,
+    "merge.agreement": _cosine,
+    "merge.common_fraction": fraction,
+    "exchange.fragments": positive,
+    "resources.cpus": positive,
+    "resources.share": positive,
+    "resources.gpus": not_negative,
+    "resources.memory_gb": positive,
+    "resources.workers": _workers,
+    "privacy.target_epsilon": positive,
+    "privacy.noise_multiplier": positive,
+    "privacy.max_grad_norm": positive,
+    "privacy.max_updates": positive,
+    "privacy.delta": _probability,
+    "simulation.tokens_per_s": positive,
+    "simulation.bandwidth_gbps": positive,
+    "simulation.latency_s": not_negative,
+    "simulation.speed_spread": not_negative,
+    "data.heldout_fraction": _between,
+}
+"""What a number of a node's settings may be, by its dotted key."""
 
-
-def listed(names: Sequence[str]) -> str:
-    """Names with commas; of very many the first ones."""
-    more = len(names) - NAMED
-    return ", ".join(names) if more <= 0 else ", ".join(names[:NAMED]) + f" and {more:,} more"
+RUN_BOUNDS: dict[str, Callable[[Any, str], None]] = {
+    "budget.tokens": positive,
+    "budget.rounds": positive,
+    "budget.seconds": positive,
+    "evaluation.tokens": positive,
+    "evaluation.final_tokens": positive,
+    "evaluation.every_rounds": not_negative,
+    "checkpoint.every_s": not_negative,
+    "checkpoint.keep": positive,
+    "checkpoint.every_updates": positive,
+    "checkpoint.patience_s": not_negative,
+    "liveness.heartbeat_s": positive,
+    "liveness.grace_s": positive,
+    "liveness.k": not_negative,
+}
+"""What a number of the run itself may be."""

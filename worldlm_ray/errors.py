@@ -2,6 +2,7 @@
 
     WorldLMError                 catch this to catch them all; the command line prints it as one line
     ├── ConfigError              a configuration key: names the dotted key, what was got, what to do
+    │   └── ConfigErrors     several of them, a line each
     ├── DataError                a text file, corpus or tokenizer cannot be used
     ├── MessageError             an update or a model that arrived is malformed (carries a `Refusal`)
     ├── AggregationError         an aggregation was asked for with nothing to aggregate
@@ -14,6 +15,8 @@ All of them survive pickling, since Ray carries errors between processes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class WorldLMError(Exception):
@@ -37,6 +40,39 @@ class ConfigError(WorldLMError):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.problem}" + (f"; {self.cure}" if self.cure else "")
+
+    @property
+    def each(self) -> list[ConfigError]:
+        """The problems: this one, or each of several."""
+        return [self]
+
+
+class ConfigErrors(ConfigError):
+    """Several values of a configuration cannot be used. `key`, `problem` and `cure` are those of the first.
+
+    Args:
+        found: the problems, at least one.
+    """
+
+    SHOWN = 10
+    """So many are shown, at most."""
+
+    def __init__(self, found: Sequence[ConfigError]) -> None:
+        super().__init__(found[0].key, found[0].problem, found[0].cure)
+        self.found = list(found)
+
+    def __reduce__(self) -> tuple[type[ConfigErrors], tuple[list[ConfigError]]]:
+        return ConfigErrors, (self.found,)
+
+    def __str__(self) -> str:
+        more = len(self.found) - self.SHOWN
+        lines = [str(error) for error in self.found[: self.SHOWN]]
+        return "\n".join([*lines, f"and {more:,} more"] if more > 0 else lines)
+
+    @property
+    def each(self) -> list[ConfigError]:
+        """The problems."""
+        return self.found
 
 
 class DataError(WorldLMError):

@@ -76,7 +76,7 @@ def _changed(plan: Plan, under: str, change: Any, *, what: str, of: NodeSpec | N
             raise ConfigError(what, f"{of.path} is one of several copies", "change the configuration")
         node["children"] = [one for child in node["children"] for one in _one_by_one(child, plan.node(under), of.key)]
     change(node)
-    return make_plan(configuration.from_mapping(mapping), check_data=False)
+    return make_plan(configuration.from_mapping(mapping, resolved=True), check_data=False)
 
 
 def _one_by_one(entry: dict[str, Any], parent: NodeSpec, key: str) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def configure(config: RunConfig, method: str) -> RunConfig:
     for variant in variants:
         for key, value in VARIANTS[variant].items():
             _set_everywhere(mapping, key.split("."), value)
-    return from_mapping(mapping)
+    return from_mapping(mapping, resolved=True)
 
 
 def _set_everywhere(mapping: dict[str, Any], path: list[str], value: Any) -> None:

@@ -420,4 +420,4 @@ def _check_weights(folder: str, layout: Layout) -> None:
 
 def plan_from_mapping(mapping: dict[str, Any]) -> Plan:
     """The plan that `Plan.to_mapping` describes, in another process; data is checked where it is read."""
-    return make_plan(from_mapping(mapping), check_data=False)
+    return make_plan(from_mapping(mapping, resolved=True), check_data=False)

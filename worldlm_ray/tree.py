@@ -14,12 +14,13 @@ has a part of its own (`data.shard`), so that together they have all of it, once
 from __future__ import annotations
 
 import math
-import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from worldlm_ray import schema
 from worldlm_ray.config import (
     INHERITED,
     NODE_KEYS,
@@ -27,13 +28,14 @@ from worldlm_ray.config import (
     RunConfig,
     check_settings,
     check_stricter,
-    merge_into,
-    one_of,
 )
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.schema import Problems, one_of
 
 Kind = Literal["world", "federation", "client"]
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_MOST_COPIES = 10_000_000
+_NAME_BYTES = 200
+"""Longest name in UTF-8: names become folders, whose names have 255 bytes at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +120,17 @@ def build(config: RunConfig) -> NodeSpec:
     Raises:
         ConfigError: no tree, an unknown key, a name twice among siblings, a client with children, a federation
             without, or a setting that cannot be; by the dotted key.
+        ConfigErrors: several of them.
     """
-    if not isinstance(config.world, dict) or not config.world:
-        raise ConfigError("world", "the tree is missing", "write world: {children: [...]}")
+    problems = Problems()
     base = NodeSettings(**{name: getattr(config, name) for name in INHERITED})
-    check_settings(base, "")
-    world = _entry(config.world, kind="world", name="world", key="world", inherited=base)
+    check_settings(base, "", problems)
+    if not isinstance(config.world, dict) or not config.world:
+        problems.add(ConfigError("world", "the tree is missing", "write world: {children: [...]}"))
+        problems.check()
+    known = frozenset((error.key, error.problem) for error in problems.found)
+    world = _entry(config.world, ("world", "world"), "world", base, _Found(problems, known))
+    problems.check()
     return _grow(world, "world", "world", (0, 1))
 
 
@@ -177,10 +184,31 @@ def _grow(entry: _Entry, name: str, path: str, part: tuple[int, int]) -> NodeSpe
     )
 
 
-def _entry(raw: dict[str, Any], *, kind: Kind, name: str, key: str, inherited: NodeSettings) -> _Entry:
+@dataclass(frozen=True)
+class _Found:
+    """Where the problems of a tree are gathered."""
+
+    problems: Problems
+    above: frozenset[tuple[str, str]]
+    """Key below the node, and problem, of settings that nodes above have: those are not told again."""
+
+    def settings(self, settings: NodeSettings, key: str) -> _Found:
+        """Check a node's settings; returns what its children should not tell again."""
+        own = Problems()
+        check_settings(settings, key, own)
+        named = {(error.key.removeprefix(f"{key}."), error.problem): error for error in own.found}
+        for known, error in named.items():
+            if known not in self.above:
+                self.problems.add(error)
+        return _Found(self.problems, self.above | named.keys())
+
+
+def _entry(raw: dict[str, Any], called: tuple[Kind, str], key: str, inherited: NodeSettings, found: _Found) -> _Entry:
+    """One entry with all that is below it. What is wrong is kept in `found`, and read as if it were not there."""
+    (kind, name), problems = called, found.problems
     for given in raw:
         if given not in NODE_KEYS:
-            raise ConfigError(f"{key}.{given}", "unknown key", one_of(str(given), NODE_KEYS))
+            problems.add(ConfigError(f"{key}.{given}", "unknown key", one_of(str(given), NODE_KEYS)))
     overrides = {name: raw[name] for name in INHERITED if raw.get(name) is not None}
     if (
         "data" in overrides
@@ -189,57 +217,77 @@ def _entry(raw: dict[str, Any], *, kind: Kind, name: str, key: str, inherited: N
     ):
         # A node's own source replaces an inherited one: files here must not add up with a corpus from above.
         overrides["data"] = {"files": [], "corpus": None, "pool": [], **overrides["data"]}
-    settings = merge_into(inherited, overrides, prefix=key)
-    check_settings(settings, key)
-    check_stricter(settings.privacy, inherited.privacy, f"{key}.privacy")
-    children = raw.get("children")
-    limits = {name: raw[name] for name in ("min_clients", "max_clients") if raw.get(name) is not None}
-    for name_, value in limits.items():
-        if kind == "client":
-            raise ConfigError(
-                f"{key}.{name_}",
-                f"{name!r} is a client",
-                "set it at a federation, or at the world",
-            )
-        if isinstance(value, bool) or not isinstance(value, int) or value < (name_ == "max_clients"):
-            raise ConfigError(f"{key}.{name_}", f"got {value!r}", "give a whole number of clients")
-    if limits.get("min_clients", 0) > limits.get("max_clients", math.inf):
-        raise ConfigError(
-            f"{key}.min_clients",
-            f"{limits['min_clients']} is above max_clients",
-            "swap them",
-        )
-    copies = raw.get("copies")
-    is_number = isinstance(copies, int) and not isinstance(copies, bool) and copies > 0
-    if copies is not None and (kind == "world" or not is_number):
-        cure = "there is one world: set it at a federation or a client" if kind == "world" else "give a number above 0"
-        raise ConfigError(f"{key}.copies", f"got {copies!r}", cure)
+    settings = schema.merged(inherited, overrides, prefix=key, problems=problems)
+    before = len(problems.found)
+    below = found.settings(settings, key)
+    if len(problems.found) == before:
+        with problems.kept():
+            check_stricter(settings.privacy, inherited.privacy, f"{key}.privacy")
+    children, limits, copies = raw.get("children"), dict[str, int](), None
+    with problems.kept():
+        limits = _limits(raw, called, key)
+    with problems.kept():
+        copies = _copies(raw.get("copies"), kind, key)
     if kind == "client" and children:
-        raise ConfigError(f"{key}.children", f"client {name!r} has children", "make it a federation")
+        problems.add(ConfigError(f"{key}.children", f"client {name!r} has children", "make it a federation"))
     if kind != "client" and (not isinstance(children, list) or not children):
-        raise ConfigError(f"{key}.children", f"{kind} {name!r} has no children", "list federations or clients")
+        got = f"{kind} {name!r} has no children"
+        problems.add(ConfigError(f"{key}.children", got, "list federations or clients"))
     return _Entry(
         kind=kind,
         name=name,
         key=key,
         settings=settings,
         copies=copies,
-        children=_children(children or [], key, settings),
+        children=_children(children, key, settings, below) if isinstance(children, list) else (),
         limits=limits,
     )
 
 
-def _children(raw: list[Any], key: str, settings: NodeSettings) -> tuple[_Entry, ...]:
+def _limits(raw: dict[str, Any], called: tuple[Kind, str], key: str) -> dict[str, int]:
+    """Fewest and most clients of a node."""
+    (kind, name), limits = called, dict[str, int]()
+    for limit in ("min_clients", "max_clients"):
+        if raw.get(limit) is None:
+            continue
+        if kind == "client":
+            raise ConfigError(f"{key}.{limit}", f"{name!r} is a client", "set it at a federation, or at the world")
+        limits[limit] = schema.converted(raw[limit], int, f"{key}.{limit}")
+        if limits[limit] < (limit == "max_clients"):
+            raise ConfigError(f"{key}.{limit}", f"got {raw[limit]!r}", "give a whole number of clients")
+    if limits.get("min_clients", 0) > limits.get("max_clients", math.inf):
+        raise ConfigError(f"{key}.min_clients", f"{limits['min_clients']} is above max_clients", "swap them")
+    return limits
+
+
+def _copies(copies: Any, kind: Kind, key: str) -> int | None:
+    if copies is None:
+        return None
+    if kind == "world":
+        cure = "there is one world: set it at a federation or a client"
+        raise ConfigError(f"{key}.copies", f"got {copies!r}", cure)
+    number: int = schema.converted(copies, int, f"{key}.copies")
+    if number < 1 or number > _MOST_COPIES:
+        cure = "give a number above 0" if number < 1 else f"give at most {_MOST_COPIES:,}"
+        raise ConfigError(f"{key}.copies", f"got {copies!r}", cure)
+    return number
+
+
+def _children(raw: list[Any], key: str, settings: NodeSettings, found: _Found) -> tuple[_Entry, ...]:
     entries, taken = [], dict[str, str]()
     for index, item in enumerate(raw):
         place = f"{key}.children[{index}]"
-        kind, name = _kind_and_name(item, place)
-        entry = _entry(item, kind=kind, name=name, key=place, inherited=settings)
-        for found in entry.names:
-            if found in taken:
-                got = f"the name {found!r} is taken by {taken[found]}"
-                raise ConfigError(f"{place}.{kind}", got, "siblings need different names")
-            taken[found] = place
+        try:
+            kind, name = _kind_and_name(item, place)
+        except ConfigError as error:
+            found.problems.add(error)
+            continue
+        entry = _entry(item, (kind, name), place, settings, found)
+        twice = next((each for each in entry.names if each in taken), None)
+        if twice is not None:
+            got = f"the name {twice!r} is taken by {taken[twice]}"
+            found.problems.add(ConfigError(f"{place}.{kind}", got, "siblings need different names"))
+        taken |= dict.fromkeys(entry.names, place)
         entries.append(entry)
     return tuple(entries)
 
@@ -247,10 +295,24 @@ def _children(raw: list[Any], key: str, settings: NodeSettings) -> tuple[_Entry,
 def _kind_and_name(item: Any, place: str) -> tuple[Kind, str]:
     if not isinstance(item, dict):
         raise ConfigError(place, f"got {item!r}", "write federation: NAME or client: NAME with its settings")
-    kinds: list[Kind] = [kind for kind in ("federation", "client") if item.get(kind) is not None]
+    kinds: list[Kind] = [kind for kind in ("federation", "client") if kind in item]
     if len(kinds) != 1:
         raise ConfigError(place, "is neither a federation nor a client", "name it by one key, federation or client")
-    name = str(item[kinds[0]])
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{place}.{kinds[0]}", f"{name!r} is no name", "use letters, digits, '_', '-' and '.'")
-    return kinds[0], name
+    return kinds[0], checked_name(item[kinds[0]], f"{place}.{kinds[0]}")
+
+
+def checked_name(given: Any, key: str) -> str:
+    """A node's name, in Unicode's normal form C, so that names that look alike are alike.
+
+    Raises:
+        ConfigError: it cannot be one, by the key.
+    """
+    name = unicodedata.normalize("NFC", schema.converted(given, str, key))
+    # Letters of every script, with the marks that some write above or below a letter.
+    fit = all(c in "_.-:" or c.isalnum() or unicodedata.category(c)[0] == "M" for c in name)
+    if not fit or not name[:1].isalnum():
+        cure = "use letters, digits, '_', '-', '.' and ':', and begin with a letter or digit"
+        raise ConfigError(key, f"{name!r} is no name", cure)
+    if len(name.encode()) > _NAME_BYTES:
+        raise ConfigError(key, f"{name[:20]!r}... is too long", f"give a name of {_NAME_BYTES} bytes at most")
+    return name

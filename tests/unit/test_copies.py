@@ -57,7 +57,7 @@ def test_copies_of_a_federation_share_its_text_out_among_all_clients(tiny: Tiny,
 
 @pytest.mark.parametrize("copies", [0, -1, True, "many", 1.5])
 def test_copies_are_a_number_above_zero(tiny: Tiny, tmp_path: Path, copies: Any) -> None:
-    with pytest.raises(ConfigError, match=r"world\.children\[0\]\.copies: got .*; give a number above 0"):
+    with pytest.raises(ConfigError, match=r"world\.children\[0\]\.copies: got .*; (give|expected) a .*number"):
         tiny([client("phone", tmp_path, 1) | {"copies": copies}])
 
 

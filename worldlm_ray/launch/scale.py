@@ -47,7 +47,7 @@ def elastic(plan: Plan) -> Plan:
 
     open_up(mapping["world"])
     mapping["budget"] = {"seconds": FOREVER_S}
-    return make_plan(configuration.from_mapping(mapping), check_data=False)
+    return make_plan(configuration.from_mapping(mapping, resolved=True), check_data=False)
 
 
 def parse(text: str) -> list[int]:

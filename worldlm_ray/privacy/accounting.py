@@ -12,6 +12,8 @@ from worldlm_ray.config import AccountantName, unknown_name
 from worldlm_ray.errors import PrivacyError
 
 LARGEST_NOISE = 1e4
+SMALLEST_NOISE = 1e-2
+"""With less, an epsilon is in the tens of thousands, which promises nothing; far below, accountants do not converge."""
 PRECISION = 1e-3
 """Of the noise that is searched for, relative."""
 
@@ -83,7 +85,7 @@ def noise_for(
         key: dotted key of the privacy section, for messages.
 
     Raises:
-        PrivacyError: no noise is enough.
+        PrivacyError: no noise is enough, or any is.
     """
 
     def fits(noise: float) -> bool:
@@ -98,6 +100,11 @@ def noise_for(
                 f"{key}.target_epsilon: no noise keeps {steps} steps within {target_epsilon:g} at delta {delta:g} "
                 f"({before:.3g} is spent already); raise it, or use accountant prv, fewer rounds or more text"
             )
+    if fits(SMALLEST_NOISE):
+        raise PrivacyError(
+            f"{key}.target_epsilon: {target_epsilon:g} allows noise below {SMALLEST_NOISE:g} clipping norms, which "
+            "protects nothing; lower it, or remove the privacy section where no privacy is wanted"
+        )
     low = high / 2.0 if high > 1.0 else 0.0
     while high - low > PRECISION * high:
         middle = (low + high) / 2.0

@@ -13,6 +13,9 @@ from worldlm_ray.errors import PrivacyError
 
 MOST = 1 << 20
 """Contributions that are counted at most."""
+LARGEST_EPSILON = 1e6
+"""Above, epsilon counts as infinite: it promises nothing, and its exponentials overflow."""
+SMALLEST_NOISE = 1e-2
 
 
 def gaussian_epsilon(noise: float, contributions: int, *, delta: float) -> float:
@@ -37,6 +40,8 @@ def composed_epsilon(noises: Sequence[float], *, delta: float) -> float:
         return 0.0
     while delta_at(high) > delta:
         high *= 2.0
+        if high > LARGEST_EPSILON:
+            return math.inf
     for _ in range(80):
         middle = (low + high) / 2.0
         low, high = (middle, high) if delta_at(middle) > delta else (low, middle)
@@ -66,7 +71,7 @@ def gaussian_noise(contributions: int, *, target_epsilon: float, delta: float, k
     """The smallest noise with which one may contribute so often within a budget.
 
     Raises:
-        PrivacyError: no noise is enough.
+        PrivacyError: no noise is enough, or any is.
     """
     high = 1.0
     while gaussian_epsilon(high, contributions, delta=delta) > target_epsilon:
@@ -75,10 +80,15 @@ def gaussian_noise(contributions: int, *, target_epsilon: float, delta: float, k
             raise PrivacyError(
                 f"{key}.target_epsilon: no noise keeps {contributions} updates within {target_epsilon:g}"
             )
+    if gaussian_epsilon(SMALLEST_NOISE, contributions, delta=delta) <= target_epsilon:
+        raise PrivacyError(
+            f"{key}.target_epsilon: {target_epsilon:g} allows noise below {SMALLEST_NOISE:g} clipping norms, which "
+            "protects nothing; lower it, or remove the privacy section where no privacy is wanted"
+        )
     low = 0.0
     while high - low > 1e-4 * high:
         middle = (low + high) / 2.0
-        fits = middle > 0.0 and gaussian_epsilon(middle, contributions, delta=delta) <= target_epsilon
+        fits = gaussian_epsilon(middle, contributions, delta=delta) <= target_epsilon
         low, high = (low, middle) if fits else (middle, high)
     return high
 
