@@ -60,7 +60,14 @@ def _epsilon(history: tuple[Spend, ...], delta: float, accountant: AccountantNam
     with warnings.catch_warnings():
         # Opacus warns that its largest order was the best one: the bound holds, a better one may exist.
         warnings.simplefilter("ignore")
-        return float(found.get_epsilon(delta))
+        try:
+            return float(found.get_epsilon(delta))
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            detail = " ".join(str(error).split())[:120]
+            raise PrivacyError(
+                f"privacy.accountant: {accountant} cannot count at delta {delta:g} ({detail}); "
+                "use accountant rdp, or a delta from 1e-10 to below 1 / records"
+            ) from error
 
 
 def noise_for(
