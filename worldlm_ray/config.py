@@ -653,18 +653,19 @@ def check_bounds(of: Any, bounds: Mapping[str, Callable[[float, str], None]], at
                 check(value, f"{at}{key}")
 
 
-def check_settings(settings: NodeSettings, key: str, problems: Problems) -> None:
+def check_settings(settings: NodeSettings, key: str, problems: Problems, *, complete: bool = True) -> None:
     """Checks of one node's inherited settings.
 
     Args:
         settings: the settings in force at the node.
         key: dotted key of the node, for messages; empty at top level.
         problems: takes what is wrong.
+        complete: False where a value could not be read, and its default stands here.
     """
     at = f"{key}." if key else ""
     before = len(problems.found)
     check_bounds(settings, BOUNDS, at, problems)
-    if len(problems.found) > before:
+    if len(problems.found) > before or not complete:
         return  # what several values mean together is checked once each of them can be
     for check in (_common, _robust, _privacy):
         with problems.kept():

@@ -192,10 +192,13 @@ class _Found:
     above: frozenset[tuple[str, str]]
     """Key below the node, and problem, of settings that nodes above have: those are not told again."""
 
-    def settings(self, settings: NodeSettings, key: str) -> _Found:
-        """Check a node's settings; returns what its children should not tell again."""
+    def settings(self, settings: NodeSettings, key: str, *, complete: bool) -> _Found:
+        """Check a node's settings; returns what its children should not tell again.
+
+        `complete` is False where a value could not be read: then single values are checked, not what they mean together.
+        """
         own = Problems()
-        check_settings(settings, key, own)
+        check_settings(settings, key, own, complete=complete)
         named = {(error.key.removeprefix(f"{key}."), error.problem): error for error in own.found}
         for known, error in named.items():
             if known not in self.above:
@@ -217,9 +220,9 @@ def _entry(raw: dict[str, Any], called: tuple[Kind, str], key: str, inherited: N
     ):
         # A node's own source replaces an inherited one: files here must not add up with a corpus from above.
         overrides["data"] = {"files": [], "corpus": None, "pool": [], **overrides["data"]}
-    settings = schema.merged(inherited, overrides, prefix=key, problems=problems)
     before = len(problems.found)
-    below = found.settings(settings, key)
+    settings = schema.merged(inherited, overrides, prefix=key, problems=problems)
+    below = found.settings(settings, key, complete=len(problems.found) == before)
     if len(problems.found) == before:
         with problems.kept():
             check_stricter(settings.privacy, inherited.privacy, f"{key}.privacy")
