@@ -195,7 +195,7 @@ class _Found:
     def settings(self, settings: NodeSettings, key: str, *, complete: bool) -> _Found:
         """Check a node's settings; returns what its children should not tell again.
 
-        `complete` is False where a value could not be read: then single values are checked, not what they mean together.
+        `complete` is False where a value could not be read: then only single values are checked.
         """
         own = Problems()
         check_settings(settings, key, own, complete=complete)
