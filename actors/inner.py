@@ -42,7 +42,7 @@ from actors.shared import (
     was_restarted,
     write_checkpoint,
 )
-from worldlm_ray import checkpoint, storage
+from worldlm_ray import checkpoint, rundir, storage
 from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
@@ -67,10 +67,12 @@ from worldlm_ray.aggregation.events import (
 from worldlm_ray.aggregation.node import Covered
 from worldlm_ray.aggregation.outbox import Welcome
 from worldlm_ray.audit import AuditLog
-from worldlm_ray.errors import CheckpointError, MessageError, SupersededError
+from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, WorldLMError
+from worldlm_ray.limits import checked
 from worldlm_ray.messages import Model, Packed, pack
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
+from worldlm_ray.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
 
 
@@ -120,8 +122,28 @@ class InnerActor(LastWords):
     async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
         """A child is here; returns what it must know."""
         await self._started.wait()
+        await self._learn(checked("child", child, str))
         await self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=self.clock.now_s()))
         return self.node.welcome(child)
+
+    async def _learn(self, child: str) -> None:
+        """What a child may claim that has come since this node's plan was made: the run's folder says it.
+
+        Raises:
+            MessageError: the run has no such child.
+        """
+        if child in self.node.quotas:
+            return
+        run_dir = str(self.plan.run_dir)
+        read = partial(rundir.reopen, run_dir, check_data=False)
+        try:
+            plan = await asyncio.get_running_loop().run_in_executor(None, read)
+        except WorldLMError as error:
+            raise MessageError("unknown_sender", f"{child}: the run's folder cannot be read ({error})") from error
+        spec = plan.specs.get(f"{self.spec.path}/{child}")
+        if spec is None:
+            raise MessageError("unknown_sender", f"{self.spec.path} has no child {child!r}")
+        self.node.quotas[child] = quota(spec, plan.round_tokens, plan.config.budget)
 
     async def push(self, sender: str, incarnation: int, to: int, header: bytes, refs: list[Any]) -> Verdict:
         """Take an update. The buffer is mapped from the object store and folded without a copy."""
@@ -139,6 +161,8 @@ class InnerActor(LastWords):
     ) -> Carried:
         """Give the model, or the fragment of it that it wants, to a child, as soon as the child may go on."""
         await self._started.wait()
+        if checked("child", child, str) not in self.node.children:
+            raise MessageError("unknown_sender", f"{self.spec.path} has no child {child!r}")
         # Who asks again waits with those who asked before; who is refused leaves the place to the next.
         future = self._pulls.setdefault(child, asyncio.get_running_loop().create_future())
         now_s = self.clock.now_s()
@@ -162,6 +186,8 @@ class InnerActor(LastWords):
         """A child leaves the run; returns whether it may end, since a checkpoint knows of all that it has said."""
         await self._started.wait()
         await self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+        if child not in self.node.children:
+            raise MessageError("unknown_sender", f"{self.spec.path} has no child {child!r}")
         return self.node.children[child].gone
 
     async def beat(self, child: str, incarnation: int, to: int) -> None:
@@ -173,7 +199,7 @@ class InnerActor(LastWords):
         """Children of one process live; returns the names of those that must join (again)."""
         await self._started.wait()
         lost = []
-        for child, incarnation, to in words:
+        for child, incarnation, to in checked("words", words, list, longest=len(self.node.children)):
             try:
                 await self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
             except MessageError:  # whoever is superseded learns of it when it joins

@@ -24,14 +24,16 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from actors.shared import Address, Carried
 from worldlm_ray.aggregation.events import Verdict
-from worldlm_ray.aggregation.outbox import Outbox, Welcome
+from worldlm_ray.aggregation.outbox import Outbox, Welcome, believed
 from worldlm_ray.compression import nbytes
 from worldlm_ray.errors import MessageError, SupersededError
 from worldlm_ray.faults import damaged
 from worldlm_ray.messages import Model, Packed, Update, buffer_of, pack_header, unpack_model
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
+from worldlm_ray.quotas import offered_residuals
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
+from worldlm_ray.tree import parent_path
 
 AGAIN_S = 0.5
 """Between two attempts to find a parent that does not answer; later ones wait longer, up to ..."""
@@ -95,6 +97,9 @@ class Uplink:
     def __init__(self, address: Address, plan: Plan, child: Child, *, tell: Callable[[Record], None]) -> None:
         self._address, self._plan, self._child, self._tell = address, plan, child, tell
         self._name, self._faults, self._clock = plan.node(address.path).name, plan.faults, address.clock
+        parent = parent_path(address.path)
+        self._offered = 0 if parent is None else offered_residuals(plan.node(parent))
+        """Residuals that the parent's model may bring."""
         self._parent: Any = None
         self._to = 0
         """Incarnation of the parent that has been joined; 0 while none is."""
@@ -131,7 +136,7 @@ class Uplink:
             try:
                 header, refs = yield from self._ask()
                 packed = Packed(header, (yield refs[0]))
-                model = unpack_model(packed, self._plan.layout)
+                model = unpack_model(packed, self._plan.layout, residuals=self._offered)
                 path, now_s = self._address.path, self._clock.now_s()
                 self._tell(PullRecord(node=path, now_s=now_s, version=model.version, bytes=packed.nbytes))
                 return model
@@ -185,6 +190,9 @@ class Uplink:
     def _join(self) -> Steps[None]:
         self._to = 0
         welcome: Welcome = yield from self._send("join", self._name, self._child.incarnation, self._child.seq)
+        welcome, doubt = believed(welcome, seq=self._child.seq)
+        if doubt:
+            self._life("warning", f"its parent's welcome is not believed: {doubt}")
         self._to = welcome.incarnation
         self._child.welcomed(welcome)
         after = welcome.last_seq

@@ -22,7 +22,7 @@ import numpy as np
 from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.node import require_fragments
-from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields
+from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields, limited, revived
 from worldlm_ray.compression import lossy, memory
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
@@ -229,7 +229,8 @@ class Client:
         if self.fragments == 1:
             return
         own = self.trainer.read()
-        for number in {fragment_of(missed, self.fragments) for missed in range(self.seq + 1, seq + 1)}:
+        missed = range(self.seq + 1, seq + 1)[-self.fragments :]
+        for number in {fragment_of(one, self.fragments) for one in missed}:
             part = self.plan.layout.fragments(self.fragments)[number]
             self.base[part] = own[part]
 
@@ -474,8 +475,6 @@ class Client:
             tokens=self.step * self.step_tokens,
             started_tokens=self.round * self.round_tokens,
             values=values,
-            metrics={"train_loss": self.train_loss} if self.reports else {},
-            epsilon=self.account.epsilon() if self.account is not None else None,
             codec=codec,
             fragment=number,
             fragments=self.fragments,
@@ -659,9 +658,11 @@ class Client:
         self.trainer.write(arrays["theta"])
         self.common.restore(arrays)
         self.outbox.restore(meta["outbox"], arrays)
+        self.outbox.limit_tokens(self.round_tokens)
         if "in_flight" in meta:
             kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
-            self.in_flight = kept[0] if kept else Update(**meta["in_flight"], values=arrays["in_flight"])
+            update = kept[0] if kept else revived(meta["in_flight"], arrays["in_flight"])
+            self.in_flight = limited(update, self.round_tokens)
         prefix = "optimizer."
         self.trainer.load_optimizer_state(
             {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

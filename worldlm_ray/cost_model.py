@@ -9,7 +9,6 @@ losses, attention, residuals; nodes follow their parent whole where `merge` is a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,7 +153,7 @@ class CostClient:
         return 0.0
 
     def update(self) -> Update:
-        """The finished round as an update: its header is as long as that of a client that trains."""
+        """The finished round as an update."""
         self.seq += 1
         self.began = False
         update = Update(
@@ -164,7 +163,6 @@ class CostClient:
             tokens=self.round_tokens,
             started_tokens=self.round * self.round_tokens,
             values=NOTHING,
-            metrics={"train_loss": math.nan},
             base_incarnation=self.base_incarnation,
         )
         self.outbox.add(update)

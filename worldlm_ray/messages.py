@@ -14,8 +14,7 @@ the whole model, which is fragment 0 of 1.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -23,9 +22,19 @@ import numpy as np
 
 from worldlm_ray.compression import CODECS, Bytes, decode, encode, nbytes
 from worldlm_ray.errors import MessageError
-from worldlm_ray.params import Flat, Layout
+from worldlm_ray.limits import (
+    HEADER_BYTES,
+    LARGEST_COUNT,
+    LARGEST_NORM,
+    LARGEST_SHARE,
+    LONGEST_PATH,
+    checked,
+    header_bytes,
+    shown,
+)
+from worldlm_ray.params import Flat, Layout, rough_norm
 
-SCHEMA = 5
+SCHEMA = 6
 """Version of the message schema; a receiver refuses any other."""
 
 
@@ -66,8 +75,6 @@ class Update:
     """Tokens of all local rounds that were begun below this child since the run began."""
     values: Flat
     """[change of the backbone's fragment | change of the key layers]."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    epsilon: float | None = None
     residuals: tuple[Residual, ...] = ()
     """What fitted nobody below the sender."""
     codec: str = "fp32"
@@ -134,7 +141,6 @@ _UPDATE = {
     "base_version": int,
     "tokens": int,
     "started_tokens": int,
-    "metrics": dict,
     "codec": str,
     "fragment": int,
     "fragments": int,
@@ -188,32 +194,51 @@ def buffer_of(message: Update | Model) -> Flat | Bytes:
     return encode(message.codec, message.values)
 
 
-def unpack_update(packed: Packed, layout: Layout) -> Update:
+def unpack_update(packed: Packed, layout: Layout, *, residuals: int = 0) -> Update:
     """Check a travelling update and give it back.
 
+    Args:
+        packed: what arrived.
+        layout: the model's layout.
+        residuals: how many of them the sender may pass on.
+
     Raises:
-        MessageError: malformed, wrong_schema, wrong_layout, wrong_fragment, wrong_shape or not_finite.
+        MessageError: malformed, header_too_large, wrong_schema, wrong_layout, wrong_fragment, wrong_shape or
+            not_finite.
     """
-    return Update(**_checked(packed, layout, "update", _UPDATE))
+    return Update(**_checked(packed, layout, "update", _UPDATE, residuals))
 
 
-def unpack_model(packed: Packed, layout: Layout) -> Model:
+def unpack_model(packed: Packed, layout: Layout, *, residuals: int = 0) -> Model:
     """Check a travelling model and give it back.
 
+    Args:
+        packed: what arrived.
+        layout: the model's layout.
+        residuals: how many of them the parent may offer.
+
     Raises:
-        MessageError: malformed, wrong_schema, wrong_layout, wrong_fragment or wrong_shape.
+        MessageError: as `unpack_update`.
     """
-    return Model(**_checked(packed, layout, "model", _MODEL))
+    return Model(**_checked(packed, layout, "model", _MODEL, residuals))
 
 
-def read_header(header: bytes) -> dict[str, Any]:
+def read_header(header: bytes, *, most_bytes: int = HEADER_BYTES) -> dict[str, Any]:
     """The header's fields.
 
+    Args:
+        header: as it arrived.
+        most_bytes: a longer one is not parsed.
+
     Raises:
-        MessageError: malformed.
+        MessageError: malformed or header_too_large.
     """
+    if not isinstance(header, bytes):
+        raise MessageError("malformed", f"the header is of type {type(header).__name__}, expected bytes")
+    if len(header) > most_bytes:
+        raise MessageError("header_too_large", f"the header has {len(header)} bytes, expected at most {most_bytes}")
     try:
-        fields = msgpack.unpackb(header)
+        fields = msgpack.unpackb(header, max_ext_len=0)
     except Exception as error:
         raise MessageError("malformed", f"the header is not msgpack ({type(error).__name__})") from error
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
@@ -221,38 +246,41 @@ def read_header(header: bytes) -> dict[str, Any]:
     return fields
 
 
-def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type]) -> dict[str, Any]:
-    fields = read_header(packed.header)
-    if fields.pop("schema", None) != SCHEMA:
-        raise MessageError("wrong_schema", f"expected message schema {SCHEMA}: run one version everywhere")
+def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type], most_residuals: int) -> dict[str, Any]:
+    fields = read_header(packed.header, most_bytes=header_bytes(layout, most_residuals))
+    if (got := fields.pop("schema", None)) != SCHEMA:
+        text = f"got message schema {shown(got)}, expected {SCHEMA}: run one version everywhere"
+        raise MessageError("wrong_schema", text)
     if fields.pop("kind", None) != kind:
         raise MessageError("malformed", f"expected a message of kind {kind}")
-    got = fields.pop("layout", None)
-    if got != layout.hash:
-        raise MessageError("wrong_layout", f"got layout {got}, expected {layout.hash}: use one model config everywhere")
-    codec = _field("codec", fields.get("codec", "fp32"), str)
+    if (got := fields.pop("layout", None)) != layout.hash:
+        text = f"got layout {shown(got)}, expected {layout.hash}: use one model config everywhere"
+        raise MessageError("wrong_layout", text)
+    codec = checked("codec", fields.get("codec", "fp32"), str)
     size = _elements(fields, layout)
     _check_shape(packed.values, codec, size)
-    fields["residuals"] = tuple(_residual(each, layout) for each in _field("residuals", fields.get("residuals"), list))
+    residuals = checked("residuals", fields.get("residuals"), list, longest=most_residuals)
+    fields["residuals"] = tuple(_residual(each, layout) for each in residuals)
     for name, kind_ in schema.items():
-        fields[name] = _field(name, fields.get(name), kind_)
-    if fields.get("epsilon") is not None:
-        fields["epsilon"] = _field("epsilon", fields["epsilon"], float)
-    unknown = set(fields) - set(schema) - {"residuals"} - ({"epsilon"} if kind == "update" else set())
-    if unknown:
-        raise MessageError("malformed", f"unknown fields {sorted(unknown)}")
+        fields[name] = checked(name, fields.get(name), kind_, most=_MOST.get(name, LARGEST_COUNT))
+    if unknown := set(fields) - set(schema) - {"residuals"}:
+        raise MessageError("malformed", f"unknown fields {shown(sorted(unknown))}")
     return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, size)}
+
+
+_MOST = {"progress": 1.0, "share": LARGEST_SHARE}
+"""Fields whose largest value is another one than that of all counts."""
 
 
 def _elements(fields: dict[str, Any], layout: Layout) -> int:
     """Elements of a message's buffer, after a look at which fragment it says that it carries."""
-    fragment, fragments = (_field(name, fields.get(name), int) for name in ("fragment", "fragments"))
+    fragment, fragments = (checked(name, fields.get(name), int) for name in ("fragment", "fragments"))
     try:
         part = layout.fragments(fragments)[fragment]
     except (ValueError, IndexError) as error:
         raise MessageError("wrong_fragment", f"there is no fragment {fragment} of {fragments}") from error
     if "seq" in fields:
-        seq = _field("seq", fields["seq"], int)
+        seq = checked("seq", fields["seq"], int)
         if fragment != fragment_of(seq, fragments):
             expected = fragment_of(seq, fragments)
             raise MessageError("wrong_fragment", f"got fragment {fragment} with seq {seq}, expected {expected}")
@@ -261,7 +289,7 @@ def _elements(fields: dict[str, Any], layout: Layout) -> int:
 
 def _check_shape(values: Any, codec: str, size: int) -> None:
     if codec not in CODECS:
-        raise MessageError("malformed", f"codec is {codec!r}, expected one of {', '.join(CODECS)}")
+        raise MessageError("malformed", f"codec is {shown(codec)}, expected one of {', '.join(CODECS)}")
     kind, shape = (np.float32, (size,)) if codec == "fp32" else (np.uint8, (nbytes(codec, size),))
     if not isinstance(values, np.ndarray) or values.dtype != kind or values.shape != shape:
         got = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
@@ -272,22 +300,13 @@ def _residual(raw: Any, layout: Layout) -> Residual:
     sizes = {layer.name: layer.stop - layer.start for layer in layout.key_layers}
     if not isinstance(raw, dict) or set(raw) != {"origin", "layer", "tokens", "age", "values"}:
         raise MessageError("malformed", "a residual is not a mapping of its five fields")
-    kinds = {"origin": str, "layer": str, "tokens": float, "age": int, "values": bytes}
-    fields = {name: _field(f"residual.{name}", raw[name], kind) for name, kind in kinds.items()}
-    if len(fields["values"]) != 4 * sizes.get(fields["layer"], -1):
-        raise MessageError("wrong_shape", f"a residual of {fields['layer']!r} has {len(fields['values'])} bytes")
+    origin, layer = (checked(f"residual.{name}", raw[name], str, longest=LONGEST_PATH) for name in ("origin", "layer"))
+    kinds = {"tokens": float, "age": int, "values": bytes}
+    longest = 4 * max(sizes.values(), default=0)
+    fields = {name: checked(f"residual.{name}", raw[name], kind, longest=longest) for name, kind in kinds.items()}
+    if len(fields["values"]) != 4 * sizes.get(layer, -1):
+        raise MessageError("wrong_shape", f"a residual of {shown(layer)} has {len(fields['values'])} bytes")
     values = np.frombuffer(fields["values"], np.float32)
-    if not np.isfinite(values).all():
-        raise MessageError("not_finite", f"nan or infinity in a residual of {fields['layer']!r}")
-    return Residual(**(fields | {"values": values}))
-
-
-def _field(name: str, value: Any, kind: type) -> Any:
-    """One header field, checked; whole numbers pass as floats."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise MessageError("malformed", f"{name} is {value!r}, expected {kind.__name__}")
-    if isinstance(value, int | float) and not 0 <= value < math.inf:
-        raise MessageError("malformed", f"{name} is {value!r}, expected a finite number that is not negative")
-    return value
+    if not rough_norm(values) <= LARGEST_NORM:
+        raise MessageError("not_finite", f"nan, infinity or a norm above {LARGEST_NORM:g} in a residual of {layer!r}")
+    return Residual(**(fields | {"origin": origin, "layer": layer, "values": values}))

@@ -27,6 +27,7 @@ from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
 from worldlm_ray.params import Flat, Layout, frozen
 from worldlm_ray.privacy.account import ledger_folder
 from worldlm_ray.privacy.contributions import Contributions
+from worldlm_ray.quotas import quotas
 from worldlm_ray.training import deepspeed_config
 from worldlm_ray.tree import NodeSpec
 
@@ -130,6 +131,7 @@ class Plan:
             codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
             fragments=spec.settings.exchange.fragments if spec.kind != "world" else 1,
             child_fragments=spec.children[0].settings.exchange.fragments,
+            quotas=quotas(spec, self.round_tokens, self.config.budget),
         )
 
     def _may_come_late(self, spec: NodeSpec, parent: NodeSpec) -> bool:

@@ -57,7 +57,7 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.aggregation.outbox import Welcome, believed
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.client import Client
 from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
@@ -519,6 +519,10 @@ class Simulation:
         node, name = self.clients.get(child) or self.nodes[child], self.specs[child].name
 
         def welcomed(welcome: Welcome) -> None:
+            welcome, doubt = believed(welcome, seq=node.seq)
+            if doubt:
+                said = f"its parent's welcome is not believed: {doubt}"
+                self._record(LifeRecord(node=child, now_s=self.now_s, event="warning", detail=said))
             self._joined[child] = welcome.incarnation
             node.welcomed(welcome)
             if child in self.clients:

@@ -26,8 +26,6 @@ def update(layout: Layout, **changes: Any) -> Update:
         "tokens": 4_096,
         "started_tokens": 12_288,
         "values": np.arange(layout.size, dtype=np.float32),
-        "metrics": {"train_loss": 2.5},
-        "epsilon": 0.75,
     }
     return Update(**fields | changes)
 
@@ -67,11 +65,6 @@ def refusal(packed: Packed, layout: Layout) -> str:
 
 def test_an_update_comes_back_equal(layout: Layout) -> None:
     sent = update(layout)
-    assert same(unpack_update(pack(sent, layout), layout), sent)
-
-
-def test_an_update_without_epsilon_comes_back_equal(layout: Layout) -> None:
-    sent = update(layout, epsilon=None, metrics={})
     assert same(unpack_update(pack(sent, layout), layout), sent)
 
 
@@ -163,7 +156,7 @@ def test_another_shape_is_refused(layout: Layout, values: Any) -> None:
     assert refusal(Packed(pack(update(layout), layout).header, values), layout) == "wrong_shape"
 
 
-@pytest.mark.parametrize("field", ["sender", "seq", "base_version", "tokens", "started_tokens", "metrics"])
+@pytest.mark.parametrize("field", ["sender", "seq", "base_version", "tokens", "started_tokens"])
 @pytest.mark.parametrize("value", [..., None, b"raw", [1], True])
 def test_a_field_that_is_missing_or_of_another_type_is_malformed(layout: Layout, field: str, value: Any) -> None:
     assert refusal(with_header(pack(update(layout), layout), **{field: value}), layout) == "malformed"
@@ -185,11 +178,6 @@ def test_a_models_number_that_is_none_is_malformed(layout: Layout, field: str, v
 @pytest.mark.parametrize("changes", [{"extra": 1}, {"values": [1.0]}, {"": None}])
 def test_an_unknown_field_is_malformed(layout: Layout, changes: dict[str, Any]) -> None:
     assert refusal(with_header(pack(update(layout), layout), **changes), layout) == "malformed"
-
-
-@pytest.mark.parametrize("value", ["a lot", [1], -1.0, math.nan])
-def test_an_epsilon_that_is_no_number_is_malformed(layout: Layout, value: Any) -> None:
-    assert refusal(with_header(pack(update(layout), layout), epsilon=value), layout) == "malformed"
 
 
 def test_random_damage_is_refused_or_harmless(layout: Layout) -> None:
@@ -219,7 +207,6 @@ def test_random_damage_is_refused_or_harmless(layout: Layout) -> None:
             continue
         assert received.values is packed.values
         assert isinstance(received.sender, str)
-        assert isinstance(received.metrics, dict)
         for count in (received.seq, received.base_version, received.tokens, received.started_tokens):
             assert isinstance(count, int)
             assert count >= 0

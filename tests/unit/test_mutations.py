@@ -78,6 +78,7 @@ def digest(node: Node) -> str:
     """Everything that a node is, but for its count of refusals."""
     meta, arrays = node.state()
     meta.pop("refused")
+    meta.pop("arrived")
     found = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(arrays):
         found.update(name.encode() + arrays[name].tobytes())
@@ -127,7 +128,7 @@ def test_mutated_messages_are_refused_by_name_and_change_nothing(layout: Layout,
     chance, node, seen = random.Random(0), a_node(layout), Counter[str]()
     keys = layout.key_layers[0]
     residual = Residual(
-        origin="world/b", layer=keys.name, tokens=3.0, age=1, values=np.ones(keys.stop - keys.start, np.float32)
+        origin="world/a", layer=keys.name, tokens=3.0, age=1, values=np.ones(keys.stop - keys.start, np.float32)
     )
     for number in range(1, many(1_000) + 1):
         update = Update(

@@ -168,7 +168,7 @@ def test_a_layer_that_does_not_fit_reaches_the_sibling_that_it_fits_or_rises() -
     push(ours, "b", 1, 1, 0, -1, 2)
     [serve] = [c for c in ours.handle(Pull(child="b", started_tokens=0, now_s=0.0)) if hasattr(c, "model")]
     assert [r.name for r in serve.model.residuals] == ["head of world/europe/a"]
-    assert unpack_model(pack(serve.model, LAYOUT), LAYOUT).residuals[0].values.tolist() == [-1, 1]
+    assert unpack_model(pack(serve.model, LAYOUT), LAYOUT, residuals=1).residuals[0].values.tolist() == [-1, 1]
     ours.begin_exchange()
     ours.handle(ParentModel(model=replace(serve.model, version=0), now_s=0.0))
     ours.residuals.fits.clear()
@@ -205,5 +205,5 @@ def broken(change: dict[str, Any]) -> Packed:
 )
 def test_a_broken_residual_is_refused_with_its_update(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(MessageError) as error:
-        unpack_update(broken(change), LAYOUT)
+        unpack_update(broken(change), LAYOUT, residuals=1)
     assert error.value.reason == reason

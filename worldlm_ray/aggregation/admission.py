@@ -3,43 +3,99 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from worldlm_ray.aggregation.events import ACCEPTED, Verdict
+from worldlm_ray.aggregation.events import ACCEPTED, Event, Joined, Verdict
+from worldlm_ray.aggregation.quota import Quota
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import MessageError
+from worldlm_ray.limits import LARGEST_COUNT, LARGEST_NORM, MOST_RESTARTS, MOST_SKIPPED, checked
 from worldlm_ray.messages import Packed, Update, read_header
 from worldlm_ray.params import rough_norm
 
-LARGEST_NORM = 1e15
-"""Of an update: its square, and sums of it over tokens and children, stay far inside fp32."""
+TRAINED = ("stale", "not_finite", "norm_exceeded", "too_soon", "privacy_exhausted")
+"""Refusals of an update that was trained and will not come again: its tokens are spent."""
+_PLAIN = {"child": str, "sender": str, "incarnation": int, "to": int, "seq": int, "started_tokens": int}
+"""Fields of an event that a child gives."""
 
 
-def judge(
-    update: Update,
-    *,
-    rules: AggregationConfig,
-    last_seq: int | None,
-    version: int,
-    incarnation: int = 1,
-    waiting: str | None = None,
-    exhausted: bool = False,
-) -> Verdict:
+@dataclass(frozen=True, kw_only=True)
+class Sender:
+    """What a node knows of the child that sent an update."""
+
+    last_seq: int | None = 0
+    """Highest seq accepted from it; None if it is not a child."""
+    seen_seq: int = 0
+    """Highest seq judged, refusals included."""
+    waiting: str | None = None
+    """Name of the refusal if its last update is not in a version yet, and none may join it there."""
+    exhausted: bool = False
+    """Whether its privacy budget holds no further update."""
+    quota: Quota | None = None
+    """What it may claim; None where nobody has said."""
+
+
+def check_plain(event: Event) -> None:
+    """Check the type and the size of what a call brings beside a message, before the event changes anything.
+
+    Raises:
+        MessageError: malformed.
+    """
+    for name, value in vars(event).items():
+        if name in _PLAIN:
+            jumps = name == "incarnation" and isinstance(event, Joined)  # has a limit and a name of its own
+            checked(name, value, _PLAIN[name], most=math.inf if jumps else LARGEST_COUNT)
+    if getattr(event, "fragment", None) is not None:
+        checked("fragment", event.fragment, int)  # type: ignore[union-attr]
+
+
+def check_incarnation(child: str, incarnation: int, *, known: int) -> None:
+    """Refuse a join by which every later life of the child would be superseded.
+
+    Raises:
+        MessageError: implausible_incarnation.
+    """
+    if incarnation > known + MOST_RESTARTS:
+        got = f"{child} joins as incarnation {incarnation}, and {known} is known: at most {MOST_RESTARTS} more"
+        raise MessageError("implausible_incarnation", got)
+
+
+def check_residuals(update: Update, path: str, quota: Quota | None) -> None:
+    """Refuse residuals that the sender cannot have: of nodes that are not below it, or of too many tokens.
+
+    Args:
+        update: the update that brings them.
+        path: of the node that it has come to.
+        quota: the sender's.
+
+    Raises:
+        MessageError: wrong_origin or too_many_tokens.
+    """
+    below = f"{path}/{update.sender}/"
+    for residual in update.residuals:
+        if not f"{residual.origin}/".startswith(below):
+            got = f"a residual of {residual.origin}, expected one of {path}/{update.sender} or of a node below it"
+            raise MessageError("wrong_origin", got)
+        if quota is not None and residual.tokens > quota.update_tokens:
+            got = f"a residual of {residual.tokens:g} tokens, expected at most {quota.update_tokens}"
+            raise MessageError("too_many_tokens", got)
+
+
+def judge(update: Update, *, rules: AggregationConfig, sender: Sender, version: int, incarnation: int = 1) -> Verdict:
     """Decide about a well-formed update.
 
     Args:
         update: the update.
         rules: max_staleness and max_update_norm.
-        last_seq: highest seq accepted from this sender; None if it is not a child.
+        sender: what the node knows of the child.
         version: the node's version now.
         incarnation: the node's.
-        waiting: name of the refusal if the sender's last update is not in a version yet, and none may join it there.
-        exhausted: whether the sender's privacy budget holds no further update.
     """
     tau = version - update.base_version
     if update.base_incarnation < incarnation:
         # Versions that this node had published before it died and went back: they were never older than this one.
         tau = max(tau, 0)
-    reason, detail = _standing(update, rules, last_seq, tau, waiting, exhausted)
+    reason, detail = _standing(update, rules, sender, tau)
     if reason == ACCEPTED and update.base_incarnation > incarnation:
         reason, detail = "future_version", f"from incarnation {update.base_incarnation} of this node"
     if reason == ACCEPTED:
@@ -54,17 +110,21 @@ def judge(
     )
 
 
-def _standing(
-    update: Update, rules: AggregationConfig, last_seq: int | None, tau: int, waiting: str | None, exhausted: bool
-) -> tuple[str, str]:
-    """Who sent it, whether it was seen before, and how old it is."""
-    if last_seq is None:
+def _standing(update: Update, rules: AggregationConfig, sender: Sender, tau: int) -> tuple[str, str]:
+    """Who sent it, whether it was seen before, what it claims, and how old it is."""
+    if sender.last_seq is None:
         return "unknown_sender", f"there is no child {update.sender!r}"
-    if update.seq <= last_seq:
-        return "duplicate", f"seq {update.seq} after {last_seq}"
-    if waiting is not None:
-        return waiting, "an aggregation takes one update of each child"
-    if exhausted:
+    if update.seq <= sender.last_seq:
+        return "duplicate", f"seq {update.seq} after {sender.last_seq}"
+    if update.seq > max(sender.last_seq, sender.seen_seq) + MOST_SKIPPED:
+        # Every later update of the child would be a duplicate of one that was never made.
+        return "implausible_seq", f"seq {update.seq} after {sender.last_seq}: at most {MOST_SKIPPED} are skipped"
+    if sender.quota is not None and update.tokens > sender.quota.update_tokens:
+        got = f"got {update.tokens} tokens, expected at most {sender.quota.update_tokens}"
+        return "too_many_tokens", f"{got} of {update.sender} in one update"
+    if sender.waiting is not None:
+        return sender.waiting, "an aggregation takes one update of each child"
+    if sender.exhausted:
         return "privacy_exhausted", f"the privacy budget of {update.sender} holds no further update"
     if tau < 0:
         return "future_version", f"from version {update.base_version}, this node is at {update.base_version + tau}"
@@ -87,17 +147,23 @@ def _values(update: Update, rules: AggregationConfig) -> tuple[str, str]:
     return ACCEPTED, ""
 
 
-def refuse_malformed(packed: Packed, error: MessageError, *, version: int) -> Verdict:
+def refuse_malformed(packed: Packed, error: MessageError, *, version: int, most_bytes: int) -> Verdict:
     """The verdict about a message that could not be read, with whatever its header still says."""
     try:
-        fields = read_header(packed.header)
+        fields = read_header(packed.header, most_bytes=most_bytes)
     except MessageError:
         fields = {}
-    seq, base = fields.get("seq"), fields.get("base_version")
+
+    def said(name: str) -> int:
+        try:
+            return int(checked(name, fields.get(name), int))
+        except MessageError:
+            return 0
+
     return Verdict(
         reason=error.reason,
-        seq=seq if isinstance(seq, int) else 0,
-        base_version=base if isinstance(base, int) else 0,
+        seq=said("seq"),
+        base_version=said("base_version"),
         version=version,
         tau=0,
         detail=error.detail,

@@ -29,8 +29,9 @@ class Verdict:
     """What a node decided about an update, and why."""
 
     reason: str
-    """`accepted`, or: malformed, wrong_schema, wrong_layout, wrong_fragment, wrong_shape, unknown_sender, superseded,
-    restarted, duplicate, out_of_turn, too_soon, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
+    """`accepted`, or: malformed, header_too_large, wrong_schema, wrong_layout, wrong_fragment, wrong_shape,
+    wrong_origin, unknown_sender, superseded, restarted, duplicate, implausible_seq, too_many_tokens, out_of_turn,
+    too_soon, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
     seq: int
     base_version: int
     version: int
@@ -125,9 +126,8 @@ Event = Push | Pull | ParentModel | Done | Left | Joined | Beat | Clock
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Tell a child what became of its update."""
+    """Tell the child that pushed what became of its update."""
 
-    child: str
     verdict: Verdict
 
 

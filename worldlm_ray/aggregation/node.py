@@ -23,7 +23,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from worldlm_ray.aggregation.admission import judge, refuse_malformed
+from worldlm_ray.aggregation.admission import (
+    TRAINED,
+    Sender,
+    check_incarnation,
+    check_plain,
+    check_residuals,
+    judge,
+    refuse_malformed,
+)
 from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
@@ -49,14 +57,16 @@ from worldlm_ray.aggregation.events import (
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
-from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields
+from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields, limited, revived
 from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
+from worldlm_ray.aggregation.quota import Quota, Quotas
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.compression import lossy, memory
 from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig, Trigger, unknown_name
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
+from worldlm_ray.limits import header_bytes
 from worldlm_ray.messages import Model, Update, carried, fragment_of, unpack_update
 from worldlm_ray.params import Flat, Layout, difference, frozen
 from worldlm_ray.records import AggregationRecord, AttentionRecord, LifeRecord, PrivacyRecord, VerdictRecord
@@ -75,6 +85,9 @@ class Child:
     durable_seq: int = 0
     """Up to here checkpoints cover what was accepted."""
     started_tokens: int = 0
+    """Tokens of all local rounds begun below it, as far as its quota lets the node believe them."""
+    doubted: bool = False
+    """Whether a warning has said that it claims to have begun more than it can have."""
     active: bool = True
     """False once the child is done or has left."""
     left: bool = False
@@ -130,6 +143,7 @@ class Node:
         codec: how updates travel to the parent.
         fragments: parts of the backbone that travel in turn between this node and its parent ...
         child_fragments: ... and between its children and this node.
+        quotas: what the node and its children may claim; no limits without.
     """
 
     def __init__(
@@ -152,12 +166,16 @@ class Node:
         codec: str = "fp32",
         fragments: int = 1,
         child_fragments: int = 1,
+        quotas: Quotas | None = None,
     ) -> None:
         self.incarnation = 1
         """How often this node has been started: for the shell to set."""
         self.liveness = liveness
         self.save_every, self.min_clients = save_every, min_clients
         self.privacy = privacy
+        self.quota = None if quotas is None else quotas.own
+        self.quotas: dict[str, Quota] = {} if quotas is None else dict(quotas.children)
+        """By child; a shell adds that of one that has come since the plan was made."""
         self.contributions = dict(contributions or {})
         """Updates of clients that their ledgers have paid for."""
         self.path, self.aggregation, self.layout = path, aggregation, layout
@@ -224,6 +242,8 @@ class Node:
         """Whether its children wait until it has heard its parent: the first of them to be there has come."""
         self.accepted = 0
         self.refused: dict[str, int] = {}
+        self.arrived: dict[str, tuple[int, int]] = {}
+        """By child, of its updates that were accepted, or refused for what they held: highest seq, and all tokens."""
         self._fold: Fold | None = None
         self._made: Flat | None = None
         """The buffer that the published model lies in, if an aggregation has made it."""
@@ -248,15 +268,21 @@ class Node:
         `saved` and `use_shared_copy` are calls, not events.
 
         Raises:
-            MessageError: unknown_sender, superseded or restarted: the event changes nothing. (A push is answered.)
+            MessageError: malformed, unknown_sender, superseded, restarted or implausible_incarnation: the event
+                changes nothing. (A push of which the header can be read is answered.)
         """
         commands: list[Command] = []
+        check_plain(event)
         if self.now_s < event.now_s < math.inf:
             self.now_s = event.now_s
         elif event.now_s != self.now_s:  # of a clock that is behind the one that this node's last life was told
             event = replace(event, now_s=self.now_s)
         if isinstance(event, Word):
             self._check(event.child, event.incarnation, to=event.to)
+        elif isinstance(event, Joined):
+            self._check(event.child, event.incarnation, to=self.incarnation)
+            known = self.children.get(event.child, Child()).incarnation
+            check_incarnation(event.child, event.incarnation, known=known)
         if isinstance(event, Push | Pull | Beat | Joined):
             commands += self._hear(event.sender if isinstance(event, Push) else event.child, event.now_s)
         if isinstance(event, Push):
@@ -331,7 +357,6 @@ class Node:
         return self._awaited == len(self.children)
 
     def _join(self, event: Joined) -> list[Command]:
-        self._check(event.child, event.incarnation, to=self.incarnation)
         commands: list[Command] = []
         known = self.children.get(event.child)
         comes = known is None or known.awaited or known.left
@@ -408,17 +433,21 @@ class Node:
     # ---- accepting updates -----------------------------------------------------------------------------------
 
     def _push(self, event: Push) -> list[Command]:
+        quota = self._quota(event.sender)
+        most = self.aggregation.residuals.per_round if quota is None else quota.residuals
         try:
-            update = unpack_update(event.packed, self.layout)
+            update = unpack_update(event.packed, self.layout, residuals=most)
             if update.sender != event.sender:
                 raise MessageError("unknown_sender", f"{event.sender!r} sent an update of {update.sender!r}")
             self._check(event.sender, event.incarnation, to=event.to)
             if update.fragments != self.child_fragments:
                 got = f"got one of {update.fragments} fragments, expected one of {self.child_fragments}"
                 raise MessageError("wrong_fragment", f"{got}: give all children of {self.path} one exchange.fragments")
+            check_residuals(update, self.path, quota)
             verdict = self._judge(update)
         except MessageError as error:
-            update, verdict = None, refuse_malformed(event.packed, error, version=self.version)
+            limit = header_bytes(self.layout, most)
+            update, verdict = None, refuse_malformed(event.packed, error, version=self.version, most_bytes=limit)
         record = VerdictRecord(
             node=self.path,
             now_s=event.now_s,
@@ -432,13 +461,16 @@ class Node:
             detail=verdict.detail,
             incarnation=self.incarnation,
         )
-        if update is None or not verdict.accepted:
-            self.refused[verdict.reason] = self.refused.get(verdict.reason, 0) + 1
+        doubts: list[Command] = []
+        if update is not None and verdict.accepted:
+            doubts = self._accept(update, verdict.tau, event.now_s)
         else:
-            self._accept(update, verdict.tau, event.now_s)
+            self.refused[verdict.reason] = self.refused.get(verdict.reason, 0) + 1
+            if update is not None and verdict.reason in TRAINED:
+                self._settle(update)
         known = self.children.get(event.sender)
         verdict = replace(verdict, durable_seq=known.durable_seq if known is not None else 0)
-        commands: list[Command] = [Answer(child=event.sender, verdict=verdict), Note(record=record)]
+        commands: list[Command] = [Answer(verdict=verdict), Note(record=record), *doubts]
         if verdict.accepted:
             commands = [*self._charge(event.sender, event.now_s), *commands, *self._wake()]
             if known is not None and known.last_seq - known.durable_seq >= self.save_every:
@@ -468,15 +500,42 @@ class Node:
 
     def _judge(self, update: Update) -> Verdict:
         child = self.children.get(update.sender)
-        return judge(
-            update,
-            rules=self.aggregation,
+        sender = Sender(
             last_seq=None if child is None or child.left else child.last_seq,
-            version=self.version,
-            incarnation=self.incarnation,
+            seen_seq=self.arrived.get(update.sender, (0, 0))[0],
             waiting=self._waiting_room() if self._contributed(update.sender) else None,
             exhausted=self._is_exhausted(update.sender),
+            quota=self._quota(update.sender),
         )
+        return judge(update, rules=self.aggregation, sender=sender, version=self.version, incarnation=self.incarnation)
+
+    def _quota(self, child: str) -> Quota | None:
+        """What a child may claim. One that the plan does not know has the largest quota of its siblings."""
+        if not self.quotas:
+            return None
+        return self.quotas.get(child) or max(self.quotas.values(), key=lambda quota: quota.update_tokens)
+
+    def _settle(self, update: Update) -> None:
+        """Its tokens are spent, whatever became of them; of an update that comes twice, once."""
+        seq, tokens = self.arrived.get(update.sender, (0, 0))
+        if update.seq > seq:
+            self.arrived[update.sender] = (update.seq, tokens + update.tokens)
+
+    def _count_started(self, name: str, claimed: int, now_s: float) -> list[Command]:
+        """Believe a child's word about the rounds begun below it as far as its quota goes."""
+        child, quota = self.children[name], self._quota(name)
+        if quota is None:
+            child.started_tokens = max(child.started_tokens, claimed)
+            return []
+        settled = self.arrived.get(name, (0, 0))[1]
+        counted = quota.counted(claimed, settled=settled)
+        child.started_tokens = max(child.started_tokens, counted)
+        if child.doubted or quota.is_plausible(claimed, settled=settled):
+            return []
+        child.doubted = True
+        said = f"says that {claimed} tokens are begun, and updates of {settled} have come: {counted} are counted"
+        record = LifeRecord(node=f"{self.path}/{name}", now_s=now_s, event="warning", detail=said)
+        return [Note(record=record)]
 
     def _waiting_room(self) -> str | None:
         """How a second update of a child for the same aggregation is refused, if it is."""
@@ -485,16 +544,17 @@ class Node:
         # Twice in one sum, a private client would move it by twice what the noise covers.
         return "too_soon" if self.privacy is not None else None
 
-    def _accept(self, update: Update, tau: int, now_s: float) -> None:
-        child = self.children[update.sender]
-        child.last_seq = update.seq
-        child.started_tokens = max(child.started_tokens, update.started_tokens)
+    def _accept(self, update: Update, tau: int, now_s: float) -> list[Command]:
+        self._settle(update)
+        self.children[update.sender].last_seq = update.seq
+        doubts = self._count_started(update.sender, update.started_tokens, now_s)
         self.accepted += 1
         if not self.synchronous:
             self._fold_in(update, tau, now_s)
-            return
+            return doubts
         self._held[update.sender] = (update, tau)
         self._fold_held(now_s)
+        return doubts
 
     def _fold_held(self, now_s: float) -> None:
         """Synchronous mode: fold those held updates whose turn has come."""
@@ -535,9 +595,9 @@ class Node:
             commands += self._aggregate(now_s)
         if self._exchange_due():
             self._exchange_asked = True
-            commands.append(Exchange())
+            commands += [*self._left_over(now_s), Exchange()]
         for name in [name for name in self._waiting if self._may_serve(name)]:
-            commands.append(Serve(child=name, model=self._serve(name, now_s)))
+            commands += self._serve(name, now_s)
         if self._all_ended() and not self.ended:
             self.ended = True
             commands.append(Finish())
@@ -644,6 +704,14 @@ class Node:
             return False
         return not self._active or self.unpushed_aggregations >= self.aggregation.push_every
 
+    def _left_over(self, now_s: float) -> list[Command]:
+        """A warning where the next update cannot claim all tokens that have gathered for it."""
+        if self.quota is None or self.unpushed_tokens <= self.quota.update_tokens:
+            return []
+        most, gathered = self.quota.update_tokens, self.unpushed_tokens
+        said = f"{gathered} tokens have gathered for one update, which may claim {most}: the rest goes with the next"
+        return [Note(record=LifeRecord(node=self.path, now_s=now_s, event="warning", detail=said))]
+
     def begin_exchange(self) -> Update:
         """The update that an Exchange command asks to send; to be called before the next event.
 
@@ -664,11 +732,13 @@ class Node:
         np.subtract(self.theta[split:], self.parent_keys, out=values[size:])
         values = lossy(self.codec, values, None if self.lost is None else self.lost[part])
         self.seq += 1
+        most = self.unpushed_tokens if self.quota is None else self.quota.update_tokens
+        tokens = min(self.unpushed_tokens, most)
         self.in_flight = Update(
             sender=self.path.rsplit("/", 1)[-1],
             seq=self.seq,
             base_version=self.base_version,
-            tokens=self.unpushed_tokens,
+            tokens=tokens,
             started_tokens=self.started_tokens,
             values=frozen(values),
             residuals=self.residuals.rise(),
@@ -680,7 +750,7 @@ class Node:
         self._begin_fragment(number)
         for child in self.children.values():
             child.pushed, child.share = child.pushed + child.share, 0.0
-        self.unpushed_aggregations, self.unpushed_tokens = 0, 0
+        self.unpushed_aggregations, self.unpushed_tokens = 0, self.unpushed_tokens - tokens
         return self.in_flight
 
     @property
@@ -793,16 +863,17 @@ class Node:
         """Whether a child's update waits in the aggregation that is being made."""
         return name in self._held or (self._fold is not None and name in self._fold.contributors)
 
-    def _serve(self, name: str, now_s: float) -> Model:
+    def _serve(self, name: str, now_s: float) -> list[Command]:
+        doubts: list[Command] = []
         child, (started, fragment) = self.children[name], self._waiting.pop(name)
         if not self.has_parent and not self.synchronous:
             # In synchronous mode this is settled once per version instead, so that all children hear the same.
             self._spend(now_s)
         if not self.finished:
-            child.started_tokens = max(child.started_tokens, started)
+            doubts = self._count_started(name, started, now_s)
         model = self.model(name, fragment)
         child.share = child.pushed = 0.0
-        return model
+        return [*doubts, Serve(child=name, model=model)]
 
     def model(self, child: str, fragment: int | None = None) -> Model:
         """The published model, or one fragment of it, as this child would get it."""
@@ -873,6 +944,7 @@ class Node:
             del child["durable_seq"], child["heard_s"], child["gaps"], child["gone"]
         meta["layout"], meta["optimizer_steps"] = self.layout.hash, list(self.optimizer.steps)
         meta["fragments"] = [self.fragments, self.child_fragments]
+        meta["arrived"] = dict(self.arrived)
         meta["contributions"], meta["wants_news"] = dict(self.contributions), self.wants_news
         if self._fold is not None:
             arrays |= {f"fold.{name}": values for name, values in self._fold.arrays().items()}
@@ -936,6 +1008,8 @@ class Node:
         mine = {n: c for n, c in meta["children"].items() if self.privacy is None or n in self.children}
         for name, child in mine.items():
             self.children[name] = Child(**(child | {"durable_seq": child["last_seq"], "gone": child["left"]}))
+        before = {name: (child.last_seq, child.started_tokens) for name, child in self.children.items()}
+        self.arrived = {name: (seq, tokens) for name, (seq, tokens) in meta.get("arrived", before).items()}
         self._count_children()
         # The budget may be larger than it was: a federation hears from its parent, the world counts again.
         self.finished = False
@@ -955,9 +1029,13 @@ class Node:
         self._fold, self._held, self._waiting, self.in_flight = None, {}, {}, None
         self.is_sent, self._covered_seq = False, self.seq
         self.outbox.restore(meta["outbox"], arrays)
+        if self.quota is not None:
+            self.outbox.limit_tokens(self.quota.update_tokens)
         if "in_flight" in meta:
             kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
-            self.in_flight = kept[0] if kept else Update(**meta["in_flight"], values=arrays["in_flight"])
+            self.in_flight = kept[0] if kept else revived(meta["in_flight"], arrays["in_flight"])
+            if self.quota is not None:
+                self.in_flight = limited(self.in_flight, self.quota.update_tokens)
         if "fold" in meta:
             self._fold = self._new_fold(0.0)
             buffers = {k.removeprefix("fold."): values for k, values in arrays.items() if k.startswith("fold.")}
@@ -965,7 +1043,7 @@ class Node:
         for name, entry in meta["held"].items():
             if name not in self.children:
                 continue
-            self._held[name] = (Update(**entry["update"], values=arrays[f"held.{name}"]), entry["tau"])
+            self._held[name] = (revived(entry["update"], arrays[f"held.{name}"]), entry["tau"])
 
 
 def require_fragments(path: str, got: int, known: int) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from worldlm_ray.aggregation.events import ACCEPTED, Verdict
+from worldlm_ray.errors import MessageError
+from worldlm_ray.limits import MOST_SKIPPED, checked
 from worldlm_ray.messages import Update
 from worldlm_ray.params import Flat
 
@@ -33,6 +35,28 @@ class Welcome:
     """Highest seq that it has accepted from this child."""
     durable_seq: int
     """Highest seq that its checkpoints cover."""
+
+
+def believed(welcome: Welcome, *, seq: int) -> tuple[Welcome, str]:
+    """What a child believes of its parent's welcome: no number by which it would skip rounds or drop updates unbounded.
+
+    Args:
+        welcome: the parent's.
+        seq: of the last update that the child knows it has made.
+
+    Returns:
+        The welcome with what cannot be replaced by what the child knows, and what was wrong; empty if nothing was.
+
+    Raises:
+        MessageError: malformed: it does not even say which life of the parent it comes from.
+    """
+    checked("welcome.incarnation", welcome.incarnation, int)
+    try:
+        last = checked("last_seq", welcome.last_seq, int, most=seq + MOST_SKIPPED)
+        checked("durable_seq", welcome.durable_seq, int, most=last)
+    except MessageError as error:
+        return Welcome(incarnation=welcome.incarnation, last_seq=seq, durable_seq=0), error.detail
+    return welcome, ""
 
 
 class Outbox:
@@ -89,7 +113,24 @@ class Outbox:
 
     def restore(self, entries: list[dict[str, Any]], arrays: dict[str, Flat]) -> None:
         """Become what `state` described."""
-        self._updates = {entry["seq"]: Update(**entry, values=arrays[f"{_ARRAY}{entry['seq']}"]) for entry in entries}
+        self._updates = {entry["seq"]: revived(entry, arrays[f"{_ARRAY}{entry['seq']}"]) for entry in entries}
+
+    def limit_tokens(self, most: int) -> None:
+        """Let no kept update claim more than this: its round may be of a run that was configured otherwise."""
+        self._updates = {seq: limited(update, most) for seq, update in self._updates.items()}
+
+
+def limited(update: Update, most: int) -> Update:
+    """An update that claims no more tokens than its receiver takes."""
+    return replace(update, tokens=min(update.tokens, most))
+
+
+def revived(entry: dict[str, Any], values: Flat) -> Update:
+    """The update that `fields` wrote down; what an earlier version wrote besides is left out."""
+    return Update(**{key: value for key, value in entry.items() if key in _FIELDS}, values=values)
+
+
+_FIELDS = frozenset(Update.__dataclass_fields__) - {"values", "residuals"}
 
 
 def fields(update: Update) -> dict[str, Any]:
