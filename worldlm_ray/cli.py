@@ -183,6 +183,7 @@ def compare(
     """
     from worldlm_ray import rundir
     from worldlm_ray.compare import compare as run
+    from worldlm_ray.comparison_progress import ComparisonProgress
     from worldlm_ray.methods import METHODS
 
     config = _load(conf, overrides or [], None)
@@ -190,22 +191,36 @@ def compare(
     configuration.positive(seeds, "--seeds")
     configuration.positive(jobs, "--jobs")
     folder = Path(out or f"runs/{config.name}-comparison").absolute()
-    total, done = len(names) * seeds, 0
+    total, done = len(dict.fromkeys(names)) * seeds, 0
     console.print(f"{total} runs in {pasted(folder)}", highlight=False, soft_wrap=True)
-
-    def on_done(method: str, seed: int, own: float) -> None:
-        nonlocal done
-        done += 1
-        console.print(f"[{done}/{total}] {method}, seed {seed}: {own:.4f}", markup=False, highlight=False)
-
+    command = " ".join(pasted(word) for word in ["worldlm", *sys.argv[1:]])
     folder.mkdir(parents=True, exist_ok=True)
-    with rundir.held(folder):
-        run(config, names, range(seeds), out=folder, jobs=jobs, on_done=on_done)
-    from worldlm_ray.comparison_report import markdown, summarize, write
+    with rundir.held(folder), ComparisonProgress(console) as progress:
+
+        def on_done(method: str, seed: int, own: float) -> None:
+            nonlocal done
+            done += 1
+            said = f"[{done}/{total}] {method}, seed {seed}: clients' own models {own:.4f} nats/byte"
+            console.print(said, highlight=False, soft_wrap=True)
+
+        run(
+            config,
+            names,
+            range(seeds),
+            out=folder,
+            jobs=jobs,
+            command=command,
+            on_done=on_done,
+            on_progress=progress.show,
+        )
+    from worldlm_ray.comparison_report import summarize, table, write
+    from worldlm_ray.verdict import equal_work, verdict
 
     page = write(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    console.print(markdown(summarize(results)), markup=False, highlight=False, soft_wrap=True)
+    console.print(table(summarize(results)))
+    for sentence in [*verdict(results["runs"]), equal_work(results["runs"])]:
+        console.print(sentence, highlight=False, soft_wrap=not console.is_terminal)
     console.print(f"report: {pasted(page)}", highlight=False, soft_wrap=True)
 
 

@@ -6,7 +6,8 @@ tokens all clients together do, and in asynchronous methods fast ones take more 
 measured on every client's held-out text:
 
     OUT/runs/METHOD-SEED/    the run folder, and measures.json when it is done (a comparison can be continued)
-    OUT/results.json         one row per method, seed and client
+    OUT/results.json         one row per method, seed and client; and what was compared, by which commands and versions
+    OUT/commands.txt         when and how the comparison was begun and continued
     OUT/report/              tables, plots and one HTML page: see worldlm_ray/comparison_report.py
 
 Losses are nats per byte. `own` is a client's own model on its own text; `world` the world's model on that text.
@@ -16,17 +17,23 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import platform
 import shutil
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from worldlm_ray import checkpoint, rundir, tree
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.merge import PARENT, RESIDUAL
-from worldlm_ray.config import RunConfig, from_mapping, to_mapping
+from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, Stand
+from worldlm_ray.config import RunConfig, from_mapping, to_mapping, to_yaml
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.methods import configure, flat_name
@@ -34,11 +41,15 @@ from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord, Record, RoundRecord
 from worldlm_ray.simulate import Simulation, simulate
+from worldlm_ray.tracking import read_status
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.tree import NodeSpec
 
-MEASURES, CURVE = "measures.json", "curve.json"
-
+MEASURES, CURVE, COMMANDS = "measures.json", "curve.json", "commands.txt"
+LOOK_EVERY_S = 1.0
+"""Between two looks at how far the runs are."""
+PACKAGES = ("worldlm_ray", "torch", "numpy")
+"""Whose versions a report names."""
 
 WORLD_POINTS = 24
 """Measurements of the world's model on the way, on a quarter of `evaluation.tokens` of each client's text."""
@@ -113,7 +124,9 @@ def compare(
     *,
     out: Path,
     jobs: int = 1,
+    command: str = "",
     on_done: Callable[[str, int, float], None] = lambda method, seed, own: None,
+    on_progress: Callable[[list[Stand]], None] = lambda stands: None,
 ) -> list[dict[str, Any]]:
     """Run what is missing and gather all results.
 
@@ -123,7 +136,9 @@ def compare(
         seeds: one run per method and seed.
         out: folder of the comparison.
         jobs: processes to run at a time.
+        command: what the user typed, for the report.
         on_done: told about every finished run: method, seed, mean own loss.
+        on_progress: told about once a second how far all runs are.
 
     Returns:
         Rows of results.json.
@@ -140,22 +155,66 @@ def compare(
     for method in methods:  # every error of the configuration shows before the first run
         make_plan(configure(config, method))
     _same_configuration(config, out)
+    _note(command, out)
     wanted = [(method, seed) for seed in seeds for method in methods]
     mapping = to_mapping(config)
     # Fresh processes: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = {pool.submit(run_one, mapping, method, seed, str(out)): (method, seed) for method, seed in wanted}
+        began = time.time()
+        waiting: set[Future[dict[str, Any]]] = set(tasks)
         try:
-            for task in as_completed(tasks):
-                measured = task.result()
-                on_done(*tasks[task], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
+            while waiting:
+                ended, waiting = wait(waiting, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
+                for task in ended:
+                    measured = task.result()
+                    on_done(*tasks[task], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
+                on_progress([_stand(out, method, seed, since=began) for method, seed in wanted])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the first failure is shown now, not after all others
             raise
     found = [_read(out, method, seed) for method, seed in wanted]
     rows = [{"method": entry["method"], "seed": entry["seed"], **row} for entry in found for row in entry["clients"]]
-    (out / "results.json").write_text(json.dumps({"rows": rows, "runs": found}, indent=1), encoding="utf-8")
+    results = {"about": _about(config, out), "rows": rows, "runs": found}
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return rows
+
+
+def _stand(out: Path, method: str, seed: int, *, since: float) -> Stand:
+    """How far one run is, from what its process has written since this comparison began or went on."""
+    folder = out / "runs" / f"{method}-{seed}"
+    state, trained = WAITING, 0.0
+    if (folder / MEASURES).is_file():
+        state, trained = DONE, 1.0
+    elif (folder / CURVE).is_file():
+        # One that an interrupted comparison has trained waits for its turn.
+        state, trained = (MEASURING if (folder / CURVE).stat().st_mtime >= since else WAITING), 1.0
+    else:
+        with suppress(RunError):
+            status = read_status(folder)
+            if float(status.get("updated_at", 0.0)) >= since:
+                state, trained = TRAINING, float(status.get("progress", 0.0))
+    return Stand(method=method, seed=seed, state=state, trained=trained)
+
+
+def _note(command: str, out: Path) -> None:
+    """Keep when and how this comparison was begun or continued."""
+    if command:
+        now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        with (out / COMMANDS).open("a", encoding="utf-8") as file:
+            file.write(f"{now}  {command}\n")
+
+
+def _about(config: RunConfig, out: Path) -> dict[str, Any]:
+    """What a report says beside the results: world, budget, configuration, commands, versions."""
+    file = out / COMMANDS
+    return {
+        "name": config.name,
+        "budget": {unit: value for unit, value in asdict(config.budget).items() if value is not None},
+        "configuration": to_yaml(replace(config, run_dir=None, seed=0)),
+        "commands": file.read_text(encoding="utf-8").splitlines() if file.is_file() else [],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
 
 
 def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tables, plots and one HTML page of a comparison: everything in OUT/report/ from OUT/results.json.
+"""Tables and plots of a comparison: everything in OUT/report/ from OUT/results.json.
 
     gap closed = (L_fedavg - L_method) / (L_fedavg - L_local)
 
@@ -10,35 +10,106 @@ its end: of worldlm+synchronous where it was run, of fedavg elsewhere.
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.text import Text
 
 from worldlm_ray import audit
+from worldlm_ray.comparison_page import page_of
 from worldlm_ray.report import amount
+from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.verdict import against_local, by_method, client_means, equal_work, verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """A column of the table of methods."""
+
+    title: str
+    short: str
+    """Its heading in a terminal."""
+    meaning: str
+    better: Literal["low", "high", ""] = ""
+    """Which value is marked as the best one; none if empty."""
+    rank: int = 0
+    """A terminal that is too narrow hides the highest rank first."""
+
 
 COLUMNS = {
-    "method": "method",
-    "own": "own model, own text (nats/byte)",
-    "spread": "spread over seeds",
-    "world": "world's model, all texts",
-    "gap_closed": "gap closed",
-    "worst_vs_local": "worst client against local",
-    "bytes_up": "bytes up",
-    "bytes_down": "bytes down",
-    "virtual_s": "virtual time (s)",
-    "sooner": "as good as synchronous, times sooner",
+    "method": Quantity(
+        title="method",
+        short="method",
+        meaning="A configuration of the same code (worldlm_ray/methods.py); a variant stands after a plus sign.",
+    ),
+    "own": Quantity(
+        title="own model, own text (nats/byte)",
+        short="own\nnats/byte",
+        meaning="Held-out loss of each client's own model on its own text: mean over clients, then over seeds.",
+        better="low",
+    ),
+    "spread": Quantity(
+        title="spread over seeds",
+        short="over\nseeds",
+        meaning="Largest minus smallest of these means over the seeds; not known with one seed.",
+    ),
+    "world": Quantity(
+        title="world's model, all texts (nats/byte)",
+        short="world\nnats/byte",
+        meaning="Held-out loss of the world's model on every client's text: mean over clients and seeds.",
+        better="low",
+    ),
+    "gains": Quantity(
+        title="clients that gain",
+        short="clients\nthat gain",
+        meaning="Clients whose own loss, in the mean over seeds, is below that of training alone (the method local).",
+        better="high",
+    ),
+    "worst_vs_local": Quantity(
+        title="worst client against local",
+        short="worst\nclient",
+        meaning="Relative change of the own loss against local of the client that does worst; above zero it loses.",
+        better="low",
+    ),
+    "gap_closed": Quantity(
+        title="gap closed",
+        short="gap\nclosed",
+        meaning="How far the way from FedAvg's global model (0) to training alone (1) the own loss goes; above 1 it is "
+        "better than both, where local is better than FedAvg.",
+        rank=2,
+    ),
+    "bytes_up": Quantity(
+        title="bytes up", short="up", meaning="Sent towards the world over all edges, mean over seeds.", rank=3
+    ),
+    "bytes_down": Quantity(
+        title="bytes down", short="down", meaning="Taken from parents over all edges, mean over seeds.", rank=5
+    ),
+    "virtual_s": Quantity(
+        title="virtual time (s)",
+        short="time\n(s)",
+        meaning="Length of the simulated run, mean over seeds: the machines and links are those of the configuration.",
+        rank=1,
+    ),
+    "sooner": Quantity(
+        title="as good as synchronous, times sooner",
+        short="times\nsooner",
+        meaning="How many times earlier, in virtual time, the world's model is as good as the synchronous method's at "
+        "its end (worldlm+synchronous where it was run, else fedavg).",
+        better="high",
+        rank=4,
+    ),
 }
+NO_FEDERATION = ("local", "centralized")
+"""Methods that are no answer to whether clients gain by a federation: not marked as the best there."""
 
 
 def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,29 +118,28 @@ def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         results: the content of results.json.
     """
-    methods = list(dict.fromkeys(run["method"] for run in results["runs"]))
-    by_method = {method: [run for run in results["runs"] if run["method"] == method] for method in methods}
-    fedavg = _mean_loss(by_method.get("fedavg", []), "world")
-    local = _mean_loss(by_method.get("local", []), "own")
-    reference = by_method.get("worldlm+synchronous") or by_method.get("fedavg") or []
-    local_by_client = _by_client(by_method.get("local", []))
+    methods = by_method(results["runs"])
+    alone = methods.get("local", [])
+    fedavg, local = _mean_loss(methods.get("fedavg", []), "world"), _mean_loss(alone, "own")
+    reference = methods.get("worldlm+synchronous") or methods.get("fedavg") or []
     rows = []
-    for method, runs in by_method.items():
+    for method, runs in methods.items():
         own = [statistics.fmean(client["own"] for client in run["clients"]) for run in runs]
         judged = fedavg if method == "fedavg" else statistics.fmean(own)
         gap = None
         if fedavg is not None and local is not None and judged is not None and fedavg != local:
             gap = (fedavg - judged) / (fedavg - local)
-        mine = _by_client(runs)
-        worst = max((mine[c] / local_by_client[c] - 1.0 for c in mine), default=None) if local_by_client else None
+        change = against_local(runs, alone) if alone else {}
         rows.append(
             {
                 "method": method,
                 "own": statistics.fmean(own),
-                "spread": max(own) - min(own),
+                "spread": max(own) - min(own) if len(own) > 1 else None,
                 "world": _mean_loss(runs, "world"),
                 "gap_closed": gap,
-                "worst_vs_local": worst,
+                "gains": sum(value < 0 for value in change.values()) if change else None,
+                "clients": len(client_means(runs)),
+                "worst_vs_local": max(change.values(), default=None),
                 "bytes_up": statistics.fmean(sum(level["bytes_up"] for level in run["levels"]) for run in runs),
                 "bytes_down": statistics.fmean(sum(level["bytes_down"] for level in run["levels"]) for run in runs),
                 "virtual_s": statistics.fmean(run["virtual_s"] for run in runs),
@@ -98,15 +168,6 @@ def _mean_loss(runs: Sequence[dict[str, Any]], which: str) -> float | None:
     return statistics.fmean(losses) if losses else None
 
 
-def _by_client(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean own loss by client, over seeds."""
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        for client in run["clients"]:
-            found.setdefault(client["client"], []).append(client["own"])
-    return {client: statistics.fmean(losses) for client, losses in found.items()}
-
-
 def cell(name: str, value: Any) -> str:
     """A value as the tables show it."""
     if value is None:
@@ -122,11 +183,55 @@ def cell(name: str, value: Any) -> str:
     return f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
+def best(rows: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
+    """The methods with the best value, by column; several where the table shows the same."""
+    found: dict[str, set[str]] = {}
+    for name, quantity in COLUMNS.items():
+        values = {row["method"]: row[name] for row in rows if quantity.better and _is_number(row[name])}
+        if name in ("gains", "worst_vs_local"):
+            values = {method: value for method, value in values.items() if method not in NO_FEDERATION}
+        if len(values) > 1:
+            top = min(values.values()) if quantity.better == "low" else max(values.values())
+            found[name] = {method for method, value in values.items() if cell(name, value) == cell(name, top)}
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and value == value
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row as the tables show it, by column."""
+    shown = {name: cell(name, row[name]) for name in COLUMNS}
+    if row["gains"] is not None:
+        shown["gains"] = f"{row['gains']} of {row['clients']}"
+    return shown
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    lines += ["| " + " | ".join(cell(name, row[name]) for name in COLUMNS) + " |" for row in rows]
+    """The rows as a Markdown table; the best values are bold."""
+    titles, marks = [quantity.title for quantity in COLUMNS.values()], best(rows)
+    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+    for row in rows:
+        cells = _cells(row)
+        bold = [f"**{text}**" if row["method"] in marks.get(name, ()) else text for name, text in cells.items()]
+        lines.append("| " + " | ".join(bold) + " |")
     return "\n".join(lines) + "\n"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> FittingTable:
+    """The rows for a terminal; the best values carry a star."""
+    columns = [Column(each.short, rank=each.rank, is_number=name != "method") for name, each in COLUMNS.items()]
+    marks = best(rows)
+    caption = "* best; own: each client's model on its own text; gains and worst client: against training alone (local)"
+    found = FittingTable("", columns, caption=caption if marks else "")
+    for row in rows:
+        cells = []
+        for name, text in _cells(row).items():
+            is_best = row["method"] in marks.get(name, ())
+            cells.append(Text(f"{text}*" if is_best else text, style="bold" if is_best else ""))
+        found.add_row(*cells)
+    return found
 
 
 def write(out: Path) -> Path:
@@ -135,16 +240,19 @@ def write(out: Path) -> Path:
     folder = out / "report"
     folder.mkdir(exist_ok=True)
     rows = summarize(results)
-    (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
+    said = verdict(results["runs"])
+    work = equal_work(results["runs"])
+    text = "".join(f"* {sentence}\n" for sentence in [*said, work]) + "\n" + markdown(rows)
+    (folder / "table.md").write_text(text, encoding="utf-8")
     with (folder / "table.csv").open("w", newline="", encoding="utf-8") as stream:
-        table = csv.DictWriter(stream, list(COLUMNS))
-        table.writeheader()
-        table.writerows(rows)
+        writer = csv.DictWriter(stream, list(COLUMNS), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
     plots = {
         "loss_by_tokens": ("Clients' own models, mean held-out loss by tokens of all clients", _by("tokens")),
-        "loss_by_time": ("The same by virtual time", _by("virtual_s")),
+        "loss_by_time": ("Clients' own models, by virtual time", _by("virtual_s")),
         "world_by_tokens": ("The world's model on all texts, by tokens", _by("tokens", "world_curve")),
-        "world_by_time": ("The same by virtual time", _by("virtual_s", "world_curve")),
+        "world_by_time": ("The world's model, by virtual time", _by("virtual_s", "world_curve")),
         "clients": ("Every client's own model on its own text", _bars),
         "texts": ("Every model on every text (first seed)", _matrix),
         "attention": ("What nodes take from each other (first seed): mean weights of their blends", _taken),
@@ -156,7 +264,17 @@ def write(out: Path) -> Path:
         draw(figure, results["runs"])
         canvas.print_png(str(folder / f"{name}.png"))
     page = folder / "report.html"
-    page.write_text(_page(out.name, rows, {n: title for n, (title, _) in plots.items()}, folder), encoding="utf-8")
+    heads = {name: (quantity.title, quantity.meaning) for name, quantity in COLUMNS.items()}
+    body = page_of(
+        results.get("about", {}) | {"name": results.get("about", {}).get("name", out.name), "work": work},
+        said,
+        heads=heads,
+        rows=[_cells(row) for row in rows],
+        best=best(rows),
+        plots=[(title, folder / f"{name}.png") for name, (title, _) in plots.items()],
+        seeds=sorted({run["seed"] for run in results["runs"]}),
+    )
+    page.write_text(body, encoding="utf-8")
     return page
 
 
@@ -186,10 +304,10 @@ def _position(method: str, runs: list[dict[str, Any]]) -> int:
 def _bars(figure: Figure, runs: list[dict[str, Any]]) -> None:
     axes = figure.add_subplot()
     methods = list(dict.fromkeys(run["method"] for run in runs))
-    clients = list(_by_client(runs))
+    clients = list(client_means(runs))
     width = 0.8 / len(methods)
     for index, method in enumerate(methods):
-        losses = _by_client([run for run in runs if run["method"] == method])
+        losses = client_means([run for run in runs if run["method"] == method])
         places = [place + (index - (len(methods) - 1) / 2) * width for place in range(len(clients))]
         axes.bar(places, [losses.get(client, 0.0) for client in clients], width, label=method)
     axes.set_xticks(range(len(clients)), labels=[client.split("/", 1)[1] for client in clients], rotation=20)
@@ -257,25 +375,3 @@ def _staleness(figure: Figure, runs: list[dict[str, Any]], out: Path) -> None:
     axes.set_xlabel("tau (versions)")
     axes.set_ylabel("share of updates")
     axes.legend()
-
-
-def _page(name: str, rows: Sequence[dict[str, Any]], plots: dict[str, str], folder: Path) -> str:
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in COLUMNS.values())
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell(column, row[column]))}</td>" for column in COLUMNS) + "</tr>"
-        for row in rows
-    )
-    figures = "".join(
-        f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' "
-        f"src='data:image/png;base64,{base64.b64encode((folder / f'{key}.png').read_bytes()).decode()}'>"
-        for key, title in plots.items()
-    )
-    style = (
-        "body{font:15px sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-        "td,th{padding:.35em .8em;border-bottom:1px solid #ccc;text-align:right}"
-        "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-    )
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(name)}</title><style>{style}</style>"
-        f"<h1>{html.escape(name)}</h1><table><tr>{head}</tr>{body}</table>{figures}"
-    )

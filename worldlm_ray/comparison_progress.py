@@ -1,0 +1,115 @@
+"""How far a comparison is: method by method and seed by seed, with the time that is left.
+
+The runs are processes; each writes its status.json about once a second, and from there this reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from worldlm_ray.progress import LINE_EVERY_S
+from worldlm_ray.report import duration
+
+WAITING, TRAINING, MEASURING, DONE = "waiting", "training", "measuring", "done"
+TRAINING_SHARE = 0.9
+"""Of the time of a run; measuring every model on every text takes the rest, or so."""
+KNOWN_SHARE = 0.02
+"""Share of a run that must be done before the time left is told."""
+BAR = 24
+"""Characters of a bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stand:
+    """How far one run is."""
+
+    method: str
+    seed: int
+    state: str
+    trained: float = 0.0
+    """Share of its budget, 0 to 1."""
+
+    @property
+    def share(self) -> float:
+        """Of all of its work."""
+        if self.state == DONE:
+            return 1.0
+        return TRAINING_SHARE * (1.0 if self.state == MEASURING else self.trained)
+
+
+def headline(stands: Sequence[Stand], *, before: float, elapsed_s: float) -> str:
+    """Runs done, share of all work, and the time left.
+
+    Args:
+        stands: of all runs.
+        before: sum of their shares when this process began: what an earlier one had done.
+        elapsed_s: since then.
+    """
+    total = sum(stand.share for stand in stands)
+    done = sum(stand.state == DONE for stand in stands)
+    text = f"{done} of {len(stands)} runs, {total / len(stands):.0%}"
+    if done == len(stands) or total - before < KNOWN_SHARE:
+        return text
+    left_s = elapsed_s * (len(stands) - total) / (total - before)
+    return f"{text}, about {duration(left_s)} left"
+
+
+class ComparisonProgress:
+    """Bars on a terminal, a line now and then elsewhere.
+
+    Args:
+        console: where to draw.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self._clock = console, clock
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._began = self._said_at = clock()
+        self._before: float | None = None
+        self._line = ""
+
+    def __enter__(self) -> ComparisonProgress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, stands: Sequence[Stand]) -> None:
+        """Draw where the runs are."""
+        if self._before is None:
+            self._before = sum(stand.share for stand in stands)
+        head = headline(stands, before=self._before, elapsed_s=self._clock() - self._began)
+        active = [stand for stand in stands if stand.state in (TRAINING, MEASURING)]
+        if self._live is not None:
+            self._live.update(Text("\n".join([*map(_bar, active), head])), refresh=True)
+            return
+        if self._clock() - self._said_at < LINE_EVERY_S:
+            return
+        line = "; ".join([head, *(f"{_name(stand)} {_how_far(stand)}" for stand in active)])
+        if line != self._line:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._line, self._said_at = line, self._clock()
+
+
+def _name(stand: Stand) -> str:
+    return f"{stand.method}, seed {stand.seed}:"
+
+
+def _how_far(stand: Stand) -> str:
+    return stand.state if stand.state == MEASURING else f"{stand.trained:.0%}"
+
+
+def _bar(stand: Stand) -> str:
+    filled = round(BAR * stand.share)
+    return f"[{'#' * filled}{'.' * (BAR - filled)}] {_name(stand)} {_how_far(stand)}"

@@ -1,0 +1,138 @@
+"""What a comparison of methods says, in sentences: which is best, by how much, in how many seeds, and who gains.
+
+Every sentence is computed from results.json. A difference is taken seed by seed, since both runs of a seed begin from
+the same weights and read the same text in the same order; its range over the seeds says how much of it is chance.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Run = dict[str, Any]
+"""One method with one seed: an element of `runs` in results.json."""
+
+WHAT = {
+    "own": "Clients' own models, each on its client's held-out text",
+    "world": "The world's model, on the held-out texts of all clients",
+}
+"""The two losses of a comparison, as sentences name them."""
+
+
+def verdict(runs: Sequence[Run]) -> list[str]:
+    """Sentences for the top of a report.
+
+    Args:
+        runs: `runs` of results.json.
+    """
+    said = [_best(runs, which) for which in WHAT]
+    said.append(_members(runs))
+    return [sentence for sentence in said if sentence]
+
+
+def equal_work(runs: Sequence[Run]) -> str:
+    """What the methods of a comparison have in common: steps or tokens, weights, text."""
+    same = "Runs of one seed begin from the same weights, and each client reads its text in the same order."
+    federated = [run for run in runs if run["method"] != "centralized"]
+    steps = {client["steps"] for run in federated for client in run["clients"]}
+    pooled = (
+        " Centralized training takes a batch of every client's text in each step." if federated != list(runs) else ""
+    )
+    if len(steps) == 1:
+        return f"Every client took {steps.pop():,} optimizer steps in every method. {same}{pooled}"
+    tokens = [run["tokens"] for run in runs if "tokens" in run]
+    if not tokens:
+        return f"{same}{pooled}"
+    low, high = min(tokens), max(tokens)
+    amount = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return (
+        f"All clients together trained {amount} tokens in every run; rounds that were under way at the end were "
+        f"finished. In an asynchronous method a fast client takes more of them. {same}{pooled}"
+    )
+
+
+def client_means(runs: Sequence[Run]) -> dict[str, float]:
+    """Mean own loss by client, over seeds."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for client in run["clients"]:
+            found.setdefault(client["client"], []).append(client["own"])
+    return {client: statistics.fmean(losses) for client, losses in found.items()}
+
+
+def against_local(runs: Sequence[Run], local: Sequence[Run]) -> dict[str, float]:
+    """Relative change of each client's own loss against training alone; below zero it gains. Means over seeds."""
+    alone = client_means(local)
+    return {client: loss / alone[client] - 1.0 for client, loss in client_means(runs).items() if client in alone}
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, in the order of the comparison."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run["method"], []).append(run)
+    return found
+
+
+def _best(runs: Sequence[Run], which: str) -> str:
+    """The best method for one of the two losses, and its distance to the next one."""
+    seeds = {method: _by_seed(mine, which) for method, mine in by_method(runs).items()}
+    means = {method: statistics.fmean(losses.values()) for method, losses in seeds.items()}
+    diverged = sorted(method for method, mean in means.items() if not math.isfinite(mean))
+    ranked = sorted((mean, method) for method, mean in means.items() if math.isfinite(mean))
+    aside = f" Left out, since a loss is not finite: {', '.join(diverged)}." if diverged else ""
+    if not ranked:
+        return f"{WHAT[which]}: no method has a finite loss.{aside}"
+    (best_loss, best), *others = ranked
+    if not others:
+        return f"{WHAT[which]}: {best} has {best_loss:.4f} nats/byte. It is the only method with a finite loss.{aside}"
+    next_loss, runner_up = others[0]
+    gap = next_loss - best_loss
+    distance = f"{gap:.4f} ({gap / next_loss:.1%}) below {runner_up}"
+    chance = _chance(best, runner_up, seeds[best], seeds[runner_up])
+    return f"{WHAT[which]}: {best} is best with {best_loss:.4f} nats/byte, {distance}. {chance}{aside}"
+
+
+def _chance(best: str, other: str, mine: dict[int, float], theirs: dict[int, float]) -> str:
+    """How the difference of two methods varies over the seeds that both have."""
+    gaps = [theirs[seed] - mine[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    if len(gaps) < 2:
+        return "There is one seed: how much of the difference is chance is not known (--seeds 3 tells)."
+    worse = sum(gap <= 0 for gap in gaps)
+    spread = f"Over {len(gaps)} seeds the difference is {min(gaps):.4f} to {max(gaps):.4f}"
+    if worse:
+        return f"{spread}, and in {worse} of them {best} is not ahead: the two are not told apart."
+    return f"{spread}: {best} is ahead of {other} in each."
+
+
+def _members(runs: Sequence[Run]) -> str:
+    """Whether clients gain by taking part, under the method that is best for their own models."""
+    methods = by_method(runs)
+    local = methods.pop("local", [])
+    methods.pop("centralized", None)
+    if not methods:
+        return ""
+    if not local:
+        return "Whether clients gain by taking part is not known: the method local was not run."
+    changes = {method: against_local(mine, local) for method, mine in methods.items()}
+    known = {
+        method: change for method, change in changes.items() if change and all(map(math.isfinite, change.values()))
+    }
+    if not known:
+        return "Whether clients gain by taking part is not known: losses are not finite."
+    means = {method: statistics.fmean(change.values()) for method, change in known.items()}
+    best = min(means, key=lambda method: means[method])
+    change = known[best]
+    worst = max(change, key=lambda client: change[client])
+    gaining = sum(value < 0 for value in change.values())
+    return (
+        f"Against training alone (local), {gaining} of {len(change)} clients gain under {best}, "
+        f"by a mean change in loss of {means[best]:+.1%}; the worst off is {worst} with {change[worst]:+.1%}."
+    )
+
+
+def _by_seed(runs: Sequence[Run], which: str) -> dict[int, float]:
+    """Mean loss over the clients, by seed."""
+    return {run["seed"]: statistics.fmean(client[which] for client in run["clients"]) for run in runs}
