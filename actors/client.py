@@ -193,6 +193,7 @@ class ClientActor(LastWords, Leaf):
             self._wait(self.uplink.join())
             self._tell(self.client.stand_record(now_s=self.clock.now_s()))
             if self.client.steps == 0:
+                self._say_left_out()
                 self._tell(self.client.start_record(now_s=self.clock.now_s()))
             self._began_s = self._saved_s = self.clock.now_s()
             self._tell(self._life("training"))

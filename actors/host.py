@@ -277,6 +277,7 @@ class _Member(Leaf):
             await self._wait(follow(self.uplink.join()))
             self._tell(client.stand_record(now_s=clock.now_s()))
             if client.steps == 0:
+                self._say_left_out()
                 self._tell(await self.host.with_model(partial(client.start_record, now_s=clock.now_s())))
             self._began_s = self._saved_s = clock.now_s()
             self._tell(self._life("training"))

@@ -116,6 +116,11 @@ class Leaf:
         except CheckpointError as error:
             self._warn(f"no checkpoint: {error}")
 
+    def _say_left_out(self) -> None:
+        """Warn of files beside the client's text that are not read."""
+        for text in self.client.left_out:
+            self._warn(text)
+
     def _warn(self, text: str) -> None:
         self._tell(self._life("warning", text))
 

@@ -269,7 +269,7 @@ def scale(
 @app.command()
 def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb: PerGb = None) -> None:
     """Show the tree, sizes, memory and privacy of a configuration."""
-    from worldlm_ray.describe import crossing_table, describe, misfits, tables
+    from worldlm_ray.describe import crossing_table, describe, left_out, misfits, tables
     from worldlm_ray.plan import make_plan
 
     plan = make_plan(_load(conf, overrides or [], None))
@@ -283,8 +283,8 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb:
         console.print(crossing_table(facts, per_gb=per_gb))
     elif per_gb is not None:
         console.print("nothing moves between places: no node has placement.labels of its own")
-    for line in misfits(facts):
-        console.print(line, style="yellow")
+    for line in [*misfits(facts), *left_out(plan)]:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     from worldlm_ray.spending import planned, planned_table, private_clients
 
     if private_clients(plan):

@@ -139,6 +139,12 @@ class Client:
         return privacy.unit == "none" or privacy.report_metrics
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """What lies beside its text and is not read. Of clients that share a text out, the first says it."""
+        is_first = self.spec.settings.data.shard is None or self.spec.settings.data.shard.startswith("1/")
+        return self.dataset.left_out if self.reports and is_first else ()
+
+    @property
     def round_tokens(self) -> int:
         """Tokens of one local round."""
         return self.plan.round_tokens(self.spec)

@@ -68,11 +68,12 @@ class DataConfig:
     """A client's text: files of its own, or a corpus that every installation holds."""
 
     files: list[str] = field(default_factory=list)
-    """Files, folders and globs: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
+    """Files, folders and globs: .txt, .jsonl, .ndjson, .json, all also compressed (.gz, .zst, .bz2, .xz), and .parquet.
+    A folder stands for FOLDER/**/*: links are followed, hidden names left out. What is left out is counted and said."""
     corpus: str | None = None
     """Name of a built-in corpus (see worldlm_ray/data/corpora.py); instead of `files`."""
     text_key: str = "text"
-    """Field or column that holds the text in .jsonl and .parquet files."""
+    """Field or column that holds the text of JSON and .parquet files; `meta.text` names a field of a field."""
     tokenizer: str = "bytes"
     """`bytes`, or the path of a Hugging Face tokenizer.json. The same for the whole world."""
     order: str | None = None

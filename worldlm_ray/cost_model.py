@@ -102,6 +102,7 @@ class CostClient:
     in_flight = None
     last_word = ""
     wanted_fragment = None
+    left_out = ()
 
     def __init__(self, plan: Plan, spec: NodeSpec, *, dataset: None = None) -> None:
         self.plan, self.spec, self.dataset = plan, spec, dataset

@@ -11,6 +11,7 @@ from typing import Any
 from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.compression import nbytes
 from worldlm_ray.data import describe as describe_data
+from worldlm_ray.data.text import find_sources
 from worldlm_ray.messages import fragment_of
 from worldlm_ray.plan import Plan
 from worldlm_ray.report import amount
@@ -325,6 +326,18 @@ def misfits(facts: Mapping[str, Any]) -> list[str]:
             limit = f"{amount(workers['limit_bytes'])}B per worker"
             found.append(f"{path}{_others(node)} does not fit into {limit}; {cure}")
     return found
+
+
+def left_out(plan: Plan) -> list[str]:
+    """A line for each folder or glob of a client of which not all files are read."""
+    if not plan.root.settings.simulation.train:
+        return []
+    lines = []
+    for spec in plan.root.one_of_each():
+        if spec.kind == "client":
+            found = find_sources(spec.settings.data, f"{spec.key}.data")
+            lines += [f"{spec.path}: {line}" for line in found.left_out]
+    return lines
 
 
 def _budget(budget: Mapping[str, Any]) -> str:

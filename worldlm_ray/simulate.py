@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray import checkpoint
+from worldlm_ray import checkpoint, open_files
 from worldlm_ray.above import FORWARD, Turns
 from worldlm_ray.aggregation.events import (
     Answer,
@@ -60,7 +60,9 @@ from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.outbox import Welcome, believed
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.client import Client
+from worldlm_ray.config import DataConfig
 from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
+from worldlm_ray.data import prepare_shards
 from worldlm_ray.errors import MessageError
 from worldlm_ray.faults import Fault, damaged
 from worldlm_ray.messages import Model, Packed, Update, pack
@@ -136,6 +138,8 @@ class Simulation:
         self.nodes: dict[str, Node] = {
             s.path: plan.inner_node(s, self.initial, self.contributions[s.path]) for s in plan.root.inner
         }
+        open_files.raise_limit()
+        _cut_texts(plan)
         self.clients = {spec.path: make_client(plan, spec) for spec in plan.root.clients}
         self.speeds = {spec.path: self._speed(spec) for spec in plan.root.clients}
         """Tokens per second of every client."""
@@ -206,6 +210,7 @@ class Simulation:
                 self._take(parent, Joined(child=name, now_s=0.0))
         for path, client in self.clients.items():
             if path not in self.gone:
+                self._say_left_out(path)
                 self._record(client.start_record(now_s=self.now_s))
                 self._pull(path)
         if self.faults:
@@ -618,6 +623,12 @@ class Simulation:
         if path != "world":
             self._leave(path)
 
+    def _say_left_out(self, path: str) -> None:
+        for text in self.clients[path].left_out:
+            self._record(LifeRecord(node=path, now_s=self.now_s, event="warning", detail=text))
+        if self.clients[path].left_out:
+            self._record(LifeRecord(node=path, now_s=self.now_s, event="training"))
+
     def _record(self, record: Record) -> None:
         self.tracker.record(record)
         self.on_record(record)
@@ -840,6 +851,7 @@ class Simulation:
             self._revive_node(path, life, found)
         self._record(LifeRecord(node=path, now_s=self.now_s, event="continued" if life > 1 else "started"))
         if path in self.clients and life == 1:
+            self._say_left_out(path)
             self._record(self.clients[path].start_record(now_s=self.now_s))
         if self._is_deserted(path):
             self._catching_up.discard(path)
@@ -929,3 +941,14 @@ def simulate(
         return simulation.conclude(simulation.run())
     finally:
         tracker.close()
+
+
+def _cut_texts(plan: Plan) -> None:
+    """Read a text that many clients share out once, not once for each of them."""
+    if isinstance(plan, CostPlan):
+        return
+    alike: dict[str, list[DataConfig]] = {}
+    for spec in plan.root.clients:
+        alike.setdefault(spec.key, []).append(spec.settings.data)
+    for key, configs in alike.items():
+        prepare_shards(configs, context=plan.shape.context, key=f"{key}.data")

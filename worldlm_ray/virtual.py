@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from worldlm_ray import open_files
 from worldlm_ray.client import Client
 from worldlm_ray.data import prepare_shards
 from worldlm_ray.params import Flat
@@ -61,7 +62,7 @@ class Shelf:
         self.file_bytes += values.nbytes
         with tempfile.TemporaryFile(prefix="worldlm-") as file:  # without a name: it goes with the process
             file.truncate(values.nbytes)
-            kept: Flat = np.asarray(np.memmap(file, dtype=np.float32, mode="r+", shape=values.shape))
+            kept: Flat = open_files.mapped(file, np.float32, writable=True).reshape(values.shape)
         kept[:] = values
         return kept
 
@@ -207,6 +208,7 @@ class VirtualClients:
 
     def __init__(self, plan: Plan, specs: Sequence[NodeSpec], *, limit_bytes: int | None = None) -> None:
         self.plan = SharedPlan(**{name: getattr(plan, name) for name in ("config", "root", "shape", "layout")})
+        open_files.raise_limit()
         self.specs = {spec.path: spec for spec in specs}
         first = specs[0].settings
         trainer = LocalTrainer(plan.shape, plan.layout, first.training, threads=first.resources.cpus)

@@ -195,7 +195,8 @@ def test_the_second_call_maps_the_cache(config: DataConfig, monkeypatch: pytest.
     first = make(config)
     monkeypatch.setattr("worldlm_ray.data.dataset.read_documents", lambda *_: pytest.fail("read again"))
     second = make(config)
-    assert isinstance(second.train, np.memmap)
+    assert not second.train.flags.owndata
+    assert not second.train.flags.writeable
     assert not second.train.flags.writeable
     assert np.array_equal(first.train, second.train)
     assert first.fingerprint == second.fingerprint

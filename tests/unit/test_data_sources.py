@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from worlds import client
 
 from worldlm_ray.config import DataConfig
 from worldlm_ray.data import check_sources, prepare, read_documents, sources
 from worldlm_ray.data.text import find_sources
+from worldlm_ray.describe import left_out as left_out_of
 from worldlm_ray.errors import ConfigError, DataError
+from worldlm_ray.plan import Plan
+from worldlm_ray.simulate import simulate
 
 KEY = "world.children[0].data"
 PACKED: dict[str, Callable[[bytes], bytes]] = {
@@ -305,3 +309,27 @@ def test_a_dataset_knows_what_was_left_out(tmp_path: Path) -> None:
 def test_sources_name_no_more_kinds_than_fit_a_line() -> None:
     kinds = sources.Counter({f".{number}": 20 - number for number in range(10)})
     assert sources.counted(kinds) == "20 .0, 19 .1, 18 .2, 17 .3, 16 .4, 65 others"
+
+
+# ---- said --------------------------------------------------------------------------------------------------------
+
+
+def with_a_note(folder: Path, name: str, **settings: Any) -> dict[str, Any]:
+    """A client whose folder holds a file that is not read."""
+    (folder / name).mkdir()
+    write(folder / name / "README.md", "a note")
+    made = client("text", folder / name, 1)
+    return made | {"client": name, "data": {"files": [str(folder / name)]}, **settings}
+
+
+def test_a_run_says_once_per_client_what_was_left_out(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    silent = {"unit": "record", "noise_multiplier": 1.0, "target_epsilon": 1e6, "grad_sample_mode": "hooks"}
+    children = [with_a_note(tmp_path, "a", copies=2), with_a_note(tmp_path, "b"), client("c", tmp_path, 3)]
+    children.append(with_a_note(tmp_path, "private", privacy=silent))
+    plan = tiny(children)
+    lines = {path: f"1 file of {str(tmp_path / path[0])!r} left out: 1 .md" for path in ("a-1", "b")}
+    said = [(each["node"], each["text"]) for each in simulate(plan).summary["warnings"]]
+    assert said == [(f"world/{path}", line) for path, line in lines.items()], "nothing of a private client"
+    shown = left_out_of(plan)
+    assert [line for line in shown if "private" not in line] == [f"world/{path}: {t}" for path, t in lines.items()]
+    assert len(shown) == 3, "`worldlm show` runs where the text is"

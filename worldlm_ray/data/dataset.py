@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
+from worldlm_ray import open_files
 from worldlm_ray.config import DataConfig
 from worldlm_ray.data.corpora import CORPORA
 from worldlm_ray.data.text import check_shard, describe, find_sources, members_of, read_documents, shard_of
@@ -223,7 +224,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
 
 
 SHARDS_AT_ONCE = 64
-"""Parts of a text that are cut in one pass over it: two files each are open."""
+"""Parts of a text that are cut in one pass over it, or fewer where files are short: two files each are open."""
 
 
 def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> None:
@@ -254,8 +255,9 @@ def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> 
         if not (folder / "meta.json").is_file():
             missing[str(folder)] = config
     folders = list(missing)
-    for first in range(0, len(folders), SHARDS_AT_ONCE):
-        some = {Path(folder): missing[folder] for folder in folders[first : first + SHARDS_AT_ONCE]}
+    number = open_files.at_once(SHARDS_AT_ONCE, each=2)
+    for first in range(0, len(folders), number):
+        some = {Path(folder): missing[folder] for folder in folders[first : first + number]}
         _build_many(some, tokenizer, key=key)
 
 
@@ -329,7 +331,8 @@ def _digest(path: Path) -> str:
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, "blake2b").hexdigest()[:32]
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+        cure = open_files.cure(error, "restore or remove the file")
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {cure}") from error
 
 
 # ---------------------------------------------------------------------------------------------- the split
@@ -520,7 +523,8 @@ def _build_many(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: s
                 meta_file.write(json.dumps({name: vars(part) for name, part in parts[folder].items()}).encode())
     except OSError as error:
         problem = f"cannot write the token cache in {folder} ({error.strerror})"
-        raise DataError(f"{key}.cache_dir: {problem}; set it to a folder with space that you may write") from error
+        cure = open_files.cure(error, "set it to a folder with space that you may write")
+        raise DataError(f"{key}.cache_dir: {problem}; {cure}") from error
     return parts
 
 
@@ -567,5 +571,10 @@ def _cached(folder: Path) -> dict[str, _Part] | None:
 
 
 def _map(path: Path, dtype: np.dtype[Any]) -> Tokens:
-    mapped: Tokens = np.memmap(path, dtype=dtype, mode="r")
-    return mapped
+    try:
+        with path.open("rb") as file:
+            return open_files.mapped(file, dtype)
+    except OSError as error:
+        problem = f"cannot be mapped ({error.strerror})"
+        cure = open_files.cure(error, "remove it, so that it is made again")
+        raise DataError(f"{path}: {problem}; {cure}") from error

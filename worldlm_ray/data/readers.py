@@ -30,6 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from worldlm_ray import open_files
 from worldlm_ray.errors import DataError
 
 FORMATS = (".txt", ".jsonl", ".ndjson", ".json")
@@ -174,7 +175,10 @@ def _damage(path: Path) -> Iterator[None]:
         lzma.LZMAError,
     ) as error:  # a truncated gzip raises EOFError, a damaged one the others
         detail = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: cannot be read ({detail}); restore or remove the file") from error
+        cure = "restore or remove the file"
+        if isinstance(error, OSError):
+            cure = open_files.cure(error, cure)
+        raise DataError(f"{path}: cannot be read ({detail}); {cure}") from error
 
 
 @contextmanager
