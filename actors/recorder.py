@@ -114,6 +114,10 @@ class RecorderActor:
         for path, kind in self.plan.kinds.items():
             self.tracker.add(path, kind)
 
+    def warn(self, trouble: str) -> None:
+        """Show what troubles the run in its files, until it is over (an empty text)."""
+        self.tracker.warn(trouble)
+
     def snapshot(self) -> dict[str, Any]:
         """What is known now, ready for JSON."""
         return self.tracker.snapshot()

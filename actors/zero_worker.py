@@ -18,6 +18,7 @@ import torch.distributed as dist
 from actors.last_words import stay_to_the_end
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import plan_from_mapping
+from worldlm_ray.training.local import threads_of
 from worldlm_ray.training.trainer import MOMENTS
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def work(config: dict[str, Any]) -> None:
             plan.shape,
             plan.layout,
             spec.settings.training,
-            threads=resources.cpus,
+            threads=threads_of(resources),
             cuda=cuda,
             privacy=privacy if privacy.unit == "record" else None,
             noise=config["noise"],

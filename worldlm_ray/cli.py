@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.live import Live
+from rich.text import Text
 
 from worldlm_ray import config as configuration
-from worldlm_ray.errors import ConfigError, WorldLMError
+from worldlm_ray.errors import ConfigError, Interrupted, WorldLMError
 from worldlm_ray.paths import pasted
 from worldlm_ray.progress import Progress, Stop
 from worldlm_ray.terminal import Terminal
 
+WATCH_S = 1.0
+"""Seconds between two looks of `status --watch`."""
 app = typer.Typer(
     name="worldlm",
     help="Train language models across federations of federations, asynchronously, on Ray.",
@@ -30,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Terminal()
 errors = Terminal(stderr=True, soft_wrap=True)
@@ -47,8 +52,21 @@ PerGb = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        python = ".".join(map(str, sys.version_info[:3]))
+        parts = [f"{name} {version(name)}" for name in ("worldlm_ray", "ray", "torch")]
+        console.print(", ".join([*parts, f"Python {python}"]), highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Read by `main`; stands here so that --help lists it."""
@@ -67,7 +85,8 @@ def train(
 ) -> None:
     """Train a world on Ray.
 
-    Ctrl-C writes checkpoints and leaves; a second one leaves at once.
+    Ctrl-C writes checkpoints and leaves; a second one leaves at once. Exit codes: 0 finished, 2 an error of one line,
+    130 stopped by Ctrl-C, 143 stopped by SIGTERM.
     """
     changes = list(overrides or [])
     if resume is not None and conf is not None:
@@ -90,29 +109,46 @@ def train(
             plan = rundir.create(make_plan(_load(conf, changes, run_dir), check_data=address is None))
             holding.enter_context(rundir.held(plan.run_dir))
         console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
-        outcome = _train(plan, address)
+        outcome, code = _train(plan, address)
     _report(plan.run_dir, outcome.summary, outcome.samples)
+    if outcome.summary["status"] == "stopped":
+        raise typer.Exit(code)
 
 
-def _train(plan: Any, address: str | None) -> Any:
-    """Train on Ray with a progress display; a run that could not begin leaves no folder."""
-    from worldlm_ray import launch, rundir
+def _train(plan: Any, address: str | None) -> tuple[Any, int]:
+    """Train on Ray with a progress display; a run that could not begin leaves no folder.
 
-    with Stop(errors) as stop, Progress(console) as progress:
+    Returns:
+        The outcome, and the exit code if the run was stopped.
+    """
+    from worldlm_ray import rundir
+
+    with Progress(console, errors) as progress, Stop(progress.notice) as stop:
+        from worldlm_ray import launch  # takes seconds, in which a signal must find its handler
 
         def phase(name: str) -> None:
             progress.phase(name)
-            stop.install()  # Ray sets handlers of its own when it starts
+            stop.phase(name)
 
         try:
             outcome = launch.train(
-                plan, address=address, on_progress=progress.show, on_phase=phase, should_stop=stop.asked
+                plan,
+                address=address,
+                on_progress=progress.show,
+                on_phase=phase,
+                on_step=progress.step,
+                on_warning=progress.alert,
+                should_stop=stop.asked,
             )
             progress.warn(outcome.summary["warnings"])
-            return outcome
+        except Interrupted as error:
+            rundir.discard(plan)
+            progress.notice(f"worldlm: {error}")
+            raise typer.Exit(stop.code) from None
         except WorldLMError:
             rundir.discard(plan)
             raise
+    return outcome, stop.code
 
 
 @app.command()
@@ -128,12 +164,16 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
 
     plan = rundir.create(make_plan(_load(conf, overrides or [], run_dir)), simulated=True)
     from worldlm_ray.simulate import simulate as run
+    from worldlm_ray.tracking import record_failure
+    from worldlm_ray.training.local import too_many_cores
 
     console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
     began, events = time.monotonic(), 0
-    with rundir.held(plan.run_dir), Stop(errors) as stop, Progress(console) as progress:
+    progress, keeps = Progress(console, errors), "what there is by now is kept"
+    with rundir.held(plan.run_dir), progress, Stop(progress.notice, keeps) as stop:
         progress.phase("simulating")
-        stop.install()
+        if warning := too_many_cores({spec.path: spec.settings.resources for spec in plan.root.clients}):
+            progress.alert(warning)
 
         def look(simulation: Any) -> None:
             nonlocal events
@@ -143,19 +183,27 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
 
         try:
             outcome = run(plan, on_progress=look, should_stop=stop.asked)
-        except Exception:
+        except Exception as error:
             rundir.discard(plan, began=events > 0)
+            record_failure(plan.run_dir, str(error) or type(error).__name__)
             raise
         progress.warn(outcome.summary["warnings"])
     if outcome.summary.get("trained", True):
         _report(plan.run_dir, outcome.summary, outcome.samples)
-        return
+    else:
+        _report_costs(outcome.summary, events=events, took_s=time.monotonic() - began)
+    if outcome.summary["status"] == "stopped":
+        raise typer.Exit(stop.code)
+
+
+def _report_costs(summary: dict[str, Any], *, events: int, took_s: float) -> None:
+    """What a simulation without training says."""
     from worldlm_ray.report import amount, budget_line, cost_table
 
-    console.print(cost_table(outcome.summary))
-    if line := budget_line(outcome.summary):
+    console.print(cost_table(summary))
+    if line := budget_line(summary):
         console.print(line, highlight=False, soft_wrap=True)
-    took_s, cpu_s = time.monotonic() - began, time.process_time()
+    cpu_s = time.process_time()
     memory = f"{amount(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}B"
     console.print(
         f"nothing was trained: no losses. {events:,} events in {took_s:.1f} s ({cpu_s:.1f} s of CPU, "
@@ -247,14 +295,10 @@ def scale(
     configuration.positive(seconds, "--seconds")
     plan = rundir.create(experiment.elastic(make_plan(configure(_load(conf, overrides or [], run_dir), method))))
     console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
-    with rundir.held(plan.run_dir), Stop(errors) as stop, Progress(console) as progress:
-
-        def phase(name: str) -> None:
-            progress.phase(name)
-            stop.install()  # Ray sets handlers of its own when it starts
-
+    progress, ends = Progress(console, errors), "the experiment ends with the stages so far"
+    with rundir.held(plan.run_dir), progress, Stop(progress.notice, ends) as stop:
         stages, looks = experiment.scale(
-            plan, machines, stage_s=seconds, on_progress=progress.show, on_phase=phase, should_stop=stop.asked
+            plan, machines, stage_s=seconds, on_progress=progress.show, on_phase=progress.phase, should_stop=stop.asked
         )
     tokens = {spec.path: plan.round_tokens(spec) for spec in plan.root.clients}
     rows = scaling.figures(plan.run_dir, stages, round_tokens=tokens, looks=looks)
@@ -368,7 +412,7 @@ def evaluate(
 @app.command()
 def sample(
     run: Run,
-    node: Annotated[str, typer.Option(help="path of the node, such as world/code/python")] = "world",
+    node: Annotated[str, typer.Option(help="path of the node, such as world/code/python, or its end")] = "world",
     prompt: Annotated[str, typer.Option(help="text to continue")] = "",
     tokens: Annotated[int, typer.Option(help="tokens to generate")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.8,
@@ -387,17 +431,17 @@ def sample(
 def export(
     run: Run,
     folder: Annotated[str, typer.Argument(help="folder to write")],
-    node: Annotated[str, typer.Option(help="path of the node, such as world/code/python")] = "world",
+    node: Annotated[str, typer.Option(help="path of the node, such as world/code/python, or its end")] = "world",
 ) -> None:
     """Write a node's model as a Hugging Face folder."""
     from worldlm_ray import huggingface, rundir
     from worldlm_ray.evaluate import sound_theta
 
     plan = rundir.reopen(run, check_data=False)
-    spec = plan.node(node)
+    spec = plan.find(node)
     tokenizer = plan.root.clients[0].settings.data.tokenizer
     huggingface.export(sound_theta(plan, spec), plan.shape, plan.layout, Path(folder), tokenizer=tokenizer)
-    console.print(f"{node} is in {pasted(folder)}", highlight=False, soft_wrap=True)
+    console.print(f"{spec.path} is in {pasted(folder)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -442,6 +486,7 @@ def join(
     if not client:
         raise ConfigError("--client", "the new client has no name", "give one")
     plan = rundir.reopen(run, check_data=False)
+    under = plan.find(under).path
     files = [str(Path(path).expanduser().absolute()) for path in data or []]
     changed = membership.with_client(plan, under, client, files=files, overrides=overrides or [])
     from worldlm_ray import launch
@@ -452,7 +497,7 @@ def join(
 
 
 @app.command()
-def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as world/europe/italy")]) -> None:
+def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as world/europe/italy, or its end")]) -> None:
     """Let a node and all below it leave a living run.
 
     It leaves after the round that is under way. What it has pushed stays.
@@ -460,6 +505,7 @@ def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as worl
     from worldlm_ray import membership, rundir
 
     plan = rundir.reopen(run, check_data=False)
+    node = plan.find(node).path
     changed = membership.without(plan, node)
     from worldlm_ray import launch
 
@@ -511,28 +557,34 @@ def audit(run: Run, as_json: Json = False) -> None:
 @app.command()
 def status(
     run: Run,
-    watch: Annotated[bool, typer.Option("--watch", help="refresh until Ctrl-C")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="refresh until the run ends, or Ctrl-C")] = False,
     as_json: Json = False,
 ) -> None:
     """Print the table of a run's nodes, living or ended."""
     from worldlm_ray import rundir
     from worldlm_ray.liveness import liveness
     from worldlm_ray.report import live_table
-    from worldlm_ray.tracking import read_status
+    from worldlm_ray.tracking import has_ended, read_status
 
     folder = rundir.find(run)
     if as_json:
         console.print_json(json.dumps(read_status(folder)))
         return
+    with suppress(KeyboardInterrupt), ExitStack() as drawing:
+        live = Live(console=console, auto_refresh=False, transient=True) if watch and console.is_terminal else None
+        if live is not None:
+            drawing.enter_context(live)
+        while watch and not has_ended(folder, snapshot := read_status(folder)):
+            if live is not None:
+                below = Text(liveness(folder, snapshot))
+                live.update(Group(live_table(snapshot | {"run": folder.name}), below), refresh=True)
+            time.sleep(WATCH_S)
     snapshot = read_status(folder)
-    if not watch:
-        console.print(live_table(snapshot | {"run": folder.name}))
-        console.print(liveness(folder, snapshot), highlight=False)
-        return
-    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
-        while True:
-            live.update(live_table(read_status(folder) | {"run": folder.name}), refresh=True)
-            time.sleep(1.0)
+    console.print(live_table(snapshot | {"run": folder.name}))
+    said = liveness(folder, snapshot)
+    if said == "running" and has_ended(folder, snapshot):
+        said = "ended: see summary.json"  # a moment ago
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:
@@ -554,15 +606,21 @@ def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> 
     console.print(final_table(summary, samples))
     if line := budget_line(summary):
         console.print(line, highlight=False, soft_wrap=True)
-    if summary["status"] == "stopped" and summary["shell"] == "ray":
-        console.print(
-            f"stopped early; continue with:  worldlm train --resume {pasted(run_dir)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if summary["status"] == "stopped":
+        if summary["shell"] == "ray":
+            said = f"stopped early; continue with:\nworldlm train --resume {pasted(_near(run_dir))}"
+        else:
+            said = f"stopped early: {pasted(_near(run_dir))} keeps what there is; a simulation is not continued"
+        console.print(said, highlight=False, soft_wrap=True)
     console.print(
         f"look at it with:  tensorboard --logdir {pasted(run_dir / 'tensorboard')}", highlight=False, soft_wrap=True
     )
+
+
+def _near(path: Path) -> Path:
+    """A path as short as it can be from the current folder: long ones break at the end of a terminal's line."""
+    here = Path.cwd()
+    return path.relative_to(here) if isinstance(path, type(here)) and path.is_relative_to(here) else path
 
 
 def main() -> None:

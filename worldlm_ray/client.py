@@ -34,7 +34,7 @@ from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import Measure, OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
 from worldlm_ray.training.common import Common
-from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample
 from worldlm_ray.training.schedule import learning_rate
 from worldlm_ray.training.trainer import Batch, Trainer
@@ -118,17 +118,25 @@ class Client:
         """Steps that this process has done of the round."""
 
     def _plain_trainer(self) -> LocalTrainer:
-        threads = self.spec.settings.resources.cpus
-        return LocalTrainer(self.plan.shape, self.plan.layout, self.training, threads=threads)
+        resources = self.spec.settings.resources
+        device, threads = device_of(resources), threads_of(resources)
+        return LocalTrainer(self.plan.shape, self.plan.layout, self.training, threads=threads, device=device)
 
     def _trainer(self) -> Trainer:
         if self.account is None:
             return self._plain_trainer()
         from worldlm_ray.training.private import PrivateTrainer  # Opacus takes seconds to import
 
-        shape, layout, threads = self.plan.shape, self.plan.layout, self.spec.settings.resources.cpus
-        privacy = self.spec.settings.privacy
-        return PrivateTrainer(shape, layout, self.training, privacy, noise=self.account.noise, threads=threads)
+        shape, layout, settings = self.plan.shape, self.plan.layout, self.spec.settings
+        return PrivateTrainer(
+            shape,
+            layout,
+            self.training,
+            settings.privacy,
+            noise=self.account.noise,
+            threads=threads_of(settings.resources),
+            device=device_of(settings.resources),
+        )
 
     # ---- the cycle -------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord, Record, RoundRecord
 from worldlm_ray.simulate import Simulation, simulate
 from worldlm_ray.tracking import read_status
-from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.local import LocalTrainer, device_of
 from worldlm_ray.tree import NodeSpec
 
 MEASURES, CURVE, COMMANDS = "measures.json", "curve.json", "commands.txt"
@@ -255,7 +255,8 @@ def _measure(originals: list[NodeSpec], plan: Plan, summary: dict[str, Any]) -> 
     world = _theta(plan, "world")
     nodes = {spec.path: _node_of(spec, plan) for spec in originals}
     models = {path: _theta(plan, node) if node else world for path, node in nodes.items()}
-    trainer = LocalTrainer(plan.shape, plan.layout, originals[0].settings.training, threads=1)
+    first = originals[0].settings
+    trainer = LocalTrainer(plan.shape, plan.layout, first.training, threads=1, device=device_of(first.resources))
     rows = []
     for spec in originals:
         dataset = prepare(spec.settings.data, context=plan.shape.context, key=f"{spec.key}.data")

@@ -264,9 +264,10 @@ class ResourcesConfig:
     """What a client may use."""
 
     cpus: int = 1
-    """Cores, and torch threads, of a client; of each worker where there are several."""
+    """Cores, and torch threads, of a client; of each worker where there are several. A machine with fewer cores runs
+    as many threads as it has."""
     gpus: float = 0.0
-    """GPUs of a client; of each worker where there are several."""
+    """GPUs of a client; of each worker where there are several. 0 trains on the CPU, in a simulation too."""
     workers: Any = 1
     """Processes that train the client's model together, by DeepSpeed; [min, max] takes what the cluster has."""
     share: int = 1

@@ -9,6 +9,7 @@
     ├── PrivacyError             a privacy budget or its ledger does not allow what was asked for
     ├── CheckpointError          a checkpoint is missing, damaged or of another run
     └── RunError                 a run cannot start, continue or be found
+        └── Interrupted          the user left before the run had begun
 
 Messages say what was got, what was expected and how to mend it, in one line.
 All of them survive pickling, since Ray carries errors between processes.
@@ -114,3 +115,7 @@ class SupersededError(WorldLMError):
 
 class RunError(WorldLMError):
     """A run cannot start, cannot continue, or cannot be found."""
+
+
+class Interrupted(RunError):
+    """The user asked to leave (Ctrl-C, SIGTERM) before there was anything to keep."""

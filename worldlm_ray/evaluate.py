@@ -20,7 +20,7 @@ from worldlm_ray.records import Measure
 from worldlm_ray.report import NOTHING
 from worldlm_ray.run_state import finite
 from worldlm_ray.terminal import Column, FittingTable
-from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample as generate
 from worldlm_ray.tree import NodeSpec
 
@@ -59,7 +59,7 @@ def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda 
 def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """Text from a node's model; see `worldlm_ray.training.sampling.sample`."""
     plan = rundir.reopen(run, check_data=False)
-    spec = plan.node(node)
+    spec = plan.find(node)
     trainer = _trainer(plan, spec)
     trainer.write(theta(plan, spec))
     tokenizer = load_tokenizer(plan.root.clients[0].settings.data.tokenizer)
@@ -68,7 +68,8 @@ def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float,
 
 def _trainer(plan: Plan, spec: NodeSpec, _: Account | None = None) -> LocalTrainer:
     """Something that holds a model; nothing is trained here, whatever the client may spend."""
-    return LocalTrainer(plan.shape, plan.layout, spec.settings.training, threads=spec.settings.resources.cpus)
+    device, threads = device_of(spec.settings.resources), threads_of(spec.settings.resources)
+    return LocalTrainer(plan.shape, plan.layout, spec.settings.training, threads=threads, device=device)
 
 
 def theta(plan: Plan, spec: NodeSpec) -> Flat:

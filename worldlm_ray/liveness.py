@@ -11,7 +11,8 @@ from typing import Any
 from worldlm_ray.errors import RunError
 from worldlm_ray.paths import pasted
 from worldlm_ray.run_clock import Stamp
-from worldlm_ray.tracking import SUMMARY, read_status
+from worldlm_ray.rundir import is_simulated
+from worldlm_ray.tracking import FAILED, SUMMARY, read_status
 
 ENDED_S = 5.0
 """A run with a summary whose status is older than this has ended."""
@@ -31,7 +32,12 @@ def liveness(run_dir: Path, snapshot: Mapping[str, Any], *, sleep: Callable[[flo
         sleep: waits for so many seconds.
     """
     has_summary = (run_dir / SUMMARY).is_file()
-    advice = f"if nothing runs it, continue with: worldlm train --resume {pasted(run_dir)}"
+    again = f"continue with: worldlm train --resume {pasted(run_dir)}"
+    if is_simulated(run_dir):
+        again = "start the simulation again"
+    advice = f"if nothing runs it, {again}"
+    if snapshot.get("status") == FAILED:
+        return f"failed: {snapshot.get('reason') or 'it does not say of what'}\n{again}"
     age_s = _age_s(snapshot)
     if age_s is not None:
         if has_summary and age_s > ENDED_S:

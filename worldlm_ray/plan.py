@@ -66,6 +66,19 @@ class Plan:
             return self.specs[path]
         raise ConfigError("node", f"there is no node {path!r}", "expected one of " + listed(list(self.specs)))
 
+    def find(self, name: str) -> NodeSpec:
+        """The node that a user names: by its path, or by the end of it that no other node has (`legal`, `eu/legal`).
+
+        Raises:
+            ConfigError: there is none, or there are several; lists them.
+        """
+        if name in self.specs:
+            return self.specs[name]
+        found = [path for path in self.specs if name and path.endswith(f"/{name}")]
+        if len(found) > 1:
+            raise ConfigError("node", f"{name!r} may be each of {listed(found)}", "give more of its path")
+        return self.node(found[0] if found else name)
+
     def step_tokens(self, spec: NodeSpec) -> int:
         """Tokens of one optimizer step of a client; of a pool's, with those of all its members."""
         return spec.settings.training.batch_size * max(len(spec.settings.data.pool), 1) * self.shape.context

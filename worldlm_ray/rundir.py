@@ -89,12 +89,13 @@ def _claimed(plan: Plan, *, simulated: bool) -> bool:
 
 
 def _taken(run_dir: Path) -> str:
-    if _is_simulated(run_dir):
+    if is_simulated(run_dir):
         return "simulation, which is not continued; delete the folder"
     return f"run; continue it with `worldlm train --resume {pasted(run_dir)}`"
 
 
-def _is_simulated(run_dir: Path) -> bool:
+def is_simulated(run_dir: Path) -> bool:
+    """Whether the run of a folder is a simulation, which is not continued."""
     if _mapping(run_dir / SUMMARY).get("shell") == "simulate":
         return True
     try:
@@ -220,7 +221,7 @@ def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:
     """
     plan = reopen(run, overrides, check_data=check_data)
     summary = _mapping(plan.run_dir / SUMMARY)
-    if _is_simulated(plan.run_dir):
+    if is_simulated(plan.run_dir):
         raise RunError(f"{plan.run_dir} is a simulation, which is not continued; start it again")
     if not overrides and summary.get("status") == "finished":
         raise RunError(

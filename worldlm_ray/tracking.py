@@ -19,6 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ from worldlm_ray.run_texts import quoted
 from worldlm_ray.tensorboard import Board, Scalar
 
 STATUS, SUMMARY, TENSORBOARD = "status.json", "summary.json", "tensorboard"
+FAILED = "failed"
+"""`status` of a run that has ended with an error; `reason` stands beside it."""
 STATUS_EVERY_S = 1.0
 """Wall seconds between two writes of status.json."""
 STATUS_SHARE = 0.05
@@ -121,7 +124,7 @@ class Tracker:
         self._status_s = 0.0
         """What the last write of status.json took."""
         self._last_status = self._last_image = -math.inf
-        self._trouble = ""
+        self._trouble = self._warning = ""
         self.flush()
 
     def record(self, *records: Record) -> None:
@@ -160,11 +163,16 @@ class Tracker:
                 name = f"3 samples/{clean(path)}"
                 self._board.text(name, quoted(sample), step=self._state.nodes[path].rounds, now_s=now_s)
 
+    def warn(self, warning: str) -> None:
+        """Have `trouble` of the snapshot say what the machines of the run suffer from; an empty text ends it."""
+        self._warning = warning
+        self._write_status()
+
     def snapshot(self) -> dict[str, Any]:
         """Everything that is known, ready for JSON: totals of the run, `trouble` with its files, `nodes` by path."""
         return {
             "run": self.run_dir.name,
-            "trouble": self._trouble or self._board.trouble or self._curves.trouble,
+            "trouble": self._trouble or self._board.trouble or self._curves.trouble or self._warning,
             "started_at": self._started_at,
             "updated_at": self._wall(),
             "updated": asdict(Stamp.now()),
@@ -397,6 +405,24 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     if not isinstance(status, dict):
         raise RunError(f"{str(path)!r} holds a {type(status).__name__}, not a mapping; resume the run to mend it")
     return status
+
+
+def record_failure(run_dir: Path, reason: str) -> None:
+    """Have status.json say that the run has failed, and of what; without a status.json nothing has begun.
+
+    To be called when no tracker has the folder open any more. A tracker that opens it again takes the words back.
+    """
+    # Storage that refuses must not hide the reason itself, which its caller raises.
+    with suppress(OSError, RunError), storage.refusals(run_dir):
+        status = read_status(run_dir)
+        storage.replace_text(
+            run_dir / STATUS, json.dumps({**status, "status": FAILED, "reason": reason}, indent=1) + "\n"
+        )
+
+
+def has_ended(run_dir: Path, status: Mapping[str, Any]) -> bool:
+    """Whether a run is over, by its own word: finished, stopped or failed."""
+    return status.get("status") == FAILED or (run_dir / SUMMARY).is_file()
 
 
 def write_summary(

@@ -23,7 +23,7 @@ from worldlm_ray.client import Client
 from worldlm_ray.data import prepare_shards
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
-from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 from worldlm_ray.tree import NodeSpec
 
@@ -211,7 +211,8 @@ class VirtualClients:
         open_files.raise_limit()
         self.specs = {spec.path: spec for spec in specs}
         first = specs[0].settings
-        trainer = LocalTrainer(plan.shape, plan.layout, first.training, threads=first.resources.cpus)
+        device, threads = device_of(first.resources), threads_of(first.resources)
+        trainer = LocalTrainer(plan.shape, plan.layout, first.training, threads=threads, device=device)
         self.shelf = Shelf(limit_bytes)
         self.shared = SharedTrainer(trainer, self.shelf)
         self._origin: Flat | None = None

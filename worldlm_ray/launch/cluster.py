@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from worldlm_ray import tree
-from worldlm_ray.errors import RunError
+from worldlm_ray.errors import RunError, WorldLMError
+from worldlm_ray.launch import private, reach
 from worldlm_ray.plan import Plan
 from worldlm_ray.run_clock import Anchor
 from worldlm_ray.tree import NodeSpec
@@ -32,10 +33,14 @@ PLACE = "cluster.json"
 
 
 @contextmanager
-def connected(plan: Plan, address: str | None) -> Iterator[None]:
+def connected(plan: Plan, address: str | None, should_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Connect to Ray, or start a local one and stop it afterwards.
 
     A process that is connected already keeps its connection, whatever `address` says.
+
+    Raises:
+        RunError: no cluster answers at the address, or it cannot hold the world.
+        Interrupted: `should_stop` said so while connecting.
     """
     if ray.is_initialized():
         check_fits(plan)
@@ -54,29 +59,42 @@ def connected(plan: Plan, address: str | None) -> Iterator[None]:
                 store = max(OBJECT_STORE_FLOOR_BYTES, 3 * nodes * plan.layout.nbytes)
                 # Ray prints a warning when it starts more processes than the machine has cores. Here they are wanted.
                 tuned = {"worker_maximum_startup_concurrency": max(os.cpu_count() or 1, processes)}
-                ray.init(
-                    "local",
-                    num_cpus=cpus,
-                    object_store_memory=store,
-                    include_dashboard=False,
-                    _system_config=tuned,
-                    **QUIET,
-                )
+                with private.starting():
+                    ray.init(
+                        "local",
+                        num_cpus=cpus,
+                        object_store_memory=store,
+                        include_dashboard=False,
+                        _system_config=tuned,
+                        **QUIET,
+                    )
             else:
-                attach(address)
+                attach(address, should_stop)
+        except WorldLMError:
+            raise
         except Exception as error:
-            where = "start Ray on this machine" if address is None else f"reach a Ray cluster at {address}"
-            raise RunError(f"cannot {where}: {first_line(error)}") from error
+            raise RunError(f"cannot start Ray on this machine: {first_line(error)}") from error
     try:
         check_fits(plan)
-        yield
+        with private.silent():
+            yield
     finally:
         ray.shutdown()
 
 
-def attach(address: str) -> None:
-    """Connect to a cluster that runs."""
-    ray.init(address, **QUIET)
+def attach(address: str, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Connect to a cluster that runs.
+
+    Raises:
+        Unreachable: there is none.
+        Interrupted: `should_stop` said so meanwhile.
+    """
+    found = reach.reach(address, should_stop)
+    try:
+        with private.starting():
+            ray.init(found, **QUIET)
+    except Exception as error:
+        raise reach.explain(address, error) from error
 
 
 def workers(spec: NodeSpec) -> int:

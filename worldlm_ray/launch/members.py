@@ -13,7 +13,8 @@ from worldlm_ray import config as configuration
 from worldlm_ray import rundir
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
-from worldlm_ray.launch.run import World, answer, ask, create, find, plain
+from worldlm_ray.launch.run import World, create, find, plain
+from worldlm_ray.launch.watch import answer, ask
 from worldlm_ray.plan import Plan
 from worldlm_ray.run_state import DIVERGED, FINISHED
 
@@ -106,8 +107,8 @@ class _Living:
         if self._mine:
             try:
                 cluster.attach(place["address"])
-            except Exception as error:
-                raise missing from error
+            except RunError as error:
+                raise RunError(f"{missing} ({error})") from error
         world = find(self._plan)
         if world is None:
             self.__exit__()

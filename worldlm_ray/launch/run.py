@@ -21,16 +21,20 @@ from actors.reserved import give_back, prefix
 from actors.shared import RECORDER, Address, settle
 from actors.world import WorldActor
 from worldlm_ray import rundir, tree
-from worldlm_ray.errors import RunError, WorldLMError
+from worldlm_ray.errors import Interrupted, RunError, WorldLMError
 from worldlm_ray.faults import Fault
 from worldlm_ray.launch import cluster, hosts, preflight
+from worldlm_ray.launch.watch import Monitor, Watch, ask
 from worldlm_ray.outcome import Outcome, Sample, combine, sampled
 from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan
+from worldlm_ray.progress import MEASURING, SAVING, TRAINING
 from worldlm_ray.records import Measure
 from worldlm_ray.report import MANY
 from worldlm_ray.run_clock import Anchor, RunClock, this_machine
+from worldlm_ray.tracking import record_failure
 from worldlm_ray.training.deepspeed_config import is_zero
+from worldlm_ray.training.local import too_many_cores
 from worldlm_ray.tree import NodeSpec
 
 T = TypeVar("T")
@@ -44,6 +48,8 @@ SAMPLES = MANY
 """At the end so many clients write a text: of more, the table shows none."""
 SILENT_S = 60.0
 """Whoever watches is told once the recorder has not answered for so long."""
+NOT_BEGUN = "stopped before the run had begun; nothing is lost"
+GOES_ON = "stopped before the run had answered; it goes on without this process"
 ACTORS = {"world": WorldActor, "federation": FederationActor, "client": ClientActor}
 
 
@@ -92,6 +98,8 @@ def train(
     address: str | None = None,
     on_progress: Progress = lambda _: None,
     on_phase: Callable[[str], None] = lambda _: None,
+    on_step: Callable[[str], None] = lambda _: None,
+    on_warning: Callable[[str], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train a world on Ray. Nodes with a checkpoint in the run folder continue from it.
@@ -101,74 +109,101 @@ def train(
         address: of a running Ray cluster; None starts a local one for this run.
         on_progress: called about twice a second with a snapshot of the run.
         on_phase: told what is being waited for.
+        on_step: told how far that has come.
+        on_warning: told what the user should know of.
         should_stop: asked as often; True ends the run early, with checkpoints and a summary.
 
     Raises:
+        Interrupted: `should_stop` said so before the run had begun.
         RunError: the cluster cannot be reached or cannot hold the world, or an actor failed.
         WorldLMError: whatever an actor raised on purpose.
     """
+    address = None if address == "local" else address
+    watch = Watch(on_progress, on_phase, on_step, on_warning, should_stop)
+    if should_stop():
+        raise Interrupted(NOT_BEGUN)
+    wanted = {spec.path: spec.settings.resources for spec in plan.root.clients}
+    if address is None and (warning := too_many_cores(wanted)):
+        on_warning(warning)
     on_phase("starting Ray" if address is None else f"connecting to {address}")
-    with cluster.connected(plan, address):
+    with cluster.connected(plan, address, should_stop):
         try:
-            return _train(plan, address is None, on_progress, on_phase, should_stop)
-        except RayTaskError as error:
-            raise plain(error) from error
-        except ActorDiedError as error:
-            raise RunError(f"an actor died: {cluster.first_line(error)}") from error
-        except RayError as error:
-            raise RunError(f"Ray failed: {cluster.first_line(error)}") from error
+            return _train(plan, address is None, watch)
+        except Interrupted:
+            raise
+        except Exception as error:  # noqa: BLE001 - a boundary: raised below
+            failure = error
+    # By now no actor of a local run writes to the folder any more.
+    told = _told(failure)
+    record_failure(plan.run_dir, str(told) or type(told).__name__)
+    if told is failure:
+        raise failure
+    raise told from failure
 
 
-def _train(
-    plan: Plan, local: bool, on_progress: Progress, on_phase: Callable[[str], None], should_stop: Callable[[], bool]
-) -> Outcome:
-    world = find(plan)
-    if world is not None:
-        on_phase("the run lives: watching it")
-    else:
-        if not local:
-            preflight.check(plan)
-        on_phase(f"starting {len(plan.kinds)} nodes")
-        world = _create(plan, local=local)
-    try:
-        return _conduct(plan, world, on_progress, on_phase, should_stop)
-    finally:
-        for actor in world.actors:
-            ray.kill(actor)
-        give_back(prefix(world.namespace))
-        cluster.forget(plan.run_dir)
+def _told(error: Exception) -> Exception:
+    """The error that the user is told, without Ray's wrapping."""
+    if isinstance(error, RayTaskError):
+        return plain(error)
+    if isinstance(error, ActorDiedError):
+        return RunError(f"an actor died: {cluster.first_line(error)}")
+    if isinstance(error, RayError):
+        return RunError(f"Ray failed: {cluster.first_line(error)}")
+    return error
 
 
-def _conduct(
-    plan: Plan, world: World, on_progress: Progress, on_phase: Callable[[str], None], should_stop: Callable[[], bool]
-) -> Outcome:
+def _train(plan: Plan, local: bool, watch: Watch) -> Outcome:
+    if watch.should_stop():
+        raise Interrupted(NOT_BEGUN)
+    with Monitor(watch) as monitor:
+        world = find(plan)
+        found = world is not None
+        if world is not None:
+            watch.on_phase("the run lives: watching it")
+        else:
+            if not local:
+                preflight.check(plan)
+            watch.on_phase(f"starting {len(plan.kinds)} nodes")
+            try:
+                world = _create(plan, watch, local=local)
+            except Interrupted:
+                raise Interrupted(NOT_BEGUN) from None
+        is_left = False
+        try:
+            return _conduct(plan, world, watch, monitor)
+        except Interrupted:
+            is_left = found
+            raise Interrupted(GOES_ON if found else NOT_BEGUN) from None
+        finally:
+            if not is_left:
+                for actor in world.actors:
+                    ray.kill(actor)
+                give_back(prefix(world.namespace))
+                cluster.forget(plan.run_dir)
+
+
+def _conduct(plan: Plan, world: World, watch: Watch, monitor: Monitor) -> Outcome:
     """The life of a run whose actors exist: wait, watch, measure, conclude."""
-    ask(world.recorder, "ready")
-    begun = _begun(plan, world)
-    # Clients of one process get ready side by side, and those of several processes at once.
-    asked = {path: world[path].ready.remote() for path in begun if isinstance(world[path], hosts.Member)}
-    # The first that cannot start says why.
-    reached = {path: _answer(asked[path], world, path) for path in asked}
-    reached |= {path: ask(world[path], "ready") for path in begun if path not in asked}
-    if any(reached.values()):
-        on_phase("continuing " + ", ".join(_reached(path, number, world) for path, number in reached.items()))
-    for path in begun:
-        ask(world[path], "start")
-    on_phase("training")
-    status = _watch(plan, world, begun, on_progress, on_phase, should_stop)
+    begun = _start(plan, world, watch, monitor)
+    watch.on_phase(TRAINING)
+    status = _watch(plan, world, begun, watch)
     plan = rundir.reopen(str(plan.run_dir), check_data=False)  # nodes may have joined or left
-    on_phase("measuring the models" if status == "finished" else "writing checkpoints")
+    watch.on_phase(MEASURING if status == "finished" else SAVING)
     for path, actor in world.inner.items():
         if status == "finished" or _is_there(actor):
             ask(actor, "save")
         elif path == "world":
             raise RunError("the world's aggregator has no machine; its last checkpoint holds the run: resume it later")
-    measures = _measure(plan, world) if status == "finished" else {}
+    measures: dict[str, Measure | None] = {}
     samples = dict[str, Sample]()
     if status == "finished":
-        some = dict(list(world.clients.items())[:SAMPLES])
-        asked_for = {path: client.sample.remote() for path, client in some.items()}
-        samples = {path: sampled(partial(_text, ref)) for path, ref in asked_for.items()}
+        try:
+            measures = _measure(plan, world, watch)
+            some = dict(list(world.clients.items())[:SAMPLES])
+            asked_for = {path: client.sample.remote() for path, client in some.items()}
+            samples = {path: sampled(partial(_text, ref, watch)) for path, ref in asked_for.items()}
+        except Interrupted:  # a resumed run measures again
+            status, measures, samples = "stopped", {}, {}
     named = {"measures": measures, "samples": samples, "wall_s": world.clock.now_s(), "status": status}
 
     def conclude() -> Any:
@@ -179,21 +214,44 @@ def _conduct(
     return Outcome(summary=with_living_owners(conclude), samples=texts)
 
 
-def _text(ref: Any) -> str:
+def _text(ref: Any, watch: Watch) -> str:
     try:
-        return str(answer(ref))
+        return str(watch.answer(ref))
     except RayTaskError as error:
         raise plain(error) from error
 
 
-def _answer(ref: Any, world: World, path: str) -> int:
+def _start(plan: Plan, world: World, watch: Watch, monitor: Monitor) -> list[str]:
+    """Wait until the nodes with which a run begins are ready, and have them begin; returns their paths."""
+    at_once = [path for path in world.clients if not plan.node(path.rpartition("/")[0]).elastic]
+    shared = {path: name for name, paths in world.hosts.items() for path in paths}
+    names = {path: shared.get(path, path) for path in [*world.inner, *at_once]}
+    monitor.begin(world.namespace, names, on_trouble=world.recorder.warn.remote)
+    watch.ask(world.recorder, "ready")
+    begun = _begun(plan, world, watch)
+    # Clients of one process get ready side by side, and those of several processes at once.
+    asked = {path: world[path].ready.remote() for path in begun if isinstance(world[path], hosts.Member)}
+    reached = {}
+    for path in sorted(begun, key=lambda path: path not in asked):  # the first that cannot start says why
+        reached[path] = _answer(asked[path], world, path, watch) if path in asked else watch.ask(world[path], "ready")
+        monitor.is_ready(path)
+        watch.on_step(f"{len(reached)} of {len(begun)} are ready")
+    if any(reached.values()):
+        watch.on_phase("continuing " + ", ".join(_reached(path, number, world) for path, number in reached.items()))
+    for path in begun:
+        watch.ask(world[path], "start")
+    monitor.waiting.clear()
+    return begun
+
+
+def _answer(ref: Any, world: World, path: str, watch: Watch) -> int:
     try:
-        return int(answer(ref))
+        return int(watch.answer(ref))
     except ActorUnavailableError:  # it is being started again
-        return int(ask(world[path], "ready"))
+        return int(watch.ask(world[path], "ready"))
 
 
-def _begun(plan: Plan, world: World) -> list[str]:
+def _begun(plan: Plan, world: World, watch: Watch) -> list[str]:
     """Nodes that a run waits for before it begins: of an elastic federation, as many clients as are there first."""
     paths = list(world.inner)
     for spec in plan.root.inner:
@@ -205,6 +263,7 @@ def _begun(plan: Plan, world: World) -> list[str]:
             there: list[Any] = []
             while len(there) < least:
                 there, _ = ray.wait(list(ready), num_returns=least, timeout=POLL_S)
+                watch.check()
             clients = [ready[ref] for ref in there]
         paths += clients
     return paths
@@ -213,7 +272,7 @@ def _begun(plan: Plan, world: World) -> list[str]:
 # ---- the actors ----------------------------------------------------------------------------------------------
 
 
-def _create(plan: Plan, *, local: bool) -> World:
+def _create(plan: Plan, watch: Watch, *, local: bool) -> World:
     """Make an actor of every node: each finds its parent and the recorder by name."""
     namespace = f"worldlm-{plan.config.name}-{secrets.token_hex(4)}"
     # What is sent while it is dead waits for its next life: a record counted twice is better than one that is lost.
@@ -225,7 +284,7 @@ def _create(plan: Plan, *, local: bool) -> World:
     clock = RunClock.starting(began_s)
     recorder = named.remote(mapping, clock, namespace)
     if not (local and this_machine()):  # it may have begun later, on another machine: it sets the time
-        clock = _clock_of(recorder, namespace, plan)
+        clock = _clock_of(recorder, namespace, plan, watch)
     world = World(recorder, namespace, clock, began_s, local)
     together = {group[0].path: group for group in tree.processes(plan.root) if len(group) > 1}
     shared = {spec.path for group in together.values() for spec in group}
@@ -249,10 +308,10 @@ def _create(plan: Plan, *, local: bool) -> World:
     return world
 
 
-def _clock_of(recorder: Any, namespace: str, plan: Plan) -> RunClock:
+def _clock_of(recorder: Any, namespace: str, plan: Plan, watch: Watch) -> RunClock:
     """The run's clock as its recorder has it; whatever keeps that from starting, nothing is left of it."""
     try:
-        return settle(RunClock(ask(recorder, "anchor")), namespace, "", plan.run_dir)
+        return settle(RunClock(watch.ask(recorder, "anchor")), namespace, "", plan.run_dir)
     except BaseException:
         ray.kill(recorder)
         raise
@@ -363,9 +422,7 @@ def _watch(
     plan: Plan,
     world: World,
     begun: list[str],
-    on_progress: Progress,
-    on_phase: Callable[[str], None],
-    should_stop: Callable[[], bool],
+    watch: Watch,
 ) -> str:
     """Wait for the clients and then for the world; returns `finished` or `stopped`."""
     waiting = {actor.outcome.remote(): path for path, actor in world.clients.items()}
@@ -393,15 +450,15 @@ def _watch(
         with suppress(ray.exceptions.GetTimeoutError, ActorUnavailableError):
             snapshot = ray.get(world.recorder.snapshot.remote(), timeout=5.0)
             heard_at, missed = time.monotonic(), False
-            on_progress(snapshot)
+            watch.on_progress(snapshot)
             there |= {path for path, node in snapshot["nodes"].items() if node["state"] != "waiting" or node["steps"]}
             waiting |= _newcomers(world, snapshot, results)
         if not given_up:
             waiting |= _latecomers(plan, world, joined, results)
         if time.monotonic() - heard_at > SILENT_S and not missed:
             missed = True
-            on_phase(f"nothing was heard of the run for {SILENT_S:.0f} s: {_advice(plan, world)}")
-        if should_stop():
+            watch.on_phase(f"nothing was heard of the run for {SILENT_S:.0f} s: {_advice(plan, world)}")
+        if watch.should_stop():
             if not answers:
                 asked_at = time.monotonic()
                 answers = {path: world.clients[path].process.remote() for path in waiting.values()}
@@ -496,42 +553,27 @@ def _is_there(actor: Any) -> bool:
     return bool(ray.wait([actor.process.remote()], timeout=ABSENT_S)[0])
 
 
-def answer(refs: Any) -> Any:
-    """The value behind a reference, or the values behind several.
-
-    While `ray.get` waits, of all that a signal's handler may raise it lets only Ctrl-C through.
-    """
-    waiting = refs if isinstance(refs, list) else [refs]
-    while waiting:
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-    return ray.get(refs)
-
-
-def ask(actor: Any, method: str, *arguments: Any, **named: Any) -> Any:
-    """The answer of an actor, once it is alive (again)."""
-    while True:
-        try:
-            return answer(getattr(actor, method).remote(*arguments, **named))
-        except ActorUnavailableError:
-            time.sleep(POLL_S)
-
-
-def _measure(plan: Plan, world: World) -> dict[str, Measure | None]:
+def _measure(plan: Plan, world: World, watch: Watch) -> dict[str, Measure | None]:
     """Every client's model on its own text, every inner node's model on the text of all clients below."""
     own = {path: actor.measure.remote() for path, actor in world.clients.items()}
 
     def by_clients(spec: NodeSpec) -> list[Any]:
-        refs = ask(world[spec.path], "parameters")
+        refs = watch.ask(world[spec.path], "parameters")
         clients = [world.clients[client.path] for client in spec.clients if client.path in world.clients]
         return [client.measure.remote(refs) for client in clients]
 
     asked = {spec.path: by_clients(spec) for spec in plan.root.inner}  # all at once
-    measures = {path: answer(ref) for path, ref in own.items()}
+    measures: dict[str, Measure | None] = {}
+    total = len(own) + len(asked)
+    for path, ref in own.items():
+        watch.on_step(f"{len(measures)} of {total} are measured")
+        measures[path] = watch.answer(ref)
     for spec in plan.root.inner:
 
         def answers(spec: NodeSpec = spec) -> Any:
-            return answer(asked.pop(spec.path, None) or by_clients(spec))
+            return watch.answer(asked.pop(spec.path, None) or by_clients(spec))
 
+        watch.on_step(f"{len(measures)} of {total} are measured")
         measures[spec.path] = combine(with_living_owners(answers))
     return measures
 

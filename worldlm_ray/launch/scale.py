@@ -18,7 +18,7 @@ import ray
 
 from worldlm_ray import config as configuration
 from worldlm_ray.errors import ConfigError, RunError
-from worldlm_ray.launch import cluster
+from worldlm_ray.launch import cluster, private
 from worldlm_ray.launch.run import Progress, train
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.scaling import Stage
@@ -95,7 +95,7 @@ def scale(
     cores = sum(cluster.workers(spec) * cluster.each(spec)["CPU"] for spec in plan.root.clients)
     share = math.ceil(cores / max(machines))
     stages: list[Stage] = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), private.starting(), private.silent():
         warnings.simplefilter("ignore")
         on_phase(f"starting a cluster; {share:g} cores by name on each machine, for {len(plan.root.clients)} clients")
         pretended = Cluster(

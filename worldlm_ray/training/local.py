@@ -6,15 +6,16 @@ pass, gradient clipping is one norm, and exchanging the model needs no walk over
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from worldlm_ray.config import TrainingConfig
+from worldlm_ray.config import ResourcesConfig, TrainingConfig
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind, decayed
 from worldlm_ray.model.shape import ModelShape
@@ -22,6 +23,45 @@ from worldlm_ray.params import Flat, Layout
 from worldlm_ray.training.deepspeed_config import is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.trainer import Batch, RoundResult
+
+
+def device_of(resources: ResourcesConfig) -> str | None:
+    """Where a client trains: on the CPU unless its settings ask for a GPU, whatever torch sees.
+
+    Ray hides no GPU from an actor that asks for none, and a simulation has no scheduler: without this rule all clients
+    of a machine would share its first GPU, unasked.
+
+    Returns:
+        `cpu`, or None for CUDA when there is a device.
+    """
+    return None if resources.gpus > 0 else "cpu"
+
+
+def threads_of(resources: ResourcesConfig) -> int:
+    """Torch threads of a client: as many as its cores, but no more than this process may use.
+
+    More threads than cores wait for each other at every operation.
+    """
+    return max(1, min(resources.cpus, cores()))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def too_many_cores(wanted: Mapping[str, ResourcesConfig]) -> str:
+    """A warning where clients ask for more cores than this machine has; empty where none does.
+
+    Args:
+        wanted: resources by path of the client.
+    """
+    over = [path for path, resources in wanted.items() if resources.cpus > cores()]
+    if not over:
+        return ""
+    more = f" and {len(over) - 1} more clients ask" if len(over) > 1 else " asks"
+    most = max(wanted[path].cpus for path in over)
+    return f"{over[0]}{more} for {most} cores (resources.cpus), this machine has {cores()}: so many threads are used"
 
 
 class LocalTrainer:

@@ -1,0 +1,6 @@
+"""`python -m worldlm_ray`: the `worldlm` command."""
+
+from worldlm_ray.cli import main
+
+if __name__ == "__main__":
+    main()
