@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import client
+from worlds import client, crowd
 
 from worldlm_ray import audit, curves, launch, rundir
 from worldlm_ray.launch import run as running
@@ -93,7 +93,7 @@ def test_wall_clocks_that_are_set_neither_end_a_run_nor_break_it(tiny: Callable[
     assert times[-1] <= summary["wall_s"]
 
 
-def test_a_client_on_a_machine_with_another_clock_tells_the_same_time(
+def test_nodes_on_a_machine_with_another_clock_tell_the_same_time(
     cluster: None, tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = tmp_path / "began"
@@ -101,18 +101,23 @@ def test_a_client_on_a_machine_with_another_clock_tells_the_same_time(
     options = running._options
 
     def placed(spec: NodeSpec) -> dict[str, Any]:
-        return options(spec) | ({"runtime_env": elsewhere} if spec.name == "far" else {})
+        return options(spec) | ({"runtime_env": elsewhere} if "abroad" in spec.path else {})
 
     monkeypatch.setattr(running, "_options", placed)
-    children = [client(name, tmp_path, seed) for seed, name in enumerate(("near", "far"))]
+    # One of each kind of actor: a client, a federation, and clients that share a process.
+    phones = {"federation": "abroad", "resources": {"share": 2}, "children": [crowd("phone", tmp_path, copies=2)]}
+    children = [client("near", tmp_path, 2), client("abroad-too", tmp_path, 3), phones]
     plan = tiny(children, budget={"rounds": 4})
     plan = rundir.create(replace(plan, config=replace(plan.config, run_dir=str(tmp_path / "run"))))
     launch.train(plan)
-    assert began.exists(), "the client had the clock of this machine"
-    rounds = [line for line in curves.read(plan.run_dir) if line["name"] == "busy_fraction"]
-    for name in ("near", "far"):
-        told = [line["now_s"] for line in rounds if line["node"] == f"world/{name}"]  # by the client's clock
-        heard = [line["now_s"] for line in audit.read(plan.run_dir) if line["sender"] == name]  # by its parent's
-        assert len(told) == len(heard) == 4
-        # A round is pushed at once, but the machine may be busy.
-        assert min(abs(there - here) for there, here in zip(told, heard, strict=True)) < 1.0
+    assert began.exists(), "all had the clock of this machine"
+    pushed = [line for line in curves.read(plan.run_dir) if line["name"] == "bytes_up"]
+    for path in set(plan.kinds) - {"world"}:
+        parent, _, name = path.rpartition("/")
+        told = [line["now_s"] for line in pushed if line["node"] == path]  # by the child's clock
+        edge = [line for line in audit.read(plan.run_dir) if (line["node"], line["sender"]) == (parent, name)]
+        heard = [line["now_s"] for line in edge]  # by its parent's
+        assert told
+        assert len(told) == len(heard)
+        # An update arrives at once, but the machine may be busy.
+        assert min(abs(there - here) for there, here in zip(told, heard, strict=True)) < 1.0, path
