@@ -45,7 +45,7 @@ from worldlm_ray.records import (
     VerdictRecord,
     perplexity,
 )
-from worldlm_ray.run_clock import Stamp
+from worldlm_ray.run_clock import Stamp, seconds
 from worldlm_ray.run_state import ACCEPTED, RunState, finite
 from worldlm_ray.run_texts import quoted
 from worldlm_ray.tensorboard import Board, Scalar
@@ -106,7 +106,7 @@ class Tracker:
         except RunError:
             status = {}  # A new run, or one that ended before its first status.
         self._state.restore(status, audit.read(run_dir))
-        self._started_at: float = status.get("started_at", wall())
+        self._started_at: float = seconds(status.get("started_at")) or wall()
         self._root = next(path for path, kind in kinds.items() if kind == "world")
         self._curves = Curves(run_dir, clock=clock)
         self._board = Board(run_dir / TENSORBOARD, root=self._root, started_at=self._started_at)

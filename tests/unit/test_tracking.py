@@ -761,11 +761,12 @@ def test_a_wall_clock_that_is_set_moves_no_curve_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("odd", ["NaN", "null", "-5.0", '"soon"', "Infinity"])
 def test_a_status_whose_run_time_is_damaged_makes_no_odd_progress(tmp_path: Path, odd: str) -> None:
-    (tmp_path / STATUS).write_text(f'{{"started_at": 1000.0, "now_s": {odd}, "nodes": {{}}}}')
+    (tmp_path / STATUS).write_text(f'{{"started_at": {odd}, "now_s": {odd}, "nodes": {{}}}}')
     tracker = Tracker(
         tmp_path, kinds={"world": "world", "world/a": "client"}, hparams={}, budget=BudgetConfig(seconds=40.0)
     )
     assert tracker.snapshot()["progress"] == 0.0
+    assert tracker.snapshot()["started_at"] == pytest.approx(time.time(), abs=60.0)
     tracker.record(PushRecord(node="world/a", now_s=-3.0, bytes=7))
     assert tracker.snapshot()["now_s"] == 0.0
     tracker.close()
