@@ -1,8 +1,11 @@
 # Every target sets itself up: a virtual environment in .venv, made once and refreshed when pyproject.toml changes.
+# A run needs READY; tests, lint and benchmarks need DEV, which adds their tools. Either may come first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
 .PHONY: help quickstart test test-fast soak check format bench clean
 .DEFAULT_GOAL := help
@@ -12,32 +15,39 @@ help:  ## list the targets
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "worldlm_ray needs Python 3.11 or later; try make PYTHON=python3.11")'
+	@echo "1/2 making a virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	@echo "2/2 installing what a run needs, torch and Ray above all: usually 2 to 4 minutes, once"
+	$(PIP) --editable .
 	touch $(READY)
+
+$(DEV): $(READY)
+	@echo "installing the tools of tests, lint and benchmarks: usually 1 to 2 minutes, once"
+	$(PIP) --editable '.[dev,bench]'
+	touch $(DEV)
 
 quickstart: $(READY)  ## train the world that ships with the package, on text that this machine holds
 	$(BIN)/worldlm train quickstart
 
-test: $(READY)  ## all tests, those with Ray too
+test: $(DEV)  ## all tests, those with Ray too
 	$(BIN)/python -m pytest
 
-test-fast: $(READY)  ## unit tests, without Ray, in under a minute
+test-fast: $(DEV)  ## unit tests, without Ray, in under a minute
 	$(BIN)/python -m pytest tests/unit
 
-soak: $(READY)  ## mutated messages, faults on purpose and kills, many times as many: takes an hour
+soak: $(DEV)  ## mutated messages, faults on purpose and kills, many times as many: takes an hour
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/unit/test_mutations.py tests/unit/test_faults.py tests/ray/test_kills.py
 
-check: $(READY)  ## lint, format and types
+check: $(DEV)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)  ## rewrite the code in the house style
+format: $(DEV)  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## the benchmarks, as ratios inside one run
+bench: $(DEV)  ## the benchmarks, as ratios inside one run
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove the virtual environment and caches; runs/ stays

@@ -56,6 +56,8 @@ class Leaf:
         self.uplink = Uplink(self._address, self.plan, self.client, tell=self._tell)
         self._is_set_up = True
         self._tell(self._life("continued" if found else "started"))
+        if self.client.warning:
+            self._warn(self.client.warning)
 
     def _make_client(self) -> Client:
         raise NotImplementedError

@@ -39,6 +39,9 @@ app = typer.Typer(
 console = Terminal()
 errors = Terminal(stderr=True, soft_wrap=True)
 
+_spoken_of: list[tuple[str, list[str]]] = []
+"""The configuration of this command, with its overrides: where an error may lie."""
+
 Conf = Annotated[str, typer.Argument(help="a preset's name (see `worldlm presets`) or the path of a YAML file")]
 Overrides = Annotated[
     list[str] | None,
@@ -101,7 +104,9 @@ def train(
 
     with ExitStack() as holding:
         if resume is not None:
-            holding.enter_context(rundir.held(rundir.find(resume)))
+            folder = rundir.find(resume)
+            holding.enter_context(rundir.held(folder))
+            _spoken_of[:] = [(str(folder / rundir.CONFIG), changes)]
             plan = rundir.resume(resume, changes, check_data=address is None)
         else:
             assert conf is not None
@@ -109,6 +114,7 @@ def train(
             plan = rundir.create(make_plan(_load(conf, changes, run_dir), check_data=address is None))
             holding.enter_context(rundir.held(plan.run_dir))
         console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
+        _warn(plan.warnings)
         outcome, code = _train(plan, address)
     _report(plan.run_dir, outcome.summary, outcome.samples)
     if outcome.summary["status"] == "stopped":
@@ -168,6 +174,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     from worldlm_ray.training.local import too_many_cores
 
     console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
+    _warn(plan.warnings)
     began, events = time.monotonic(), 0
     progress, keeps = Progress(console, errors), "what there is by now is kept"
     with rundir.held(plan.run_dir), progress, Stop(progress.notice, keeps) as stop:
@@ -329,12 +336,13 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb:
         console.print("nothing moves between places: no node has placement.labels of its own")
     for line in [*misfits(facts), *left_out(plan)]:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    from worldlm_ray.spending import planned, planned_table, private_clients
+    from worldlm_ray.spending import planned, planned_table, private_clients, weak_deltas
 
     if private_clients(plan):
         with console.status("reading the private clients' texts"):
             rows = planned(plan)
         console.print(planned_table(rows))
+        _warn(weak_deltas(plan, rows))
 
 
 @app.command()
@@ -451,7 +459,7 @@ def privacy(run: Run, as_json: Json = False) -> None:
     Ledgers are compared with the audit trail: every accepted update must be paid for.
     """
     from worldlm_ray import rundir
-    from worldlm_ray.spending import statement_table, statements, unpaid
+    from worldlm_ray.spending import statement_table, statements, unpaid, weak_deltas
 
     plan = rundir.reopen(run, check_data=False)
     rows, missing = statements(plan), unpaid(plan)
@@ -465,6 +473,7 @@ def privacy(run: Run, as_json: Json = False) -> None:
             "every accepted update was paid for" if not missing else "NOT PAID FOR: " + "; ".join(missing),
             highlight=False,
         )
+    _warn(weak_deltas(plan, rows))
     if missing:
         raise typer.Exit(1)
 
@@ -588,7 +597,18 @@ def status(
 
 
 def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:
-    return configuration.load(conf, overrides, run_dir=run_dir)
+    _spoken_of[:] = [(conf, overrides)]
+    return configuration.load(conf, overrides, run_dir=run_dir, say=_note)
+
+
+def _note(text: str) -> None:
+    errors.print(text, highlight=False)
+
+
+def _warn(lines: list[str]) -> None:
+    """Warnings go to stderr: stdout is for the result."""
+    for line in lines:
+        errors.print(f"WARNING {line}", style="bold red", highlight=False)
 
 
 def _conclude(found: list[Any], *, quiet: bool = False) -> None:
@@ -633,7 +653,10 @@ def main() -> None:
     except WorldLMError as error:
         if debug:
             raise
-        errors.print(f"worldlm: {error}", markup=False, highlight=False)
+        from worldlm_ray.places import told
+
+        for line in told(error, *(_spoken_of[0] if _spoken_of else ())):
+            errors.print(f"worldlm: {line}", highlight=False)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -29,7 +29,7 @@ from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
 from worldlm_ray.messages import Model, Update, carried, fragment_of
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
-from worldlm_ray.privacy.account import Account, ledger_folder
+from worldlm_ray.privacy.account import Account, ledger_folder, weak_delta
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import Measure, OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
@@ -66,6 +66,10 @@ class Client:
         )
         self.account = open_account(plan, spec, self.dataset)
         """What the client may spend of its text's privacy; None without such a promise."""
+        self.warning = ""
+        """What an operator should know before the client begins; empty if nothing."""
+        if self.account is not None:
+            self.warning = weak_delta(spec.settings.privacy, self.dataset.records(context=self.context))
         self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
         initial = plan.initial()
         self.base = np.array(initial)

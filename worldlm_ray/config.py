@@ -431,6 +431,8 @@ class RunConfig:
     """The tree: see worldlm_ray/tree.py."""
 
 
+SMALLEST_PRV_NOISE = 0.1
+"""Below, the `prv` accountant takes minutes and gigabytes; epsilon is in the hundreds there."""
 INHERITED = tuple(f.name for f in fields(NodeSettings))
 NODE_KEYS = (
     "world",
@@ -766,6 +768,10 @@ def _privacy(settings: NodeSettings, at: str) -> None:
     if privacy.max_updates is not None and privacy.unit != "client":
         got = f"is set, but privacy.unit is {privacy.unit}"
         raise ConfigError(f"{key}.max_updates", got, "only unit client counts updates: remove it")
+    noise = privacy.noise_multiplier
+    if noise is not None and noise < SMALLEST_PRV_NOISE and (privacy.unit, privacy.accountant) == ("record", "prv"):
+        got = f"got {noise:g}, for which accountant prv takes minutes and gigabytes"
+        raise ConfigError(f"{key}.noise_multiplier", got, f"give {SMALLEST_PRV_NOISE:g} or more, or use accountant rdp")
     if privacy.on_exhausted == "pause" and privacy.unit != "record":
         got = f"pause, but privacy.unit is {privacy.unit}: only a client that keeps its own budget can pause"
         raise ConfigError(f"{key}.on_exhausted", got, "remove it, or set privacy.unit to record")

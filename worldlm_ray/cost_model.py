@@ -10,7 +10,7 @@ losses, attention, residuals; nodes follow their parent whole where `merge` is a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -97,6 +97,7 @@ class CostClient:
         "seq",
         "spec",
     )
+    warning: ClassVar[str] = ""
 
     measure_is_due = may_pause = overlaps = False
     in_flight = None

@@ -25,7 +25,7 @@ from worldlm_ray.faults import Faults
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
 from worldlm_ray.params import Flat, Layout, frozen
-from worldlm_ray.privacy.account import ledger_folder
+from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.quotas import quotas
 from worldlm_ray.training import deepspeed_config
@@ -50,6 +50,16 @@ class Plan:
     def specs(self) -> dict[str, NodeSpec]:
         """Every node by path, parents first."""
         return {node.path: node for node in self.root.walk()}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What an operator should know before the run begins, and what no text needs to be read for."""
+        found = []
+        for node in self.root.one_of_each():
+            clients = [child for child in node.children if child.kind == "client"]
+            if clients and node.settings.privacy.unit == "client":
+                found.append((node.path, weak_delta(node.settings.privacy, len(clients))))
+        return [f"{path}: {text}" for path, text in found if text]
 
     @property
     def kinds(self) -> dict[str, str]:

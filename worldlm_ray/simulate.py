@@ -212,6 +212,8 @@ class Simulation:
             if path not in self.gone:
                 self._say_left_out(path)
                 self._record(client.start_record(now_s=self.now_s))
+                if client.warning:
+                    self._record(LifeRecord(node=path, now_s=self.now_s, event="warning", detail=client.warning))
                 self._pull(path)
         if self.faults:
             self._at(self.plan.config.liveness.heartbeat_s, self._look, beside=True)

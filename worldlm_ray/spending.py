@@ -12,7 +12,7 @@ from worldlm_ray import audit
 from worldlm_ray.client import open_account
 from worldlm_ray.data import prepare
 from worldlm_ray.plan import Plan
-from worldlm_ray.privacy.account import ledger_folder
+from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.accounting import Spend, epsilon, rounds_left
 from worldlm_ray.privacy.gaussian import composed_epsilon, most_contributions
 from worldlm_ray.privacy.ledger import Ledger
@@ -108,6 +108,19 @@ def planned(plan: Plan) -> list[Planned]:
             )
         )
     return found
+
+
+def weak_deltas(plan: Plan, rows: Sequence[Planned | Statement]) -> list[str]:
+    """A line for every client whose delta is at or above 1 / records, or 1 / clients: it promises nothing."""
+    found = {}
+    for row in rows:
+        for path in [row.node] if isinstance(row, Planned) else row.nodes:
+            spec = plan.specs.get(path)
+            if spec is None or spec.settings.privacy.unit != "record":
+                continue
+            records = row.records if isinstance(row, Planned) else round(spec.settings.training.batch_size / row.rate)
+            found[path] = weak_delta(spec.settings.privacy, records)
+    return [*plan.warnings, *(f"{path}: {text}" for path, text in found.items() if text)]
 
 
 def statements(plan: Plan) -> list[Statement]:

@@ -131,6 +131,24 @@ class Account:
         return epsilon(history, delta=self.privacy.delta, accountant=self.privacy.accountant)
 
 
+def weak_delta(privacy: PrivacyConfig, protected: int | None) -> str:
+    """What to say of a delta that promises next to nothing; empty of any other.
+
+    A mechanism that publishes one of n records whole, drawn at random, has delta 1 / n and epsilon 0 (Dwork and Roth,
+    The Algorithmic Foundations of Differential Privacy, section 2.3).
+
+    Args:
+        privacy: the rules in force.
+        protected: records, or clients, that it protects; None if that is not known.
+    """
+    if privacy.unit == "none" or not protected or privacy.delta * protected < 1.0:
+        return ""
+    return (
+        f"privacy.delta is {privacy.delta:g}, at or above 1 / {protected:,} {privacy.unit}s: "
+        f"that allows to publish one of them whole; set it well below, such as {0.1 / protected:.0e}"
+    )
+
+
 def ledger_folder(privacy: PrivacyConfig, run_dir: Path) -> Path:
     """Where the ledgers of a node's clients lie."""
     return Path(privacy.ledger_dir).expanduser() if privacy.ledger_dir else run_dir / LEDGERS

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, get_args
 
-from worldlm_ray.config import AccountantName, unknown_name
+from worldlm_ray.config import SMALLEST_PRV_NOISE, AccountantName, unknown_name
 from worldlm_ray.errors import PrivacyError
+from worldlm_ray.privacy.gaussian import no_noise
 
 LARGEST_NOISE = 1e4
-SMALLEST_NOISE = 1e-2
-"""With less, an epsilon is in the tens of thousands, which promises nothing; far below, accountants do not converge."""
+SMALLEST_NOISE: dict[AccountantName, float] = {"rdp": 0.01, "prv": SMALLEST_PRV_NOISE}
+"""The search ends there: epsilon is in the hundreds by then, which promises nothing."""
 PRECISION = 1e-3
 """Of the noise that is searched for, relative."""
 
@@ -107,14 +108,11 @@ def noise_for(
                 f"{key}.target_epsilon: no noise keeps {steps} steps within {target_epsilon:g} at delta {delta:g} "
                 f"({before:.3g} is spent already); raise it, or use accountant prv, fewer rounds or more text"
             )
-    if fits(SMALLEST_NOISE):
-        raise PrivacyError(
-            f"{key}.target_epsilon: {target_epsilon:g} allows noise below {SMALLEST_NOISE:g} clipping norms, which "
-            "protects nothing; lower it, or remove the privacy section where no privacy is wanted"
-        )
     low = high / 2.0 if high > 1.0 else 0.0
     while high - low > PRECISION * high:
         middle = (low + high) / 2.0
+        if middle < SMALLEST_NOISE[accountant]:
+            raise PrivacyError(no_noise(target_epsilon, high, key))
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
 

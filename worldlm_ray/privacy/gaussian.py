@@ -16,6 +16,8 @@ MOST = 1 << 20
 LARGEST_EPSILON = 1e6
 """Above, epsilon counts as infinite: it promises nothing, and its exponentials overflow."""
 SMALLEST_NOISE = 1e-2
+NEXT_TO_NONE = 1e-100
+"""Noise whose square underflows."""
 
 
 def gaussian_epsilon(noise: float, contributions: int, *, delta: float) -> float:
@@ -27,7 +29,7 @@ def composed_epsilon(noises: Sequence[float], *, delta: float) -> float:
     """Epsilon at a delta for somebody who contributed once under each of these noises."""
     if not noises:
         return 0.0
-    if min(noises) == 0.0:
+    if min(noises) < NEXT_TO_NONE:
         return math.inf
     mu = math.sqrt(sum(noise**-2 for noise in noises))
 
@@ -50,6 +52,8 @@ def composed_epsilon(noises: Sequence[float], *, delta: float) -> float:
 
 def most_contributions(noise: float, *, target_epsilon: float, delta: float, before: Sequence[float] = ()) -> int:
     """How often one may contribute under a noise, after contributions under others, before a budget would break."""
+    if min([noise, *before]) < NEXT_TO_NONE:
+        return 0
     spent = sum(other**-2 for other in before)
 
     def fits(count: int) -> bool:
@@ -80,17 +84,22 @@ def gaussian_noise(contributions: int, *, target_epsilon: float, delta: float, k
             raise PrivacyError(
                 f"{key}.target_epsilon: no noise keeps {contributions} updates within {target_epsilon:g}"
             )
-    if gaussian_epsilon(SMALLEST_NOISE, contributions, delta=delta) <= target_epsilon:
-        raise PrivacyError(
-            f"{key}.target_epsilon: {target_epsilon:g} allows noise below {SMALLEST_NOISE:g} clipping norms, which "
-            "protects nothing; lower it, or remove the privacy section where no privacy is wanted"
-        )
     low = 0.0
     while high - low > 1e-4 * high:
         middle = (low + high) / 2.0
+        if middle < SMALLEST_NOISE:
+            raise PrivacyError(no_noise(target_epsilon, high, key))
         fits = gaussian_epsilon(middle, contributions, delta=delta) <= target_epsilon
         low, high = (low, middle) if fits else (middle, high)
     return high
+
+
+def no_noise(target_epsilon: float, noise: float, key: str) -> str:
+    """What to say of a budget that next to no noise keeps."""
+    return (
+        f"{key}.target_epsilon: {target_epsilon:g} allows noise below {noise:.2g} clipping norms, which protects "
+        "nothing; lower it, or remove the privacy section where no privacy is wanted"
+    )
 
 
 def _phi(x: float) -> float:
