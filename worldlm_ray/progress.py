@@ -162,6 +162,8 @@ class Progress:
         """Draw a snapshot of the run; a warning of a node, or of the run's files, is a line of its own, once."""
         with self._lock:
             self.warn(snapshot.get("warnings", []))
+            if snapshot.get("warnings_left_out"):
+                self.warn([{"node": snapshot["run"], "text": "there are more warnings than are kept"}])
             if snapshot.get("trouble"):
                 self.warn([{"node": snapshot["run"], "text": snapshot["trouble"]}])
             now = time.monotonic()

@@ -9,6 +9,7 @@ import lzma
 import os
 import random
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from worldlm_ray.data import check_sources, prepare, read_documents, sources
 from worldlm_ray.data.text import find_sources
 from worldlm_ray.describe import left_out as left_out_of
 from worldlm_ray.errors import ConfigError, DataError
+from worldlm_ray.launch import preflight
 from worldlm_ray.plan import Plan
 from worldlm_ray.simulate import simulate
 
@@ -333,3 +335,13 @@ def test_a_run_says_once_per_client_what_was_left_out(tiny: Callable[..., Plan],
     shown = left_out_of(plan)
     assert [line for line in shown if "private" not in line] == [f"world/{path}: {t}" for path, t in lines.items()]
     assert len(shown) == 3, "`worldlm show` runs where the text is"
+
+
+def test_a_machine_of_a_cluster_looks_into_the_texts_too(tmp_path: Path) -> None:
+    there = DataConfig(files=[str(write(tmp_path / "a.jsonl", '{"content": "x"}\n'))])
+    absent = DataConfig(files=[str(tmp_path / "b.jsonl")])
+    marker = write(tmp_path / "marker", "")
+    wrong_key, missing = preflight._look(str(marker), {"one": there, "two": absent}, version("worldlm_ray"))
+    assert wrong_key.endswith("set one.data.text_key: did you mean 'content'?")
+    assert "there is no file" in missing
+    assert missing.endswith("or set two.placement.labels to where it is")

@@ -138,6 +138,7 @@ def test_warnings_are_kept_once_and_not_without_end(endless: Any) -> None:
     for _ in range(3):
         progress.show(state.snapshot() | {"run": "r", "trouble": ""})
     assert written(console).count("WARNING world/a: trouble 7\n") == 1
+    assert written(console).count("WARNING r: there are more warnings than are kept\n") == 1
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------

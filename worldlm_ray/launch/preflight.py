@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from worldlm_ray import storage
 from worldlm_ray.config import DataConfig
-from worldlm_ray.data.text import check_sources
+from worldlm_ray.data.text import check_sources, find_sources
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.launch import cluster
 from worldlm_ray.plan import Plan
@@ -76,9 +76,14 @@ def _look(marker: str, clients: dict[str, DataConfig], wanted: str) -> list[str]
         problems.append(f"has {PACKAGE} {found}, the run was started with {wanted}; install the same everywhere")
     for key, data in clients.items():
         try:
-            check_sources(data, f"{key}.data")
+            find_sources(data, f"{key}.data")
         except ConfigError as error:
             problems.append(f"{error}, or set {key}.placement.labels to where it is")
+            continue
+        try:
+            check_sources(data, f"{key}.data")
+        except ConfigError as error:
+            problems.append(str(error))
     return problems
 
 
