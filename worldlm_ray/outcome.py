@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from worldlm_ray.config import BudgetConfig
-from worldlm_ray.errors import WorldLMError
+from worldlm_ray.errors import Interrupted, WorldLMError
 from worldlm_ray.params import Flat, params_sha256
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import FinalRecord, Measure
@@ -31,6 +31,8 @@ def sampled(generate: Callable[[], str]) -> Sample:
     """What `generate` gives. A text is no more than a taste: whatever fails here must not cost the run its summary."""
     try:
         return Sample(text=generate())
+    except Interrupted:
+        raise
     except WorldLMError as error:
         return Sample(failure=str(error))
     except Exception as error:  # noqa: BLE001 - a boundary: see above

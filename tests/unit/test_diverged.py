@@ -16,7 +16,7 @@ from worlds import client
 
 from worldlm_ray import evaluate, rundir
 from worldlm_ray.data import Tokenizer, load_tokenizer
-from worldlm_ray.errors import CheckpointError, DataError, RunError
+from worldlm_ray.errors import CheckpointError, DataError, Interrupted, RunError
 from worldlm_ray.outcome import Outcome, combine, sampled
 from worldlm_ray.plan import Plan
 from worldlm_ray.progress import Progress
@@ -163,7 +163,12 @@ def test_a_sample_that_fails_says_why() -> None:
     def broken() -> str:
         raise RuntimeError("line 1\nline 2")
 
+    def left() -> str:
+        raise Interrupted("left")
+
     assert sampled(lambda: "text").text == "text"
+    with pytest.raises(Interrupted):
+        sampled(left)
     assert sampled(broken).failure == "RuntimeError: line 1 line 2"
 
 
