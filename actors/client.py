@@ -72,7 +72,7 @@ class ClientActor(LastWords, Leaf):
         self._link = threading.Lock()
         """Held by whoever changes or copies what the client knows of its exchange."""
         self._exchange: Future[Model | None] | None = None
-        """The exchange under way beside the training; gives the parent's model if it was asked for."""
+        """The exchange under way beside the training; gives the parent's model if that was asked for."""
         self._last = False
         """Whether the parent has said that the round under way is the last."""
         self._begin_once = threading.Lock()
@@ -223,7 +223,7 @@ class ClientActor(LastWords, Leaf):
         if self.client.is_done or self._last:
             return self._finish
         model = self._wait(self.uplink.pull())
-        if model.finished:
+        if model is not None and model.finished:
             return self._finish
         self._tell(*self.client.begin(model, now_s=self.clock.now_s()))
         return None if self.client.began else self._finish
@@ -257,10 +257,9 @@ class ClientActor(LastWords, Leaf):
     def _merge(self) -> None:
         """Take what the exchange has brought; waits for it if need be."""
         model = self._await_exchange()
-        assert model is not None
         with self._model:
             records = self.client.merge(model, now_s=self.clock.now_s())
-        self._last = model.finished
+        self._last = model is not None and model.finished
         self._tell(*records)
 
     def _push(self) -> None:
@@ -346,6 +345,8 @@ class ClientActor(LastWords, Leaf):
     def _follow(self) -> None:
         model = self._wait(self.uplink.pull())
         self._wait(self.uplink.done())  # the pull may have had to join anew
+        if model is None:
+            return
         with self._model:
             records = self.client.follow(model, now_s=self.clock.now_s())
         self._tell(*records)

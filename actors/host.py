@@ -309,7 +309,7 @@ class _Member(Leaf):
             model = None
             if not self.client.began:
                 model = await self._wait(follow(self.uplink.pull()))
-                if model.finished:
+                if model is not None and model.finished:
                     return None
             return await self.host.with_model(partial(self._train, model))
         finally:
@@ -318,7 +318,7 @@ class _Member(Leaf):
     def _train(self, model: Model | None) -> Update | None:
         """On the model's thread: begin a round, or go on with the one that was begun."""
         client = self.client
-        if model is not None:
+        if not client.began:
             self._tell(*client.begin(model, now_s=self.clock.now_s()))
         if not client.began:
             return None

@@ -42,6 +42,8 @@ LOUD_AFTER = 4
 """Attempts after which an operator is told that the parent cannot be found."""
 ANSWER_S = 30.0
 """A task that awaits very many answers asks again for one that has not come within this time."""
+TRIES = 3
+"""A model that cannot be read is asked for so often."""
 POLL_S = 0.2
 """How often a thread that waits for its parent looks whether it should stop."""
 
@@ -130,8 +132,9 @@ class Uplink:
         except Lost:
             yield from self.join()  # which sends the outbox
 
-    def pull(self) -> Steps[Model]:
-        """The parent's model."""
+    def pull(self) -> Steps[Model | None]:
+        """The parent's model; None if what comes is none, however often it is asked for."""
+        tries = 0
         while True:
             try:
                 header, refs = yield from self._ask()
@@ -140,6 +143,13 @@ class Uplink:
                 path, now_s = self._address.path, self._clock.now_s()
                 self._tell(PullRecord(node=path, now_s=now_s, version=model.version, bytes=packed.nbytes))
                 return model
+            except MessageError as error:  # something on the way may have damaged it
+                tries += 1
+                if tries == TRIES:
+                    parent = parent_path(self._address.path)
+                    self._life("warning", f"refuses the model of its parent {parent} ({error})")
+                    return None
+                yield AGAIN_S
             except (Lost, RayActorError, ObjectLostError, GetTimeoutError):
                 self._to = 0
                 yield from self.join()

@@ -79,6 +79,7 @@ class Idle:
         began = time.monotonic()
         for _ in range(rounds):
             model = wait_for(self.uplink.pull())
+            assert model is not None
             self.seq += 1
             update = Update(
                 sender=self.name,

@@ -23,6 +23,7 @@ from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.node import require_fragments
 from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields, limited, revived
+from worldlm_ray.aggregation.parent import Gate
 from worldlm_ray.compression import lossy, memory
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
@@ -93,6 +94,8 @@ class Client:
             agreement=spec.settings.merge.agreement,
             initial=initial,
         )
+        self.gate = Gate(spec.path, plan.layout, max_step=spec.settings.merge.max_model_step)
+        """Which models of the parent it takes."""
         self.round = 0
         """Finished local rounds."""
         self.step = 0
@@ -257,8 +260,10 @@ class Client:
         self.outbox.heed(verdict)
         self.start_over = self.start_over or verdict.reason in ("not_finite", "norm_exceeded")
 
-    def begin(self, model: Model, *, now_s: float) -> list[Record]:
+    def begin(self, model: Model | None, *, now_s: float) -> list[Record]:
         """Merge the parent's model and begin a local round from the result.
+
+        A model that is refused (or None: what came was none) changes nothing: the round begins from the client's own.
 
         A private client pays for the round first. If its budget does not hold it, since another client with the same
         text has spent it meanwhile, no round begins and `began` stays False.
@@ -272,11 +277,31 @@ class Client:
         if not self._pay():
             return []
         self.paused, self.followed = False, None
-        if model.last_seq > self.seq:
-            self._have_sent(model.last_seq)
-        records = self._take(model, now_s=now_s)
+        taken, records = self._let_in(model, now_s=now_s)
+        if taken is None:
+            self._keep_own()
+            return records
+        if taken.last_seq > self.seq:
+            self._have_sent(taken.last_seq)
+        records += self._take(taken, now_s=now_s)
         self._start()
         return records
+
+    def _let_in(self, model: Model | None, *, now_s: float) -> tuple[Model | None, list[Record]]:
+        """The parent's model, unless it is refused, and what tracking is told of that."""
+        newcomer = self.start_over or self.round == 0
+        own = None if newcomer or self.gate.max_step is None else self.trainer.read()
+        record = self.gate.refusal(model, seq=self.seq, own=own, now_s=now_s)
+        return (None if self.gate.shut else model), [] if record is None else [record]
+
+    def _keep_own(self) -> None:
+        """Begin a round from the client's own model, of which all that an update could carry is in an update."""
+        pushed, self.in_flight = self.in_flight, None
+        if self.fragments == 1 and pushed is None:
+            (self.common.trainer if self.common.active else self.trainer).read(self.base)
+        behind = self.is_behind
+        self._start()
+        self.is_behind = behind
 
     def begin_ahead(self) -> None:
         """Begin a local round from the client's own model, while its last update is in flight.
@@ -287,8 +312,10 @@ class Client:
             self.progress += self._world_progress(self.training.local_steps)  # the parent spoke of the round before
             self._start()
 
-    def merge(self, model: Model, *, now_s: float) -> list[Record]:
+    def merge(self, model: Model | None, *, now_s: float) -> list[Record]:
         """Take the model that an exchange has brought, between two steps of a round (or after the last).
+
+        A model that is refused changes nothing, as in `begin`.
 
         If the update was refused because the model has diverged, so has what was trained since: the round is given up,
         and `began` is False.
@@ -298,7 +325,11 @@ class Client:
         """
         if self.start_over:
             self._give_up()
-        records = self._take(model, now_s=now_s)
+        taken, records = self._let_in(model, now_s=now_s)
+        if taken is None:
+            self.in_flight = None
+            return records
+        records += self._take(taken, now_s=now_s)
         self.progress -= self._world_progress(self.step)  # the parent speaks of now, `_rate` counts from the first step
         return records
 
@@ -351,6 +382,9 @@ class Client:
         if model.version == 0 or (model.version, model.incarnation) == (self.base_version, self.base_incarnation):
             self.outbox.durable(model.durable_seq)
             return []
+        taken, doubts = self._let_in(model, now_s=now_s)
+        if taken is None:
+            return doubts
         own, pushed = self.trainer.read(), self.in_flight
         self.in_flight = None
         moved = Moved(now=own, since=self.base) if pushed is None else Moved(now=own, change=pushed.values)
@@ -362,7 +396,7 @@ class Client:
         self.merger.backbone(self.followed, own, own, model, out=self.base)
         weights = self._merge_keys(self.followed, own, own, model, now_s=now_s, merged=self.base)
         self._heard(model)
-        return [judged, *weights]
+        return [*doubts, judged, *weights]
 
     def _heard(self, model: Model) -> None:
         """What a client remembers of the parent's model that it took."""

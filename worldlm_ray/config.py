@@ -235,6 +235,9 @@ class MergeConfig:
     """The same for federations."""
     agreement: float = 0.6
     """`adaptive`: a node follows its parent while the cosine of its own movement and the others' is at least this."""
+    max_model_step: float | None = None
+    """A parent's model is refused that lies further from the node's own than this: L2 distance over the L2 norm of the
+    own model, of what an exchange carries. The node goes on with its own model. A newcomer takes any first model."""
     common_fraction: float = 0.0
     """`adaptive`: share of every batch with which a client that keeps its own model trains its parent's on. At 0 such
     a client pushes what it did to its own model: see worldlm_ray/training/common.py."""
@@ -939,6 +942,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "merge.client": _follows,
     "merge.federation": _follows,
     "merge.agreement": _cosine,
+    "merge.max_model_step": positive,
     "merge.common_fraction": fraction,
     "exchange.fragments": positive,
     "resources.cpus": positive,

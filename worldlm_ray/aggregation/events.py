@@ -110,7 +110,8 @@ class Joined:
 class ParentModel:
     """The parent's model arrived: the end of an exchange, or the news that was asked for."""
 
-    model: Model
+    model: Model | None
+    """None where what came was no model: the node goes on with its own."""
     now_s: float
 
 

@@ -58,6 +58,7 @@ from worldlm_ray.aggregation.events import (
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields, limited, revived
+from worldlm_ray.aggregation.parent import Gate
 from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
 from worldlm_ray.aggregation.quota import Quota, Quotas
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
@@ -192,6 +193,8 @@ class Node:
             agreement=merge.agreement,
             initial=initial,
         )
+        self.gate = Gate(path, layout, max_step=merge.max_model_step)
+        """Which models of the parent it takes."""
         self.residuals = Pool(
             path=path,
             config=aggregation.residuals,
@@ -792,16 +795,25 @@ class Node:
         return fragment_of(self.seq, self.fragments)
 
     def _merge(self, event: ParentModel) -> list[Command]:
-        """Move to the parent and keep whatever the children did meanwhile."""
+        """Move to the parent and keep whatever the children did meanwhile.
+
+        A model that is refused ends the exchange all the same: the node goes on with its own, and asks again after the
+        next aggregation. What was pushed is measured from, as always.
+        """
+        own = None if self.wants_news and self.version == 0 else self.theta
+        doubt = self.gate.refusal(event.model, seq=self.seq, own=own, now_s=event.now_s)
+        notes: list[Command] = [] if doubt is None else [Note(record=doubt)]
         model, pushed = event.model, self.in_flight
-        _, _, parent_keys = carried(model, self.layout)
         waited, self.wants_news, self.in_flight = self.wants_news, False, None
+        if model is None or self.gate.shut:
+            self.finished = model.finished if model is not None else self.finished
+            return notes
+        _, _, parent_keys = carried(model, self.layout)
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation, self.finished = model.incarnation, model.finished
         self.outbox.durable(model.durable_seq)
         for seq in range(self.seq + 1, model.last_seq + 1)[-self.fragments :] if self.fragments > 1 else ():
             self._begin_fragment(fragment_of(seq, self.fragments))  # in an update of an earlier life of this node
-        notes: list[Command] = []
         if model.last_seq > self.seq:  # they were sent without a checkpoint
             said = (
                 f"has forgotten {model.last_seq - self.seq} of its updates: what its children send again counts twice"

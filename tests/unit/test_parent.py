@@ -1,0 +1,256 @@
+"""A parent's model is checked before it is taken: a child whose parent is broken, or lies, goes on with its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from worlds import client, two_levels
+
+from worldlm_ray import config
+from worldlm_ray.aggregation.events import Command, Exchange, Joined, Note, ParentModel, Pull, Push, Serve
+from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.parent import check_model
+from worldlm_ray.client import Client
+from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
+from worldlm_ray.errors import ConfigError, MessageError
+from worldlm_ray.limits import LARGEST_NORM, MOST_SKIPPED
+from worldlm_ray.messages import Model, Update, pack
+from worldlm_ray.params import Flat, Layout
+from worldlm_ray.plan import Plan
+from worldlm_ray.records import LifeRecord, Record
+from worldlm_ray.simulate import Simulation
+from worldlm_ray.tracking import Tracker
+
+
+def a_model(values: Flat, **changes: Any) -> Model:
+    fields: dict[str, Any] = {"version": 1, "progress": 0.5, "finished": False, "tokens": 10.0, "last_seq": 0}
+    return Model(**fields | {"values": values} | changes)
+
+
+def warnings(records: list[Any]) -> list[str]:
+    return [record.detail for record in records if isinstance(record, LifeRecord) and record.event == "warning"]
+
+
+# ---- the check itself ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        ({"values": math.nan}, "not_finite"),
+        ({"values": -math.inf}, "not_finite"),
+        ({"values": LARGEST_NORM * 10}, "not_finite"),
+        ({"values": 3.0e38}, "not_finite"),
+        ({"last_seq": 8 + MOST_SKIPPED}, "implausible_seq"),
+        ({"last_seq": 3, "durable_seq": 4}, "implausible_seq"),
+        ({"values": 200.0}, "step_exceeded"),
+    ],
+)
+def test_a_lie_is_refused_by_name(layout: Layout, lie: dict[str, Any], reason: str) -> None:
+    own = np.arange(1, layout.size + 1, dtype=np.float32)
+    values = own.copy()
+    values[1] = lie.pop("values", values[1])
+    with pytest.raises(MessageError) as caught:
+        check_model(a_model(values, **lie), layout, seq=7, own=own, max_step=10.0)
+    assert caught.value.reason == reason
+    assert "\n" not in str(caught.value)
+
+
+def test_the_step_is_measured_in_multiples_of_the_own_model(layout: Layout) -> None:
+    own = np.arange(1, layout.size + 1, dtype=np.float32)
+    model = a_model(1.5 * own)
+    check_model(model, layout, seq=0, own=own, max_step=0.501)
+    with pytest.raises(
+        MessageError, match=r"^step_exceeded: it lies 0\.5 times .* above merge\.max_model_step 0\.499$"
+    ):
+        check_model(model, layout, seq=0, own=own, max_step=0.499)
+    check_model(model, layout, seq=0, own=None, max_step=0.499)  # a newcomer has nothing of its own
+
+
+def test_of_a_fragment_only_what_it_carries_is_compared(layout: Layout) -> None:
+    own = np.arange(1, layout.size + 1, dtype=np.float32)
+    cut = layout.fragments(1)
+    assert len(cut) == 1
+    far = own.copy()
+    far[: layout.backbone_size] += 1e6
+    with pytest.raises(MessageError, match="step_exceeded"):
+        check_model(a_model(far), layout, seq=0, own=own, max_step=1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_step_that_lets_no_model_in_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"^merge\.max_model_step: "):
+        config.check_settings(config.NodeSettings(merge=MergeConfig(max_model_step=value)), "")
+
+
+# ---- a client --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tiny: Callable[..., Plan]) -> Plan:
+    return tiny(budget={"rounds": 9}, merge={"max_model_step": 0.5})
+
+
+@pytest.fixture
+def one(plan: Plan) -> Client:
+    """A client after its first round."""
+    made = Client(plan, plan.root.clients[0])
+    made.begin(a_model(plan.initial(), version=0), now_s=0.0)
+    made.train()
+    made.update()
+    return made
+
+
+@pytest.mark.parametrize("kind", ["nan", "far away", "no model", "lying about seq"])
+def test_a_client_goes_on_with_its_own_model(one: Client, plan: Plan, kind: str) -> None:
+    own, parent_keys, before = one.trainer.read(), one.parent_keys.copy(), one.base_version
+    broken: dict[str, Model | None] = {
+        "nan": a_model(np.full(plan.layout.size, np.nan, np.float32)),
+        "far away": a_model(own + np.float32(10.0)),
+        "no model": None,
+        "lying about seq": a_model(own, last_seq=2**52),
+    }
+    records = one.begin(broken[kind], now_s=1.0)
+    assert one.began
+    assert one.trainer.read().tobytes() == own.tobytes()
+    assert (one.base_version, one.seq, one.round) == (before, 1, 1)
+    assert one.parent_keys.tobytes() == parent_keys.tobytes()
+    if kind != "no model":  # the backend has told of that
+        [said] = warnings(records)
+        assert "refuses the model of its parent world/north (" in said
+    one.train()
+    update = one.update()
+    split = plan.layout.backbone_size
+    change = one.trainer.read()[:split] - own[:split]
+    assert np.allclose(update.values[:split], change)
+    assert one.begin(broken[kind], now_s=2.0) == []  # it was said, and a round has begun
+    one.train()
+    one.update()
+    assert not warnings(one.begin(a_model(one.trainer.read(), version=7), now_s=3.0))
+    assert one.base_version == 7
+
+
+def test_a_client_that_has_diverged_waits_for_a_model_that_can_be_taken(one: Client, plan: Plan) -> None:
+    one.start_over = True
+    one.begin(a_model(np.full(plan.layout.size, np.inf, np.float32)), now_s=1.0)
+    assert one.start_over
+    one.train()
+    one.update()
+    one.begin(a_model(plan.initial() * np.float32(3.0)), now_s=2.0)
+    assert not one.start_over
+    assert one.trainer.read().tobytes() == (plan.initial() * np.float32(3.0)).tobytes()
+
+
+def test_an_exchange_that_brings_a_broken_model_in_mid_round_changes_nothing(
+    tiny: Callable[..., Plan], tmp_path: Path
+) -> None:
+    plan = tiny([client("a", tmp_path, 1), client("b", tmp_path, 2)], exchange={"overlap": True})
+    one = Client(plan, plan.root.clients[0])
+    one.begin(a_model(plan.initial(), version=0), now_s=0.0)
+    one.train()
+    one.update()
+    one.begin_ahead()
+    asked = iter([False, True])
+    one.train(lambda: next(asked))
+    own, base = one.trainer.read(), one.base.copy()
+    [said] = warnings(one.merge(a_model(np.full(plan.layout.size, np.nan, np.float32)), now_s=1.0))
+    assert "not_finite" in said
+    assert (one.step, one.in_flight, one.began) == (1, None, True)
+    assert one.trainer.read().tobytes() == own.tobytes()
+    one.train()
+    assert np.allclose(one.update().values[: plan.layout.backbone_size], (one.trainer.read() - base)[:plan.layout.backbone_size])  # fmt: skip
+
+
+# ---- a federation ----------------------------------------------------------------------------------------------------
+
+
+def a_federation(layout: Layout) -> Node:
+    found = Node(
+        path="world/f",
+        children=("a",),
+        aggregation=AggregationConfig(),
+        merge=MergeConfig(max_model_step=0.5),
+        has_parent=True,
+        layout=layout,
+        initial=np.arange(1, layout.size + 1, dtype=np.float32),
+        budget=BudgetConfig(rounds=9),
+    )
+    found.handle(Joined(child="a", now_s=0.0))
+    return found
+
+
+def a_round(node: Node, seq: int) -> list[Command]:
+    values = np.full(node.layout.size, 0.01, np.float32)
+    update = Update(sender="a", seq=seq, base_version=node.version, tokens=5, started_tokens=5, values=values)
+    return node.handle(Push(sender="a", packed=pack(update, node.layout), now_s=1.0))
+
+
+def noted(commands: list[Command]) -> list[Record]:
+    return [command.record for command in commands if isinstance(command, Note)]
+
+
+@pytest.mark.parametrize("kind", ["nan", "far away", "no model"])
+def test_a_federation_goes_on_with_its_own_model_and_asks_again(layout: Layout, kind: str) -> None:
+    node = a_federation(layout)
+    a_round(node, 1)
+    first = node.begin_exchange()
+    own = node.theta
+    broken: dict[str, Model | None] = {
+        "nan": a_model(np.full(layout.size, np.nan, np.float32)),
+        "far away": a_model(own * np.float32(2.0)),
+        "no model": None,
+    }
+    records = noted(node.handle(ParentModel(model=broken[kind], now_s=2.0)))
+    assert node.theta is own
+    assert (node.in_flight, node.exchanging, node.base_version) == (None, False, 0)
+    if kind != "no model":
+        [said] = warnings(records)
+        assert "refuses the model of its parent world (" in said
+    assert [c.model.values is own for c in node.handle(Pull(child="a", started_tokens=5, now_s=3.0)) if isinstance(c, Serve)] == [True]  # fmt: skip
+    assert any(isinstance(command, Exchange) for command in a_round(node, 2))
+    second = node.begin_exchange()
+    assert np.allclose(second.values[: layout.backbone_size], first.values[: layout.backbone_size])
+    node.handle(ParentModel(model=a_model(node.theta + np.float32(0.1), version=4), now_s=4.0))
+    assert node.base_version == 4
+
+
+def test_children_of_a_newcomer_whose_parent_is_broken_are_served_all_the_same(layout: Layout) -> None:
+    node = a_federation(layout)
+    node.wants_news = True
+    node.handle(Pull(child="a", started_tokens=5, now_s=1.0))
+    commands = node.handle(ParentModel(model=a_model(np.full(layout.size, np.nan, np.float32)), now_s=2.0))
+    assert [command.model.version for command in commands if isinstance(command, Serve)] == [0]
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+class Broken(Node):
+    """A world that gives NaN to its children, always."""
+
+    def model(self, child: str, fragment: int | None = None) -> Model:
+        given = super().model(child, fragment)
+        return replace(given, values=np.full_like(given.values, np.nan), version=max(given.version, 1))
+
+
+def test_a_simulated_world_bears_a_broken_root(
+    tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny([*two_levels(tmp_path)[:1], client("c", tmp_path, 5)], budget={"rounds": 2})
+    tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams=plan.hparams(), budget=plan.config.budget)
+    records: list[Record] = []
+    simulation = Simulation(plan, tracker, on_record=records.append)
+    monkeypatch.setattr(simulation.nodes["world"], "__class__", Broken)
+    assert simulation.run() == "finished"
+    tracker.close()
+    assert all(np.isfinite(each.trainer.read()).all() for each in simulation.clients.values())
+    assert np.isfinite(simulation.nodes["world/north"].theta).all()
+    refusing = {record.node for record in records if isinstance(record, LifeRecord) and record.event == "warning"}
+    assert refusing == {"world/north", "world/c"}
+    assert {each.round for each in simulation.clients.values()} == {2}

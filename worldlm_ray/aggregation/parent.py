@@ -1,0 +1,84 @@
+"""Whether a child takes its parent's model: it is checked like an update, since a parent may be broken, or lie, too."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from worldlm_ray.errors import MessageError
+from worldlm_ray.limits import LARGEST_NORM, MOST_SKIPPED
+from worldlm_ray.messages import Model, carried
+from worldlm_ray.params import Flat, Layout, rough_norm, squared_norm
+from worldlm_ray.records import LifeRecord
+
+
+def check_model(model: Model, layout: Layout, *, seq: int, own: Flat | None, max_step: float | None) -> None:
+    """Refuse a model that would spoil the child's own, or make it skip updates without bound.
+
+    Args:
+        model: the parent's.
+        layout: the model's layout.
+        seq: of the last update that the child knows it has made.
+        own: the child's whole model; None of one that has nothing of its own to compare with.
+        max_step: largest L2 distance of the parent's model from the child's own, in multiples of the own one's L2 norm.
+
+    Raises:
+        MessageError: not_finite, step_exceeded or implausible_seq.
+    """
+    if model.last_seq > seq + MOST_SKIPPED:
+        raise MessageError("implausible_seq", f"it knows seq {model.last_seq}, and {seq} is the last one made")
+    if model.durable_seq > model.last_seq:
+        got = f"its checkpoints cover seq {model.durable_seq}, and {model.last_seq} is the last one that it knows"
+        raise MessageError("implausible_seq", got)
+    norm = rough_norm(model.values)
+    if not norm <= LARGEST_NORM:
+        got = f"norm {norm:.4g} is too large" if math.isfinite(norm) else "nan or infinity in the values"
+        raise MessageError("not_finite", got)
+    if max_step is None or own is None:
+        return
+    part, backbone, keys = carried(model, layout)
+    mine, split = own[part], layout.backbone_size
+    step = math.sqrt(squared_norm(backbone, mine) + squared_norm(keys, own[split:]))
+    whole = math.sqrt(squared_norm(mine) + squared_norm(own[split:]))
+    if step > max_step * max(whole, float(np.finfo(np.float32).tiny)):
+        got = f"it lies {step / max(whole, 1e-30):.4g} times the norm of the own model away"
+        raise MessageError("step_exceeded", f"{got}, above merge.max_model_step {max_step:g}")
+
+
+class Gate:
+    """Which of its parent's models a child takes, and what it says when it begins to refuse them.
+
+    Args:
+        path: of the child.
+        layout: the model's layout.
+        max_step: see `check_model`; None for any.
+    """
+
+    def __init__(self, path: str, layout: Layout, *, max_step: float | None) -> None:
+        self.path, self.layout, self.max_step = path, layout, max_step
+        self.shut = False
+        """Whether the last model was refused."""
+
+    def refusal(self, model: Model | None, *, seq: int, own: Flat | None, now_s: float) -> LifeRecord | None:
+        """Look at a model; afterwards `shut` says whether it is refused.
+
+        Args:
+            model: the parent's; None for what was no model, which the backend has told of.
+            seq: as for `check_model`.
+            own: as for `check_model`.
+            now_s: run time, for the record.
+
+        Returns:
+            A warning that names the parent, for the first of several refused models; else None.
+        """
+        before, self.shut = self.shut, True
+        if model is None:
+            return None
+        try:
+            check_model(model, self.layout, seq=seq, own=own, max_step=self.max_step)
+        except MessageError as error:
+            said = f"refuses the model of its parent {self.path.rpartition('/')[0]} ({error}) and goes on with its own"
+            return None if before else LifeRecord(node=self.path, now_s=now_s, event="warning", detail=said)
+        self.shut = False
+        return None
