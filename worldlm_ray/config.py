@@ -217,6 +217,9 @@ class AggregationConfig:
     """Updates older than this many versions are refused."""
     max_update_norm: float | None = None
     """Updates with a larger L2 norm are refused."""
+    max_share: float = 1.0
+    """Largest share of the weight of one aggregation that a child may have, for the backbone and every key layer; 1
+    switches it off. Keeps the updates of an aggregation in memory: see worldlm_ray/aggregation/capped_fold.py."""
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     residuals: ResidualsConfig = field(default_factory=ResidualsConfig)
@@ -712,6 +715,12 @@ def _probability(value: float, key: str) -> None:
         raise ConfigError(key, f"got {value}", "give a probability below 1 / records, such as 1e-5")
 
 
+def _share(value: float, key: str) -> None:
+    """Raise a ConfigError unless the value lies in (0, 1]."""
+    if not 0.0 < value <= 1.0:
+        raise ConfigError(key, f"got {value}", "give a share above 0, at most 1")
+
+
 def _trim(value: float, key: str) -> None:
     if not 0.0 <= value < 0.5:
         raise ConfigError(key, f"got {value}", "give a share from 0 to below 0.5")
@@ -922,6 +931,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "aggregation.time_up_s": positive,
     "aggregation.max_staleness": not_negative,
     "aggregation.max_update_norm": positive,
+    "aggregation.max_share": _share,
     "aggregation.robust.trim": _trim,
     "aggregation.robust.clip_norm": positive,
     "aggregation.attention.temperature": positive,

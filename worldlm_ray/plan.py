@@ -27,7 +27,7 @@ from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
 from worldlm_ray.params import Flat, Layout, frozen
 from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.contributions import Contributions
-from worldlm_ray.quotas import quotas
+from worldlm_ray.quotas import check_max_share, quotas
 from worldlm_ray.training import deepspeed_config
 from worldlm_ray.tree import NodeSpec
 
@@ -252,6 +252,8 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
             )
     for node in nodes:
         _check_cost_model(node, root)
+        if node.kind != "client":
+            check_max_share(node)
     if check_data and root.settings.simulation.train:
         for client in clients:
             check_sources(client.settings.data, f"{client.key}.data")

@@ -84,24 +84,44 @@ class Fold:
         Returns:
             The scores of the update's key layers against the node's own, by the temperature.
         """
-        split = self.layout.backbone_size
-        weight = update.tokens * discount(self.rules.staleness, tau)
-        part, backbone, change = carried(update, self.layout)
-        factor, number = self.clipping(update), update.fragment
-        if not self.carried[number]:
-            self._first[number] = (backbone, weight * factor)
-        else:
-            add_scaled(self.flat[part], backbone, weight * factor, first=self._first.pop(number, None))
-        fit: list[float] = []
-        if self.layout.key_layers:
-            change = change if factor == 1.0 else np.float32(factor) * change
-            own = theta[split:]
-            fit = scores(self.rules.attention, self.layout.key_layers, own, own + change, self.origin)
-            self.attention.fold(update.sender, change, with_prior(fit, weight))
-            self.fits.append(fit)
+        weight, clipped = update.tokens * discount(self.rules.staleness, tau), self.clipping(update)
+        fit = self.fit(update, theta, clipped=clipped)
+        self.fold(update, weight, with_prior(fit, weight), clipped=clipped)
         self.count(update)
-        self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
         return fit
+
+    def fit(self, update: Update, theta: Flat, *, clipped: float) -> list[float]:
+        """Scores of the update's key layers against the node's own, by the temperature; none without key layers."""
+        if not self.layout.key_layers:
+            return []
+        own = theta[self.layout.backbone_size :]
+        changed = own + self._key_change(update, clipped)
+        fit = scores(self.rules.attention, self.layout.key_layers, own, changed, self.origin)
+        self.fits.append(fit)
+        return fit
+
+    def fold(self, update: Update, weight: float, logits: Sequence[float], *, clipped: float) -> None:
+        """Add an update to the sums.
+
+        Args:
+            update: a child's update.
+            weight: of its backbone.
+            logits: of its key layers.
+            clipped: by how much it is shortened.
+        """
+        part, backbone, _ = carried(update, self.layout)
+        number = update.fragment
+        if not self.carried[number]:
+            self._first[number] = (backbone, weight * clipped)
+        else:
+            add_scaled(self.flat[part], backbone, weight * clipped, first=self._first.pop(number, None))
+        if self.layout.key_layers:
+            self.attention.fold(update.sender, self._key_change(update, clipped), logits)
+        self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
+
+    def _key_change(self, update: Update, clipped: float) -> Flat:
+        change = carried(update, self.layout)[2]
+        return change if clipped == 1.0 else np.float32(clipped) * change
 
     def count(self, update: Update) -> None:
         """Note who is in the sum, with what."""
@@ -155,13 +175,17 @@ class Fold:
                 self.flat[part] = theta[part]
                 continue
             # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
-            scale = 1.0 / sum(self.carried[number].values())
+            scale = 1.0 / self.divisor(number)
             if self.rules.server_optimizer.lr is None:
                 scale *= self.present(len(absent), number)
             self.shares = {name: weight * scale for name, weight in self.shares.items()}
             first = self._first.get(number)
             norms.append(optimizer.apply(self.flat[part], theta[part], scale=scale, first=first, number=number))
         return self.flat, math.hypot(*norms), weights
+
+    def divisor(self, number: int) -> float:
+        """What the sum of a fragment is divided by: the undiscounted weight of all updates that carried it."""
+        return sum(self.carried[number].values())
 
     def present(self, absent: int, number: int = 0) -> float:
         """Share of the children that are in this aggregation with a fragment.

@@ -32,6 +32,7 @@ from worldlm_ray.aggregation.admission import (
     judge,
     refuse_malformed,
 )
+from worldlm_ray.aggregation.capped_fold import CappedFold
 from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
@@ -580,7 +581,9 @@ class Node:
         if self.privacy is not None:
             return PrivateFold(self.layout, self.aggregation, self.privacy, **named)
         named["fragments"] = self.child_fragments
-        kind = Fold if self.aggregation.robust.rule == "none" else RobustFold
+        kind = Fold if self.aggregation.max_share == 1.0 else CappedFold
+        if self.aggregation.robust.rule != "none":
+            kind = RobustFold
         return kind(self.layout, self.aggregation, **named)
 
     def _buffer(self) -> Flat:

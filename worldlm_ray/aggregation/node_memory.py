@@ -45,4 +45,6 @@ def node_bytes(
     found += model * (child_fragments > 1)
     if rules.robust.rule != "none":
         found += model * children  # a median needs every child's update until the aggregation is made
+    elif rules.max_share < 1.0:  # so does a cap; of `time_up` more are kept if a child pushes more than once
+        found += model * (rules.buffer_size if rules.trigger == "goal_achieved" else children)
     return found

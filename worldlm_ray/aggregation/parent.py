@@ -38,11 +38,13 @@ def check_model(model: Model, layout: Layout, *, seq: int, own: Flat | None, max
     if max_step is None or own is None:
         return
     part, backbone, keys = carried(model, layout)
-    mine, split = own[part], layout.backbone_size
-    step = math.sqrt(squared_norm(backbone, mine) + squared_norm(keys, own[split:]))
-    whole = math.sqrt(squared_norm(mine) + squared_norm(own[split:]))
-    if step > max_step * max(whole, float(np.finfo(np.float32).tiny)):
-        got = f"it lies {step / max(whole, 1e-30):.4g} times the norm of the own model away"
+    mine, own_keys = own[part], own[layout.backbone_size :]
+    steps = [math.sqrt(squared_norm(backbone, mine) + squared_norm(keys, own_keys))]
+    layers = {layer.name: own_keys[layer.start : layer.stop] for layer in layout.key_layers}
+    steps += [math.sqrt(squared_norm(residual.values, layers[residual.layer])) for residual in model.residuals]
+    whole = max(math.sqrt(squared_norm(mine) + squared_norm(own_keys)), float(np.finfo(np.float32).tiny))
+    if max(steps) > max_step * whole:
+        got = f"it lies {max(steps) / whole:.4g} times the norm of the own model away"
         raise MessageError("step_exceeded", f"{got}, above merge.max_model_step {max_step:g}")
 
 
