@@ -227,6 +227,14 @@ def test_children_of_a_newcomer_whose_parent_is_broken_are_served_all_the_same(l
     assert [command.model.version for command in commands if isinstance(command, Serve)] == [0]
 
 
+def test_a_parent_that_says_it_has_aggregated_no_tokens_leaves_the_own_key_layers(layout: Layout) -> None:
+    node = a_federation(layout)
+    own = node.theta
+    node.handle(ParentModel(model=a_model(own * np.float32(1.1), tokens=0.0), now_s=2.0))
+    assert node.theta[layout.backbone_size :] == pytest.approx(own[layout.backbone_size :])
+    assert node.theta[0] == pytest.approx(1.1 * own[0])
+
+
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 

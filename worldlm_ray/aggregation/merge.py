@@ -177,6 +177,8 @@ class Merger:
             return None
         own, keys = anchor[part], out[part]
         keys[:] = 0.0
+        if own_tokens <= 0.0 and model.tokens <= 0.0:
+            own_tokens = 1.0  # neither has aggregated anything: the node keeps its own
         candidates = [(OWN, own, own_tokens), (PARENT, carried(model, layout)[2], model.tokens)]
         blend = attend(self.rules.attention, layout.key_layers, own, candidates, self.origin, out=keys)
         for residual in model.residuals:
