@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -447,7 +448,7 @@ def export(
 
     plan = rundir.reopen(run, check_data=False)
     spec = plan.find(node)
-    tokenizer = plan.root.clients[0].settings.data.tokenizer
+    tokenizer = plan.root.clients[0].settings.data.tokenizer or "bytes"
     huggingface.export(sound_theta(plan, spec), plan.shape, plan.layout, Path(folder), tokenizer=tokenizer)
     console.print(f"{spec.path} is in {pasted(folder)}", highlight=False, soft_wrap=True)
 
@@ -598,7 +599,8 @@ def status(
 
 def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:
     _spoken_of[:] = [(conf, overrides)]
-    return configuration.load(conf, overrides, run_dir=run_dir, say=_note)
+    # The configuration of another run may be the beginning of a new one, which keeps files of its own.
+    return replace(configuration.load(conf, overrides, run_dir=run_dir, say=_note), kept={})
 
 
 def _note(text: str) -> None:

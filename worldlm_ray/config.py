@@ -74,8 +74,9 @@ class DataConfig:
     """Name of a built-in corpus (see worldlm_ray/data/corpora.py); instead of `files`."""
     text_key: str = "text"
     """Field or column that holds the text of JSON and .parquet files; `meta.text` names a field of a field."""
-    tokenizer: str = "bytes"
-    """`bytes`, or the path of a Hugging Face tokenizer.json. The same for the whole world."""
+    tokenizer: str | None = None
+    """`bytes`, or a Hugging Face tokenizer.json or its folder. The same for the whole world. Unless given: that of the
+    folder that `model.initial_from` names, or `bytes`. A run keeps a copy, which it goes by from then on."""
     order: str | None = None
     """Names the random order in which text is drawn; the client's path unless given. Clients of two runs with the
     same seed and order see the same batches, wherever they hang in the tree."""
@@ -433,6 +434,8 @@ class RunConfig:
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     faults: list[str] = field(default_factory=list)
     """Faults on purpose, to see what a world bears: see worldlm_ray/faults.py."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Files that the run's folder keeps copies of, with their fingerprints: written when the run is made."""
     world: Any = None
     """The tree: see worldlm_ray/tree.py."""
 

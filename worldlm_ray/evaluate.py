@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from worldlm_ray import checkpoint, rundir
+from worldlm_ray import checkpoint, kept, rundir
 from worldlm_ray.client import Client
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import CheckpointError
@@ -37,10 +37,11 @@ def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda 
         on_phase: told which client is being measured.
 
     Raises:
-        RunError: there is no such run.
+        RunError: there is no such run, or its tokenizer has changed.
         CheckpointError: a node has no whole checkpoint.
     """
     plan = rundir.reopen(run)
+    kept.check_originals(plan.config)
     inner = {spec.path: theta(plan, spec) for spec in plan.root.inner}
     found: dict[str, list[Measure]] = {path: [] for path in plan.kinds}
     for spec in plan.root.clients:

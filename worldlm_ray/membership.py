@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+from worldlm_ray import absolute
 from worldlm_ray import config as configuration
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan, make_plan
@@ -40,6 +41,8 @@ def with_client(plan: Plan, under: str, name: str, *, files: list[str], override
     if files:
         entry["data"] = {"files": files}
     added = configuration.with_overrides(entry, overrides)
+    if isinstance(added.get("data"), dict):
+        added["data"] = absolute.absolute_data(added["data"])
     return _changed(plan, under, lambda node: node["children"].append(added), what="--under")
 
 

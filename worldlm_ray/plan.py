@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from worldlm_ray import huggingface, storage, tree
+from worldlm_ray import huggingface, kept, storage, tree
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config import RunConfig, from_mapping, listed, positive, to_mapping
@@ -114,6 +114,15 @@ class Plan:
                 raise ConfigError("model.initial_from", str(error)) from error
         return frozen(initial_parameters(self.shape, self.layout, seed=self.config.seed))
 
+    def check_initial(self) -> None:
+        """Read the weights that the run begins from, if it begins from a model on disk, without keeping them.
+
+        Raises:
+            ConfigError: they are damaged, or hold a number that is not finite.
+        """
+        if self.config.model.initial_from is not None and self.root.settings.simulation.train:
+            _check_weights(self.config.model.initial_from, self.layout, numbers=True)
+
     def contributions(self, spec: NodeSpec) -> Contributions | None:
         """Ledgers of the clients directly below an inner node that promises client-level privacy; None of others.
 
@@ -175,7 +184,7 @@ class Plan:
         return {
             "method": config.method,
             "seed": config.seed,
-            "preset": config.model.preset,
+            "preset": config.model.initial_from or config.model.preset,
             "parameters": self.layout.size,
             "key_share": round(self.layout.key_size / self.layout.size, 4),
             "clients": len(self.root.clients),
@@ -207,7 +216,8 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
     Raises:
         ConfigError: one problem, by its dotted key.
     """
-    root = tree.build(config)
+    kept.check(config)
+    root = tree.build(replace(config, data=replace(config.data, tokenizer=_tokenizer(config))))
     nodes = root.one_of_each()
     clients = [node for node in nodes if node.kind == "client"]
     tokenizers = {client.settings.data.tokenizer: client.key for client in clients}
@@ -221,7 +231,7 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
     try:
         vocab_size = load_tokenizer(next(iter(tokenizers))).vocab_size
     except DataError as error:
-        raise ConfigError("data.tokenizer", str(error), "give `bytes` or the path of a tokenizer.json") from error
+        raise ConfigError("data.tokenizer", str(error)) from error
     shape = _shape(config, vocab_size)
     layout = shape.layout(config.model.key_layers)
     for node in nodes:
@@ -419,8 +429,9 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
     if model.context is not None:
         positive(model.context, "model.context")
     folder = Path(model.initial_from).expanduser()
+    file = kept.place(config, kept.MODEL_CONFIG) or folder / kept.MODEL_CONFIG
     try:
-        found = huggingface.read_shape(folder, context=model.context)
+        found = huggingface.read_declared(file, context=model.context).shape
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
     for name in SIZES:
@@ -428,6 +439,8 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
         if given not in (None, theirs):
             got = f"got {given}, but the model of {folder} has {theirs}"
             raise ConfigError(f"model.{name}", got, "remove it, or set it to null")
+    if config.data.tokenizer is None and vocab_size == BYTES:
+        _check_bytes(folder, found.vocab_size)
     if found.vocab_size < vocab_size:
         raise ConfigError(
             "model.initial_from",
@@ -437,10 +450,40 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
     return found
 
 
-def _check_weights(folder: str, layout: Layout) -> None:
-    """Look through the headers of the weights that the run begins from."""
+BYTES = 256
+"""Tokens of a tokenizer that takes every byte for one."""
+BYTE_MODEL = BYTES + 128
+"""A model that knows more tokens than bytes and some special ones was made for another tokenizer."""
+
+
+def _tokenizer(config: RunConfig) -> str:
+    """The tokenizer in force where no node names another: the run's copy, the one that is given, or the model's."""
+    copy = kept.place(config, kept.TOKENIZER)
+    if copy is not None or config.data.tokenizer is not None:
+        return str(copy or config.data.tokenizer)
+    if config.model.initial_from is not None:
+        own = Path(config.model.initial_from).expanduser() / kept.TOKENIZER
+        if own.is_file():
+            return str(own)
+    return "bytes"
+
+
+def _check_bytes(folder: Path, vocab_size: int) -> None:
+    """Refuse to take a model's text for bytes, unless it may well have been made for them."""
+    others = [
+        name for name in ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt") if (folder / name).exists()
+    ]
+    if vocab_size <= BYTE_MODEL and not others:
+        return
+    got = f"is not given, and {folder} holds no tokenizer.json" + (f", only {others[0]}" if others else "")
+    cure = "give the model's own as a tokenizer.json, or `bytes` to train it on bytes all the same"
+    raise ConfigError("data.tokenizer", f"{got}; its model knows {vocab_size:,} tokens", cure)
+
+
+def _check_weights(folder: str, layout: Layout, *, numbers: bool = False) -> None:
+    """Look through the weights that the run begins from: the headers, and the numbers if that is asked for."""
     try:
-        huggingface.check_weights(Path(folder).expanduser(), layout)
+        huggingface.check_weights(Path(folder).expanduser(), layout, numbers=numbers)
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
 

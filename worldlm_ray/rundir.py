@@ -1,7 +1,8 @@
 """The run folder: made for a new run, found again for an old one.
 
 runs/NAME/
-    config.yaml      the resolved configuration; it is made once, which claims the folder
+    config.yaml      the resolved configuration; it is made once, which claims the folder; its paths are absolute
+    files/           copies of small files that the run goes by, such as its tokenizer.json
     run.lock         held by the process that drives the run
     summary.json     written at the end and on every clean stop
     status.json      the newest snapshot while the run lives
@@ -26,9 +27,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import checkpoint, storage
+from worldlm_ray import absolute, checkpoint, kept, storage
 from worldlm_ray import config as configuration
-from worldlm_ray.errors import RunError
+from worldlm_ray.config import RunConfig
+from worldlm_ray.errors import ConfigError, RunError, WorldLMError
 from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.run_clock import seconds
@@ -55,19 +57,43 @@ def create(plan: Plan, *, simulated: bool = False) -> Plan:
 
     Raises:
         RunError: the named folder already holds a run, or cannot be made.
+        ConfigError: the weights that the run begins from are damaged.
     """
+    plan.check_initial()
+    settled, files = _settled(plan)
     for number in count(1):
         run_dir = plan.run_dir if number == 1 else plan.run_dir.with_name(f"{plan.run_dir.name}-{number}")
-        made = replace(plan, config=replace(plan.config, run_dir=str(run_dir)))
+        made = replace(plan, config=replace(settled, run_dir=str(run_dir)))
         try:
             if _claimed(made, simulated=simulated):
-                return made
+                return _with_files(made, files)
         except OSError as error:
             why = error.strerror or str(error)
             raise RunError(f"cannot write the run folder {run_dir}: {why}; give another --run-dir") from error
         if plan.config.run_dir is not None:
             raise RunError(f"{run_dir} already holds a {_taken(run_dir)}, or give another --run-dir")
     raise AssertionError("there are always more numbers")
+
+
+def _settled(plan: Plan) -> tuple[RunConfig, dict[str, bytes]]:
+    """A configuration that means the same from any folder, and the files that the run is to keep copies of."""
+    config = absolute.absolute(plan.config)
+    tokenizer = absolute.absolute_path(plan.root.clients[0].settings.data.tokenizer or "bytes")
+    files = kept.collect(config, tokenizer)
+    config = replace(absolute.without_tokenizers(config, tokenizer), kept=kept.fingerprints(files))
+    if config.model.initial_from is not None:
+        config = replace(config, model=replace(config.model, context=plan.shape.context))
+    return config, files
+
+
+def _with_files(plan: Plan, files: dict[str, bytes]) -> Plan:
+    """The plan of a run whose folder has just been claimed, once it holds the run's files."""
+    try:
+        kept.store(plan.run_dir, files)
+        return make_plan(plan.config, check_data=False)
+    except (OSError, WorldLMError):
+        discard(plan, began=False)
+        raise
 
 
 def _claimed(plan: Plan, *, simulated: bool) -> bool:
@@ -115,6 +141,7 @@ def discard(plan: Plan, *, began: bool | None = None) -> None:
         return
     for name in (STATUS, CONFIG, LOCK):
         (plan.run_dir / name).unlink(missing_ok=True)
+    storage.remove_tree(plan.run_dir / kept.FOLDER)
     if not storage.is_remote(plan.run_dir):
         storage.remove_tree(plan.run_dir / TENSORBOARD)
         for folder in (plan.run_dir / "audit", plan.run_dir):
@@ -204,8 +231,11 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
         check_data: False where the run's text is not needed.
     """
     run_dir = find(run)
+    for key in (text.partition("=")[0].strip() for text in overrides or []):
+        if key in ("model", "model.initial_from", "kept", "data") or key.rsplit(".", 1)[-1] == "tokenizer":
+            raise ConfigError(key, "belongs to what the run began with", "leave it out, or begin a new run")
     config = configuration.load(str(run_dir / CONFIG), overrides or [], run_dir=str(run_dir))
-    return make_plan(config, check_data=check_data)
+    return make_plan(absolute.absolute(config), check_data=check_data)
 
 
 def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:

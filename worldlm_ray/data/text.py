@@ -8,7 +8,6 @@ worldlm_ray/data/sources.py.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from worldlm_ray.config import DataConfig, merge_into, positive
 from worldlm_ray.data.corpora import CORPORA
 from worldlm_ray.data.readers import EXPECTED, holds_text, read
 from worldlm_ray.data.sources import Found, find
+from worldlm_ray.data.tokenizer import check_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 
 
@@ -170,19 +170,11 @@ def _check_corpus(name: str, key: str) -> None:
     raise ConfigError(key, f"there is no corpus {name!r}", cure)
 
 
-def _check_tokenizer(spec: str, key: str) -> None:
-    if spec == "bytes":
-        return
-    path = Path(spec).expanduser()
-    cure = "give `bytes` or the path of a Hugging Face tokenizer.json"
+def _check_tokenizer(spec: str | None, key: str) -> None:
     try:
-        state = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(key, f"cannot read {spec!r} ({error.strerror})", cure) from error
-    except ValueError as error:
-        raise ConfigError(key, f"{spec!r} is not JSON", cure) from error
-    if not isinstance(state, dict) or "model" not in state:
-        raise ConfigError(key, f"{spec!r} holds no tokenizer (it has no `model`)", cure)
+        check_tokenizer(spec)
+    except DataError as error:
+        raise ConfigError(key, str(error)) from error
 
 
 def _first_bytes(documents: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from worldlm_ray import storage
 from worldlm_ray.errors import DataError
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
-_CURE = "give `bytes` or the path of a Hugging Face tokenizer.json"
+_CURE = "give `bytes`, or a Hugging Face tokenizer.json or its folder"
 
 
 class Tokenizer(Protocol):
@@ -82,10 +83,7 @@ class JsonTokenizer:
         # tokenizers costs 50 ms to import: those who train on bytes do not pay for it.
         import tokenizers
 
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"tokenizer {path}: cannot be read ({error.strerror}); {_CURE}") from error
+        raw = _read(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # tokenizers raises bare exceptions from Rust
@@ -118,16 +116,51 @@ class JsonTokenizer:
         return str(self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False))
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str | None) -> Tokenizer:
     """Load the tokenizer that `data.tokenizer` names.
 
     Args:
-        spec: `bytes`, or the path of a tokenizer.json.
+        spec: `bytes`, or where a tokenizer.json lies: see `tokenizer_file`; None is `bytes`.
 
     Raises:
         DataError: the file is missing or holds no tokenizer.
     """
-    return ByteTokenizer() if spec == "bytes" else JsonTokenizer(Path(spec).expanduser())
+    return ByteTokenizer() if spec in ("bytes", None) else JsonTokenizer(tokenizer_file(spec))
+
+
+def check_tokenizer(spec: str | None) -> None:
+    """Look whether `data.tokenizer` names a tokenizer, without making it.
+
+    Raises:
+        DataError: as `load_tokenizer`.
+    """
+    if spec in ("bytes", None):
+        return
+    path = tokenizer_file(spec)
+    try:
+        state = json.loads(_read(path))
+    except ValueError as error:
+        raise DataError(f"tokenizer {path}: is not JSON; {_CURE}") from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise DataError(f"tokenizer {path}: holds no tokenizer (it has no `model`); {_CURE}")
+
+
+def tokenizer_file(spec: str) -> Path:
+    """The tokenizer.json that `data.tokenizer` names: itself, or by its folder; here or in an object store."""
+    path = storage.place(spec)
+    with storage.refusals(path):
+        return path / "tokenizer.json" if path.is_dir() else path
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with storage.refusals(path):
+            raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"tokenizer {path}: cannot be read ({error.strerror or error}); {_CURE}") from error
+    if storage.is_lfs_pointer(raw):
+        raise DataError(f"tokenizer {path}: is a pointer of git-lfs; run `git lfs pull` in {path.parent}")
+    return raw
 
 
 def _token_bytes(state: Mapping[str, Any], vocab: Mapping[str, int], *, size: int) -> npt.NDArray[np.int64]:
