@@ -90,3 +90,9 @@ def tokenizer(path: Path, *, size: int = 300, text: str = "the river speaks of t
     made.train_from_iterator([text], trainer)
     made.save(str(path))
     return path
+
+
+def added_token(index: int, *, content: str, special: bool) -> dict[str, Any]:
+    """An entry of `added_tokens` in a tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": content, "special": special, **flags}

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -33,6 +33,7 @@ import numpy.typing as npt
 from worldlm_ray import open_files
 from worldlm_ray.config import DataConfig
 from worldlm_ray.data.corpora import CORPORA
+from worldlm_ray.data.readers import Continued
 from worldlm_ray.data.text import check_shard, describe, find_sources, members_of, read_documents, shard_of
 from worldlm_ray.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
@@ -42,6 +43,9 @@ FORMAT = 1
 """Part of every cache key: raise it when the corpora, the split or the files change."""
 BLOCK_CHARS = 3_072
 """Largest block of text that goes to the train or the held-out part as a whole."""
+
+BLANK = "\n\n"
+"""Between two documents, and what an end-of-text token stands for where the tokenizer has one."""
 
 SETTLED_NS = 2_000_000_000
 """A file that was changed longer ago than this is known by its time and size."""
@@ -345,6 +349,10 @@ class Block:
     text: str
     continues: bool = False
     """It begins in the middle of a document, where the block before it ended."""
+    goes_on: bool = False
+    """It begins with a further run of lines of the text before it."""
+    ends: tuple[int, ...] = ()
+    """Where in it another text begins: the blank line there stands between two texts. In characters."""
 
 
 def blocks(documents: Iterable[str]) -> Iterator[Block]:
@@ -353,16 +361,26 @@ def blocks(documents: Iterable[str]) -> Iterator[Block]:
     size = 0
     for document in documents:
         if pending and size + len(document) > BLOCK_CHARS:
-            yield Block("\n\n".join(pending))
+            yield _gathered(pending)
             pending, size = [], 0
         if len(document) <= BLOCK_CHARS:
             pending.append(document)
             size += len(document) + 2
         else:
             for index, piece in enumerate(_pieces(document)):
-                yield Block(piece, continues=index > 0)
+                yield Block(piece, continues=index > 0, goes_on=isinstance(document, Continued))
     if pending:
-        yield Block("\n\n".join(pending))
+        yield _gathered(pending)
+
+
+def _gathered(documents: Sequence[str]) -> Block:
+    ends, at = [], 0
+    for document, following in pairwise(documents):
+        at += len(document)
+        if not isinstance(following, Continued):
+            ends.append(at)
+        at += len(BLANK)
+    return Block(BLANK.join(documents), goes_on=isinstance(documents[0], Continued), ends=tuple(ends))
 
 
 def deal(stream: Iterable[Block], config: DataConfig) -> Iterator[Block]:
@@ -372,7 +390,12 @@ def deal(stream: Iterable[Block], config: DataConfig) -> Iterator[Block]:
         return
     shard, shards = shard_of(config.shard)
     for block in islice(stream, shard - 1, None, shards):
-        yield replace(block, continues=False) if shards > 1 else block
+        yield apart(block) if shards > 1 else block
+
+
+def apart(block: Block) -> Block:
+    """A block whose neighbours belong to others: it goes on with nothing."""
+    return replace(block, continues=False, goes_on=False)
 
 
 def _pieces(document: str) -> Iterator[str]:
@@ -457,19 +480,36 @@ class _Writer:
         self.bytes = 0
 
     def add(self, block: Block, *, index: int) -> None:
-        text = block.text
-        if self.tokens and not (block.continues and self._last == index - 1):
-            text = "\n\n" + text
-        encoded = self._tokenizer.encode(text)
-        raw = encoded.tobytes()
-        self._handle.write(raw)
-        self._hash.update(raw)
+        follows, text, ends = self._last == index - 1, block.text, block.ends
+        if self.tokens and not (block.continues and follows):
+            text = BLANK + text
+            ends = tuple(at + len(BLANK) for at in ends)
+            if not (block.goes_on and follows):
+                ends = (0, *ends)
+        for encoded in _encoded(text, ends, self._tokenizer):
+            raw = encoded.tobytes()
+            self._handle.write(raw)
+            self._hash.update(raw)
+            self.tokens += len(encoded)
         self._last = index
-        self.tokens += len(encoded)
         self.bytes += len(text.encode())
 
     def part(self) -> _Part:
         return _Part(tokens=self.tokens, bytes=self.bytes, digest=self._hash.hexdigest()[:32])
+
+
+def _encoded(text: str, ends: Sequence[int], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Tokens of a text. Where others begin in it, the end-of-text token stands in place of the blank line."""
+    if tokenizer.end is None:
+        yield tokenizer.encode(text)
+        return
+    end, start = np.array([tokenizer.end], tokenizer.dtype), 0
+    for at in ends:
+        if at:
+            yield tokenizer.encode(text[start:at])
+        yield end
+        start = at + len(BLANK)
+    yield tokenizer.encode(text[start:])
 
 
 class _Cut:
@@ -538,7 +578,7 @@ def _deal_out(stream: Iterable[Block], configs: dict[Path, DataConfig], cuts: di
     for index, block in enumerate(stream):
         for shards, theirs in takers.items():
             for cut in theirs.get(index % shards, ()):
-                cut.add(replace(block, continues=False) if shards > 1 else block)
+                cut.add(apart(block) if shards > 1 else block)
 
 
 @contextmanager

@@ -238,17 +238,27 @@ class _ZstReader(io.RawIOBase):
 # ---- formats -----------------------------------------------------------------------------------------------------
 
 
+class Continued(str):
+    """A run of lines that goes on with the text before it: of a .txt file all but the first.
+
+    A tokenizer with an end-of-text token has it between two texts, and a blank line between the parts of one.
+    """
+
+    __slots__ = ()
+
+
 def _read_txt(path: Path) -> Iterator[str]:
+    kind: type[str] = str
     lines: list[str] = []
     with _open(path) as numbered:
         for _, line in numbered:
             if line.strip():
                 lines.append(line.rstrip("\r\n"))
             elif lines:
-                yield "\n".join(lines)
-                lines = []
+                yield kind("\n".join(lines))
+                kind, lines = Continued, []
         if lines:
-            yield "\n".join(lines)
+            yield kind("\n".join(lines))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -185,7 +185,7 @@ def _first_bytes(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
             # A character that straddles the limit is dropped as a whole.
             cut = raw[:left].decode("utf-8", errors="ignore")
             if cut:
-                yield cut
+                yield type(document)(cut)
             return
         left -= len(raw)
         yield document

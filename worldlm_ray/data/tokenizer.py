@@ -16,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from worldlm_ray import storage
+from worldlm_ray.data import special_tokens
 from worldlm_ray.errors import DataError
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
+ENCODING = 2
+"""Part of every fingerprint: raise it when the same file encodes a text otherwise."""
 _CURE = "give `bytes`, or a Hugging Face tokenizer.json or its folder"
 
 
@@ -41,8 +44,12 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """UTF-8 bytes that each id stands for, [vocab_size]; 0 for ids without a token."""
 
+    @property
+    def end(self) -> int | None:
+        """Id of the token that stands between two documents, in place of a blank line; None if there is none."""
+
     def encode(self, text: str) -> Tokens:
-        """Token ids of a text, without special tokens at its ends."""
+        """Token ids of a text, without special tokens: not at its ends, nor where the text spells one."""
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of token ids; bytes that are not valid UTF-8 are replaced."""
@@ -54,6 +61,7 @@ class ByteTokenizer:
     vocab_size = 256
     fingerprint = "bytes"
     dtype = np.dtype(np.uint16)
+    end = None
 
     @property
     def token_bytes(self) -> npt.NDArray[np.int64]:
@@ -84,6 +92,9 @@ class JsonTokenizer:
         import tokenizers
 
         raw = _read(path)
+        files = {special_tokens.TOKENIZER: raw}
+        if path.name == special_tokens.TOKENIZER:  # beside a file of another name lies what belongs to others
+            files |= _beside(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # tokenizers raises bare exceptions from Rust
@@ -97,11 +108,20 @@ class JsonTokenizer:
             raise DataError(f"tokenizer {path}: has an empty vocabulary; {_CURE}")
         self.vocab_size = max(vocab.values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
-        self.fingerprint = hashlib.blake2b(raw, digest_size=16).hexdigest()
+        special = special_tokens.find(files, vocab)
+        self.end = special.end
+        self.fingerprint = hashlib.blake2b(raw + f"{ENCODING} {self.end}".encode(), digest_size=16).hexdigest()
         self.token_bytes = _token_bytes(json.loads(raw), vocab, size=self.vocab_size)
+        if self.end is not None:
+            self.token_bytes[self.end] = len("\n\n")  # the blank line that it stands for
+        # Text that spells a special token is text.
+        self._tokenizer.encode_special_tokens = True
+        self._is_control = np.zeros(self.vocab_size, dtype=bool)
+        self._is_control[list(special.control)] = True
+        self._spell = special_tokens.speller(json.loads(raw), vocab)
 
     def encode(self, text: str) -> Tokens:
-        """Token ids of a text, without special tokens at its ends."""
+        """Token ids of a text, without special tokens: not at its ends, nor where the text spells one."""
         # One text at a time: batches start threads, which warn or hang when the process forks later.
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -109,6 +129,10 @@ class JsonTokenizer:
             detail = " ".join(str(error).split())
             raise DataError(f"the tokenizer cannot encode {text[:40]!r} ({detail}); use one that can") from error
         encoded: Tokens = np.asarray(ids, dtype=self.dtype)
+        if self._is_control[encoded].any():  # a vocabulary may hold the name of a special token as a word, too
+            names = {index: str(self._tokenizer.id_to_token(index)) for index in set(ids) if self._is_control[index]}
+            spelled = [self._spell(names[index]) if index in names else [index] for index in ids]
+            encoded = np.asarray([index for found in spelled for index in found], dtype=self.dtype)
         return encoded
 
     def decode(self, ids: npt.ArrayLike) -> str:
@@ -125,7 +149,7 @@ def load_tokenizer(spec: str | None) -> Tokenizer:
     Raises:
         DataError: the file is missing or holds no tokenizer.
     """
-    return ByteTokenizer() if spec in ("bytes", None) else JsonTokenizer(tokenizer_file(spec))
+    return ByteTokenizer() if spec is None or spec == "bytes" else JsonTokenizer(tokenizer_file(spec))
 
 
 def check_tokenizer(spec: str | None) -> None:
@@ -134,7 +158,7 @@ def check_tokenizer(spec: str | None) -> None:
     Raises:
         DataError: as `load_tokenizer`.
     """
-    if spec in ("bytes", None):
+    if spec is None or spec == "bytes":
         return
     path = tokenizer_file(spec)
     try:
@@ -150,6 +174,17 @@ def tokenizer_file(spec: str) -> Path:
     path = storage.place(spec)
     with storage.refusals(path):
         return path / "tokenizer.json" if path.is_dir() else path
+
+
+def _beside(path: Path) -> dict[str, bytes]:
+    """The files beside a tokenizer.json that say what its special tokens are for."""
+    found = dict[str, bytes]()
+    for name in (special_tokens.SETTINGS, special_tokens.MAP):
+        file = path.with_name(name)
+        with storage.refusals(file):
+            if file.is_file():
+                found[name] = _read(file)
+    return found
 
 
 def _read(path: Path) -> bytes:
