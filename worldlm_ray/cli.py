@@ -443,14 +443,12 @@ def export(
     node: Annotated[str, typer.Option(help="path of the node, such as world/code/python, or its end")] = "world",
 ) -> None:
     """Write a node's model as a Hugging Face folder."""
-    from worldlm_ray import huggingface, rundir
-    from worldlm_ray.evaluate import sound_theta
+    from worldlm_ray.export import export as write
 
-    plan = rundir.reopen(run, check_data=False)
-    spec = plan.find(node)
-    tokenizer = plan.root.clients[0].settings.data.tokenizer or "bytes"
-    huggingface.export(sound_theta(plan, spec), plan.shape, plan.layout, Path(folder), tokenizer=tokenizer)
-    console.print(f"{spec.path} is in {pasted(folder)}", highlight=False, soft_wrap=True)
+    path, notes = write(run, node, Path(folder))
+    for line in notes:
+        errors.print(line, markup=False, highlight=False)
+    console.print(f"{path} is in {pasted(folder)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

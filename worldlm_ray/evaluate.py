@@ -63,7 +63,7 @@ def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float,
     spec = plan.find(node)
     trainer = _trainer(plan, spec)
     trainer.write(theta(plan, spec))
-    tokenizer = load_tokenizer(plan.root.clients[0].settings.data.tokenizer)
+    tokenizer = load_tokenizer(plan.tokenizer)
     return generate(trainer, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
 
 

@@ -89,6 +89,11 @@ class Plan:
             raise ConfigError("node", f"{name!r} may be each of {listed(found)}", "give more of its path")
         return self.node(found[0] if found else name)
 
+    @property
+    def tokenizer(self) -> str:
+        """The one tokenizer of the world: `bytes`, or where its tokenizer.json lies."""
+        return self.root.clients[0].settings.data.tokenizer or "bytes"
+
     def step_tokens(self, spec: NodeSpec) -> int:
         """Tokens of one optimizer step of a client; of a pool's, with those of all its members."""
         return spec.settings.training.batch_size * max(len(spec.settings.data.pool), 1) * self.shape.context

@@ -78,7 +78,7 @@ def create(plan: Plan, *, simulated: bool = False) -> Plan:
 def _settled(plan: Plan) -> tuple[RunConfig, dict[str, bytes]]:
     """A configuration that means the same from any folder, and the files that the run is to keep copies of."""
     config = absolute.absolute(plan.config)
-    tokenizer = absolute.absolute_path(plan.root.clients[0].settings.data.tokenizer or "bytes")
+    tokenizer = absolute.absolute_path(plan.tokenizer)
     files = kept.collect(config, tokenizer)
     config = replace(absolute.without_tokenizers(config, tokenizer), kept=kept.fingerprints(files))
     if config.model.initial_from is not None:

@@ -1,22 +1,34 @@
-"""A node's model as a Hugging Face folder that `AutoModelForCausalLM` loads."""
+"""A node's model as a Hugging Face folder that `AutoModelForCausalLM` and `AutoTokenizer` load."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from worldlm_ray.errors import DataError
 from worldlm_ray.huggingface.declared import CONFIG
+from worldlm_ray.huggingface.side_files import NAMES, side_files
 from worldlm_ray.huggingface.weights import WEIGHTS
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.params import Flat, Layout
 
+CARD = "README.md"
+MARK = "<!-- model card of worldlm export -->"
+"""In every card: a README.md without it is not replaced."""
 
-def export(theta: Flat, shape: ModelShape, layout: Layout, folder: Path, *, tokenizer: str = "bytes") -> None:
+
+def export(
+    theta: Flat,
+    shape: ModelShape,
+    layout: Layout,
+    folder: Path,
+    *,
+    kept: Mapping[str, bytes] | None = None,
+    card: str | None = None,
+) -> None:
     """Write a model for Hugging Face.
 
     Args:
@@ -24,46 +36,34 @@ def export(theta: Flat, shape: ModelShape, layout: Layout, folder: Path, *, toke
         shape: sizes of the decoder.
         layout: where each parameter lies in `theta`.
         folder: made if need be; files of an earlier export are replaced.
-        tokenizer: the run's tokenizer; a tokenizer.json is copied, bytes need none.
+        kept: small files by name: of the run's tokenizer, none for bytes, and of the model that it began from.
+        card: text of the model card, README.md.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or one of the files cannot be read.
     """
     from safetensors.numpy import save_file
 
+    files = side_files(shape, kept or {})
+    if card is not None:
+        files[CARD] = f"{card}\n{MARK}\n".encode()
     views = layout.views(theta)
     ordered = {name: np.ascontiguousarray(views[name]) for name, _ in shape.parameters}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(_config(shape), indent=2) + "\n", encoding="utf-8")
-        if tokenizer != "bytes":
-            shutil.copyfile(Path(tokenizer).expanduser(), folder / "tokenizer.json")
+        for name, contents in files.items():
+            if name != CARD or not has_other_card(folder):
+                (folder / name).write_bytes(contents)
+        for name in NAMES - set(files):
+            (folder / name).unlink(missing_ok=True)
+        # safetensors writes a file that only its owner may read: a folder is read by others as its other files are.
+        os.chmod(folder / WEIGHTS, (folder / CONFIG).stat().st_mode & 0o777)
     except OSError as error:
         raise DataError(f"cannot export to {folder}: {error.strerror}; give another folder") from error
 
 
-def _config(shape: ModelShape) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "head_dim": shape.head_size,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate_size,
-        "max_position_embeddings": shape.context,
-        "mlp_bias": False,
-        "num_attention_heads": shape.heads,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "vocab_size": shape.vocab_size,
-    }
+def has_other_card(folder: Path) -> bool:
+    """Whether a folder has a README.md that is no card of an export, and stays as it is."""
+    card = folder / CARD
+    return card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace")

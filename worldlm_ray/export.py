@@ -1,0 +1,113 @@
+"""`worldlm export`: a node's model as a Hugging Face folder, with what the run keeps of its tokenizer and a card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from worldlm_ray import huggingface, kept, rundir, storage
+from worldlm_ray.errors import ConfigError, DataError, PrivacyError
+from worldlm_ray.evaluate import sound_theta
+from worldlm_ray.huggingface.card import Facts, card
+from worldlm_ray.huggingface.declared import DEFAULT_CONTEXT
+from worldlm_ray.plan import Plan
+from worldlm_ray.spending import private_clients, statements
+from worldlm_ray.tree import NodeSpec
+
+
+def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:
+    """Write a node's model, from its checkpoint.
+
+    Args:
+        run: the run's folder or name.
+        node: path of the node, or the end of it.
+        folder: made if need be; files of an earlier export are replaced.
+
+    Returns:
+        Path of the node, and lines for the user beside it.
+
+    Raises:
+        RunError: there is no such run, or one of its files has changed.
+        ConfigError: there is no such node, or the folder is that of the model that the run began from.
+        CheckpointError: the node has no whole checkpoint, or has diverged.
+        DataError: the folder cannot be written.
+    """
+    plan = rundir.reopen(run, check_data=False)
+    spec = plan.find(node)
+    base = plan.config.model.initial_from
+    if base is not None and Path(base).expanduser().resolve() == folder.expanduser().resolve():
+        raise ConfigError("FOLDER", f"{folder} holds the model that the run began from", "give another folder")
+    theta, files = sound_theta(plan, spec), _files(plan)
+    huggingface.export(
+        theta, plan.shape, plan.layout, folder.expanduser(), kept=files, card=card(_facts(plan, spec, files))
+    )
+    if huggingface.has_other_card(folder.expanduser()):
+        return spec.path, [f"README.md in {folder} was there before and stays: no model card was written"]
+    return spec.path, []
+
+
+def _files(plan: Plan) -> dict[str, bytes]:
+    """The run's small files: its copies; of a run that keeps none, the originals."""
+    if plan.config.kept:
+        return {name: kept.read(plan.config, name) or b"" for name in plan.config.kept}
+    try:
+        return kept.collect(plan.config, plan.tokenizer)
+    except OSError as error:
+        raise DataError(f"cannot read the run's tokenizer {plan.tokenizer} ({error.strerror}); restore it") from error
+
+
+def _facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes]) -> Facts:
+    nodes = _summary(plan).get("nodes", {})
+    below = [nodes[client.path].get("tokens", 0) for client in spec.clients if client.path in nodes]
+    line, base = nodes.get(spec.path, {}), json.loads(files.get(kept.MODEL_CONFIG, b"{}"))
+    model = plan.config.model
+    return Facts(
+        run=plan.config.name,
+        node=spec.path,
+        kind=spec.kind,
+        method=plan.config.method,
+        parameters=plan.layout.size,
+        context=plan.shape.context,
+        longest=max(base.get("max_position_embeddings") or (DEFAULT_CONTEXT if base else 0), plan.shape.context),
+        began_from=f"random weights, seed {plan.config.seed}"
+        if model.initial_from is None
+        else f"the model in a folder named {Path(model.initial_from).name}",
+        tied=base.get("tie_word_embeddings") is True,
+        tokens=sum(below) if below else None,
+        tokenizer=_tokenizer(plan, files),
+        loss=line.get("loss"),
+        perplexity_per_token=line.get("perplexity_per_token"),
+        privacy=_privacy(plan),
+    )
+
+
+def _tokenizer(plan: Plan, files: dict[str, bytes]) -> str:
+    if kept.TOKENIZER not in files:
+        return "the bytes of UTF-8: id 0 to 255 is the byte, and no token is special"
+    return f"{plan.shape.vocab_size:,} ids at most; tokenizer.json is the one that the run's text was encoded with"
+
+
+def _privacy(plan: Plan) -> list[str]:
+    """What clients have spent. A model holds what came from every client of its run, by way of the world."""
+    clients = private_clients(plan)
+    if not clients:
+        return []
+    number = f"{len(clients)} of {len(plan.root.clients)} clients"
+    try:
+        rows = statements(plan)
+    except PrivacyError as error:
+        return [f"{number}; their ledgers cannot be read ({error})"]
+    if not rows:
+        return [f"{number}; no ledger of theirs lies on this machine"]
+    most = max(rows, key=lambda row: row.epsilon)
+    return [f"{number}: epsilon {most.epsilon:.3f} at most, at delta {most.delta:g} (unit: {most.unit})"]
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    try:
+        with storage.refusals(plan.run_dir):
+            found = json.loads((plan.run_dir / rundir.SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
