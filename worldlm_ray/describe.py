@@ -38,7 +38,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "method": plan.config.method,
         "budget": {k: v for k, v in vars(plan.config.budget).items() if v is not None},
         "model": {
-            "preset": plan.config.model.preset,
+            "preset": plan.config.model.preset if plan.base is None else None,
+            **_base(plan),
+            "tokenizer": plan.tokenizer,
             **{name: getattr(shape, name) for name in ("hidden_size", "layers", "heads", "context", "vocab_size")},
             "parameters": layout.size,
             "backbone_parameters": layout.backbone_size,
@@ -50,6 +52,22 @@ def describe(plan: Plan) -> dict[str, Any]:
         "nodes": dict(_nodes(plan, plan.root)),
         "crossings": crossings(plan),
     }
+
+
+def _base(plan: Plan) -> dict[str, Any]:
+    """What there is to know of the model that a run begins from."""
+    if plan.base is None:
+        return {}
+    folder = plan.config.model.initial_from
+    return {"initial_from": folder, "longest": plan.base.max_positions, "was_tied": plan.base.tied}
+
+
+def _origin(model: Mapping[str, Any]) -> str:
+    """Where shape and weights come from, and in what the model differs from the one it begins from."""
+    if "initial_from" not in model:
+        return f"preset {model['preset']}"
+    apart = ", embedding and head trained apart though they were one tensor there" if model["was_tied"] else ""
+    return f"from {model['initial_from']} (sequences of at most {model['longest']:,} tokens there{apart})"
 
 
 def _nodes(plan: Plan, spec: NodeSpec, copies: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -231,7 +249,8 @@ def tables(facts: Mapping[str, Any]) -> Iterator[FittingTable]:
         split.add_row(name, f"{number:,}", f"{number / model['parameters']:.1%}")
     split.add_row("all", f"{model['parameters']:,}", "100.0%")
     shape = ", ".join(f"{name} {model[name]}" for name in ("hidden_size", "layers", "heads", "context", "vocab_size"))
-    split.caption = f"preset {model['preset']}: {shape}; a whole model is {amount(facts['bytes_per_pull'])}B"
+    split.caption = f"{_origin(model)}: {shape}; tokenizer {model['tokenizer']}; "
+    split.caption += f"a whole model is {amount(facts['bytes_per_pull'])}B"
     yield split
     tree = FittingTable(
         "the tree",

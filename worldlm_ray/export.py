@@ -10,7 +10,6 @@ from worldlm_ray import huggingface, kept, rundir, storage
 from worldlm_ray.errors import ConfigError, DataError, PrivacyError
 from worldlm_ray.evaluate import sound_theta
 from worldlm_ray.huggingface.card import Facts, card
-from worldlm_ray.huggingface.declared import DEFAULT_CONTEXT
 from worldlm_ray.plan import Plan
 from worldlm_ray.spending import private_clients, statements
 from worldlm_ray.tree import NodeSpec
@@ -60,8 +59,7 @@ def _files(plan: Plan) -> dict[str, bytes]:
 def _facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes]) -> Facts:
     nodes = _summary(plan).get("nodes", {})
     below = [nodes[client.path].get("tokens", 0) for client in spec.clients if client.path in nodes]
-    line, base = nodes.get(spec.path, {}), json.loads(files.get(kept.MODEL_CONFIG, b"{}"))
-    model = plan.config.model
+    line, base, folder = nodes.get(spec.path, {}), plan.base, plan.config.model.initial_from
     return Facts(
         run=plan.config.name,
         node=spec.path,
@@ -69,11 +67,11 @@ def _facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes]) -> Facts:
         method=plan.config.method,
         parameters=plan.layout.size,
         context=plan.shape.context,
-        longest=max(base.get("max_position_embeddings") or (DEFAULT_CONTEXT if base else 0), plan.shape.context),
+        longest=plan.shape.context if base is None else max(base.max_positions, plan.shape.context),
         began_from=f"random weights, seed {plan.config.seed}"
-        if model.initial_from is None
-        else f"the model in a folder named {Path(model.initial_from).name}",
-        tied=base.get("tie_word_embeddings") is True,
+        if folder is None
+        else f"the model in a folder named {Path(folder).name}",
+        tied=base is not None and base.tied,
         tokens=sum(below) if below else None,
         tokenizer=_tokenizer(plan, files),
         loss=line.get("loss"),

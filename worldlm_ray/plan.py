@@ -109,6 +109,12 @@ class Plan:
             return math.ceil(budget.tokens / (self.round_tokens(spec) * len(self.root.clients)))
         return budget.rounds
 
+    @cached_property
+    def base(self) -> huggingface.Declared | None:
+        """What the model that the run begins from declares; None of a run that begins from random weights."""
+        folder = self.config.model.initial_from
+        return None if folder is None else _declared(self.config, folder)
+
     def initial(self) -> Flat:
         """The run's initial parameters: every node computes or reads the same ones."""
         folder = self.config.model.initial_from
@@ -189,7 +195,7 @@ class Plan:
         return {
             "method": config.method,
             "seed": config.seed,
-            "preset": config.model.initial_from or config.model.preset,
+            "preset": config.model.preset if self.base is None else f"from {config.model.initial_from}",
             "parameters": self.layout.size,
             "key_share": round(self.layout.key_size / self.layout.size, 4),
             "clients": len(self.root.clients),
@@ -433,12 +439,7 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
         return resolve_shape(model, vocab_size=vocab_size)
     if model.context is not None:
         positive(model.context, "model.context")
-    folder = Path(model.initial_from).expanduser()
-    file = kept.place(config, kept.MODEL_CONFIG) or folder / kept.MODEL_CONFIG
-    try:
-        found = huggingface.read_declared(file, context=model.context).shape
-    except DataError as error:
-        raise ConfigError("model.initial_from", str(error)) from error
+    folder, found = Path(model.initial_from).expanduser(), _declared(config, model.initial_from).shape
     for name in SIZES:
         given, theirs = getattr(model, name), getattr(found, name)
         if given not in (None, theirs):
@@ -455,22 +456,30 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
     return found
 
 
+def _declared(config: RunConfig, folder: str) -> huggingface.Declared:
+    """What the model that a run begins from declares: by the run's copy, if it keeps one."""
+    file = kept.place(config, kept.MODEL_CONFIG) or Path(folder).expanduser() / kept.MODEL_CONFIG
+    try:
+        return huggingface.read_declared(file, context=config.model.context)
+    except DataError as error:
+        raise ConfigError("model.initial_from", str(error)) from error
+
+
 BYTES = 256
 """Tokens of a tokenizer that takes every byte for one."""
 BYTE_MODEL = BYTES + 128
 """A model that knows more tokens than bytes and some special ones was made for another tokenizer."""
 
 
-def _tokenizer(config: RunConfig) -> str:
+def _tokenizer(config: RunConfig) -> str | None:
     """The tokenizer in force where no node names another: the run's copy, the one that is given, or the model's."""
     copy = kept.place(config, kept.TOKENIZER)
     if copy is not None or config.data.tokenizer is not None:
         return str(copy or config.data.tokenizer)
     if config.model.initial_from is not None:
         own = Path(config.model.initial_from).expanduser() / kept.TOKENIZER
-        if own.is_file():
-            return str(own)
-    return "bytes"
+        return str(own) if own.is_file() else "bytes"
+    return None
 
 
 def _check_bytes(folder: Path, vocab_size: int) -> None:

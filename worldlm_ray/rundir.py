@@ -80,7 +80,9 @@ def _settled(plan: Plan) -> tuple[RunConfig, dict[str, bytes]]:
     config = absolute.absolute(plan.config)
     tokenizer = absolute.absolute_path(plan.tokenizer)
     files = kept.collect(config, tokenizer)
-    config = replace(absolute.without_tokenizers(config, tokenizer), kept=kept.fingerprints(files))
+    if tokenizer != "bytes" or config.model.initial_from is not None:
+        config = absolute.without_tokenizers(config, tokenizer)
+    config = replace(config, kept=kept.fingerprints(files))
     if config.model.initial_from is not None:
         config = replace(config, model=replace(config.model, context=plan.shape.context))
     return config, files

@@ -14,6 +14,7 @@ import worlds
 from worldlm_ray import absolute, evaluate, huggingface, kept, membership, rundir
 from worldlm_ray import config as configuration
 from worldlm_ray.data import load_tokenizer
+from worldlm_ray.describe import describe, tables
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
@@ -150,6 +151,32 @@ def test_a_run_with_damaged_weights_leaves_no_folder(tiny: Callable[..., Plan], 
     with pytest.raises(ConfigError, match=r"^model\.initial_from: .* not finite"):
         rundir.create(plan)
     assert not plan.run_dir.exists()
+
+
+def test_show_names_the_folder_that_a_run_begins_from(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model_folder(folder, vocab_size=256)
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    changed = found | {"tie_word_embeddings": True, "max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    plan = begun_from(tiny, folder)
+    facts = describe(plan)
+    model = facts["model"]
+    assert (model["context"], model["longest"], model["was_tied"], model["preset"]) == (512, 4096, True, None)
+    caption = str(next(tables(facts)).caption)
+    assert f"from {folder} (sequences of at most 4,096 tokens there, embedding and head trained apart" in caption
+    assert "tokenizer bytes" in caption
+    assert "preset" not in caption
+
+
+def test_an_error_about_a_tokenizer_says_its_cure_once(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    raw = configuration.to_mapping(tiny().config)
+    (tmp_path / "none.json").write_text("{}", encoding="utf-8")
+    for name in ("absent.json", "none.json"):
+        raw["data"]["tokenizer"] = str(tmp_path / name)
+        with pytest.raises(ConfigError) as caught:
+            make_plan(configuration.from_mapping(raw))
+        assert str(caught.value).count("tokenizer.json or its folder") == 1
 
 
 def test_the_folder_of_a_tokenizer_is_as_good_as_the_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from worldlm_ray.model.shape import ModelShape
 CONFIG = "config.json"
 DEFAULT_CONTEXT = 512
 """Tokens per training sequence where the run names none and the model allows more."""
-NORM_EPS, ROPE_THETA = 1e-6, 10_000.0
+NORM_EPS, ROPE_THETA, LONGEST = 1e-6, 10_000.0, 2_048
 """What transformers takes where config.json names none."""
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -112,7 +112,7 @@ def read_declared(file: Path, *, context: int | None = None) -> Declared:
     sizes = {name: _whole(found, name, file) for name in _SIZES}
     heads = sizes["num_attention_heads"]
     kv_heads = _whole(found, "num_key_value_heads", file) if "num_key_value_heads" in found else heads
-    limit = _whole(found, "max_position_embeddings", file) if "max_position_embeddings" in found else DEFAULT_CONTEXT
+    limit = _whole(found, "max_position_embeddings", file) if "max_position_embeddings" in found else LONGEST
     shape = ModelShape(
         hidden_size=sizes["hidden_size"],
         layers=sizes["num_hidden_layers"],

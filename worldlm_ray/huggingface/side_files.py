@@ -14,7 +14,7 @@ from typing import Any
 from worldlm_ray.data import special_tokens
 from worldlm_ray.data.special_tokens import SETTINGS, TOKENIZER, SpecialTokens, byte_characters
 from worldlm_ray.errors import DataError
-from worldlm_ray.huggingface.declared import CONFIG
+from worldlm_ray.huggingface.declared import CONFIG, LONGEST
 from worldlm_ray.model.shape import ModelShape
 
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
@@ -107,7 +107,7 @@ def _config(shape: ModelShape, base: Mapping[str, Any], special: SpecialTokens) 
         "initializer_range": base.get("initializer_range") or 0.02,
         "intermediate_size": shape.intermediate_size,
         # The run's context is what it trained on: the base's positions are computed as before.
-        "max_position_embeddings": max(base.get("max_position_embeddings") or 0, shape.context),
+        "max_position_embeddings": max(base.get("max_position_embeddings") or (LONGEST if base else 0), shape.context),
         "mlp_bias": False,
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,
