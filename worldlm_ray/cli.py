@@ -635,6 +635,8 @@ def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> 
     console.print(
         f"look at it with:  tensorboard --logdir {pasted(run_dir / 'tensorboard')}", highlight=False, soft_wrap=True
     )
+    where = "losses come first; CUSTOM SCALARS: every curve on one page; TEXT: the settings"
+    console.print(where, style="dim", highlight=False)
 
 
 def _near(path: Path) -> Path:

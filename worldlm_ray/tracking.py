@@ -346,7 +346,7 @@ class Tracker:
             self._put(record.node, {f"refused_strangers/{record.verdict}": count}, now_s=record.now_s)
             return
         node = self._state.nodes[edge]
-        if record.tau >= 0 and node.kind == "client":
+        if record.tau >= 0 and node.kind == "client" and self._lines.crowded:
             self._crowd.hear_tau(record.tau)
         if edge in self._hidden:
             return

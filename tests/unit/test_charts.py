@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.plugins.custom_scalar import layout_pb2
 from worlds import client
 
-from worldlm_ray import charts, run_texts, rundir
+from worldlm_ray import charts, curves, run_texts, rundir
 from worldlm_ray.charts import BEST, CHARTS, MAX_LINES, MEAN, WORST, charts_of
 from worldlm_ray.config import BudgetConfig
 from worldlm_ray.plan import Plan
@@ -138,6 +138,14 @@ def test_three_worlds_of_any_size_stay_selected(tmp_path: Path, nodes: int) -> N
     else:
         assert {MEAN, BEST, WORST, "world", "world/fed-0", "world/fed-3"} <= set(runs)
         assert not any("client-" in run for run in runs)
+
+
+def test_a_world_in_which_every_client_has_a_line_gathers_nothing_for_all_of_them(tmp_path: Path) -> None:
+    run = Tracker(tmp_path, kinds=world(7), hparams={}, budget=BudgetConfig(rounds=9))
+    for seq in range(1, 9):
+        run.record(*life("world/fed-0/client-0000", tokens=100 * seq, loss=2.0))
+    run.close()
+    assert {line["node"] for line in curves.read(tmp_path)} == {"world", "world/fed-0", "world/fed-0/client-0000"}
 
 
 def test_many_federations_leave_room_for_the_lines_of_all_clients() -> None:
