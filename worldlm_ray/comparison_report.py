@@ -83,8 +83,8 @@ COLUMNS = {
     "gap_closed": Quantity(
         title="gap closed",
         short="gap\nclosed",
-        meaning="How far the way from FedAvg's global model (0) to training alone (1) the own loss goes; above 1 it is "
-        "better than both, where local is better than FedAvg.",
+        meaning="How far the own loss goes on the way from FedAvg's global model (0) to training alone (1); above 1 it "
+        "is better than both. Not defined where training alone is no better than FedAvg's model.",
         rank=2,
     ),
     "bytes_up": Quantity(
@@ -127,7 +127,7 @@ def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
         own = [statistics.fmean(client["own"] for client in run["clients"]) for run in runs]
         judged = fedavg if method == "fedavg" else statistics.fmean(own)
         gap = None
-        if fedavg is not None and local is not None and judged is not None and fedavg != local:
+        if fedavg is not None and local is not None and judged is not None and fedavg > local:
             gap = (fedavg - judged) / (fedavg - local)
         change = against_local(runs, alone) if alone else {}
         rows.append(
@@ -202,8 +202,8 @@ def _is_number(value: Any) -> bool:
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     """A row as the tables show it, by column."""
-    shown = {name: cell(name, row[name]) for name in COLUMNS}
-    if row["gains"] is not None:
+    shown = {name: cell(name, row[name]) for name in COLUMNS} | {"gains": "-"}
+    if row["gains"] is not None and row["method"] != "local":
         shown["gains"] = f"{row['gains']} of {row['clients']}"
     return shown
 

@@ -67,8 +67,6 @@ def test_a_comparison_runs_reports_and_continues(tiny: Callable[..., Plan], tmp_
     text = (out / "report" / "table.md").read_text(encoding="utf-8")
     assert text.startswith("* Clients' own models")
     table = {row["method"]: row for row in summarize(json.loads((out / "results.json").read_text(encoding="utf-8")))}
-    assert table["local"]["gap_closed"] == pytest.approx(1.0)
-    assert table["fedavg"]["gap_closed"] == pytest.approx(0.0)
     assert table["local"]["worst_vs_local"] == 0.0
     with pytest.raises(RunError, match="another configuration"):
         compare(replace(config, name="other"), ["local"], [0], out=out)
@@ -115,11 +113,17 @@ def test_the_table_of_known_losses() -> None:
     # FedAvg is judged by its global model: (3.0 - 2.05) / (3.0 - 2.0)
     assert rows["worldlm"]["gap_closed"] == pytest.approx(0.95)
     assert rows["fedavg"]["gap_closed"] == 0.0
+    assert rows["local"]["gap_closed"] == 1.0
     assert (rows["fedavg"]["sooner"], rows["local"]["sooner"], rows["worldlm"]["sooner"]) == (1.0, None, 1.0)
     assert rows["worldlm"]["worst_vs_local"] == pytest.approx(0.1)
     assert (rows["worldlm"]["gains"], rows["fedavg"]["gains"], rows["worldlm"]["clients"]) == (1, 0, 2)
     assert rows["worldlm"]["spread"] is None, "one seed has no spread"
     assert "| worldlm | 2.0500 |" in markdown(list(rows.values()))
+
+
+def test_no_gap_is_closed_where_training_alone_is_no_better_than_fedavg() -> None:
+    rows = summarize({"runs": [run("fedavg", [2.5], 2.0), run("local", [2.2], 4.0), run("worldlm", [2.6], 2.9)]})
+    assert [row["gap_closed"] for row in rows] == [None, None, None]
 
 
 def test_the_best_values_are_marked_and_training_alone_gains_nothing() -> None:
