@@ -15,7 +15,7 @@ STYLE = (
     "td:first-child,th:first-child{text-align:left}td.best{font-weight:bold;background:#e8f3e8}"
     "ul.verdict{font-size:17px;background:#f4f6fa;padding:1em 1em 1em 2.2em;border-left:4px solid #456}"
     "ul.verdict li{margin:.4em 0}dt{font-weight:bold;margin-top:.5em}dd{margin-left:1.5em}"
-    "pre{background:#f6f6f6;padding:.8em;overflow:auto}img{max-width:100%}"
+    "pre{background:#f6f6f6;padding:.8em;white-space:pre-wrap}img{max-width:100%}"
 )
 
 
