@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from importlib.metadata import version
 from typing import Any
 
@@ -10,11 +11,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from worldlm_ray import storage
-from worldlm_ray.config import DataConfig
+from worldlm_ray.config import DataConfig, ResourcesConfig
 from worldlm_ray.data.text import check_sources, find_sources
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.launch import cluster
+from worldlm_ray.launch.watch import POLL_S, Watch
 from worldlm_ray.plan import Plan
+from worldlm_ray.training.local import too_many_cores
 from worldlm_ray.tree import NodeSpec
 
 ANSWER_S = 60.0
@@ -22,33 +25,51 @@ ANSWER_S = 60.0
 PACKAGE = "worldlm_ray"
 
 
-def check(plan: Plan) -> None:
+def check(plan: Plan, watch: Watch) -> None:
     """Have every machine look whether it has what the nodes that may be placed there need.
 
     A client needs its text on every machine that carries its labels and has room for it: it may be started again on any
     of them. All nodes need the run folder, the same everywhere.
 
+    Args:
+        plan: the run.
+        watch: is warned of machines that have fewer cores than a client there asks for, whatever Ray was told.
+
     Raises:
         RunError: something is missing; a line for each.
+        Interrupted: the user wants to leave.
     """
     machines = [machine for machine in ray.nodes() if machine["Alive"]]
     marker = plan.run_dir / f".seen-{secrets.token_hex(4)}"
     marker.write_text("")
     try:
         looks = {_look_on(machine, plan, marker): machine["NodeManagerHostname"] for machine in machines}
-        there, absent = ray.wait(list(looks), num_returns=len(looks), timeout=ANSWER_S)
+        there, absent = _wait(list(looks), watch)
         problems = [f"{looks[ref]}: does not answer; look at `ray status`" for ref in absent]
         for ref in there:
-            problems += [f"{looks[ref]}: {problem}" for problem in _answer(ref)]
+            missing, warning = _answer(ref)
+            problems += [f"{looks[ref]}: {problem}" for problem in missing]
+            if warning:
+                watch.on_warning(f"{looks[ref]}: {warning}")
     finally:
         marker.unlink(missing_ok=True)
     if problems:
         raise RunError("\n".join(sorted(problems)))
 
 
+def _wait(refs: list[Any], watch: Watch) -> tuple[list[Any], list[Any]]:
+    """References whose answers have come within `ANSWER_S`, and the others."""
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        there, absent = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
+        if not absent or time.monotonic() > deadline:
+            return there, absent
+        watch.check()
+
+
 def _look_on(machine: dict[str, Any], plan: Plan, marker: Any) -> Any:
     """Ask one machine; returns the reference of its answer."""
-    clients = {c.key: c.settings.data for c in plan.root.clients if _may_hold(machine, c)}
+    clients = {c.key: (c.settings.data, c.settings.resources) for c in plan.root.clients if _may_hold(machine, c)}
     only_there = NodeAffinitySchedulingStrategy(machine["NodeID"], soft=False)
     task = ray.remote(_look).options(num_cpus=0, max_retries=0, scheduling_strategy=only_there)
     return task.remote(str(marker), clients, version(PACKAGE))
@@ -59,8 +80,8 @@ def _may_hold(machine: dict[str, Any], client: NodeSpec) -> bool:
     return labelled and all(machine["Resources"].get(name, 0.0) >= n for name, n in cluster.each(client).items())
 
 
-def _look(marker: str, clients: dict[str, DataConfig], wanted: str) -> list[str]:
-    """What is missing on this machine."""
+def _look(marker: str, clients: dict[str, tuple[DataConfig, ResourcesConfig]], wanted: str) -> tuple[list[str], str]:
+    """What is missing on this machine, and a warning if it has too few cores."""
     problems = []
     try:
         place = storage.place(marker)
@@ -74,7 +95,7 @@ def _look(marker: str, clients: dict[str, DataConfig], wanted: str) -> list[str]
         problems.append(f"cannot use the run folder: {error}")
     if (found := version(PACKAGE)) != wanted:
         problems.append(f"has {PACKAGE} {found}, the run was started with {wanted}; install the same everywhere")
-    for key, data in clients.items():
+    for key, (data, _) in clients.items():
         try:
             find_sources(data, f"{key}.data")
         except ConfigError as error:
@@ -84,14 +105,15 @@ def _look(marker: str, clients: dict[str, DataConfig], wanted: str) -> list[str]
             check_sources(data, f"{key}.data")
         except ConfigError as error:
             problems.append(str(error))
-    return problems
+    return problems, too_many_cores({key: resources for key, (_, resources) in clients.items()})
 
 
-def _answer(ref: Any) -> list[str]:
+def _answer(ref: Any) -> tuple[list[str], str]:
     try:
-        return list(ray.get(ref))
+        missing, warning = ray.get(ref)
+        return list(missing), str(warning)
     except Exception as error:  # noqa: BLE001 - whatever keeps a machine from looking keeps it from training
         missing = isinstance(getattr(error, "cause", error), ModuleNotFoundError) or "ModuleNotFoundError" in str(error)
         if missing:
-            return [f"{PACKAGE} is not installed; install it on every machine"]
-        return [f"cannot look: {cluster.first_line(error)}"]
+            return [f"{PACKAGE} is not installed; install it on every machine"], ""
+        return [f"cannot look: {cluster.first_line(error)}"], ""

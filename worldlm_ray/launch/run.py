@@ -161,10 +161,11 @@ def _train(plan: Plan, local: bool, watch: Watch) -> Outcome:
         if world is not None:
             watch.on_phase("the run lives: watching it")
         else:
-            if not local:
-                preflight.check(plan)
-            watch.on_phase(f"starting {len(plan.kinds)} nodes")
             try:
+                if not local:
+                    watch.on_phase("looking at the machines")
+                    preflight.check(plan, watch)
+                watch.on_phase(f"starting {len(plan.kinds)} nodes")
                 world = _create(plan, watch, local=local)
             except Interrupted:
                 raise Interrupted(NOT_BEGUN) from None
