@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,25 @@ def test_a_failed_run_says_why_and_what_to_do_and_its_watch_ends(conf: Path) -> 
         assert done.exit_code == 0, done.output
         said = done.output.splitlines()[-2:]
         assert said == ["failed: an actor failed: ValueError: no", f"continue with: worldlm train --resume {run}"]
+
+
+@pytest.mark.parametrize("error", [RunError("no room"), ValueError("a fault"), Interrupted("left")])
+def test_what_ends_a_run_on_ray_is_raised_and_stands_in_its_folder(
+    conf: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    plan = rundir.create(make_plan(from_mapping(json.loads(conf.read_text(encoding="utf-8")))))
+    open_tracker(plan).close()
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    run = importlib.import_module("worldlm_ray.launch.run")
+    monkeypatch.setattr(run.cluster, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(run, "_train", fail)
+    with pytest.raises(type(error), match=str(error)):
+        run.train(plan)
+    reason = None if isinstance(error, Interrupted) else str(error)
+    assert read_status(plan.run_dir).get("reason") == reason
 
 
 def test_a_run_that_goes_on_takes_its_failure_back(conf: Path) -> None:
