@@ -38,10 +38,15 @@ def _first_line(module: ModuleType) -> str:
 def main() -> None:
     """Run what was asked for, or everything."""
     wanted = sys.argv[1:] or NAMES
+    if wanted[0] == "gpu":
+        from benchmarks.gpu import main as gpu
+
+        sys.exit(gpu(list(wanted[1:])))
     if {"-h", "--help"} & set(wanted):
         print("python -m benchmarks [NAME ...]: all of them, or\n")
         for name in NAMES:
             print(f"  {name:16} {_first_line(import_module(f'benchmarks.{name}'))}")
+        print(f"  {'gpu':16} {_first_line(import_module('benchmarks.gpu'))}")
         return
     for name in wanted:
         if name not in NAMES:

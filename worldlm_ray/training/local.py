@@ -95,6 +95,7 @@ class LocalTrainer:
         bind(self.model, layout, self.flat, self.gradient)
         self.model.to(self.device)
         self._matrices = decayed(self.model)
+        self._training_loss = self._compiled() if is_compiled(training, self.device) else self.model.loss
         self._tensor = torch.nn.Parameter(self.flat)
         self._tensor.grad = self.gradient
         # Weight decay is applied by `step` to matrices alone: a flat tensor has no parameter groups.
@@ -164,7 +165,7 @@ class LocalTrainer:
         parts = self.training.accumulation_steps
         for part in range(parts):
             rows = slice(part * len(inputs) // parts, (part + 1) * len(inputs) // parts)
-            share = self._loss(inputs[rows], targets[rows], "mean") / parts
+            share = self._mean_loss(inputs[rows], targets[rows]) / parts
             share.backward()  # type: ignore[no-untyped-call]
             loss += share.detach()
         self._descend(learning_rate)
@@ -239,8 +240,30 @@ class LocalTrainer:
             "exp_avg_sq": torch.from_numpy(np.array(saved["exp_avg_sq"])).to(self.device),
         }
 
+    def _mean_loss(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> Tensor:
+        tokens_BT, targets_BT = on_device(inputs, self.device), on_device(targets, self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            return self._training_loss(tokens_BT, targets_BT)
+
     def _loss(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], reduction: str) -> Tensor:
-        tokens_BT = torch.from_numpy(inputs).to(self.device)
-        targets_BT = torch.from_numpy(targets).to(self.device)
+        tokens_BT, targets_BT = on_device(inputs, self.device), on_device(targets, self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return self.model.loss(tokens_BT, targets_BT, reduction=reduction)
+
+    def _compiled(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The mean loss, fused by `torch.compile`; shapes are fixed, since every step has the same."""
+        compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(self.model.loss, dynamic=False)
+        return compiled
+
+
+def is_compiled(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether the training step is fused. Recomputed activations are not: they break the graph at every block."""
+    if training.compile == "auto":
+        return device.type == "cuda" and not training.activation_checkpointing
+    return training.compile == "on"
+
+
+def on_device(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """Token ids on a device. To CUDA they go through pinned memory, so that the copy runs beside the step before."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -19,7 +19,7 @@ from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.params import Layout
 from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, cheaper, check_architecture
 from worldlm_ray.privacy.noise import Noise
-from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.local import LocalTrainer, on_device
 
 
 class PrivateTrainer(LocalTrainer):
@@ -50,7 +50,9 @@ class PrivateTrainer(LocalTrainer):
         device: str | None = None,
     ) -> None:
         # Records are clipped one by one: a second clipping of the noisy sum would only bend it.
-        super().__init__(shape, layout, replace(training, grad_clip=0.0), threads=threads, device=device)
+        # Hooks on modules compute the gradients of single records: a compiled step would have none.
+        plain = replace(training, grad_clip=0.0, compile="off")
+        super().__init__(shape, layout, plain, threads=threads, device=device)
         self.privacy, self.noise = privacy, noise
         self._noise = Noise(self.device)
         self.mode = self._mode()
@@ -72,8 +74,7 @@ class PrivateTrainer(LocalTrainer):
         return total / max(len(inputs), 1)
 
     def _add(self, records: RecordGradients, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> Tensor:
-        tokens_BT = torch.from_numpy(inputs).to(self.device)
-        targets_BT = torch.from_numpy(targets).to(self.device)
+        tokens_BT, targets_BT = on_device(inputs, self.device), on_device(targets, self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             return records.add(tokens_BT, targets_BT)
 
