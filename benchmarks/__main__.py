@@ -15,6 +15,7 @@ NAMES = (
     "aggregation",
     "scale",
     "client_overhead",
+    "compiled",
     "node_memory",
     "busy",
     "overlap",

@@ -30,7 +30,7 @@ def test_the_dry_run_measures_every_step(tmp_path: Path) -> None:
     }, done.stdout
     assert all(step["rows"] for name, step in steps.items() if step["state"] == "done")
     assert done.returncode == 0, done.stdout + done.stderr
-    wrong = [row for step in steps.values() for row in step["rows"] if row["must"] and not row["met"]]
+    wrong = [row for step in steps.values() for row in step["rows"] if row["must"] and row["met"] is False]
     assert wrong == []
 
 
