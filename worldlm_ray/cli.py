@@ -24,6 +24,7 @@ from worldlm_ray import config as configuration
 from worldlm_ray.errors import ConfigError, Interrupted, WorldLMError
 from worldlm_ray.paths import pasted
 from worldlm_ray.progress import Progress, Stop
+from worldlm_ray.storage import expanded
 from worldlm_ray.terminal import Terminal
 
 WATCH_S = 1.0
@@ -495,7 +496,7 @@ def join(
         raise ConfigError("--client", "the new client has no name", "give one")
     plan = rundir.reopen(run, check_data=False)
     under = plan.find(under).path
-    files = [str(Path(path).expanduser().absolute()) for path in data or []]
+    files = [str(expanded(path).absolute()) for path in data or []]
     changed = membership.with_client(plan, under, client, files=files, overrides=overrides or [])
     from worldlm_ray import launch
 

@@ -24,6 +24,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.schema import Problems
 from worldlm_ray.schema import listed as listed
 from worldlm_ray.schema import one_of as one_of
+from worldlm_ray.storage import expanded
 from worldlm_ray.yaml_text import Document, value_of
 
 T = TypeVar("T")
@@ -479,7 +480,7 @@ def find(conf: str) -> Path:
     Raises:
         ConfigError: there is neither a file nor a preset of that name.
     """
-    path = storage.place(conf) if "://" in conf else Path(conf).expanduser()
+    path = storage.place(conf) if "://" in conf else expanded(conf)
     if path.suffix in (".yaml", ".yml"):
         with storage.refusals(path):
             if path.is_file():
@@ -780,7 +781,7 @@ def _robust(settings: NodeSettings, at: str) -> None:
 
 def _privacy(settings: NodeSettings, at: str) -> None:
     privacy, key = settings.privacy, f"{at}privacy"
-    if privacy.ledger_dir is not None and not Path(privacy.ledger_dir).expanduser().is_absolute():
+    if privacy.ledger_dir is not None and not expanded(privacy.ledger_dir).is_absolute():
         got = f"{privacy.ledger_dir!r} would be another folder, and an empty ledger, for whoever starts elsewhere"
         raise ConfigError(f"{key}.ledger_dir", got, "give an absolute path")
     if privacy.max_updates is not None and privacy.unit != "client":

@@ -12,6 +12,7 @@ from worldlm_ray.evaluate import sound_theta
 from worldlm_ray.huggingface.card import Facts, card
 from worldlm_ray.plan import Plan
 from worldlm_ray.spending import private_clients, statements
+from worldlm_ray.storage import expanded
 from worldlm_ray.tree import NodeSpec
 
 
@@ -35,7 +36,7 @@ def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:
     plan = rundir.reopen(run, check_data=False)
     spec = plan.find(node)
     base = plan.config.model.initial_from
-    if base is not None and Path(base).expanduser().resolve() == folder.expanduser().resolve():
+    if base is not None and expanded(base).resolve() == folder.expanduser().resolve():
         raise ConfigError("FOLDER", f"{folder} holds the model that the run began from", "give another folder")
     theta, files = sound_theta(plan, spec), _files(plan)
     huggingface.export(

@@ -18,6 +18,7 @@ from worldlm_ray import storage
 from worldlm_ray.config import RunConfig
 from worldlm_ray.data.tokenizer import tokenizer_file
 from worldlm_ray.errors import RunError
+from worldlm_ray.storage import expanded
 
 FOLDER = "files"
 TOKENIZER, MODEL_CONFIG, GENERATION_CONFIG = "tokenizer.json", "config.json", "generation_config.json"
@@ -46,7 +47,7 @@ def collect(config: RunConfig, tokenizer: str) -> dict[str, bytes]:
         if file.name == TOKENIZER:  # beside a file of another name lies what belongs to others
             found |= _small(file.parent, BESIDE)
     if config.model.initial_from is not None:
-        found |= _small(Path(config.model.initial_from).expanduser(), (MODEL_CONFIG, GENERATION_CONFIG))
+        found |= _small(expanded(config.model.initial_from), (MODEL_CONFIG, GENERATION_CONFIG))
     return found
 
 

@@ -28,6 +28,7 @@ from worldlm_ray.params import Flat, Layout, frozen
 from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.quotas import check_max_share, quotas
+from worldlm_ray.storage import expanded
 from worldlm_ray.training import deepspeed_config
 from worldlm_ray.tree import NodeSpec
 
@@ -120,7 +121,7 @@ class Plan:
         folder = self.config.model.initial_from
         if folder is not None:
             try:
-                return frozen(huggingface.read_weights(Path(folder).expanduser(), self.layout))
+                return frozen(huggingface.read_weights(expanded(folder), self.layout))
             except DataError as error:
                 raise ConfigError("model.initial_from", str(error)) from error
         return frozen(initial_parameters(self.shape, self.layout, seed=self.config.seed))
@@ -439,7 +440,7 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
         return resolve_shape(model, vocab_size=vocab_size)
     if model.context is not None:
         positive(model.context, "model.context")
-    folder, found = Path(model.initial_from).expanduser(), _declared(config, model.initial_from).shape
+    folder, found = expanded(model.initial_from), _declared(config, model.initial_from).shape
     for name in SIZES:
         given, theirs = getattr(model, name), getattr(found, name)
         if given not in (None, theirs):
@@ -458,7 +459,7 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
 
 def _declared(config: RunConfig, folder: str) -> huggingface.Declared:
     """What the model that a run begins from declares: by the run's copy, if it keeps one."""
-    file = kept.place(config, kept.MODEL_CONFIG) or Path(folder).expanduser() / kept.MODEL_CONFIG
+    file = kept.place(config, kept.MODEL_CONFIG) or expanded(folder) / kept.MODEL_CONFIG
     try:
         return huggingface.read_declared(file, context=config.model.context)
     except DataError as error:
@@ -477,7 +478,7 @@ def _tokenizer(config: RunConfig) -> str | None:
     if copy is not None or config.data.tokenizer is not None:
         return str(copy or config.data.tokenizer)
     if config.model.initial_from is not None:
-        own = Path(config.model.initial_from).expanduser() / kept.TOKENIZER
+        own = expanded(config.model.initial_from) / kept.TOKENIZER
         return str(own) if own.is_file() else "bytes"
     return None
 
@@ -497,7 +498,7 @@ def _check_bytes(folder: Path, vocab_size: int) -> None:
 def _check_weights(folder: str, layout: Layout, *, numbers: bool = False) -> None:
     """Look through the weights that the run begins from: the headers, and the numbers if that is asked for."""
     try:
-        huggingface.check_weights(Path(folder).expanduser(), layout, numbers=numbers)
+        huggingface.check_weights(expanded(folder), layout, numbers=numbers)
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from worlds import write_text
 
 from worldlm_ray import cli, config, rundir, storage
-from worldlm_ray.errors import RunError
+from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan
 from worldlm_ray.terminal import Terminal
@@ -223,3 +223,12 @@ def test_nothing_that_is_printed_is_read_as_markup(capsys: pytest.CaptureFixture
             if isinstance(node, ast.Call) and ast.unparse(node.func).rsplit(".", 1)[-1] == "Console":
                 raise AssertionError(f"{file.name}, line {node.lineno}: use Terminal, which reads no markup")
         assert not re.search(r"from_markup|markup=True|\.status\((?!\")", text), file.name
+
+
+def test_a_home_folder_that_is_no_ones_is_the_name_of_a_file(tiny: Any) -> None:
+    nobody = "~nobody-of-this-name/t.txt"
+    assert storage.expanded(nobody) == Path(nobody)
+    with pytest.raises(ConfigError, match="nobody-of-this-name"):
+        tiny([{"client": "a", "data": {"files": [nobody]}}])
+    with pytest.raises(ConfigError, match="nobody-of-this-name"):
+        config.load("~nobody-of-this-name/conf.yaml")

@@ -38,6 +38,7 @@ from worldlm_ray.data.text import check_shard, describe, find_sources, members_o
 from worldlm_ray.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.seeds import derive
+from worldlm_ray.storage import expanded
 
 FORMAT = 1
 """Part of every cache key: raise it when the corpora, the split or the files change."""
@@ -206,7 +207,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
         return _pool(members)
     tokenizer = load_tokenizer(config.tokenizer)
     fingerprint = _fingerprint(config, _source(config, found.paths), tokenizer)
-    folder = Path(config.cache_dir).expanduser() / fingerprint
+    folder = expanded(config.cache_dir) / fingerprint
     parts = _cached(folder) or _build(folder, config, tokenizer, key=key)
     for part, cure in (
         ("train", "give more text"),
@@ -255,7 +256,7 @@ def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> 
     missing = dict[str, DataConfig]()
     for config in shared:
         check_shard(config, key)
-        folder = Path(config.cache_dir).expanduser() / _fingerprint(config, source, tokenizer)
+        folder = expanded(config.cache_dir) / _fingerprint(config, source, tokenizer)
         if not (folder / "meta.json").is_file():
             missing[str(folder)] = config
     folders = list(missing)

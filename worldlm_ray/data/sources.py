@@ -24,6 +24,7 @@ from pathlib import Path
 
 from worldlm_ray.data.readers import COMPRESSED, EXPECTED, format_of, is_blank, is_record, json_values
 from worldlm_ray.errors import ConfigError, DataError
+from worldlm_ray.storage import expanded
 
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 KINDS_NAMED = 5
@@ -77,7 +78,7 @@ def _expand(entry: str, *, text_key: str, key: str) -> tuple[list[Path], Counter
     if REMOTE.match(entry):
         cure = "copy it to a folder of this machine first, and give that path"
         raise ConfigError(key, f"{entry!r} is not on a file system, and only files are read", cure)
-    path = Path(entry).expanduser()
+    path = expanded(entry)
     left_out = Counter[str]()
     if path.is_dir():
         matches = sorted(_below(path, ["**", "*"], left_out, key=key))

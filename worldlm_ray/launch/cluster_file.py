@@ -20,6 +20,7 @@ from jsonschema.exceptions import ValidationError
 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan
+from worldlm_ray.storage import expanded
 
 TOKEN = "~/.ray/auth_token"
 TOKEN_MODE = "RAY_AUTH_MODE=token"
@@ -112,7 +113,7 @@ def _check_token(raw: dict[str, Any]) -> None:
     source = (raw.get("file_mounts") or {}).get(TOKEN)
     if source is None:
         raise ConfigError("file_mounts", "no machine gets the token", f"add {TOKEN}: {TOKEN}")
-    token = Path(source).expanduser()
+    token = expanded(source)
     if not token.is_file() or not token.read_text(encoding="utf-8").strip():
         make = f"make one: ray get-auth-token --generate && chmod 600 {TOKEN}"
         raise ConfigError(f"file_mounts.{TOKEN}", f"there is no token in {source}", make)
@@ -122,11 +123,11 @@ def _check_token(raw: dict[str, Any]) -> None:
 
 def _check_files(raw: dict[str, Any]) -> None:
     for target, source in (raw.get("file_mounts") or {}).items():
-        if not Path(source).expanduser().exists():
+        if not expanded(source).exists():
             got = f"there is no {source!r} (from {Path.cwd()})"
             raise ConfigError(f"file_mounts.{target}", got, "call it from the root of the repository, or mend the path")
     key = (raw.get("auth") or {}).get("ssh_private_key")
-    if key is not None and not Path(key).expanduser().is_file():
+    if key is not None and not expanded(key).is_file():
         raise ConfigError("auth.ssh_private_key", f"there is no {key!r}", "name the key that opens the machines")
 
 
@@ -166,7 +167,7 @@ def _labels(raw: dict[str, Any]) -> dict[str, dict[str, str]]:
     if source is None:
         return carried
     known = {address for _, address in _keyed_addresses(raw)}
-    for number, line in enumerate(Path(source).expanduser().read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(expanded(source).read_text(encoding="utf-8").splitlines(), start=1):
         words = line.split("#")[0].split()
         if not words:
             continue

@@ -8,6 +8,7 @@ from worldlm_ray.config import PrivacyConfig
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.privacy.accounting import Spend, epsilon, noise_for, rounds_left
 from worldlm_ray.privacy.ledger import Ledger
+from worldlm_ray.storage import expanded
 
 LEDGERS = "ledgers"
 """Folder of a run's ledgers."""
@@ -151,4 +152,4 @@ def weak_delta(privacy: PrivacyConfig, protected: int | None) -> str:
 
 def ledger_folder(privacy: PrivacyConfig, run_dir: Path) -> Path:
     """Where the ledgers of a node's clients lie."""
-    return Path(privacy.ledger_dir).expanduser() if privacy.ledger_dir else run_dir / LEDGERS
+    return expanded(privacy.ledger_dir) if privacy.ledger_dir else run_dir / LEDGERS
