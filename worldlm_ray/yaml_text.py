@@ -2,7 +2,7 @@
 
 YAML 1.1 reads `no` as false, `007` as 7 and `12:30` as 750. A name or a label must not change like that, so the text
 of a scalar is taken as it stands wherever the schema says `str`. Keys of mappings are text everywhere. Floats may be
-written as `1e6`, as in YAML 1.2. Timestamps stay text.
+written as `1e6`, as in YAML 1.2, and 12:30 is no number. Timestamps stay text.
 """
 
 from __future__ import annotations
@@ -26,16 +26,20 @@ _FLOAT = re.compile(
     re.VERBOSE,
 )
 
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
+"""Without base 60 and octal: 12:30 is no number, and 010 is ten."""
+
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """SafeLoader with the floats of YAML 1.2 and without timestamps."""
+    """SafeLoader with the numbers of YAML 1.2 and without timestamps."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":timestamp", ":float"))]
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":timestamp", ":float", ":int"))]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 
 
 class Document:

@@ -206,7 +206,12 @@ def test_whole_numbers_may_be_written_in_any_way(tmp_path: Path, number: str) ->
     assert loaded(tmp_path, one, [f"budget.tokens={number}"]).budget.tokens == 1_000_000
 
 
-@pytest.mark.parametrize("number", ["4M", "1e6.5", "1.5", "1e30", ".inf", "true", "2026-11-26", "9223372036854775808"])
+@pytest.mark.parametrize(("number", "meant"), [("010", 10), ("0x10", 16), ("0", 0), ("-3", -3)])
+def test_a_leading_zero_is_no_octal_number(tmp_path: Path, number: str, meant: int) -> None:
+    assert loaded(tmp_path, HEAD + f"seed: {number}\n").seed == meant
+
+
+@pytest.mark.parametrize("number", ["12:30", "4M", "1e6.5", "1.5", "1e30", ".inf", "true", "9223372036854775808"])
 def test_what_is_no_whole_number_is_refused(tmp_path: Path, number: str) -> None:
     with pytest.raises(ConfigError, match=r"^budget.tokens: got .*whole number|^budget.tokens: got inf"):
         loaded(tmp_path, HEAD, [f"budget.tokens={number}"])
