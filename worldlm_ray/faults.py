@@ -10,9 +10,9 @@
     20s leave world/europe/italy            a client goes, after the round that is under way
     40s join world/europe/italy             it comes back; one that has not left before is not there until then
 
-Times count from the start of the run: virtual in simulation, wall on Ray. `kill ... for 5s` leaves the node dead for so
-long in simulation; on Ray it takes as long as Ray takes. Whoever leaves or comes late is waited for by nobody, not even
-at the end of the run; `leave` and `join` of a federation are those of every client below it.
+Times count from the start of the run: virtual in simulation, run time on Ray. `kill ... for 5s` leaves the node dead
+for so long in simulation; on Ray it takes as long as Ray takes. Clients that leave or come late are not waited for, not
+even at the end of the run; `leave` and `join` of a federation are those of every client below it.
 """
 
 from __future__ import annotations
