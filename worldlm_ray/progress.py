@@ -16,7 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from worldlm_ray.report import amount, duration, live_table
+from worldlm_ray.report import amount, duration, left_of, live_table
 
 LINE_EVERY_S = 10.0
 """Where the output is no terminal: seconds between two lines."""
@@ -186,8 +186,9 @@ def _line(snapshot: dict[str, Any]) -> str:
     own = "world's own loss not measured yet" if loss is None else f"world's own loss {loss:.3f} nats/byte"
     clients = "" if mean is None else f", clients' mean {mean:.3f}"
     refused = sum(snapshot["refused"].values())
+    times = ", ".join(filter(None, (duration(snapshot["now_s"]), left_of(snapshot))))
     return (
-        f"{snapshot['progress']:4.0%}  {duration(snapshot['now_s'])}  {amount(snapshot['tokens'])} tokens  "
+        f"{snapshot['progress']:4.0%}  {times}  {amount(snapshot['tokens'])} tokens  "
         f"{amount(snapshot['tokens_per_s'])}/s  world version {world['version']}  {own}{clients}  "
         f"{snapshot['accepted']} updates accepted, {refused} refused"
     )

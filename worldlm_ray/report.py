@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from worldlm_ray.audit import Proof
@@ -20,8 +18,10 @@ KINDS = ("world", "federation", "client")
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
 PRIVATE = "private"
 """What tables show where losses are known and stay with the clients."""
-WIDE = 100
-"""Columns from which on the live table has room for losses beside perplexities."""
+BAR = 10
+"""Characters of the bar that shows how far a run is."""
+FORESEEN = 0.02
+"""Share of the budget from which on the time left is foretold."""
 SAMPLE_CHARACTERS = 240
 """A longer sample is cut: the table shows a taste of each client's language, not a page."""
 MANY = 32
@@ -31,52 +31,37 @@ _STATES = {"finished": "green", "waiting": "yellow", "paused": "yellow", "left":
 _STATES |= dict.fromkeys(("warning", "diverged"), "bold red")
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A table that is drawn for the width that is there."""
-
-    draw: Callable[[int], Table]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.draw(options.max_width)
-
-
-def live_table(snapshot: Mapping[str, Any]) -> Fitted:
-    """One line per node of a run, indented as the tree. A terminal of `WIDE` columns or more shows losses, too.
+def live_table(snapshot: Mapping[str, Any]) -> FittingTable:
+    """One line per node of a run, indented as the tree.
 
     Args:
         snapshot: `Tracker.snapshot()`, or status.json as read.
     """
-    return Fitted(lambda width: _live_table(snapshot, wide=width >= WIDE))
-
-
-def _live_table(snapshot: Mapping[str, Any], *, wide: bool) -> Table:
-    head = (
-        f"{snapshot.get('run', 'run')}   {float(snapshot.get('progress', 0.0)):.0%}   "
-        f"{duration(float(snapshot.get('now_s', 0.0)))}   {amount(snapshot.get('tokens', 0))} tokens"
-    )
-    table = _table(head)
-    table.add_column("node")
-    for name in ("ver-\nsion", "tokens", "tok/s", "stale"):
-        _numbers(table, name)
-    if wide:
-        _numbers(table, "loss\n(nats/byte)\nown model")
-        _numbers(table, "\nclients\n(mean)")
-    _numbers(table, "perplexity\nper byte\nown model")
-    _numbers(table, "\nclients\n(mean)")
-    for name in ("busy", "acc/\nref"):
-        _numbers(table, name)
-    table.add_column("state", no_wrap=True, overflow="ellipsis")
+    columns = [
+        Column("node", is_number=False),
+        Column("ver-\nsion", rank=5),
+        Column("tokens", rank=1),
+        Column("tok/s", rank=4),
+        Column("stale", rank=3),
+        Column("loss\n(nats/byte)\nown model", rank=6),
+        Column("loss\nof clients\n(mean)", rank=7),
+        Column("perplexity\nper byte\nown model"),
+        Column("\nof clients\n(mean)"),
+        Column("busy", rank=2),
+        Column("acc/\nref", rank=4),
+        Column("state", is_number=False),
+    ]
+    table = FittingTable(printable(_head(snapshot)), columns)
     for path, node in folded(snapshot["nodes"]):
         state = str(node.get("state") or NOTHING)
-        losses = [_loss(node), _or(node.get("clients_loss"), ".3f")] if wide else []
         table.add_row(
             _name(path, node["kind"]),
             str(node["version"]),
             amount(node["tokens"]),
             amount(node["tokens_per_s"]),
             _or(node["tau"], "d"),
-            *losses,
+            _loss(node),
+            _or(node.get("clients_loss"), ".3f"),
             _own(node),
             _perplexity(node.get("clients_perplexity")),
             _or(node["busy_fraction"], ".0%"),
@@ -84,6 +69,28 @@ def _live_table(snapshot: Mapping[str, Any], *, wide: bool) -> Table:
             Text(printable(_said(state, node)), style=_STATES.get(state, "")),
         )
     return table
+
+
+def _head(snapshot: Mapping[str, Any]) -> str:
+    """How far a run is: a bar, the time that it has taken and may still take, the tokens and the budget."""
+    progress, now_s = float(snapshot.get("progress", 0.0)), float(snapshot.get("now_s", 0.0))
+    filled = round(BAR * min(progress, 1.0))
+    left = f", {left_of(snapshot)}" if left_of(snapshot) else ""
+    budget = snapshot.get("budget") or {}
+    target = f" of {amount(budget['tokens'])}" if budget.get("tokens") else ""
+    target += f", {budget['rounds']} rounds each" if budget.get("rounds") else ""
+    return (
+        f"{snapshot.get('run', 'run')}  [{'#' * filled}{'.' * (BAR - filled)}] {progress:.0%}  "
+        f"{duration(now_s)}{left}  {amount(snapshot.get('tokens', 0))}{target} tokens"
+    )
+
+
+def left_of(snapshot: Mapping[str, Any]) -> str:
+    """How long a run may still take, if it goes on as before; empty where that is not known."""
+    progress, now_s = float(snapshot.get("progress", 0.0)), float(snapshot.get("now_s", 0.0))
+    if not FORESEEN <= progress < 1.0:
+        return ""
+    return f"{duration(now_s * (1.0 - progress) / progress)} left"
 
 
 def _said(state: str, node: Mapping[str, Any]) -> str:
@@ -94,8 +101,8 @@ def _said(state: str, node: Mapping[str, Any]) -> str:
     return f"{state}: {detail}" if state == "paused" and detail else state
 
 
-def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table:
-    """What every node learned, and a sample of its text.
+def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Group:
+    """What every node learned, and below it a line of each client's text.
 
     Args:
         summary: what `write_summary` returned, or summary.json as read.
@@ -105,13 +112,15 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
         f"{summary['run']}   {summary['method']}   seed {summary['seed']}   "
         f"{duration(float(summary['wall_s'] or 0.0))}   {amount(summary['tokens'])} tokens"
     )
-    table = _table(head)
-    table.add_column("node")
-    _numbers(table, "tokens")
-    _numbers(table, "staleness")
-    for name in ("perplexity\nper byte\nat the start", "perplexity\nper byte\nown model", "\nclients\n(mean)"):
-        _numbers(table, name)
-    table.add_column("sample", overflow="fold", ratio=1, min_width=16)
+    columns = [
+        Column("node", is_number=False),
+        Column("tokens", rank=2),
+        Column("staleness", rank=1),
+        Column("perplexity\nper byte\nat the start"),
+        Column("perplexity\nper byte\nown model"),
+        Column("\nof clients\n(mean)"),
+    ]
+    table = FittingTable(printable(head), columns)
     for path, node in folded(summary["nodes"]):
         table.add_row(
             _name(path, node["kind"]),
@@ -120,16 +129,22 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Table
             _perplexity(node["perplexity_start"]),
             Text(_own(node), style="bold"),
             _perplexity(node.get("clients_perplexity")),
-            # A Text is never read as markup, whatever brackets the model wrote.
-            _sample(path, samples, failed=summary.get("samples_failed") or {}),
         )
-    return table
+    return Group(table, *_samples(samples, failed=summary.get("samples_failed") or {}))
 
 
-def _sample(path: str, samples: Mapping[str, str], *, failed: Mapping[str, str]) -> Text:
-    if path in failed:
-        return Text(printable(f"(no sample: {failed[path]})"), style="red")
-    return Text(printable(samples.get(path, ""))[:SAMPLE_CHARACTERS])
+def _samples(samples: Mapping[str, str], *, failed: Mapping[str, str]) -> Iterator[Text]:
+    """One line per client: a Text is never read as markup, whatever brackets the model wrote."""
+    lines = {path: Text(printable(text)[:SAMPLE_CHARACTERS]) for path, text in samples.items() if text}
+    lines |= {path: Text(printable(f"no sample: {why}"), style="red") for path, why in failed.items()}
+    if lines:
+        yield Text("samples", style="dim")
+    names = {path: printable(path.rpartition("/")[2]) for path in lines}
+    wide = max(map(len, names.values()), default=0)
+    for path, line in lines.items():
+        shown = Text.assemble((names[path].ljust(wide), "bold"), "  ", line)
+        shown.no_wrap, shown.overflow = True, "ellipsis"
+        yield shown
 
 
 def cost_table(summary: Mapping[str, Any]) -> FittingTable:
@@ -284,25 +299,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(printable(title), style="bold"),
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        collapse_padding=True,
-        header_style="dim",
-    )
-
-
-def _numbers(table: Table, name: str) -> None:
-    table.add_column(name, justify="right", no_wrap=True)
-
-
 def _name(path: str, kind: str) -> Text:
-    name = "  " * path.count("/") + printable(path.rpartition("/")[2])
-    # The text refuses to wrap, not the column: so rich takes missing width from names before it cuts numbers.
-    return Text(name, style=_STYLES.get(kind, ""), no_wrap=True, overflow="ellipsis")
+    return Text("  " * path.count("/") + printable(path.rpartition("/")[2]), style=_STYLES.get(kind, ""))
 
 
 def _or(value: float | None, form: str) -> str:

@@ -262,6 +262,7 @@ class RunState:
         values = {
             "now_s": self.now_s,
             "progress": self._progress(clients),
+            "budget": {unit: amount for unit, amount in vars(self._budget).items() if amount is not None},
             "tokens": sum(node.tokens for node in clients),
             "tokens_per_s": self._speed(clients),
             "accepted": sum(node.accepted for node in nodes),

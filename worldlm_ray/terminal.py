@@ -11,13 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 PIPE_WIDTH = 10_000
 """Columns of a line on a pipe: wider than any table."""
+TEXT_WIDTH = 32
+"""Columns that a column of text wants at most before others are hidden: longer text is wrapped."""
 _PADDING = re.compile(r"[ \t]+$", re.MULTILINE)
 
 
@@ -92,10 +94,10 @@ class FittingTable:
             raise ValueError(f"a row of {len(cells)} cells in a table of {len(self.columns)} columns")
         self.rows.append((cells, style))
 
-    def shown(self, console: Console, width: int) -> list[int]:
+    def shown(self, width: int) -> list[int]:
         """Indices of the columns that fit into so many characters, from left to right."""
         indices = list(range(len(self.columns)))
-        while self._needed(console, indices, gap=1) > width:
+        while self._needed(indices, gap=1) > width:
             rank, victim = max((self.columns[index].rank, index) for index in indices)
             if rank == 0:
                 break
@@ -103,9 +105,11 @@ class FittingTable:
         return indices
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        indices = self.shown(console, options.max_width)
-        gap = 2 if self._needed(console, indices, gap=2) <= options.max_width else 1
-        yield self._table(indices, gap=gap, title=self.title)
+        indices = self.shown(options.max_width)
+        gap = 2 if self._needed(indices, gap=2) <= options.max_width else 1
+        if self.title:  # not the table's: that would be wrapped at the table's width
+            yield Text(self.title, style="bold")
+        yield self._table(indices, gap=gap)
         hidden = [" ".join(self.columns[i].name.split()) for i in range(len(self.columns)) if i not in indices]
         notes = [self.caption] if self.caption else []
         if hidden:
@@ -113,15 +117,19 @@ class FittingTable:
         for note in notes:
             yield Text(note, style="dim")
 
-    def _needed(self, console: Console, indices: Iterable[int], *, gap: int) -> int:
-        unlimited = console.options.update(max_width=PIPE_WIDTH)
-        return Measurement.get(console, unlimited, self._table(indices, gap=gap)).maximum
+    def _needed(self, indices: Iterable[int], *, gap: int) -> int:
+        chosen = list(indices)
+        return sum(self._width(index) for index in chosen) + gap * (len(chosen) - 1)
 
-    def _table(self, indices: Iterable[int], *, gap: int, title: str = "") -> Table:
+    def _width(self, index: int) -> int:
+        column = self.columns[index]
+        cells = [line for cells, _ in self.rows for line in str(cells[index]).split("\n")]
+        widest = max(map(cell_len, [*column.name.split("\n"), *cells]))
+        return widest if column.is_number else min(widest, TEXT_WIDTH)
+
+    def _table(self, indices: Iterable[int], *, gap: int) -> Table:
         chosen = list(indices)
         table = Table(
-            title=Text(title, style="bold") if title else None,
-            title_justify="left",
             box=None,
             pad_edge=False,
             padding=(0, 1),

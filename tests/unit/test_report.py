@@ -6,13 +6,12 @@ import io
 from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
-from worldlm_ray.report import Fitted, amount, budget_line, duration, final_table, live_table, printable, tree_order
+from worldlm_ray.report import amount, budget_line, duration, final_table, left_of, live_table, printable, tree_order
 
 
-def render(table: Table | Fitted, *, width: int) -> list[str]:
+def render(table: RenderableType, *, width: int) -> list[str]:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(table)
     return [line.rstrip() for line in out.getvalue().splitlines()]
@@ -66,7 +65,14 @@ NODES = {
     "world/japan": node("client", private=True),
     "world/europe/italy": ITALY,
 }
-SNAPSHOT = {"run": "quick", "progress": 0.425, "now_s": 200.0, "tokens": 7_880_000, "nodes": NODES}
+SNAPSHOT = {
+    "run": "quick",
+    "progress": 0.425,
+    "budget": {"tokens": 20_000_000},
+    "now_s": 200.0,
+    "tokens": 7_880_000,
+    "nodes": NODES,
+}
 SUMMARY = {
     "run": "quick",
     "method": "worldlm",
@@ -80,33 +86,36 @@ SUMMARY = {
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_live_table_has_one_whole_line_per_node(width: int) -> None:
     lines = render(live_table(SNAPSHOT), width=width)
-    assert lines[0] == "quick   42%   3 min 20 s   7.88M tokens"
-    assert [line.split()[0] for line in lines[4:]] == ["world", "europe", "italy", "japan"]
-    assert lines[6].startswith("    italy")
-    losses = [["3.037", "2.115"], ["1.507", "–"], ["private", "–"]] if width >= 100 else [[], [], []]  # noqa: RUF001
-    assert lines[4].split()[5:-3] == [*losses[0], "20.85", "8.29"]
-    assert lines[6].split()[1:-1] == ["21", "1.43M", "16.3k", "2", *losses[1], "4.51", "–", "96%", "13/3"]  # noqa: RUF001
-    assert lines[7].split()[5:-3] == [*losses[2], "private", "–"]  # noqa: RUF001
-    assert lines[6].split()[-1] == "finished"
-    heads = " ".join(" ".join(lines[1:4]).split())
-    for part in (
-        "perplexity",
-        "per byte",
-        "own model",
-        "clients",
-        "(mean)",
-        *(["(nats/byte)"] if width >= 100 else []),
-    ):
-        assert part in heads
+    assert lines[0] == "quick  [####......] 42%  3 min 20 s, 4 min 31 s left  7.88M of 20.0M tokens"
+    rows = {
+        line.split()[0]: line.split()[1:] for line in lines if line.split()[0] in ("world", "europe", "italy", "japan")
+    }
+    assert list(rows) == ["world", "europe", "italy", "japan"]
+    everything = ["21", "1.43M", "16.3k", "2", "1.507", "–", "4.51", "–", "96%", "13/3", "finished"]  # noqa: RUF001
+    if width >= 100:
+        assert rows["italy"] == everything
+        assert rows["world"][4:8] == ["3.037", "2.115", "20.85", "8.29"]
+        assert rows["japan"][4:8] == ["private", "–", "private", "–"]  # noqa: RUF001
+        assert [part for part in ("(nats/byte)", "per byte", "own model") if part not in " ".join(lines[1:4])] == []
+    else:
+        assert f"hidden in {width} columns: " in lines[-1]
+        assert set(rows["italy"]) <= set(everything)
+        assert {"4.51", "finished", "96%"} <= set(rows["italy"])
     assert max(len(line) for line in lines) <= width
 
 
-def test_live_table_cuts_names_before_numbers() -> None:
+def test_live_table_wraps_a_long_name_and_cuts_no_number() -> None:
     deep = {"world": node("world"), "world/a": node("federation"), f"world/a/{'x' * 60}": ITALY}
     lines = render(live_table({**SNAPSHOT, "nodes": deep}), width=80)
-    assert len(lines) == 7
-    assert "…" in lines[6].split()[0]
-    assert " 4.51 " in lines[6]
+    assert sum(line.count("x") for line in lines) - " ".join(lines).count("perplexity") == 60
+    assert any(" 4.51 " in line for line in lines)
+    assert not any("…" in line for line in lines)
+
+
+def test_time_left_is_foretold_once_there_is_something_to_tell_by() -> None:
+    assert left_of({"progress": 0.5, "now_s": 60.0}) == "1 min 00 s left"
+    assert left_of({"progress": 0.01, "now_s": 60.0}) == ""
+    assert left_of({"progress": 1.0, "now_s": 60.0}) == ""
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -117,8 +126,9 @@ def test_final_table_shows_markup_and_control_characters_as_text(width: int) -> 
     text = " ".join(" ".join(lines).split())
     assert "\x1b" not in text
     assert "\x07" not in text
-    for part in ("[red]oscura[/red]", r"\x1b[31mciao\x07", "[/nothing]"):
+    for part in ("[red]oscura[/red]", r"\x1b[31mciao\x07"):
         assert part in text
+    assert len(lines) == 4 + len(nodes) + 2, "a sample takes one line"
     italy = next(line for line in lines if line.lstrip().startswith("italy"))
     assert italy.split()[:6] == ["italy", "1.43M", "0.79", "256.0", "4.51", "–"]  # noqa: RUF001 - the table's dash
     assert max(len(line) for line in lines) <= width
