@@ -184,6 +184,8 @@ def _line(snapshot: dict[str, Any]) -> str:
     world = next(iter(nodes.values()))
     loss, mean = world["loss"], world.get("clients_loss")
     own = "world's own loss not measured yet" if loss is None else f"world's own loss {loss:.3f} nats/byte"
+    if loss is not None and world.get("loss_version") not in (None, world["version"]):
+        own += f" at version {world['loss_version']}"
     clients = "" if mean is None else f", clients' mean {mean:.3f}"
     refused = sum(snapshot["refused"].values())
     times = ", ".join(filter(None, (duration(snapshot["now_s"]), left_of(snapshot))))
