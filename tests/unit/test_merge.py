@@ -13,6 +13,7 @@ from worldlm_ray.config import AggregationConfig, AttentionConfig, MergeConfig, 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model
 from worldlm_ray.params import Flat, make_layout
+from worldlm_ray.schema import Problems
 
 LAYOUT = make_layout([("body.weight", (2,)), ("head.weight", (2,))], ["head.*"], layers=0)
 
@@ -111,8 +112,13 @@ def test_whole_numbers_are_numbers(m: float | str) -> None:
 
 @pytest.mark.parametrize("m", ["all", 1.5, -1, [1]])
 def test_anything_else_is_refused(m: Any) -> None:
+    def check() -> None:
+        problems = Problems()
+        check_settings(merge_into(NodeSettings(), {"merge": {"client": m}}, prefix=""), "", problems)
+        problems.check()
+
     with pytest.raises(ConfigError, match=r"merge\.client"):
-        check_settings(merge_into(NodeSettings(), {"merge": {"client": m}}, prefix=""), "")
+        check()
 
 
 def test_a_number_is_taken_as_it_is_and_nothing_is_remembered() -> None:
