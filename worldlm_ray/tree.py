@@ -191,19 +191,21 @@ class _Found:
     problems: Problems
     above: frozenset[tuple[str, str]]
     """Key below the node, and problem, of settings that nodes above have: those are not told again."""
+    complete: bool = True
+    """False below a node of which a value could not be read."""
 
     def settings(self, settings: NodeSettings, key: str, *, complete: bool) -> _Found:
         """Check a node's settings; returns what its children should not tell again.
 
         `complete` is False where a value could not be read: then only single values are checked.
         """
-        own = Problems()
+        own, complete = Problems(), complete and self.complete
         check_settings(settings, key, own, complete=complete)
         named = {(error.key.removeprefix(f"{key}."), error.problem): error for error in own.found}
         for known, error in named.items():
             if known not in self.above:
                 self.problems.add(error)
-        return _Found(self.problems, self.above | named.keys())
+        return _Found(self.problems, self.above | named.keys(), complete)
 
 
 def _entry(raw: dict[str, Any], called: tuple[Kind, str], key: str, inherited: NodeSettings, found: _Found) -> _Entry:

@@ -26,7 +26,7 @@ from worldlm_ray.aggregation.node import Child, Node
 from worldlm_ray.aggregation.quota import Quota, Quotas
 from worldlm_ray.client import Client
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
-from worldlm_ray.errors import CheckpointError, MessageError, WorldLMError
+from worldlm_ray.errors import CheckpointError, ConfigErrors, MessageError, WorldLMError
 from worldlm_ray.limits import MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.messages import Model, Packed, Residual, Update, pack, unpack_model
 from worldlm_ray.params import Flat, Layout
@@ -414,6 +414,8 @@ def test_a_mutated_configuration_is_read_or_refused_in_one_line(
         file.write_text(mutated_text(text, chance))
         try:
             make_plan(config.load(str(file)))
+        except ConfigErrors as error:  # a line each
+            refusals += [str(each) for each in error.each]
         except WorldLMError as error:
             refusals.append(str(error))
     assert len(refusals) > many(30) / 4
