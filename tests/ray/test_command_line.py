@@ -100,5 +100,7 @@ def test_a_wrong_configuration_is_one_line_and_no_ray(conf: Path) -> None:
     done = worldlm("train", str(conf), "training.local_step=3")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines() == ["worldlm: training.local_step: unknown key; did you mean 'local_steps'?"]
+    assert done.stderr.splitlines() == [
+        "worldlm: training.local_step (command line): unknown key; did you mean 'local_steps'?"
+    ]
     assert time.monotonic() - began < 10.0
