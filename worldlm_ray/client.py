@@ -83,7 +83,8 @@ class Client:
         self.common = Common(self._plain_trainer, rows=spec.settings.merge.common_rows(self.training.batch_size))
         """The parent's model, trained beside the client's own once they have parted, if that is asked for."""
         self.parent_keys = self.base[plan.layout.backbone_size :].copy()
-        """The parent's key layers, as this client last heard them: what an update's are measured from."""
+        """What an update's key layers are measured from: the parent's, as this client last heard them. Where its
+        model has been refused since, the client's own, as they were last sent."""
         self.lost = memory(spec.settings.exchange.codec, plan.layout.backbone_size)
         """What the codec has lost of the updates so far; None of one that loses nothing."""
         self.merger = Merger(
@@ -297,8 +298,11 @@ class Client:
     def _keep_own(self) -> None:
         """Begin a round from the client's own model, of which all that an update could carry is in an update."""
         pushed, self.in_flight = self.in_flight, None
+        trained, split = self.common.trainer if self.common.active else self.trainer, self.plan.layout.backbone_size
         if self.fragments == 1 and pushed is None:
-            (self.common.trainer if self.common.active else self.trainer).read(self.base)
+            trained.read(self.base)
+        # An update carries all key layers. The next one must not carry the same change of them again.
+        self.parent_keys[:] = (self.base if self.fragments == 1 else trained.read())[split:]
         behind = self.is_behind
         self._start()
         self.is_behind = behind
@@ -328,6 +332,7 @@ class Client:
         taken, records = self._let_in(model, now_s=now_s)
         if taken is None:
             self.in_flight = None
+            self.parent_keys[:] = self.base[self.plan.layout.backbone_size :]
             return records
         records += self._take(taken, now_s=now_s)
         self.progress -= self._world_progress(self.step)  # the parent speaks of now, `_rate` counts from the first step

@@ -19,8 +19,15 @@ from worldlm_ray.aggregation.events import Command, Note, Push
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.node_memory import node_bytes
-from worldlm_ray.config import AggregationConfig, AttentionConfig, BudgetConfig, MergeConfig, ServerOptimizerConfig
-from worldlm_ray.errors import ConfigError
+from worldlm_ray.config import (
+    AggregationConfig,
+    AttentionConfig,
+    BudgetConfig,
+    MergeConfig,
+    RobustConfig,
+    ServerOptimizerConfig,
+)
+from worldlm_ray.errors import CheckpointError, ConfigError
 from worldlm_ray.messages import Update, pack
 from worldlm_ray.params import Layout
 from worldlm_ray.plan import Plan
@@ -166,6 +173,52 @@ def test_a_fold_with_a_cap_survives_a_restart(layout: Layout) -> None:
     for node in (whole, again):
         push(node, "c", 5, 1.0)
     assert again.theta.tobytes() == whole.theta.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"max_share": 0.5}, {}, r"max_share is 1\.0, but 1 children's .*: resume with aggregation\.max_share=0\.5$"),
+        ({}, {"max_share": 0.5}, r"max_share is 0\.5, but .*: resume with aggregation\.max_share=1\.0$"),
+        (
+            {"robust": RobustConfig(rule="median")},
+            {},
+            r"robust\.rule is none, but .*: resume with aggregation\.robust\.rule=median$",
+        ),
+        (
+            {},
+            {"robust": RobustConfig(rule="median")},
+            r"robust\.rule is median, .* aggregation\.robust\.rule=none$",
+        ),
+    ],
+)
+def test_an_open_aggregation_of_another_kind_is_refused_by_the_key(
+    layout: Layout, before: dict[str, Any], after: dict[str, Any], said: str
+) -> None:
+    node = a_node(layout, **before)
+    push(node, "a", 5, 1.0)
+    meta, arrays = node.state()
+    with pytest.raises(CheckpointError, match=rf"^world: aggregation\.{said}") as caught:
+        a_node(layout, **after).restore(json.loads(json.dumps(meta)), arrays)
+    assert "\n" not in str(caught.value)
+    a_node(layout, **before).restore(meta, arrays)  # with the old value it goes on
+
+
+def test_an_open_aggregation_of_an_earlier_version_is_told_apart(layout: Layout) -> None:
+    node = a_node(layout, max_share=0.5)
+    push(node, "a", 5, 1.0)
+    meta, arrays = node.state()
+    del meta["fold"]["kind"], meta["fold"]["rules"]
+    with pytest.raises(CheckpointError, match=r"^world: aggregation\.max_share is 1\.0, .*its value of before$"):
+        a_node(layout).restore(meta, arrays)
+
+
+def test_another_share_does_not_end_an_open_aggregation(layout: Layout) -> None:
+    node = a_node(layout, max_share=0.5)
+    push(node, "a", 5, 1.0)
+    again = a_node(layout, max_share=0.4)
+    again.restore(*node.state())
+    assert again.state()[0]["fold"]["contributors"] == ["a"]
 
 
 def test_a_child_that_comes_twice_has_one_share(layout: Layout) -> None:

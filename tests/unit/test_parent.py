@@ -106,7 +106,7 @@ def one(plan: Plan) -> Client:
 
 @pytest.mark.parametrize("kind", ["nan", "far away", "no model", "lying about seq"])
 def test_a_client_goes_on_with_its_own_model(one: Client, plan: Plan, kind: str) -> None:
-    own, parent_keys, before = one.trainer.read(), one.parent_keys.copy(), one.base_version
+    own, before = one.trainer.read(), one.base_version
     broken: dict[str, Model | None] = {
         "nan": a_model(np.full(plan.layout.size, np.nan, np.float32)),
         "far away": a_model(own + np.float32(10.0)),
@@ -117,15 +117,15 @@ def test_a_client_goes_on_with_its_own_model(one: Client, plan: Plan, kind: str)
     assert one.began
     assert one.trainer.read().tobytes() == own.tobytes()
     assert (one.base_version, one.seq, one.round) == (before, 1, 1)
-    assert one.parent_keys.tobytes() == parent_keys.tobytes()
     if kind != "no model":  # the backend has told of that
         [said] = warnings(records)
         assert "refuses the model of its parent world/north (" in said
     one.train()
     update = one.update()
     split = plan.layout.backbone_size
-    change = one.trainer.read()[:split] - own[:split]
-    assert np.allclose(update.values[:split], change)
+    change = one.trainer.read() - own
+    assert change[split:].any()
+    assert np.allclose(update.values, change), "the round before is in no update again, key layers included"
     assert one.begin(broken[kind], now_s=2.0) == []  # it was said, and a round has begun
     one.train()
     one.update()
@@ -161,8 +161,19 @@ def test_an_exchange_that_brings_a_broken_model_in_mid_round_changes_nothing(
     assert (one.step, one.in_flight, one.began) == (1, None, True)
     assert one.trainer.read().tobytes() == own.tobytes()
     one.train()
-    change, split = one.trainer.read() - base, plan.layout.backbone_size
-    assert np.allclose(one.update().values[:split], change[:split])
+    change = one.trainer.read() - base
+    assert np.allclose(one.update().values, change), "key layers, too, are measured from what was pushed"
+
+
+def test_key_layers_of_fragments_are_sent_once_whatever_the_parent_brings(tiny: Callable[..., Plan]) -> None:
+    plan = tiny(exchange={"fragments": 2}, budget={"rounds": 9})
+    one, split = Client(plan, plan.root.clients[0]), plan.layout.backbone_size
+    one.begin(a_model(plan.initial(), version=0), now_s=0.0)
+    for number in range(3):
+        before = one.trainer.read()[split:]
+        one.train()
+        assert np.allclose(one.update().values[-plan.layout.key_size :], one.trainer.read()[split:] - before)
+        one.begin(None, now_s=float(number))
 
 
 # ---- a federation ----------------------------------------------------------------------------------------------------
@@ -214,9 +225,26 @@ def test_a_federation_goes_on_with_its_own_model_and_asks_again(layout: Layout, 
     assert [command.model.values is own for command in served if isinstance(command, Serve)] == [True]
     assert any(isinstance(command, Exchange) for command in a_round(node, 2))
     second = node.begin_exchange()
-    assert np.allclose(second.values[: layout.backbone_size], first.values[: layout.backbone_size])
+    assert np.allclose(second.values, first.values), "key layers, too, are measured from what was pushed"
     node.handle(ParentModel(model=a_model(node.theta + np.float32(0.1), version=4), now_s=4.0))
     assert node.base_version == 4
+
+
+def test_key_layers_that_rest_move_the_world_once_whatever_the_parent_brings(layout: Layout, tmp_path: Path) -> None:
+    """A federation's key layers move by 0.01 in its first round, then rest; it cannot read any model of its parent."""
+    node, split = a_federation(layout), layout.backbone_size
+    a_round(node, 1)
+    world = node.parent_keys + node.begin_exchange().values[split:]
+    for seq in range(2, 5):
+        node.handle(ParentModel(model=None, now_s=float(seq)))
+        again = a_federation(layout)
+        again.restore(*node.state())  # what is remembered outlives a restart
+        node = again
+        still = np.zeros(layout.size, np.float32)
+        message = Update(sender="a", seq=seq, base_version=node.version, tokens=5, started_tokens=5, values=still)
+        node.handle(Push(sender="a", packed=pack(message, layout), now_s=float(seq)))
+        world = world + node.begin_exchange().values[split:]
+    assert np.allclose(world, node.theta[split:])
 
 
 def test_children_of_a_newcomer_whose_parent_is_broken_are_served_all_the_same(layout: Layout) -> None:

@@ -49,6 +49,8 @@ class _Kept:
 class CappedFold(Fold):
     """The updates of one aggregation, weighed when all of them are there."""
 
+    kind = "capped"
+
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._kept: list[_Kept] = []

@@ -24,7 +24,7 @@ from worldlm_ray.aggregation.attention import OnlineAttention, log_sum, scores, 
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
-from worldlm_ray.errors import AggregationError
+from worldlm_ray.errors import AggregationError, CheckpointError
 from worldlm_ray.messages import Update, carried
 from worldlm_ray.params import Flat, Layout, add_scaled, squared_norm
 
@@ -36,6 +36,8 @@ _FIRST, _SUM = "first.", "sum."
 class Fold:
     """The running sums of one aggregation.
 
+    The rules that say what kind of fold it is hold until the aggregation is made: the sums of one are none of another.
+
     Args:
         layout: the model's layout.
         rules: staleness and attention.
@@ -44,6 +46,8 @@ class Fold:
         buffer: to fold into, instead of a new one; its contents do not matter. Fresh memory costs as much as a copy.
         fragments: parts of the backbone, of which an update carries one.
     """
+
+    kind = "plain"
 
     def __init__(
         self,
@@ -209,6 +213,8 @@ class Fold:
         """Everything but the buffers, as JSON values."""
         attention = self.attention
         return {
+            "kind": self.kind,
+            "rules": self._kind_rules(),
             "tokens": self.tokens,
             "fits": [list(fit) for fit in self.fits],
             "contributors": list(self.contributors),
@@ -232,8 +238,33 @@ class Fold:
         }
         return found | {"keys": self.flat[self.layout.backbone_size :]}
 
+    def _kind_rules(self) -> dict[str, Any]:
+        """The settings on which the kind depends, by key."""
+        return {"aggregation.max_share": self.rules.max_share, "aggregation.robust.rule": self.rules.robust.rule}
+
+    def _require_kind(self, saved: dict[str, Any]) -> None:
+        """Refuse sums of another kind."""
+        old = "capped" if "kept" in saved else "robust" if "counts" in saved else self.kind
+        if (old := saved.get("kind", old)) == self.kind:
+            return
+        mine, before = self._kind_rules(), saved.get("rules", {})
+        if self.kind != "robust" and old != "robust":
+            del mine["aggregation.robust.rule"]  # max_share alone makes the difference
+        changed = [key for key in mine if before.get(key) != mine[key]]
+        now = ", ".join(f"{key} is {mine[key]}" for key in changed)
+        if "private" in (old, self.kind):
+            changed, now = [], "privacy.unit is another one"
+        cure = " ".join(f"{key}={before[key]}" for key in changed if key in before) or "its value of before"
+        held = f"{len(set(saved['contributors']))} children's updates wait in an aggregation that was begun otherwise"
+        raise CheckpointError(f"{now}, but {held}: resume with {cure}")
+
     def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:
-        """Become what `state` and `arrays` described."""
+        """Become what `state` and `arrays` described.
+
+        Raises:
+            CheckpointError: they are of another kind of fold.
+        """
+        self._require_kind(saved)
         self.carried = [dict(tokens) for tokens in saved["carried"]]
         weights = saved["first_weights"]
         self._first = {int(number): (arrays[f"{_FIRST}{number}"], weight) for number, weight in weights.items()}

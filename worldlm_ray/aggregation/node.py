@@ -209,7 +209,8 @@ class Node:
         """The model as it was last pushed, moved with the parent since: where the backbone's next update begins. Of
         each fragment it is as that was last pushed."""
         self.parent_keys = self.merger.origin
-        """What its key layers are measured from: the parent's, as this node last heard them."""
+        """What its key layers are measured from: the parent's, as this node last heard them. Where its model has been
+        refused since, this node's own, as they were last pushed."""
         self.children = {name: Child(active=name not in awaited, awaited=name in awaited) for name in children}
         self._count_children()
         self.version = 0
@@ -810,6 +811,8 @@ class Node:
         waited, self.wants_news, self.in_flight = self.wants_news, False, None
         if model is None or self.gate.shut:
             self.finished = model.finished if model is not None else self.finished
+            if pushed is not None:  # the next update must not carry the same change of the key layers again
+                self.parent_keys = frozen(self.anchor[self.layout.backbone_size :].copy())
             return notes
         _, _, parent_keys = carried(model, self.layout)
         self.base_version, self.progress = model.version, model.progress
@@ -1054,7 +1057,10 @@ class Node:
         if "fold" in meta:
             self._fold = self._new_fold(0.0)
             buffers = {k.removeprefix("fold."): values for k, values in arrays.items() if k.startswith("fold.")}
-            self._fold.restore(meta["fold"], buffers)
+            try:
+                self._fold.restore(meta["fold"], buffers)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.path}: {error}") from error
         for name, entry in meta["held"].items():
             if name not in self.children:
                 continue

@@ -66,6 +66,8 @@ class PrivateFold(Fold):
         buffer: to fold into, instead of a new one.
     """
 
+    kind = "private"
+
     def __init__(
         self,
         layout: Layout,

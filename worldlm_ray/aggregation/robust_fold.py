@@ -31,6 +31,7 @@ _CHILD = "of."
 class RobustFold(Fold):
     """The updates of one aggregation, and what most of them agree on."""
 
+    kind = "robust"
     _sums: dict[str, Flat]
     _counts: dict[str, int]
 
