@@ -114,17 +114,17 @@ def train(
             assert conf is not None
             # On a cluster every machine looks for the texts of its own clients.
             plan = rundir.create(make_plan(_load(conf, changes, run_dir), check_data=address is None))
-            holding.enter_context(rundir.held(plan.run_dir))
+            holding.enter_context(rundir.held_anew(plan))
         console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
         _warn(plan.warnings)
-        outcome, code = _train(plan, address)
+        outcome, code = _train(plan, address, is_new=resume is None)
     _report(plan.run_dir, outcome.summary, outcome.samples)
     if outcome.summary["status"] == "stopped":
         raise typer.Exit(code)
 
 
-def _train(plan: Any, address: str | None) -> tuple[Any, int]:
-    """Train on Ray with a progress display; a run that could not begin leaves no folder.
+def _train(plan: Any, address: str | None, *, is_new: bool) -> tuple[Any, int]:
+    """Train on Ray with a progress display; a new run that could not begin leaves no folder.
 
     Returns:
         The outcome, and the exit code if the run was stopped.
@@ -150,11 +150,13 @@ def _train(plan: Any, address: str | None) -> tuple[Any, int]:
             )
             progress.warn(outcome.summary["warnings"])
         except Interrupted as error:
-            rundir.discard(plan)
+            if is_new:
+                rundir.discard(plan)
             progress.notice(f"worldlm: {error}")
             raise typer.Exit(stop.code) from None
         except WorldLMError:
-            rundir.discard(plan)
+            if is_new:
+                rundir.discard(plan)
             raise
     return outcome, stop.code
 
@@ -179,7 +181,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     _warn(plan.warnings)
     began, events = time.monotonic(), 0
     progress, keeps = Progress(console, errors), "what there is by now is kept"
-    with rundir.held(plan.run_dir), progress, Stop(progress.notice, keeps) as stop:
+    with rundir.held_anew(plan), progress, Stop(progress.notice, keeps) as stop:
         progress.phase("simulating")
         if warning := too_many_cores({spec.path: spec.settings.resources for spec in plan.root.clients}):
             progress.alert(warning)
@@ -305,7 +307,7 @@ def scale(
     plan = rundir.create(experiment.elastic(make_plan(configure(_load(conf, overrides or [], run_dir), method))))
     console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
     progress, ends = Progress(console, errors), "the experiment ends with the stages so far"
-    with rundir.held(plan.run_dir), progress, Stop(progress.notice, ends) as stop:
+    with rundir.held_anew(plan), progress, Stop(progress.notice, ends) as stop:
         stages, looks = experiment.scale(
             plan, machines, stage_s=seconds, on_progress=progress.show, on_phase=progress.phase, should_stop=stop.asked
         )

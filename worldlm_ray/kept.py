@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from worldlm_ray import storage
@@ -75,6 +76,20 @@ def store(run_dir: Path, files: Mapping[str, bytes]) -> None:
     for name, contents in files.items():
         with storage.refusals(folder):
             (folder / name).write_bytes(contents)
+
+
+def overwritten(config: RunConfig) -> list[str]:
+    """Names of the files that lie in a run's folder already, where its copies would go."""
+    return [name for name in config.kept if (file := place(config, name)) is not None and file.exists()]
+
+
+def remove(config: RunConfig) -> None:
+    """Remove a run's copies, and their folder if it holds nothing else; what cannot be removed stays."""
+    for file in filter(None, (place(config, name) for name in config.kept)):
+        with suppress(OSError), storage.refusals(file):
+            file.unlink(missing_ok=True)
+            if not storage.is_remote(file):
+                file.parent.rmdir()
 
 
 def fingerprints(files: Mapping[str, bytes]) -> dict[str, str]:

@@ -21,8 +21,8 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ SIMULATED = "# made by worldlm simulate: it cannot be continued\n"
 CLAIM_TRIES = 100
 _HELD: set[str] = set()
 """Folders whose lock this process has."""
+_CLAIMED: dict[str, frozenset[str]] = {}
+"""Folders that this process has claimed, and what of the user's lay there under names that a run writes to."""
 
 
 def create(plan: Plan, *, simulated: bool = False) -> Plan:
@@ -71,7 +73,7 @@ def create(plan: Plan, *, simulated: bool = False) -> Plan:
             why = error.strerror or str(error)
             raise RunError(f"cannot write the run folder {run_dir}: {why}; give another --run-dir") from error
         if plan.config.run_dir is not None:
-            raise RunError(f"{run_dir} already holds a {_taken(run_dir)}, or give another --run-dir")
+            raise RunError(f"{run_dir} already holds {_taken(made)}, or give another --run-dir")
     raise AssertionError("there are always more numbers")
 
 
@@ -99,12 +101,13 @@ def _with_files(plan: Plan, files: dict[str, bytes]) -> Plan:
 
 
 def _claimed(plan: Plan, *, simulated: bool) -> bool:
-    """Write config.yaml, which claims the folder; False if another run has it."""
+    """Write config.yaml, which claims the folder; False if another run has it, or if files would be overwritten."""
     text = (SIMULATED if simulated else "") + configuration.to_yaml(plan.config)
     for _ in range(CLAIM_TRIES):
         with storage.refusals(plan.run_dir):
-            if (plan.run_dir / CONFIG).exists():
+            if (plan.run_dir / CONFIG).exists() or kept.overwritten(plan.config):
                 return False
+            there = frozenset(name for name in (STATUS, TENSORBOARD) if (plan.run_dir / name).exists())
             storage.make_folder(plan.run_dir)
             try:
                 storage.create_text(plan.run_dir / CONFIG, text)
@@ -112,14 +115,19 @@ def _claimed(plan: Plan, *, simulated: bool) -> bool:
                 return False
             except FileNotFoundError:
                 continue  # another process has just taken this folder back (`discard`)
+            _CLAIMED[str(plan.run_dir)] = there
             return True
     raise OSError(errno.EAGAIN, "other processes make and remove it all the time")
 
 
-def _taken(run_dir: Path) -> str:
+def _taken(plan: Plan) -> str:
+    run_dir = plan.run_dir
     if is_simulated(run_dir):
-        return "simulation, which is not continued; delete the folder"
-    return f"run; continue it with `worldlm train --resume {pasted(run_dir)}`"
+        return "a simulation, which is not continued; delete the folder"
+    with suppress(OSError), storage.refusals(run_dir):
+        if not (run_dir / CONFIG).exists() and (names := kept.overwritten(plan.config)):
+            return f"{kept.FOLDER}/{names[0]}, which this run would write over; move that file away"
+    return f"a run; continue it with `worldlm train --resume {pasted(run_dir)}`"
 
 
 def is_simulated(run_dir: Path) -> bool:
@@ -127,28 +135,39 @@ def is_simulated(run_dir: Path) -> bool:
     if _mapping(run_dir / SUMMARY).get("shell") == "simulate":
         return True
     try:
-        return (run_dir / CONFIG).read_text(encoding="utf-8").startswith(SIMULATED)
-    except OSError:
+        with storage.refusals(run_dir):
+            return (run_dir / CONFIG).read_text(encoding="utf-8").startswith(SIMULATED)
+    except (OSError, ValueError):
         return False
 
 
 def discard(plan: Plan, *, began: bool | None = None) -> None:
     """Take back the folder of a run that could not begin, so that the same command can be given again.
 
+    Only a folder that this process has claimed is taken back, and only what the run has made in it.
+
     Args:
         plan: the run.
         began: whether anything was trained; unless given, whether there is a status.json.
     """
-    if began if began is not None else (plan.run_dir / STATUS).exists():
+    run_dir = plan.run_dir
+    if str(run_dir) not in _CLAIMED or (began if began is not None else (run_dir / STATUS).exists()):
         return
-    for name in (STATUS, CONFIG, LOCK):
-        (plan.run_dir / name).unlink(missing_ok=True)
-    storage.remove_tree(plan.run_dir / kept.FOLDER)
-    if not storage.is_remote(plan.run_dir):
-        storage.remove_tree(plan.run_dir / TENSORBOARD)
-        for folder in (plan.run_dir / "audit", plan.run_dir):
-            with suppress(OSError):  # it holds a file that this run did not make
-                folder.rmdir()
+    there = _CLAIMED.pop(str(run_dir))
+    kept.remove(plan.config)
+    if not storage.is_remote(run_dir):
+        if TENSORBOARD not in there:
+            storage.remove_tree(run_dir / TENSORBOARD)
+        with suppress(OSError):  # it holds a file that this run did not make
+            (run_dir / "audit").rmdir()
+    if STATUS not in there:
+        (run_dir / STATUS).unlink(missing_ok=True)
+    if str(run_dir) in _HELD:
+        (run_dir / LOCK).unlink(missing_ok=True)
+    (run_dir / CONFIG).unlink(missing_ok=True)  # last: without it, another run may claim the folder
+    if not storage.is_remote(run_dir):
+        with suppress(OSError):
+            run_dir.rmdir()
 
 
 @contextmanager
@@ -171,7 +190,25 @@ def held(run_dir: Path) -> Iterator[None]:
     finally:
         _HELD.discard(str(run_dir))
         if handle is not None:
+            with suppress(OSError):  # the next one may be unable to write its name over this one's
+                os.truncate(handle, 0)
             os.close(handle)
+
+
+@contextmanager
+def held_anew(plan: Plan) -> Iterator[None]:
+    """`held`, for a run that this process has just made: its folder is taken back if another process holds it.
+
+    Raises:
+        RunError: another process drives a run of this folder.
+    """
+    with ExitStack() as holding:
+        try:
+            holding.enter_context(held(plan.run_dir))
+        except RunError:
+            discard(plan, began=False)
+            raise
+        yield
 
 
 def _locked(run_dir: Path) -> int | None:
@@ -182,14 +219,15 @@ def _locked(run_dir: Path) -> int | None:
         path = Path(tempfile.gettempdir()) / f"worldlm-{os.getuid()}-{mark}.lock"
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle, writable = _lock_file(path)
         except OSError:
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(handle).st_ino == path.stat().st_ino:
-                os.truncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                if writable:
+                    os.truncate(handle, 0)
+                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return handle
         except BlockingIOError:
             who = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
@@ -204,6 +242,18 @@ def _locked(run_dir: Path) -> int | None:
             os.close(handle)
             return None
         os.close(handle)  # the file was removed meanwhile: this lock would lock nothing
+
+
+def _lock_file(path: Path) -> tuple[int, bool]:
+    """A descriptor of the lock's file, and whether it can be written: another user's file can be locked all the same.
+
+    Raises:
+        OSError: there is no such file, and none can be made.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644), True
+    except PermissionError:
+        return os.open(path, os.O_RDONLY), False
 
 
 def find(run: str) -> Path:
@@ -243,6 +293,8 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
 def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:
     """The plan of a run that is to go on; changes are written to its config.yaml.
 
+    Its summary.json stays until its nodes have started (`forget_end`).
+
     Args:
         run: its folder, or its name under `runs/`.
         overrides: `key=value` changes, such as a larger budget.
@@ -255,15 +307,33 @@ def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:
     summary = _mapping(plan.run_dir / SUMMARY)
     if is_simulated(plan.run_dir):
         raise RunError(f"{plan.run_dir} is a simulation, which is not continued; start it again")
-    if not overrides and summary.get("status") == "finished":
+    if not overrides and summary.get("status") == "finished" and _is_same(plan, summary.get("budget")):
         raise RunError(
             f"{plan.run_dir} has ended at its full budget; to train on, give a larger one, "
             "such as budget.tokens=... or budget.rounds=..."
         )
     if overrides:
         configuration.save(plan.config, plan.run_dir / CONFIG)
-    (plan.run_dir / SUMMARY).unlink(missing_ok=True)  # of the part before: this run is no longer at its end
     return plan
+
+
+def _is_same(plan: Plan, budget: Any) -> bool:
+    """Whether a run has the budget that a summary speaks of; an earlier attempt to resume it may have changed it."""
+    own = {unit: amount for unit, amount in asdict(plan.config.budget).items() if amount is not None}
+    return not isinstance(budget, dict) or own.items() <= {unit: budget.get(unit) for unit in own}.items()
+
+
+def forget_end(run_dir: Path) -> None:
+    """Remove the summary of the part before: the nodes have started, so that the run is no longer at its end.
+
+    Raises:
+        RunError: the storage refuses.
+    """
+    try:
+        with storage.refusals(run_dir):
+            (run_dir / SUMMARY).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot remove {run_dir / SUMMARY}: {error}; free the storage, then resume the run") from error
 
 
 def run_time_s(run_dir: Path) -> float:

@@ -119,7 +119,10 @@ def test_a_run_at_its_full_budget_wants_a_larger_one(plan: Plan) -> None:
     with pytest.raises(RunError, match="full budget"):
         rundir.resume(str(plan.run_dir), [])
     assert rundir.resume(str(plan.run_dir), ["budget.rounds=9"]).config.budget.rounds == 9
-    # A crash after that leaves no word of the first end behind.
+    # An attempt that did not begin keeps the results, and can be made again without the change.
+    assert (plan.run_dir / "summary.json").exists()
+    assert rundir.resume(str(plan.run_dir), []).config.budget.rounds == 9
+    rundir.forget_end(plan.run_dir)
     assert not (plan.run_dir / "summary.json").exists()
     assert rundir.resume(str(plan.run_dir), []).config.budget.rounds == 9
 

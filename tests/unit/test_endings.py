@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from typer.testing import CliRunner
@@ -81,6 +83,39 @@ def test_an_error_before_the_beginning_leaves_no_folder(conf: Path, monkeypatch:
     done = worldlm("train", str(conf))
     assert isinstance(done.exception, RunError)
     assert not run_dir(conf).exists()
+
+
+@pytest.mark.parametrize("error", [RunError("no Ray cluster at 10.0.0.1:6379"), Interrupted("stopped before it began")])
+def test_a_resume_that_cannot_begin_leaves_the_run_as_it_was(
+    conf: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    plan = rundir.create(make_plan(from_mapping(json.loads(conf.read_text(encoding="utf-8")))))
+    (plan.run_dir / "summary.json").write_text('{"status": "stopped", "shell": "ray"}', encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in plan.run_dir.iterdir()}
+
+    def train(*_: Any, **__: Any) -> Any:
+        raise error
+
+    fake_training(monkeypatch, train)
+    assert worldlm("train", "--resume", str(plan.run_dir)).exit_code != 0
+    (plan.run_dir / rundir.LOCK).unlink()
+    assert {path.name: path.read_bytes() for path in plan.run_dir.iterdir()} == before
+
+
+def test_the_summary_of_the_part_before_goes_when_the_nodes_have_started(conf: Path) -> None:
+    plan = rundir.create(make_plan(from_mapping(json.loads(conf.read_text(encoding="utf-8")))))
+    summary = plan.run_dir / "summary.json"
+    summary.write_text("{}", encoding="utf-8")
+    asked = list[tuple[str, bool]]()
+    watch = SimpleNamespace(
+        ask=lambda _, method: asked.append((method, summary.exists())),
+        on_step=lambda _: None,
+    )
+    run = importlib.import_module("worldlm_ray.launch.run")
+    world = run.World(MagicMock(), "", None, 0.0, True, {"world": MagicMock()}, {})
+    run._start(plan, world, watch, MagicMock())
+    assert asked == [("ready", True), ("ready", True), ("start", True)]
+    assert not summary.exists()
 
 
 def test_a_simulation_that_is_stopped_says_what_is_kept(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

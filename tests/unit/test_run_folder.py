@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import glob
+import os
 import re
 import shlex
 import subprocess
@@ -14,12 +15,12 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
-from worlds import write_text
+from worlds import tokenizer, write_text
 
 from worldlm_ray import cli, config, rundir, storage
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.paths import pasted
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,19 @@ with rundir.held(Path({folder!r})):
 
 def at(plan: Plan, folder: Path | str | None, **changes: object) -> Plan:
     return replace(plan, config=replace(plan.config, run_dir=None if folder is None else str(folder), **changes))
+
+
+def with_tokenizer(tiny: Any, folder: Path) -> Plan:
+    """A world whose run keeps a copy of its tokenizer."""
+    raw = config.to_mapping(tiny().config)
+    raw["data"]["tokenizer"] = str(tokenizer(folder / "tok.json"))
+    return make_plan(config.from_mapping(raw))
+
+
+def a_file(path: Path) -> None:
+    """A file of the user's, in folders made for it."""
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
 
 
 def claims(plan: Plan, folder: Path, processes: int = 3) -> list[str]:
@@ -181,6 +195,124 @@ def test_what_others_have_put_into_the_folder_stays(tiny: Any, tmp_path: Path) -
     (plan.run_dir / "notes.txt").write_text("mine")
     rundir.discard(plan, began=False)
     assert [path.name for path in plan.run_dir.iterdir()] == ["notes.txt"]
+
+
+def test_the_users_own_folders_stay(tiny: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "proj"
+    mine = [folder / "files" / "corpus.txt", folder / "tensorboard" / "old" / "events"]
+    for file in mine:
+        a_file(file)
+    plan = rundir.create(at(with_tokenizer(tiny, tmp_path), folder))
+    assert (folder / "files" / "tokenizer.json").is_file()
+    rundir.discard(plan)
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == mine
+
+
+def test_what_a_run_has_made_in_its_folder_goes_with_it(tiny: Any, tmp_path: Path) -> None:
+    plan = rundir.create(at(with_tokenizer(tiny, tmp_path), tmp_path / "run"))
+    a_file(plan.run_dir / "tensorboard" / "world" / "events")
+    with rundir.held(plan.run_dir):
+        rundir.discard(plan, began=False)
+    assert not plan.run_dir.exists()
+
+
+def test_a_file_that_a_run_would_write_over_is_named(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    plan, folder = with_tokenizer(tiny, tmp_path), tmp_path / "proj"
+    mine = folder / "files" / "tokenizer.json"
+    a_file(mine)
+    wanted = (
+        rf"^{folder} already holds files/tokenizer\.json, which .* over; move that file away, or .* another --run-dir"
+    )
+    with pytest.raises(RunError, match=wanted):
+        rundir.create(at(plan, folder))
+    assert [path for path in folder.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine"
+    # A folder that the user has not named gets another number.
+    monkeypatch.chdir(tmp_path)
+    a_file(tmp_path / "runs" / "proj" / "files" / "tokenizer.json")
+    assert rundir.create(at(plan, None, name="proj")).run_dir.name == "proj-2"
+
+
+def test_a_folder_that_another_process_has_claimed_is_not_taken_back(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = rundir.create(at(tiny(), tmp_path / "run"))
+    monkeypatch.setattr(rundir, "_CLAIMED", {})
+    rundir.discard(rundir.reopen(str(plan.run_dir)), began=False)
+    assert (plan.run_dir / "config.yaml").is_file()
+
+
+def test_the_claim_is_the_last_thing_that_is_taken_back(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = rundir.create(at(with_tokenizer(tiny, tmp_path), tmp_path / "run"))
+    a_file(plan.run_dir / "tensorboard" / "events")
+    (plan.run_dir / "audit").mkdir()
+    left, unlink = list[str](), Path.unlink
+
+    def look(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "config.yaml":
+            left.extend(other.name for other in path.parent.iterdir())
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", look)
+    with rundir.held(plan.run_dir):
+        rundir.discard(plan, began=False)
+    assert left == ["config.yaml"]
+
+
+def test_a_claim_of_a_folder_that_another_process_holds_is_taken_back(tiny: Any, tmp_path: Path) -> None:
+    folder, pipe = tmp_path / "run", subprocess.PIPE
+    folder.mkdir()
+    command = [sys.executable, "-c", HOLD.format(folder=str(folder))]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        plan = rundir.create(at(tiny(), folder))
+        with pytest.raises(RunError, match="is being run by process"), rundir.held_anew(plan):
+            pass
+        assert [path.name for path in folder.iterdir()] == [rundir.LOCK]  # the other one's
+        other.kill()
+
+
+def test_a_lock_file_of_another_user_locks_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_file, asked = os.open, []
+
+    def refuse(path: Any, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR:
+            asked.append(path)
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, flags, *mode)
+
+    (tmp_path / rundir.LOCK).touch()
+    monkeypatch.setattr(os, "open", refuse)
+    with rundir.held(tmp_path):
+        assert asked
+        with pytest.raises(RunError, match="is being run by another process"):
+            rundir._locked(tmp_path)
+    with rundir.held(tmp_path):  # it was let go
+        pass
+
+
+def test_a_lock_that_was_let_go_names_no_process(tmp_path: Path) -> None:
+    with rundir.held(tmp_path):
+        assert f"process {os.getpid()}" in (tmp_path / rundir.LOCK).read_text()
+    assert not (tmp_path / rundir.LOCK).read_text()
+
+
+def test_a_folder_whose_configuration_is_no_text_is_no_simulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    assert not rundir.is_simulated(tmp_path)
+
+    def fail(*_: object, **__: object) -> str:
+        raise RuntimeError("the object store's own error")
+
+    # What an object store raises is not an OSError.
+    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(storage, "is_remote", lambda _: True)
+    assert not rundir.is_simulated(tmp_path)
 
 
 def test_a_run_that_has_begun_is_kept(tiny: Any, tmp_path: Path) -> None:

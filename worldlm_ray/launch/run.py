@@ -242,6 +242,7 @@ def _start(plan: Plan, world: World, watch: Watch, monitor: Monitor) -> list[str
     for path in begun:
         watch.ask(world[path], "start")
     monitor.waiting.clear()
+    rundir.forget_end(plan.run_dir)
     return begun
 
 
