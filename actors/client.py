@@ -36,6 +36,7 @@ from actors.shared import (
     Address,
     beside,
     end_process,
+    once_storage_answers,
     schedule_kills,
     settle,
     was_restarted,
@@ -61,7 +62,7 @@ class ClientActor(LastWords, Leaf):
     """
 
     def __init__(self, address: Address) -> None:
-        plan = plan_from_mapping(address.mapping)
+        plan = once_storage_answers(partial(plan_from_mapping, address.mapping), address.path)
         settle(address.clock, address.namespace, address.path, plan.run_dir)
         super().__init__(plan, address, address.recorder)
         self.faults = self.plan.faults

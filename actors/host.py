@@ -24,6 +24,7 @@ from actors.shared import (
     STORAGE_AGAIN_S,
     Address,
     end_process,
+    once_storage_answers,
     schedule_kills,
     settle,
     was_restarted,
@@ -54,7 +55,7 @@ class HostActor(LastWords):
     """
 
     def __init__(self, address: Address, paths: Sequence[str]) -> None:
-        self.plan = plan_from_mapping(address.mapping)
+        self.plan = once_storage_answers(partial(plan_from_mapping, address.mapping), address.path)
         self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
         self.recorder, self.loop = address.recorder, asyncio.get_running_loop()
         specs = [self.plan.node(path) for path in paths]
@@ -73,9 +74,10 @@ class HostActor(LastWords):
         for path in paths:
             schedule_kills(self.plan.faults, path, self.clock)
         if was_restarted():
-            now = rundir.reopen(str(self.plan.run_dir), check_data=False).specs  # some may have left since
+            read = partial(rundir.reopen, str(self.plan.run_dir), check_data=False)
+            now = once_storage_answers(read, address.path)  # some may have left since
             for member in self.members.values():
-                if member.spec.path in now:
+                if member.spec.path in now.specs:
                     member.start()
 
     # ---- called by the launcher: what a client's actor has, by the path of the client ----------------------------

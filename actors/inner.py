@@ -37,6 +37,7 @@ from actors.shared import (
     Address,
     Carried,
     end_process,
+    once_storage_answers,
     schedule_kills,
     settle,
     was_restarted,
@@ -84,12 +85,13 @@ class InnerActor(LastWords):
     """
 
     def __init__(self, address: Address) -> None:
-        self.plan = plan_from_mapping(address.mapping)
+        self.plan = once_storage_answers(partial(plan_from_mapping, address.mapping), address.path)
         self.spec = self.plan.node(address.path)
         self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
         self.recorder = address.recorder
         self.contributions = self.plan.contributions(self.spec)
-        self.node = self.plan.inner_node(self.spec, self.plan.initial(), self.contributions)
+        initial = once_storage_answers(self.plan.initial, address.path)
+        self.node = self.plan.inner_node(self.spec, initial, self.contributions)
         self.faults = self.plan.faults
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self._audit = AuditLog(self.plan.run_dir, self.spec.path, warn=self._warn)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
-from actors.shared import RECORDER, STORAGE_AGAIN_S, end_process, settle, was_restarted
+from actors.shared import RECORDER, end_process, once_storage_answers, settle, was_restarted
 from worldlm_ray import checkpoint, rundir, storage
-from worldlm_ray.errors import RunError, SupersededError, WorldLMError
+from worldlm_ray.errors import RunError, SupersededError
 from worldlm_ray.outcome import Sample, finish
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
@@ -31,7 +31,7 @@ class RecorderActor:
     """
 
     def __init__(self, mapping: dict[str, Any], clock: RunClock | None = None, namespace: str = "") -> None:
-        self.plan = plan_from_mapping(mapping)
+        self.plan = once_storage_answers(partial(plan_from_mapping, mapping), "the recorder")
         self.clock = clock or RunClock.starting()
         settle(self.clock, namespace, RECORDER, self.plan.run_dir)
         self._place = checkpoint.folder(self.plan.run_dir, RECORDER)
@@ -39,12 +39,8 @@ class RecorderActor:
         self._opened: Tracker | None = None
         self._look_at = 0.0
         """When to see again whether there is a newer recorder."""
-        while was_restarted() and self._opened is None:
-            try:
-                self.ready()
-            except WorldLMError as error:
-                print(f"worldlm: the recorder cannot go on yet: {error}", file=sys.stderr, flush=True)
-                time.sleep(STORAGE_AGAIN_S)
+        if was_restarted():
+            once_storage_answers(self.ready, "the recorder")
 
     def ready(self) -> bool:
         """Begin, unless it has: whoever has died has, once the storage let it.

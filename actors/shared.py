@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from worldlm_ray import checkpoint, rundir
-from worldlm_ray.errors import CheckpointError
+from worldlm_ray.errors import CheckpointError, WorldLMError
 from worldlm_ray.faults import Faults
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
@@ -105,6 +106,31 @@ def _run_time_of(name: str, namespace: str) -> float | None:
 def was_restarted() -> bool:
     """Whether Ray has started this actor again after a death: nobody will tell it to begin."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def once_storage_answers(read: Callable[[], T], name: str) -> T:
+    """Do what an actor's constructor needs storage for. After a death, wait for the storage if need be.
+
+    Ray gives an actor up for good if its constructor raises, however often the actor may be started again.
+
+    Args:
+        read: is called until it succeeds; what it raises is said once for each text.
+        name: of the actor, for the message.
+
+    Raises:
+        OSError, WorldLMError: what `read` raised, in an actor that Ray has not started again.
+    """
+    said = ""
+    while True:
+        try:
+            return read()
+        except (OSError, WorldLMError) as error:
+            if not was_restarted():
+                raise
+            if str(error) != said:
+                said = str(error)
+                print(f"worldlm: {name} cannot go on yet: {said}", file=sys.stderr, flush=True)
+        time.sleep(STORAGE_AGAIN_S)
 
 
 def end_process(why: str) -> None:

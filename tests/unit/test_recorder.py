@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 import actors.recorder
+import actors.shared
 from actors.recorder import RecorderActor
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.errors import CheckpointError, RunError
@@ -81,8 +82,9 @@ def test_a_recorder_that_died_waits_for_its_storage(
     first = RecorderActor(plan.to_mapping())
     tell(first, "started")
     first.tracker.flush()
-    monkeypatch.setattr(actors.recorder, "was_restarted", lambda: True)
-    monkeypatch.setattr(actors.recorder, "STORAGE_AGAIN_S", 0.02)
+    for module in (actors.recorder, actors.shared):
+        monkeypatch.setattr(module, "was_restarted", lambda: True)
+    monkeypatch.setattr(actors.shared, "STORAGE_AGAIN_S", 0.02)
     away = plan.run_dir.rename(plan.run_dir.with_name("away"))
     plan.run_dir.write_text("where the folder was, there is something else\n")
     found: list[RecorderActor] = []
