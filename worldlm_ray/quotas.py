@@ -6,8 +6,9 @@
                   begun and not arrived   two rounds of every client below: one under way, one that waits to be pushed
 
 A federation whose exchanges take longer trains on meanwhile, and no number says for how long. It knows its own limit,
-claims no more in one update, and keeps the rest for the next. So no correct child is refused, however long it was away
-and however often it was started again. Its rounds begun may be counted late: what has arrived is counted in any case.
+claims no more in one update, and keeps the rest for the next. One with the trigger time_up at itself or below takes as
+many updates as there are: its limit is what the whole run trains. So no correct child is refused, however long it was
+away and however often it was started again. Its rounds begun may be counted late: what has arrived is counted anyway.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def quota(spec: NodeSpec, round_tokens: Callable[[NodeSpec], int], budget: Budge
         return Quota(update_tokens=tokens, started_tokens=tokens)
     below = sum(map(round_tokens, spec.clients))
     once = _exchanged(spec, round_tokens)
-    most = ROUNDS_APART * once
+    most = LARGEST_COUNT if _counts_time(spec) else ROUNDS_APART * once
     if budget.rounds is not None:
         most = min(most, max(budget.rounds * below, once))
     elif budget.tokens is not None:
@@ -87,6 +88,11 @@ def offered_residuals(parent: NodeSpec) -> int:
     """Residuals that a model of this node may bring."""
     rules = parent.settings.aggregation.residuals
     return rules.offers if rules.per_round else 0
+
+
+def _counts_time(spec: NodeSpec) -> bool:
+    """Whether the updates that one of this node stands for are limited by time and not by their number."""
+    return any(node.kind != "client" and node.settings.aggregation.trigger == "time_up" for node in spec.walk())
 
 
 def _exchanged(spec: NodeSpec, round_tokens: Callable[[NodeSpec], int]) -> int:

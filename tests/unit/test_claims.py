@@ -137,6 +137,24 @@ def test_the_plan_gives_a_client_one_round_and_a_federation_what_is_below_it(tin
     assert (north.quota, world.quota) == (world.quotas["north"], None)
 
 
+@pytest.mark.parametrize("timed", ["world/north", "world/north/deep"])
+@pytest.mark.parametrize(("budget", "most"), [({"tokens": 10**9}, 10**9), ({"seconds": 5.0}, LARGEST_COUNT)])
+def test_a_federation_with_time_up_claims_as_many_short_rounds_as_there_were(
+    tiny: Callable[..., Plan], tmp_path: Path, timed: str, budget: dict[str, Any], most: int
+) -> None:
+    """A window holds any number of rounds; what could not be claimed would be trained and never counted."""
+    rules = {"aggregation": {"trigger": "time_up", "time_up_s": 30.0}}
+    counted = {"aggregation": {"trigger": "goal_achieved", "buffer_size": 1}}
+    deep = {"federation": "deep", "children": [client("a", tmp_path, 1), client("b", tmp_path, 2)]}
+    north = {"federation": "north", "children": [deep | (rules if timed.endswith("deep") else counted)]}
+    south = {"federation": "south", "children": [client("c", tmp_path, 3)]}
+    plan = tiny([north | (counted if timed.endswith("deep") else rules), south | counted], budget=budget)
+    world = plan.inner_node(plan.root, plan.initial())
+    assert world.quotas["north"].update_tokens == most
+    one = plan.round_tokens(plan.node("world/south/c"))
+    assert world.quotas["south"].update_tokens == ROUNDS_APART * one
+
+
 def test_no_update_of_a_federation_has_more_tokens_than_the_run(tiny: Callable[..., Plan]) -> None:
     plan = tiny(budget={"rounds": 3})
     world = plan.inner_node(plan.root, plan.initial())
