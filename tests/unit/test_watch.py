@@ -108,6 +108,22 @@ def test_a_crash_is_no_want_of_memory_and_stands_in_the_line_of_what_is_waited_f
     assert len(cluster.phases) == 1
 
 
+def test_nothing_is_waited_for_once_the_run_has_begun_while_ray_was_asked() -> None:
+    cluster = Cluster()
+    cluster.monitor.begin("namespace", {"world": "world", "world/a": "world/a"}, on_trouble=cluster.troubles.append)
+
+    def known(_: str) -> dict[str, ActorState]:
+        if cluster.phases:
+            cluster.monitor.waiting.clear()
+        else:
+            cluster.monitor.is_ready("world")
+        return {}
+
+    cluster.monitor.actors = known
+    cluster.pass_time(3 * WAITING_S)
+    assert cluster.phases == ["waiting for 1 of 2 nodes: world/a (unknown to Ray)"]
+
+
 class FakeRay:
     """References that never come, but for those that are named `there`."""
 

@@ -171,13 +171,16 @@ class Monitor:
         elif self._troubled and len(killed) == self._killed and now - self._warned_at >= 2 * AGAIN_S:
             self._troubled = False
             self.on_trouble("")
-        waiting = dict(self.waiting)
-        if waiting and now - self._said_at >= WAITING_S:
+        if self.waiting and now - self._said_at >= WAITING_S:
             self._said_at = now
-            self.watch.on_phase(self._waits_for(waiting, found))
+            known = self.actors(self.namespace)
+            waiting = dict(self.waiting)  # only now: the run may have begun while Ray was asked
+            if waiting:
+                self.watch.on_phase(self._waits_for(waiting, known, found))
 
-    def _waits_for(self, waiting: Mapping[str, str], found: Sequence[private.Death]) -> str:
-        known = self.actors(self.namespace)
+    def _waits_for(
+        self, waiting: Mapping[str, str], known: Mapping[str, private.ActorState], found: Sequence[private.Death]
+    ) -> str:
         named = [f"{path} ({_state(known.get(name))})" for path, name in list(waiting.items())[:NAMED]]
         more = f" and {len(waiting) - NAMED} more" if len(waiting) > NAMED else ""
         died = f"; the last process that died: {_first_sentence(found[-1].detail)}" if found else ""
