@@ -24,7 +24,7 @@ from worldlm_ray.launch.reach import Unreachable
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine of the test may have a cluster, or settings, of its own."""
-    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -124,6 +124,17 @@ def test_a_head_that_lives_is_reached() -> None:
         assert reach.reach(f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
         # It speaks gRPC, which is all that can be seen of a Ray Client server beforehand.
         assert reach.reach(f"ray://127.0.0.1:{port}") == f"ray://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("value", ["1", "TRUE"])
+def test_a_ray_client_server_with_tls_is_left_to_rays_own_client(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers a plain preface with an alert, or not at all."""
+    alert = bytes([21, 3, 3, 0, 2, 2, 10])
+    with listener(alert) as port:
+        address = f"ray://127.0.0.1:{port}"
+        assert "something else than Ray" in refused(address)
+        monkeypatch.setenv("RAY_USE_TLS", value)
+        assert reach.reach(address) == address
 
 
 def test_a_head_of_another_version_is_named_with_both() -> None:

@@ -130,10 +130,10 @@ def _split(address: str, rest: str) -> tuple[str, int]:
 
 
 def _connect(address: str, host: str, port: int, *, client: bool) -> None:
-    """Open a connection; of a Ray Client server also see that it speaks HTTP/2, as gRPC does."""
+    """Open a connection; of a Ray Client server also see that it speaks HTTP/2, as gRPC does, unless by TLS."""
     try:
         with socket.create_connection((host, port), timeout=CONNECT_S) as line:
-            if not client:
+            if not client or _uses_tls():
                 return
             line.sendall(PREFACE)
             answer = line.recv(9)
@@ -144,6 +144,11 @@ def _connect(address: str, host: str, port: int, *, client: bool) -> None:
         raise Unreachable(address, f"{why.lower()}; {CURE}") from error
     if len(answer) < 4 or answer[3] != SETTINGS:
         raise Unreachable(address, f"something else than Ray listens there; {CURE}")
+
+
+def _uses_tls() -> bool:
+    """Whether this process speaks TLS with Ray: decided as Ray's own client and gRPC channels do."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
 def _ask_head(address: str, target: str) -> None:
