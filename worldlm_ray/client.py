@@ -70,7 +70,8 @@ class Client:
         self.warning = ""
         """What an operator should know before the client begins; empty if nothing."""
         if self.account is not None:
-            self.warning = weak_delta(spec.settings.privacy, self.dataset.records(context=self.context))
+            records = self.dataset.records(context=self.context)
+            self.warning = weak_delta(spec.settings.privacy, records, named=self.reports)
         self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
         initial = plan.initial()
         self.base = np.array(initial)

@@ -208,12 +208,9 @@ class Simulation:
             elif path != "world" and path not in self.gone:
                 parent, name = self._parent(path)
                 self._take(parent, Joined(child=name, now_s=0.0))
-        for path, client in self.clients.items():
+        for path in self.clients:
             if path not in self.gone:
-                self._say_left_out(path)
-                self._record(client.start_record(now_s=self.now_s))
-                if client.warning:
-                    self._record(LifeRecord(node=path, now_s=self.now_s, event="warning", detail=client.warning))
+                self._introduce(path)
                 self._pull(path)
         if self.faults:
             self._at(self.plan.config.liveness.heartbeat_s, self._look, beside=True)
@@ -625,6 +622,14 @@ class Simulation:
         if path != "world":
             self._leave(path)
 
+    def _introduce(self, path: str) -> None:
+        """Tell what there is to say of a client before its first round."""
+        client = self.clients[path]
+        self._say_left_out(path)
+        self._record(client.start_record(now_s=self.now_s))
+        if client.warning:
+            self._record(LifeRecord(node=path, now_s=self.now_s, event="warning", detail=client.warning))
+
     def _say_left_out(self, path: str) -> None:
         for text in self.clients[path].left_out:
             self._record(LifeRecord(node=path, now_s=self.now_s, event="warning", detail=text))
@@ -853,8 +858,7 @@ class Simulation:
             self._revive_node(path, life, found)
         self._record(LifeRecord(node=path, now_s=self.now_s, event="continued" if life > 1 else "started"))
         if path in self.clients and life == 1:
-            self._say_left_out(path)
-            self._record(self.clients[path].start_record(now_s=self.now_s))
+            self._introduce(path)
         if self._is_deserted(path):
             self._catching_up.discard(path)
         elif path != "world":

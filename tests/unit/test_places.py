@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from worlds import client
 
 from worldlm_ray import cli, config, rundir
+from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError, DataError, WorldLMError
 from worldlm_ray.places import told
 from worldlm_ray.plan import make_plan
@@ -112,6 +114,11 @@ def test_delta_is_weak_from_one_in_n() -> None:
     assert "such as 1e-03" in said(0.5, 100)
     assert "1 / 3 clients" in said(0.5, 3, "client")
     assert said(0.5, 100, "none") == said(0.5, None) == ""
+    rules = config.PrivacyConfig(unit="record", delta=0.5, noise_multiplier=1.0)
+    assert weak_delta(rules, 99, named=False) == (
+        "privacy.delta is 0.5, at or above 1 / the number of records: "
+        "that allows to publish one of them whole; set it well below"
+    )
 
 
 def test_a_weak_delta_is_a_warning_of_the_run_and_of_show(tiny: Any, tmp_path: Path) -> None:
@@ -122,9 +129,28 @@ def test_a_weak_delta_is_a_warning_of_the_run_and_of_show(tiny: Any, tmp_path: P
     assert "WARNING world/a: privacy.delta is 0.5, at or above 1 / " in shown.stderr
     [warning] = simulate(plan).summary["warnings"]
     assert warning["node"] == "world/a"
-    assert warning["text"].startswith("privacy.delta is 0.5, at or above 1 / ")
+    assert warning["text"].startswith("privacy.delta is 0.5, at or above 1 / the number of records")
     spent = CliRunner().invoke(cli.app, ["privacy", str(plan.run_dir)])
     assert "WARNING world/a: privacy.delta is 0.5" in spent.stderr
+
+
+@pytest.mark.parametrize("reports", [False, True])
+def test_how_many_records_a_client_has_stays_with_it_unless_its_metrics_leave(
+    tiny: Any, tmp_path: Path, reports: bool
+) -> None:
+    plan = private(tiny, tmp_path, delta=0.5, report_metrics=reports)
+    found = Client(plan, plan.root.clients[0])
+    number = f"1 / {found.dataset.records(context=found.context):,} records"
+    assert (number in found.warning) == reports
+    assert bool(re.findall(r"\d", found.warning.replace("0.5", "").replace("1 / the", ""))) == reports
+
+
+def test_a_client_that_comes_late_says_what_its_delta_allows(tiny: Any, tmp_path: Path) -> None:
+    rules = {"unit": "record", "noise_multiplier": 1.0, "delta": 0.5}
+    children = [client("a", tmp_path, 1), client("b", tmp_path, 2, privacy=rules)]
+    late = tiny(children, budget={"rounds": 3}, model={"key_layers": []}, faults=["0.001s join world/b"])
+    [warning] = simulate(rundir.create(late)).summary["warnings"]
+    assert (warning["node"], warning["text"][:16]) == ("world/b", "privacy.delta is")
 
 
 def test_clients_of_a_federation_are_counted_without_their_text(tiny: Any, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ class Account:
         return epsilon(history, delta=self.privacy.delta, accountant=self.privacy.accountant)
 
 
-def weak_delta(privacy: PrivacyConfig, protected: int | None) -> str:
+def weak_delta(privacy: PrivacyConfig, protected: int | None, *, named: bool = True) -> str:
     """What to say of a delta that promises next to nothing; empty of any other.
 
     A mechanism that publishes one of n records whole, drawn at random, has delta 1 / n and epsilon 0 (Dwork and Roth,
@@ -141,12 +141,15 @@ def weak_delta(privacy: PrivacyConfig, protected: int | None) -> str:
     Args:
         privacy: the rules in force.
         protected: records, or clients, that it protects; None if that is not known.
+        named: whether the text may name that number. Epsilon does not cover how many records a client has.
     """
     if privacy.unit == "none" or not protected or privacy.delta * protected < 1.0:
         return ""
+    number = f"{protected:,}" if named else "the number of"
+    cure = f", such as {0.1 / protected:.0e}" if named else ""
     return (
-        f"privacy.delta is {privacy.delta:g}, at or above 1 / {protected:,} {privacy.unit}s: "
-        f"that allows to publish one of them whole; set it well below, such as {0.1 / protected:.0e}"
+        f"privacy.delta is {privacy.delta:g}, at or above 1 / {number} {privacy.unit}s: "
+        f"that allows to publish one of them whole; set it well below{cure}"
     )
 
 
