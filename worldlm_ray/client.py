@@ -157,7 +157,7 @@ class Client:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What lies beside its text and is not read. Of clients that share a text out, the first says it."""
+        """What of its text is not read or not kept. Of clients that share a text out, the first says it."""
         is_first = self.spec.settings.data.shard is None or self.spec.settings.data.shard.startswith("1/")
         return self.dataset.left_out if self.reports and is_first else ()
 

@@ -440,7 +440,11 @@ def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
         return resolve_shape(model, vocab_size=vocab_size)
     if model.context is not None:
         positive(model.context, "model.context")
-    folder, found = expanded(model.initial_from), _declared(config, model.initial_from).shape
+    declared = _declared(config, model.initial_from)
+    folder, found = expanded(model.initial_from), declared.shape
+    if found.context > declared.max_positions:
+        got = f"got {found.context}, but the model of {folder} was made for {declared.max_positions:,} tokens"
+        raise ConfigError("model.context", got, "lower it")
     for name in SIZES:
         given, theirs = getattr(model, name), getattr(found, name)
         if given not in (None, theirs):

@@ -367,6 +367,24 @@ def test_a_size_beside_a_folder_must_be_the_models_own(tiny: Callable[..., Plan]
             make_plan(configuration.from_mapping(other))
 
 
+def test_a_context_above_what_the_model_was_made_for_is_refused(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    wide = ModelShape(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=48, context=16, vocab_size=256)
+    layout = wide.layout([])
+    huggingface.export(initial_parameters(wide, layout, seed=9), wide, layout, tmp_path / "model")
+    raw = configuration.to_mapping(tiny().config)
+    raw["model"] = {"initial_from": str(tmp_path / "model"), "context": 32, "key_layers": []}
+    with pytest.raises(ConfigError, match=r"^model\.context: got 32, but the model of .* for 16 tokens; lower it"):
+        make_plan(configuration.from_mapping(raw))
+
+
+def test_an_adapter_beside_the_weights_is_refused_by_name(tmp_path: Path) -> None:
+    huggingface.export(theta(), SHAPE, LAYOUT, tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    for read in (huggingface.read_weights, huggingface.check_weights):
+        with pytest.raises(DataError, match=r"an adapter \(adapter_config\.json\), which is not applied; merge it"):
+            read(tmp_path, LAYOUT)
+
+
 def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     huggingface.export(theta(), SHAPE, LAYOUT, tmp_path)
     other = ModelShape(hidden_size=32, layers=2, heads=4, kv_heads=4, intermediate_size=48, context=24, vocab_size=64)

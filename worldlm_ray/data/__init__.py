@@ -4,6 +4,7 @@ text.py        files and built-in corpora -> documents
 corpora.py     real text that every installation of this package already holds
 tokenizer.py   bytes, or a Hugging Face tokenizer.json
 special_tokens.py  which of its tokens no text may write, and which one ends a text
+fidelity.py    how much of a text its tokenizer loses
 dataset.py     documents -> memory-mapped train and held-out tokens -> batches
 """
 

@@ -33,6 +33,7 @@ import numpy.typing as npt
 from worldlm_ray import open_files
 from worldlm_ray.config import DataConfig
 from worldlm_ray.data.corpora import CORPORA
+from worldlm_ray.data.fidelity import check_fidelity
 from worldlm_ray.data.readers import Continued
 from worldlm_ray.data.text import check_shard, describe, find_sources, members_of, read_documents, shard_of
 from worldlm_ray.data.tokenizer import Tokenizer, Tokens, load_tokenizer
@@ -72,7 +73,8 @@ class Dataset:
     order: str = ""
     """Names the random order in which text is drawn."""
     left_out: tuple[str, ...] = ()
-    """What was found beside the text and is not read, a line for each entry of `data.files`."""
+    """What was found beside the text and is not read, a line for each entry of `data.files`; and what of the text the
+    tokenizer loses."""
 
     parts = 1
     """Sequences per step are `batch_size` times this."""
@@ -193,7 +195,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
 
     Raises:
         ConfigError: a value of the section cannot be used.
-        DataError: the text is damaged or too short, or the cache cannot be written.
+        DataError: the text is damaged or too short, the tokenizer loses most of it, or the cache cannot be written.
     """
     if not 0.0 < config.heldout_fraction < 1.0:
         got = f"got {config.heldout_fraction}"
@@ -206,15 +208,18 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
         ]
         return _pool(members)
     tokenizer = load_tokenizer(config.tokenizer)
-    fingerprint = _fingerprint(config, _source(config, found.paths), tokenizer)
+    source = _source(config, found.paths)
+    whole = _fingerprint(replace(config, shard=None), source, tokenizer)
+    lossy = check_fidelity(config, tokenizer, key=key, known_as=whole)
+    fingerprint = _fingerprint(config, source, tokenizer)
     folder = expanded(config.cache_dir) / fingerprint
     parts = _cached(folder) or _build(folder, config, tokenizer, key=key)
     for part, cure in (
         ("train", "give more text"),
         ("heldout", f"give more text or raise {key}.heldout_fraction"),
     ):
-        source = describe(config) + (f", shard {config.shard}" if config.shard is not None else "")
-        _require(parts[part].tokens, f"{part} part of {key} ({source})", context, cure=cure)
+        text = describe(config) + (f", shard {config.shard}" if config.shard is not None else "")
+        _require(parts[part].tokens, f"{part} part of {key} ({text})", context, cure=cure)
     return Dataset(
         train=_map(folder / "train.bin", tokenizer.dtype),
         heldout=_map(folder / "heldout.bin", tokenizer.dtype),
@@ -224,7 +229,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
         tokenizer=tokenizer,
         fingerprint=fingerprint,
         order=config.order or order,
-        left_out=tuple(found.left_out),
+        left_out=(*found.left_out, *lossy),
     )
 
 

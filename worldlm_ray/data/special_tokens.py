@@ -33,6 +33,8 @@ class SpecialTokens:
     """Id by what it is for."""
     control: frozenset[int]
     """Ids that no text may write. Not the unknown token's: text becomes that one rightly."""
+    unknown: int | None = None
+    """Id of what stands for text that the vocabulary does not hold; None if there is none."""
 
     @property
     def end(self) -> int | None:
@@ -62,10 +64,12 @@ def find(files: Mapping[str, bytes], vocab: Mapping[str, int]) -> SpecialTokens:
         if known:
             roles[role] = known[0]
     control = {*special, *(token for role, token in roles.items() if role != "unk_token")}
+    unknown = _unknown(state, vocab)
     return SpecialTokens(
         roles=roles,
         ids={role: vocab[token] for role, token in roles.items()},
-        control=frozenset(vocab[token] for token in control if token in vocab) - {_unknown(state, vocab)},
+        control=frozenset(vocab[token] for token in control if token in vocab) - {unknown},
+        unknown=unknown,
     )
 
 

@@ -48,6 +48,10 @@ class Tokenizer(Protocol):
     def end(self) -> int | None:
         """Id of the token that stands between two documents, in place of a blank line; None if there is none."""
 
+    @property
+    def unknown(self) -> int | None:
+        """Id of the token that stands for text that the vocabulary does not hold; None if there is none."""
+
     def encode(self, text: str) -> Tokens:
         """Token ids of a text, without special tokens: not at its ends, nor where the text spells one."""
 
@@ -62,6 +66,7 @@ class ByteTokenizer:
     fingerprint = "bytes"
     dtype = np.dtype(np.uint16)
     end = None
+    unknown = None
 
     @property
     def token_bytes(self) -> npt.NDArray[np.int64]:
@@ -109,7 +114,7 @@ class JsonTokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
         special = special_tokens.find(files, vocab)
-        self.end = special.end
+        self.end, self.unknown = special.end, special.unknown
         self.fingerprint = hashlib.blake2b(raw + f"{ENCODING} {self.end}".encode(), digest_size=16).hexdigest()
         self.token_bytes = _token_bytes(json.loads(raw), vocab, size=self.vocab_size)
         if self.end is not None:
@@ -119,6 +124,8 @@ class JsonTokenizer:
         self._is_control = np.zeros(self.vocab_size, dtype=bool)
         self._is_control[list(special.control)] = True
         self._spell = special_tokens.speller(json.loads(raw), vocab)
+        if self._tokenizer.decoder is None and '"ByteLevel"' in json.dumps(json.loads(raw).get("pre_tokenizer")):
+            self._tokenizer.decoder = tokenizers.decoders.ByteLevel()  # else a text would be read as its bytes' names
 
     def encode(self, text: str) -> Tokens:
         """Token ids of a text, without special tokens: not at its ends, nor where the text spells one."""

@@ -19,6 +19,8 @@ from worldlm_ray.huggingface.declared import CONFIG, read_object, refuse_pointer
 from worldlm_ray.params import Flat, Layout
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""Changes to a model's weights that a fine-tuning keeps in files beside them."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PLAIN = {"F32", "F16", "BF16"}
 _RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -47,8 +49,9 @@ def read_weights(folder: Path, layout: Layout) -> Flat:
     """The weights of a Hugging Face model on disk as a flat buffer; a tied head becomes a copy of the embedding.
 
     Raises:
-        DataError: a file is missing or damaged; a tensor is missing, unknown, of another shape than the layout's, of
-            a number format other than fp32, fp16 and bf16, or holds a number that is not finite.
+        DataError: a file is missing or damaged; an adapter lies beside them; a tensor is missing, unknown, of another
+            shape than the layout's, of a number format other than fp32, fp16 and bf16, or holds a number that is not
+            finite.
     """
     found = _tensors(folder, layout)
     flat = np.empty(layout.size, np.float32)
@@ -137,6 +140,9 @@ def _damaged(file: Path, error: Exception) -> DataError:
 
 def _files(folder: Path) -> list[Path]:
     """The files that hold the weights, each once."""
+    for name in ADAPTER:
+        if (folder / name).exists():
+            raise DataError(f"{folder} holds an adapter ({name}), which is not applied; merge it into the model first")
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX
