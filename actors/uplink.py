@@ -24,7 +24,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from actors.shared import Address, Carried
 from worldlm_ray.aggregation.events import Verdict
-from worldlm_ray.aggregation.outbox import Outbox, Welcome, believed
+from worldlm_ray.aggregation.outbox import Outbox, Welcome, believed, checked_verdict
 from worldlm_ray.compression import nbytes
 from worldlm_ray.errors import MessageError, SupersededError
 from worldlm_ray.faults import damaged
@@ -137,8 +137,7 @@ class Uplink:
         tries = 0
         while True:
             try:
-                header, refs = yield from self._ask()
-                packed = Packed(header, (yield refs[0]))
+                packed = yield from self._packed((yield from self._ask()))
                 model = unpack_model(packed, self._plan.layout, residuals=self._offered)
                 path, now_s = self._address.path, self._clock.now_s()
                 self._tell(PullRecord(node=path, now_s=now_s, version=model.version, bytes=packed.nbytes))
@@ -199,8 +198,11 @@ class Uplink:
 
     def _join(self) -> Steps[None]:
         self._to = 0
-        welcome: Welcome = yield from self._send("join", self._name, self._child.incarnation, self._child.seq)
-        welcome, doubt = believed(welcome, seq=self._child.seq)
+        found = yield from self._send("join", self._name, self._child.incarnation, self._child.seq)
+        try:
+            welcome, doubt = believed(found, seq=self._child.seq)
+        except MessageError as error:
+            raise Lost(str(error)) from error
         if doubt:
             self._life("warning", f"its parent's welcome is not believed: {doubt}")
         self._to = welcome.incarnation
@@ -216,7 +218,7 @@ class Uplink:
         self._tell(PushRecord(node=self._address.path, now_s=self._clock.now_s(), bytes=size))
         header = damaged(header) if self._faulty("corrupt") else header
         while True:
-            verdict: Verdict = yield from self._call("push", header, [ref])
+            verdict = yield from self._verdict(header, ref)
             if verdict.reason == "superseded":
                 raise SupersededError(f"{self._address.path}: {verdict.detail}")
             self._child.answered(verdict)
@@ -228,6 +230,28 @@ class Uplink:
             # Sent again after a restart, while its forerunner waits for its siblings': not before that is through.
             yield from self._ask()
         self._refs = {seq: ref for seq, ref in self._refs.items() if seq in self._child.outbox}
+
+    def _verdict(self, header: bytes, ref: Any) -> Steps[Verdict]:
+        found = yield from self._call("push", header, [ref])
+        try:
+            return checked_verdict(found)
+        except MessageError as error:
+            self._to = 0
+            raise Lost(str(error)) from error
+
+    def _packed(self, found: Any) -> Steps[Packed]:
+        """What a pull's answer refers to.
+
+        Raises:
+            MessageError: malformed: it is no header and one reference.
+        """
+        try:
+            header, [ref] = found
+            if isinstance(ref, int | float):  # a step of so many seconds
+                raise TypeError(f"{type(ref).__name__} is no reference")
+            return Packed(header, (yield ref))
+        except (TypeError, ValueError) as error:
+            raise MessageError("malformed", f"the answer to a pull is no header and one buffer: {error}") from error
 
     def _ask(self) -> Steps[Carried]:
         found: Carried = yield from self._call("pull", self._child.started_tokens, self._child.wanted_fragment)

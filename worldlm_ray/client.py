@@ -96,7 +96,7 @@ class Client:
             agreement=spec.settings.merge.agreement,
             initial=initial,
         )
-        self.gate = Gate(spec.path, plan.layout, max_step=spec.settings.merge.max_model_step)
+        self.gate = Gate(spec.path, plan.layout, max_step=spec.settings.merge.max_model_step, fragments=self.fragments)
         """Which models of the parent it takes."""
         self.round = 0
         """Finished local rounds."""
@@ -293,7 +293,7 @@ class Client:
         """The parent's model, unless it is refused, and what tracking is told of that."""
         newcomer = self.start_over or self.round == 0
         own = None if newcomer or self.gate.max_step is None else self.trainer.read()
-        record = self.gate.refusal(model, seq=self.seq, own=own, now_s=now_s)
+        record = self.gate.refusal(model, seq=self.seq, own=own, now_s=now_s, fragment=self.wanted_fragment)
         return (None if self.gate.shut else model), [] if record is None else [record]
 
     def _keep_own(self) -> None:

@@ -12,9 +12,21 @@ import numpy as np
 import pytest
 from worlds import client
 
-from worldlm_ray.aggregation.events import ACCEPTED, Answer, Beat, Done, Event, Joined, Note, ParentModel, Pull, Push
+from worldlm_ray.aggregation.events import (
+    ACCEPTED,
+    Answer,
+    Beat,
+    Done,
+    Event,
+    Joined,
+    Note,
+    ParentModel,
+    Pull,
+    Push,
+    Verdict,
+)
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.outbox import Outbox, Welcome, believed
+from worldlm_ray.aggregation.outbox import Outbox, Welcome, believed, checked_verdict
 from worldlm_ray.aggregation.quota import Quota, Quotas
 from worldlm_ray.client import Client
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
@@ -269,6 +281,22 @@ def test_a_welcome_makes_no_child_skip_or_drop_without_bound(
 def test_a_welcome_of_no_incarnation_is_malformed() -> None:
     with pytest.raises(MessageError, match=r"^malformed: welcome\.incarnation"):
         believed(Welcome(incarnation=None, last_seq=0, durable_seq=0), seq=0)  # type: ignore[arg-type]
+    for lie in (-1, 0):
+        with pytest.raises(MessageError, match=r"^malformed: welcome\.incarnation"):
+            believed(Welcome(incarnation=lie, last_seq=0, durable_seq=0), seq=0)
+    with pytest.raises(MessageError, match=r"^malformed: the welcome is of type NoneType$"):
+        believed(None, seq=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "lie", [{"durable_seq": "9"}, {"durable_seq": -1}, {"seq": []}, {"reason": 3}, {"detail": None}]
+)
+def test_a_verdict_that_is_none_is_malformed(lie: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"reason": "accepted", "seq": 1, "base_version": 0, "version": 1, "tau": 0}
+    assert checked_verdict(Verdict(**fields)) == Verdict(**fields)
+    for found in (Verdict(**(fields | lie)), None, "accepted"):
+        with pytest.raises(MessageError, match=r"^malformed: "):
+            checked_verdict(found)
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------

@@ -19,10 +19,12 @@ import actors.shared
 import actors.uplink
 from actors.client import ClientActor
 from actors.shared import Address
+from actors.uplink import Uplink, wait_for
 from worldlm_ray import above, checkpoint
-from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
+from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve, Verdict
+from worldlm_ray.aggregation.outbox import Welcome
 from worldlm_ray.client import Client
-from worldlm_ray.messages import Packed, pack
+from worldlm_ray.messages import Packed, Update, pack
 from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record
@@ -81,6 +83,8 @@ class FakeRay:
         return ref.value
 
     def wait(self, refs: list[Ref], *, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        if not isinstance(refs[0], Ref):
+            raise TypeError("expected a list of references")
         return (refs, []) if refs[0].ready.wait(timeout) else ([], refs)
 
     def get_runtime_context(self) -> Any:
@@ -187,6 +191,63 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.002)
+
+
+class Liar:
+    """A parent's handle: every method gives what it was told to, at once."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = {"join": Welcome(incarnation=1, last_seq=0, durable_seq=0)} | answers
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: Ref(lambda: self.answers[name]))
+
+
+def uplink_to(fake: FakeRay, plan: Plan, parent: Liar, told: list[Record]) -> Uplink:
+    fake.actors["world"] = parent
+    address = Address(plan.to_mapping(), PATH, RunClock.starting(), "test")
+    return Uplink(address, plan, Client(plan, plan.node(PATH)), tell=told.append)
+
+
+@pytest.mark.parametrize("lie", [None, 7, Welcome(incarnation=-1, last_seq=0, durable_seq=0)])
+def test_a_parent_whose_welcome_is_none_is_asked_again(fake: FakeRay, tiny: Tiny, tmp_path: Path, lie: Any) -> None:
+    parent = Liar(join=lie)
+    steps = uplink_to(fake, a_plan(tiny, tmp_path), parent, []).join()
+    asked = next(steps)
+    assert steps.send(fake.get(asked)) > 0, "it waits before it asks again"
+    parent.answers["join"] = Welcome(incarnation=1, last_seq=0, durable_seq=0)
+    asked = next(steps)
+    with pytest.raises(StopIteration):
+        steps.send(fake.get(asked))
+
+
+@pytest.mark.parametrize("lie", [None, {"durable_seq": "9"}, {"reason": None}])
+def test_a_parent_whose_verdict_is_none_is_joined_again(fake: FakeRay, tiny: Tiny, tmp_path: Path, lie: Any) -> None:
+    fields: dict[str, Any] = {"reason": "accepted", "seq": 1, "base_version": 0, "version": 1, "tau": 0}
+    parent = Liar(push=None if lie is None else Verdict(**(fields | lie)))
+    plan = a_plan(tiny, tmp_path)
+    link = uplink_to(fake, plan, parent, [])
+    values = np.zeros(plan.layout.size, np.float32)
+    update = Update(sender="a", seq=1, base_version=0, tokens=1, started_tokens=1, values=values)
+    wait_for(link.join())
+    steps = link.push(update)
+    joined = steps.send(fake.get(next(steps)))
+    with pytest.raises(StopIteration):
+        steps.send(fake.get(joined))
+
+
+@pytest.mark.parametrize("lie", [None, 5, (b"", []), (b"", [1e9]), (b"", [None]), (b"", "ab"), ("", ["x"], 3)])
+def test_a_pull_that_brings_no_model_is_told_and_ends_nothing(
+    fake: FakeRay, tiny: Tiny, tmp_path: Path, lie: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors.uplink, "AGAIN_S", 0.0)
+    told: list[Record] = []
+    link = uplink_to(fake, a_plan(tiny, tmp_path), Liar(pull=lie), told)
+    wait_for(link.join())
+    until_s = time.monotonic() + 20.0
+    assert wait_for(link.pull(), lambda: time.monotonic() > until_s) is None
+    [said] = [record.detail for record in told if isinstance(record, LifeRecord) and record.event == "warning"]
+    assert "refuses the model of its parent world (malformed" in said
 
 
 class SlowStorage:

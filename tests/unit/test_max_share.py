@@ -213,6 +213,12 @@ def test_an_open_aggregation_of_an_earlier_version_is_told_apart(layout: Layout)
         a_node(layout).restore(meta, arrays)
 
 
+def test_kept_updates_are_not_copied_for_a_checkpoint(layout: Layout) -> None:
+    node = a_node(layout, max_share=0.5)
+    push(node, "a", 5, 1.0)
+    assert {name for name in node.state()[1] if name.startswith("fold.") and not Node.changes(name)} == {"fold.kept.0"}
+
+
 def test_another_share_does_not_end_an_open_aggregation(layout: Layout) -> None:
     node = a_node(layout, max_share=0.5)
     push(node, "a", 5, 1.0)

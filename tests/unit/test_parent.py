@@ -14,7 +14,7 @@ from worlds import client, two_levels
 
 from worldlm_ray.aggregation.events import Command, Exchange, Joined, Note, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.parent import check_model
+from worldlm_ray.aggregation.parent import Gate, check_model
 from worldlm_ray.client import Client
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import ConfigError, MessageError
@@ -80,6 +80,34 @@ def test_of_a_fragment_only_what_it_carries_is_compared(layout: Layout) -> None:
         check_model(a_model(far), layout, seq=0, own=own, max_step=1.0)
 
 
+def test_a_model_that_could_not_be_read_keeps_no_refusal_quiet(layout: Layout) -> None:
+    own = np.arange(1, layout.size + 1, dtype=np.float32)
+    gate = Gate("world/f", layout, max_step=0.5)
+    models = [None, a_model(3.0 * own), a_model(3.0 * own), None, a_model(3.0 * own), a_model(own), a_model(3.0 * own)]
+    said = [gate.refusal(model, seq=0, own=own, now_s=0.0) is not None for model in models]
+    assert said == [False, True, False, False, False, False, True]
+
+
+def test_only_the_fragment_that_was_asked_for_is_taken(plan: Plan) -> None:
+    layout = plan.layout
+    gate = Gate("world/f", layout, max_step=None, fragments=2)
+    taken = {}
+    for fragment, fragments in ((0, 1), (0, 2), (1, 2)):
+        part = layout.fragments(fragments)[fragment]
+        values = np.zeros(part.stop - part.start + layout.key_size, np.float32)
+        model = a_model(values, fragment=fragment, fragments=fragments)
+        for wanted in (None, 0, 1):
+            gate.refusal(model, seq=0, own=None, now_s=0.0, fragment=wanted)
+            taken[fragment, fragments, wanted] = not gate.shut
+    assert [case for case, is_taken in taken.items() if is_taken] == [
+        (0, 1, None),
+        (0, 1, 0),
+        (0, 1, 1),
+        (0, 2, 0),
+        (1, 2, 1),
+    ]
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_step_that_lets_no_model_in_is_refused(tiny: Callable[..., Plan], value: float) -> None:
     with pytest.raises(ConfigError, match=r"^merge\.max_model_step: "):
@@ -133,6 +161,21 @@ def test_a_client_goes_on_with_its_own_model(one: Client, plan: Plan, kind: str)
     assert one.base_version == 7
 
 
+def half_of(plan: Plan) -> Model:
+    """A fragment, where the whole is asked for."""
+    part = plan.layout.fragments(2)[0]
+    values = np.zeros(part.stop - part.start + plan.layout.key_size, np.float32)
+    return a_model(values, version=3, fragment=0, fragments=2)
+
+
+def test_a_newcomer_refuses_a_part_of_a_model(plan: Plan) -> None:
+    one = Client(plan, plan.root.clients[0])
+    [said] = warnings(one.begin(half_of(plan), now_s=0.0))
+    assert "wrong_fragment: got fragment 0 of 2, asked for the whole" in said
+    assert one.began
+    assert one.base_version == 0
+
+
 def test_a_client_that_has_diverged_waits_for_a_model_that_can_be_taken(one: Client, plan: Plan) -> None:
     one.start_over = True
     one.begin(a_model(np.full(plan.layout.size, np.inf, np.float32)), now_s=1.0)
@@ -179,12 +222,12 @@ def test_key_layers_of_fragments_are_sent_once_whatever_the_parent_brings(tiny: 
 # ---- a federation ----------------------------------------------------------------------------------------------------
 
 
-def a_federation(layout: Layout) -> Node:
+def a_federation(layout: Layout, **merge: Any) -> Node:
     found = Node(
         path="world/f",
         children=("a",),
         aggregation=AggregationConfig(),
-        merge=MergeConfig(max_model_step=0.5),
+        merge=MergeConfig(**({"max_model_step": 0.5} | merge)),
         has_parent=True,
         layout=layout,
         initial=np.arange(1, layout.size + 1, dtype=np.float32),
@@ -253,6 +296,28 @@ def test_children_of_a_newcomer_whose_parent_is_broken_are_served_all_the_same(l
     node.handle(Pull(child="a", started_tokens=5, now_s=1.0))
     commands = node.handle(ParentModel(model=a_model(np.full(layout.size, np.nan, np.float32)), now_s=2.0))
     assert [command.model.version for command in commands if isinstance(command, Serve)] == [0]
+
+
+@pytest.mark.parametrize("merge", [1.0, "adaptive"])
+def test_a_federation_refuses_a_part_of_a_model(plan: Plan, merge: Any) -> None:
+    node = a_federation(plan.layout, federation=merge)
+    node.wants_news = True
+    [said] = warnings(noted(node.handle(ParentModel(model=half_of(plan), now_s=2.0))))
+    assert "wrong_fragment" in said
+    assert (node.version, node.base_version) == (0, 0)
+    assert node.merger.heard is None or node.merger.heard.size == plan.layout.size
+
+
+def test_a_federation_counts_on_from_what_the_parent_of_a_refused_model_knows(layout: Layout) -> None:
+    node = a_federation(layout)
+    far = node.theta * np.float32(3.0)
+    records = noted(node.handle(ParentModel(model=a_model(far, last_seq=7), now_s=2.0)))
+    assert any("has forgotten 7 of its updates" in said for said in warnings(records))
+    assert any("step_exceeded" in said for said in warnings(records))
+    a_round(node, 1)
+    assert node.begin_exchange().seq == 8
+    node.handle(ParentModel(model=a_model(far, last_seq=2**52), now_s=3.0))
+    assert node.seq == 8, "what is not believed is not counted on from"
 
 
 def test_a_parent_that_says_it_has_aggregated_no_tokens_leaves_the_own_key_layers(layout: Layout) -> None:

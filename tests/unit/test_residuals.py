@@ -96,6 +96,16 @@ def test_one_child_twice_in_a_fold_leaves_one_residual() -> None:
     assert [r.values.tolist() for r in ours.held] == [[2, 0]]
 
 
+def test_switched_off_nothing_is_offered_that_is_left_of_before() -> None:
+    ours, off = pool(), pool(per_round=0)
+    ours.held = [residual()]
+    ours.fits = {"a": {residual().name: 1.0}}
+    assert len(ours.offer("a")) == 1
+    off.restore(*ours.state())
+    assert off.offer("a") == ()
+    assert off.rise() == ()
+
+
 def test_switched_off_nothing_is_kept() -> None:
     ours = pool(per_round=0)
     look(ours, "a", ZERO, (-1.0, -1.0), (residual(),))

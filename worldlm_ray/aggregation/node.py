@@ -194,7 +194,7 @@ class Node:
             agreement=merge.agreement,
             initial=initial,
         )
-        self.gate = Gate(path, layout, max_step=merge.max_model_step)
+        self.gate = Gate(path, layout, max_step=merge.max_model_step, fragments=fragments)
         """Which models of the parent it takes."""
         self.residuals = Pool(
             path=path,
@@ -805,10 +805,12 @@ class Node:
         next aggregation. What was pushed is measured from, as always.
         """
         own = None if self.wants_news and self.version == 0 else self.theta
-        doubt = self.gate.refusal(event.model, seq=self.seq, own=own, now_s=event.now_s)
+        wanted = self.wanted_fragment
+        doubt = self.gate.refusal(event.model, seq=self.seq, own=own, now_s=event.now_s, fragment=wanted)
         notes: list[Command] = [] if doubt is None else [Note(record=doubt)]
         model, pushed = event.model, self.in_flight
         waited, self.wants_news, self.in_flight = self.wants_news, False, None
+        notes += self._count_on(self.gate.last_seq, event.now_s)
         if model is None or self.gate.shut:
             self.finished = model.finished if model is not None else self.finished
             if pushed is not None:  # the next update must not carry the same change of the key layers again
@@ -818,15 +820,6 @@ class Node:
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation, self.finished = model.incarnation, model.finished
         self.outbox.durable(model.durable_seq)
-        for seq in range(self.seq + 1, model.last_seq + 1)[-self.fragments :] if self.fragments > 1 else ():
-            self._begin_fragment(fragment_of(seq, self.fragments))  # in an update of an earlier life of this node
-        if model.last_seq > self.seq:  # they were sent without a checkpoint
-            said = (
-                f"has forgotten {model.last_seq - self.seq} of its updates: what its children send again counts twice"
-            )
-            warning = LifeRecord(node=self.path, now_s=event.now_s, event="warning", detail=f"{said} above it")
-            notes.append(Note(record=warning))
-        self.seq = max(self.seq, model.last_seq)
         self.parent_keys = frozen(parent_keys.copy())
         if model.version == 0:
             return notes  # the parent has aggregated nothing yet: it has nothing to say
@@ -848,6 +841,18 @@ class Node:
         if record is not None:
             notes.append(Note(record=record))
         return notes
+
+    def _count_on(self, last_seq: int, now_s: float) -> list[Command]:
+        """Count on from what the parent knows, though its model be refused: it drops the numbers that it has seen."""
+        forgotten = range(self.seq + 1, last_seq + 1)
+        if not forgotten:
+            return []
+        for seq in forgotten[-self.fragments :] if self.fragments > 1 else ():
+            self._begin_fragment(fragment_of(seq, self.fragments))  # in an update of an earlier life of this node
+        self.seq = last_seq
+        # They were sent without a checkpoint.
+        said = f"has forgotten {len(forgotten)} of its updates: what its children send again counts twice above it"
+        return [Note(record=LifeRecord(node=self.path, now_s=now_s, event="warning", detail=said))]
 
     def _begin_from(self, model: Model, *, now_s: float) -> None:
         """A newcomer has nothing of its own to keep. What it has heard is its first version: children shall take it."""
@@ -984,7 +989,9 @@ class Node:
     @staticmethod
     def changes(name: str) -> bool:
         """Whether a buffer of the state changes in place."""
-        return name == "lost" or (name.startswith(("fold.", "optimizer.")) and not name.startswith("fold.first."))
+        if name.startswith(("fold.first.", "fold.kept.")):  # updates as they came
+            return False
+        return name == "lost" or name.startswith(("fold.", "optimizer."))
 
     def covers(self) -> Covered:
         """What a checkpoint of the state as it is now would know."""

@@ -50,13 +50,31 @@ def believed(welcome: Welcome, *, seq: int) -> tuple[Welcome, str]:
     Raises:
         MessageError: malformed: it does not even say which life of the parent it comes from.
     """
-    checked("welcome.incarnation", welcome.incarnation, int)
+    if not isinstance(welcome, Welcome):
+        raise MessageError("malformed", f"the welcome is of type {type(welcome).__name__}")
+    if not checked("welcome.incarnation", welcome.incarnation, int):
+        raise MessageError("malformed", "welcome.incarnation is 0, expected at least 1")
     try:
         last = checked("last_seq", welcome.last_seq, int, most=seq + MOST_SKIPPED)
         checked("durable_seq", welcome.durable_seq, int, most=last)
     except MessageError as error:
         return Welcome(incarnation=welcome.incarnation, last_seq=seq, durable_seq=0), error.detail
     return welcome, ""
+
+
+def checked_verdict(verdict: Any) -> Verdict:
+    """A parent's word about an update, of which every field that a child uses is what it should be.
+
+    Raises:
+        MessageError: malformed.
+    """
+    if not isinstance(verdict, Verdict):
+        raise MessageError("malformed", f"the verdict is of type {type(verdict).__name__}")
+    if not isinstance(verdict.reason, str) or not isinstance(verdict.detail, str):
+        raise MessageError("malformed", "the reason or the detail of the verdict is no text")
+    checked("verdict.seq", verdict.seq, int)
+    checked("verdict.durable_seq", verdict.durable_seq, int)
+    return verdict
 
 
 class Outbox:

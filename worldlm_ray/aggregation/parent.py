@@ -13,6 +13,37 @@ from worldlm_ray.params import Flat, Layout, rough_norm, squared_norm
 from worldlm_ray.records import LifeRecord
 
 
+def check_seqs(model: Model, *, seq: int) -> None:
+    """Refuse a word by which a child would skip updates without bound; `seq` as for `check_model`.
+
+    Raises:
+        MessageError: implausible_seq.
+    """
+    if model.last_seq > seq + MOST_SKIPPED:
+        raise MessageError("implausible_seq", f"it knows seq {model.last_seq}, and {seq} is the last one made")
+    if model.durable_seq > model.last_seq:
+        got = f"its checkpoints cover seq {model.durable_seq}, and {model.last_seq} is the last one that it knows"
+        raise MessageError("implausible_seq", got)
+
+
+def check_fragment(model: Model, *, fragment: int | None, fragments: int) -> None:
+    """Refuse another part of the backbone than was asked for. The whole always is enough.
+
+    Args:
+        model: the parent's.
+        fragment: what the child asked for; None for the whole.
+        fragments: parts in which the child exchanges.
+
+    Raises:
+        MessageError: wrong_fragment.
+    """
+    if model.fragments == 1 or (model.fragment, model.fragments) == (fragment, fragments):
+        return
+    asked = "the whole" if fragment is None else f"fragment {fragment} of {fragments}"
+    got = f"got fragment {model.fragment} of {model.fragments}, asked for {asked}"
+    raise MessageError("wrong_fragment", got)
+
+
 def check_model(model: Model, layout: Layout, *, seq: int, own: Flat | None, max_step: float | None) -> None:
     """Refuse a model that would spoil the child's own, or make it skip updates without bound.
 
@@ -26,11 +57,7 @@ def check_model(model: Model, layout: Layout, *, seq: int, own: Flat | None, max
     Raises:
         MessageError: not_finite, step_exceeded or implausible_seq.
     """
-    if model.last_seq > seq + MOST_SKIPPED:
-        raise MessageError("implausible_seq", f"it knows seq {model.last_seq}, and {seq} is the last one made")
-    if model.durable_seq > model.last_seq:
-        got = f"its checkpoints cover seq {model.durable_seq}, and {model.last_seq} is the last one that it knows"
-        raise MessageError("implausible_seq", got)
+    check_seqs(model, seq=seq)
     norm = rough_norm(model.values)
     if not norm <= LARGEST_NORM:
         got = f"norm {norm:.4g} is too large" if math.isfinite(norm) else "nan or infinity in the values"
@@ -55,14 +82,21 @@ class Gate:
         path: of the child.
         layout: the model's layout.
         max_step: see `check_model`; None for any.
+        fragments: parts of the backbone in which the child exchanges.
     """
 
-    def __init__(self, path: str, layout: Layout, *, max_step: float | None) -> None:
-        self.path, self.layout, self.max_step = path, layout, max_step
+    def __init__(self, path: str, layout: Layout, *, max_step: float | None, fragments: int = 1) -> None:
+        self.path, self.layout, self.max_step, self.fragments = path, layout, max_step, fragments
         self.shut = False
         """Whether the last model was refused."""
+        self.last_seq = 0
+        """What the last model said of the child's updates, refused or not; 0 where that is not believed."""
+        self._has_said = False
+        """Whether it has told of the refusal, since it last took a model."""
 
-    def refusal(self, model: Model | None, *, seq: int, own: Flat | None, now_s: float) -> LifeRecord | None:
+    def refusal(
+        self, model: Model | None, *, seq: int, own: Flat | None, now_s: float, fragment: int | None = None
+    ) -> LifeRecord | None:
         """Look at a model; afterwards `shut` says whether it is refused.
 
         Args:
@@ -70,17 +104,22 @@ class Gate:
             seq: as for `check_model`.
             own: as for `check_model`.
             now_s: run time, for the record.
+            fragment: what the child asked for; None for the whole.
 
         Returns:
             A warning that names the parent, for the first of several refused models; else None.
         """
-        before, self.shut = self.shut, True
+        self.shut, self.last_seq = True, 0
         if model is None:
             return None
         try:
+            check_seqs(model, seq=seq)
+            self.last_seq = model.last_seq
+            check_fragment(model, fragment=fragment, fragments=self.fragments)
             check_model(model, self.layout, seq=seq, own=own, max_step=self.max_step)
         except MessageError as error:
             said = f"refuses the model of its parent {self.path.rpartition('/')[0]} ({error}) and goes on with its own"
+            before, self._has_said = self._has_said, True
             return None if before else LifeRecord(node=self.path, now_s=now_s, event="warning", detail=said)
-        self.shut = False
+        self.shut = self._has_said = False
         return None

@@ -97,7 +97,9 @@ class Pool:
         self._found = []
 
     def offer(self, child: str) -> tuple[Residual, ...]:
-        """The residuals that this child's key layers fit best, and well enough."""
+        """The residuals that this child's key layers fit best, and well enough; none where children expect none."""
+        if not self.on:  # some may be left of a run that had them
+            return ()
         fits = self.fits.get(child, {})
         fitting = [r for r in self.held if fits.get(r.name, -math.inf) >= self.config.threshold]
         fitting.sort(key=lambda residual: -fits[residual.name])
