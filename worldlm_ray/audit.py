@@ -108,18 +108,44 @@ class Proof:
 
 
 def read(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line of a run's trail, node by node, in the order of the nodes' lives."""
-    for path in sorted((run_dir / FOLDER).rglob("*.jsonl")):
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue  # torn apart by a kill
-            if isinstance(values, dict) and "node" in values:
-                lines.append(values)
+    """Every whole line of a run's trail, node by node, in the order of the nodes' lives.
+
+    Other lines are passed over: `worldlm_ray.trail` tells which of them a kill explains.
+    """
+    for path in files(run_dir):
+        found = [values for line in lines_of(path) if (values := whole(line)) is not None]
         # A leftover of an earlier life may have written beside its successor.
-        yield from sorted(lines, key=lambda values: int(values.get("incarnation", 1)))
+        yield from sorted(found, key=lambda values: int(values.get("incarnation", 1)))
+
+
+def files(run_dir: Path) -> list[Path]:
+    """The files of a trail, one for each inner node that has written."""
+    return sorted((run_dir / FOLDER).rglob("*.jsonl"))
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of one file of a trail, whole or not."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
+def whole(line: str) -> dict[str, Any] | None:
+    """What a line of a trail says; None if it is no verdict and no restart of a node."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("node"), str):
+        return None
+    seqs: list[Any] = [values.get("incarnation", 1)]
+    if RESTORED in values:
+        if not isinstance(values[RESTORED], dict):
+            return None
+        seqs += values[RESTORED].values()
+    else:
+        seqs.append(values.get("seq"))
+        if not all(isinstance(values.get(name), str) for name in ("sender", "verdict")):
+            return None
+    return values if all(type(seq) is int for seq in seqs) else None
 
 
 def proofs(run_dir: Path) -> list[Proof]:

@@ -241,19 +241,22 @@ def compare(
     Simulated runs, a table, plots and an HTML report. A comparison that was interrupted goes on where it was.
     """
     from worldlm_ray import rundir
+    from worldlm_ray.compare import check_overrides, make_folder
     from worldlm_ray.compare import compare as run
     from worldlm_ray.comparison_progress import ComparisonProgress
     from worldlm_ray.methods import METHODS
 
+    check_overrides(overrides or [])
+    _filled(out, "--out")
     config = _load(conf, overrides or [], None)
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
     configuration.positive(seeds, "--seeds")
     configuration.positive(jobs, "--jobs")
-    folder = Path(out or f"runs/{config.name}-comparison").absolute()
+    folder = Path(f"runs/{config.name}-comparison" if out is None else out).absolute()
+    make_folder(folder)
     total, done = len(dict.fromkeys(names)) * seeds, 0
     console.print(f"{total} runs in {pasted(folder)}", highlight=False, soft_wrap=True)
     command = " ".join(pasted(word) for word in ["worldlm", *sys.argv[1:]])
-    folder.mkdir(parents=True, exist_ok=True)
     with rundir.held(folder), ComparisonProgress(console) as progress:
 
         def on_done(method: str, seed: int, own: float) -> None:
@@ -296,8 +299,7 @@ def scale(
 
     The machines are pretended ones on this machine. Prints speed, staleness and loss, and draws a plot.
     """
-    from worldlm_ray import rundir, scaling
-    from worldlm_ray.audit import proofs
+    from worldlm_ray import rundir, scaling, trail
     from worldlm_ray.launch import scale as experiment
     from worldlm_ray.methods import configure
     from worldlm_ray.plan import make_plan
@@ -318,7 +320,10 @@ def scale(
     scaling.plot(picture, rows, run_dir=plan.run_dir, round_tokens=tokens, looks=looks)
     console.print(scaling.table(rows))
     console.print(f"plot: {pasted(picture)}", highlight=False, soft_wrap=True)
-    _conclude(proofs(plan.run_dir))
+    found = trail.look(plan.run_dir)
+    console.print(found.conclusion(plan.run_dir), highlight=False, soft_wrap=True)
+    if found.holds is False:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -448,6 +453,7 @@ def export(
     """Write a node's model as a Hugging Face folder."""
     from worldlm_ray.export import export as write
 
+    _filled(folder, "FOLDER")
     path, notes = write(run, node, Path(folder))
     for line in notes:
         errors.print(line, markup=False, highlight=False)
@@ -460,11 +466,13 @@ def privacy(run: Run, as_json: Json = False) -> None:
 
     Ledgers are compared with the audit trail: every accepted update must be paid for.
     """
-    from worldlm_ray import rundir
+    from worldlm_ray import rundir, trail
     from worldlm_ray.spending import statement_table, statements, unpaid, weak_deltas
 
     plan = rundir.reopen(run, check_data=False)
     rows, missing = statements(plan), unpaid(plan)
+    if rows and (found := trail.look(plan.run_dir)).damage:
+        missing.append(f"not known, since {found.conclusion(plan.run_dir)}")
     if as_json:
         console.print_json(json.dumps({"ledgers": [vars(row) for row in rows], "unpaid": missing}))
     elif not rows:
@@ -552,17 +560,20 @@ def audit(run: Run, as_json: Json = False) -> None:
 
     Edge by edge: no accepted update was lost, and none was applied twice.
     """
-    from worldlm_ray import rundir
-    from worldlm_ray.audit import proofs
+    from worldlm_ray import rundir, trail
     from worldlm_ray.report import audit_table
 
-    found = proofs(rundir.find(run))
+    folder = rundir.find(run)
+    found = trail.look(folder)
     if as_json:
-        holds = all(proof.holds for proof in found)
-        console.print_json(json.dumps({"edges": [vars(proof) for proof in found], "holds": holds}))
+        edges = [vars(proof) for proof in found.proofs]
+        values = {"edges": edges, "holds": found.holds, "damage": found.damage, "torn_lines": found.torn}
+        console.print_json(json.dumps(values))
     else:
-        console.print(audit_table(found))
-    _conclude(found, quiet=as_json)
+        console.print(audit_table(found.proofs))
+        console.print(found.conclusion(folder), highlight=False, soft_wrap=True)
+    if found.holds is False:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -598,8 +609,15 @@ def status(
     console.print(said, highlight=False, soft_wrap=True)
 
 
+def _filled(folder: str | None, key: str) -> None:
+    """Refuse an empty name of a folder, which would stand for the current one."""
+    if folder is not None and not folder.strip():
+        raise ConfigError(key, "is empty", "give a folder")
+
+
 def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:
     _spoken_of[:] = [(conf, overrides)]
+    _filled(run_dir, "--run-dir")
     # The configuration of another run may be the beginning of a new one, which keeps files of its own.
     return replace(configuration.load(conf, overrides, run_dir=run_dir, say=_note), kept={})
 
@@ -612,15 +630,6 @@ def _warn(lines: list[str]) -> None:
     """Warnings go to stderr: stdout is for the result."""
     for line in lines:
         errors.print(f"WARNING {line}", style="bold red", highlight=False)
-
-
-def _conclude(found: list[Any], *, quiet: bool = False) -> None:
-    """Say what an audit trail proves; a broken one is a failure."""
-    broken = [proof for proof in found if not proof.holds]
-    if not quiet:
-        console.print("nothing was lost and nothing applied twice" if not broken else "THE TRAIL IS BROKEN")
-    if broken:
-        raise typer.Exit(1)
 
 
 def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> None:

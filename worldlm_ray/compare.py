@@ -38,6 +38,7 @@ from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.methods import configure, flat_name
 from worldlm_ray.params import Flat
+from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord, Record, RoundRecord
 from worldlm_ray.simulate import Simulation, simulate
@@ -324,8 +325,42 @@ def _same_configuration(config: RunConfig, out: Path) -> None:
         if json.loads(file.read_text(encoding="utf-8")) != mapping:
             raise RunError(f"{out} holds a comparison of another configuration; give another --out")
         return
+    make_folder(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(mapping, indent=1), encoding="utf-8")
     except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}; give another --out") from error
+        raise _unwritable(out, error) from error
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of a comparison, unless it is there.
+
+    Raises:
+        ConfigError: it holds a run.
+        RunError: it cannot be made.
+    """
+    try:
+        if (out / rundir.CONFIG).exists():
+            raise ConfigError("--out", f"{pasted(out)} holds a run", "give another folder")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def _unwritable(out: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {pasted(out)}: {error.strerror}; give another --out")
+
+
+REPLACED = {"seed": "--seeds", "method": "--methods", "run_dir": "--out"}
+"""Keys that a comparison sets itself, and the option for each."""
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse changes of keys that a comparison sets itself.
+
+    Raises:
+        ConfigError: there is such a change.
+    """
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key in REPLACED:
+            raise ConfigError(key, "a comparison sets it itself", f"use {REPLACED[key]}")

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from worldlm_ray.audit import Proof
 from worldlm_ray.records import perplexity
+from worldlm_ray.status_fields import KINDS
 from worldlm_ray.terminal import Column, FittingTable
 
-KINDS = ("world", "federation", "client")
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
 PRIVATE = "private"
 """What tables show where losses are known and stay with the clients."""

@@ -48,6 +48,7 @@ from worldlm_ray.records import (
 from worldlm_ray.run_clock import Stamp, seconds
 from worldlm_ray.run_state import ACCEPTED, RunState, finite
 from worldlm_ray.run_texts import quoted
+from worldlm_ray.status_fields import wrong_field
 from worldlm_ray.tensorboard import Board, Scalar
 
 STATUS, SUMMARY, TENSORBOARD = "status.json", "summary.json", "tensorboard"
@@ -400,10 +401,12 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         status = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"there is no run in {str(run_dir)!r}: it has no {STATUS}; give a run's folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{str(path)!r} is not valid JSON ({error}); resume the run to write it again") from error
     if not isinstance(status, dict):
         raise RunError(f"{str(path)!r} holds a {type(status).__name__}, not a mapping; resume the run to mend it")
+    if wrong := wrong_field(status):
+        raise RunError(f"{str(path)!r} is no status of a run: {wrong}; resume the run to write it again")
     return status
 
 

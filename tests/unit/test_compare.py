@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from worldlm_ray.compare import compare
+from worldlm_ray import cli
+from worldlm_ray.compare import check_overrides, compare, make_folder
 from worldlm_ray.comparison_page import page_of
 from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, ComparisonProgress, Stand, headline
 from worldlm_ray.comparison_report import COLUMNS, best, markdown, summarize, table, write
@@ -224,3 +226,30 @@ def test_the_page_shows_text_as_text() -> None:
         assert tag not in page
     assert "a &lt; b" in page
     assert "<dd>0, 1</dd>" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "option"), [("seed=7", "--seeds"), (" method = local", "--methods"), ("run_dir=q", "--out")]
+)
+def test_a_change_of_what_a_comparison_sets_itself_is_refused(change: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"a comparison sets it itself; use {option}"):
+        check_overrides(["training.lr=1e-3", change])
+    check_overrides(["training.lr=1e-3", "name=other"])
+    done = CliRunner().invoke(cli.app, ["compare", "quickstart", change])
+    assert isinstance(done.exception, ConfigError)
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/x"), tmp_path / ("a" * 300)):
+        with pytest.raises(RunError, match=r"cannot write .*; give another --out"):
+            make_folder(folder)
+
+
+def test_a_folder_of_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"--out: .* holds a run; give another folder"):
+        make_folder(tmp_path)
+    done = CliRunner().invoke(cli.app, ["compare", "quickstart", "--out", str(tmp_path)])
+    assert isinstance(done.exception, ConfigError)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 
 from worldlm_ray import run_clock
+from worldlm_ray.errors import RunError
 from worldlm_ray.liveness import liveness
 from worldlm_ray.plan import Plan
 from worldlm_ray.run_clock import Stamp
-from worldlm_ray.tracking import STATUS, SUMMARY, Tracker
+from worldlm_ray.tracking import STATUS, SUMMARY, Tracker, read_status
 
 
 @pytest.fixture
@@ -81,3 +83,37 @@ def test_an_age_is_never_negative(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ahead.age_s() is None
     monkeypatch.setattr(run_clock, "this_machine", lambda: "another boot")
     assert stamp.age_s() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"nodes": None}, "nodes is None"),
+        ({"nodes": []}, "nodes is []"),
+        ({"nodes": {}}, "nodes is {}"),
+        ({"nodes": {"world": 3}}, "nodes.world is 3"),
+        ({"nodes": {"world": {"kind": "world"}}}, "nodes.world.version is missing"),
+        ({"now_s": "a"}, "now_s is 'a'"),
+        ({"now_s": float("inf")}, "now_s is inf"),
+        ({"progress": None}, "progress is None"),
+        ({"budget": 3}, "budget is 3"),
+        ({"warnings": "a"}, "warnings is 'a'"),
+    ],
+)
+def test_a_status_that_is_none_is_refused_by_its_field(run: Path, change: dict[str, Any], field: str) -> None:
+    assert read_status(run)
+    (run / STATUS).write_text(json.dumps(status(run) | change))
+    with pytest.raises(RunError, match=re.escape(f"{STATUS}' is no status of a run: {field}")):
+        read_status(run)
+
+
+def test_a_field_of_a_node_is_named_with_its_path(run: Path) -> None:
+    values = status(run)
+    values["nodes"]["world"]["loss"] = "nan"
+    (run / STATUS).write_text(json.dumps(values))
+    with pytest.raises(RunError, match=re.escape("nodes.world.loss is 'nan'")):
+        read_status(run)
+    del values["nodes"]["world"]
+    (run / STATUS).write_text(json.dumps(values))
+    with pytest.raises(RunError, match="has no parent"):
+        read_status(run)
