@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 found = EventMultiplexer()
 found.AddRunsFromDirectory(sys.argv[1])
 found.Reload()
-print(len(found.Scalars("world/north", "version/inner")))
+print(len(found.Scalars("world/north", "4 versions/1 aggregations so far")))
 """
 
 
