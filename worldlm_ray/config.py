@@ -636,7 +636,8 @@ def check_run(config: RunConfig, problems: Problems) -> None:
     with problems.kept():
         _check_name(config.name)
     chosen = [f.name for f in fields(BudgetConfig) if getattr(config.budget, f.name) is not None]
-    if len(chosen) != 1:
+    is_wrong = not chosen and any(error.key.split(".")[0] == "budget" for error in problems.found)
+    if len(chosen) != 1 and not is_wrong:  # a value that was refused is set, if not well
         got = " and ".join(chosen) if chosen else "nothing"
         cure = "set exactly one of tokens, rounds, seconds"
         if chosen:
@@ -699,6 +700,18 @@ def not_negative(value: float, key: str) -> None:
     """Raise a ConfigError if the value is below zero."""
     if not value >= 0:
         raise ConfigError(key, f"got {value}", "give a number that is not negative")
+
+
+def _seconds(value: float, key: str) -> None:
+    """Raise a ConfigError unless the value is a time that ends: in [0, 1e9], some thirty years."""
+    if not 0.0 <= value <= 1e9:
+        raise ConfigError(key, f"got {value}", "give seconds from 0 to 1e9")
+
+
+def _rate(value: float, key: str) -> None:
+    """Raise a ConfigError unless something moves at this rate within a time that ends."""
+    if not value >= 1e-6:
+        raise ConfigError(key, f"got {value}", "give a number above 0, at least 1e-6")
 
 
 def fraction(value: float, key: str) -> None:
@@ -927,7 +940,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "training.accumulation_steps": positive,
     "training.weight_decay": not_negative,
     "training.grad_clip": not_negative,
-    "training.step_delay_s": not_negative,
+    "training.step_delay_s": _seconds,
     "training.min_lr_ratio": fraction,
     "training.warmup_fraction": fraction,
     "training.betas": _two_betas,
@@ -972,9 +985,9 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "privacy.max_grad_norm": positive,
     "privacy.max_updates": positive,
     "privacy.delta": _probability,
-    "simulation.tokens_per_s": positive,
-    "simulation.bandwidth_gbps": positive,
-    "simulation.latency_s": not_negative,
+    "simulation.tokens_per_s": _rate,
+    "simulation.bandwidth_gbps": _rate,
+    "simulation.latency_s": _seconds,
     "simulation.speed_spread": not_negative,
     "data.heldout_fraction": _between,
 }

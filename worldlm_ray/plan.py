@@ -117,7 +117,12 @@ class Plan:
         return None if folder is None else _declared(self.config, folder)
 
     def initial(self) -> Flat:
-        """The run's initial parameters: every node computes or reads the same ones."""
+        """The run's initial parameters: every node computes or reads the same ones.
+
+        Raises:
+            ConfigError: they are damaged, or larger than this machine's memory.
+        """
+        self.check_memory()
         folder = self.config.model.initial_from
         if folder is not None:
             try:
@@ -134,6 +139,20 @@ class Plan:
         """
         if self.config.model.initial_from is not None and self.root.settings.simulation.train:
             _check_weights(self.config.model.initial_from, self.layout, numbers=True)
+
+    def check_memory(self) -> None:
+        """Refuse a model whose parameters alone are more than this machine's memory.
+
+        Raises:
+            ConfigError: they are.
+        """
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 4 * self.layout.size > memory:
+            needed, has = f"{4 * self.layout.size / 2**30:,.1f} GiB", f"{memory / 2**30:,.1f} GiB"
+            got = f"a model of {self.layout.size:,} parameters needs {needed}, this machine has {has}"
+            shape = self.shape
+            cure = f"lower model.hidden_size ({shape.hidden_size:,}), model.layers ({shape.layers:,})"
+            raise ConfigError("model", got, f"{cure} or the vocabulary ({shape.vocab_size:,} tokens)")
 
     def contributions(self, spec: NodeSpec) -> Contributions | None:
         """Ledgers of the clients directly below an inner node that promises client-level privacy; None of others.
@@ -280,6 +299,7 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         for client in clients:
             check_sources(client.settings.data, f"{client.key}.data")
         if config.model.initial_from is not None:
+            _check_side_files(config.model.initial_from)
             _check_weights(config.model.initial_from, layout)
     plan = Plan(config=config, root=root, shape=shape, layout=layout)
     for fault in Faults.parse(config.faults, kinds=plan.kinds).all:
@@ -505,6 +525,17 @@ def _check_weights(folder: str, layout: Layout, *, numbers: bool = False) -> Non
         huggingface.check_weights(expanded(folder), layout, numbers=numbers)
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
+
+
+def _check_side_files(folder: str) -> None:
+    """Refuse a damaged file that an export of the run would need: found only then, it would be too late."""
+    for name in (kept.GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json"):
+        file = expanded(folder) / name
+        try:
+            if file.is_file():
+                huggingface.read_object(file)
+        except DataError as error:
+            raise ConfigError("model.initial_from", str(error)) from error
 
 
 def plan_from_mapping(mapping: dict[str, Any]) -> Plan:

@@ -59,8 +59,10 @@ def create(plan: Plan, *, simulated: bool = False) -> Plan:
 
     Raises:
         RunError: the named folder already holds a run, or cannot be made.
-        ConfigError: the weights that the run begins from are damaged.
+        ConfigError: the weights that the run begins from are damaged, or a simulation's model exceeds the memory.
     """
+    if simulated and plan.root.settings.simulation.train:
+        plan.check_memory()
     plan.check_initial()
     settled, files = _settled(plan)
     for number in count(1):

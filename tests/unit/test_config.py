@@ -10,7 +10,7 @@ import pytest
 import yaml
 from worlds import TINY_MODEL, write_text
 
-from worldlm_ray import config, plan, tree
+from worldlm_ray import config, plan, rundir, tree
 from worldlm_ray.config import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan
@@ -315,6 +315,43 @@ def test_exactly_one_budget(tmp_path: Path, raw: dict[str, Any], budget: Any) ->
 def test_a_budget_of_nothing(tmp_path: Path, raw: dict[str, Any], budget: dict[str, Any]) -> None:
     raw["budget"] = budget
     assert starts(problem(tmp_path, raw), f"budget.{next(iter(budget))}")
+
+
+def test_a_wrong_budget_is_one_problem(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["budget"] = {"rounds": 1.5}
+    assert starts(problem(tmp_path, raw), "budget.rounds")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("simulation", "latency_s", 1e308),
+        ("simulation", "tokens_per_s", 1e-300),
+        ("simulation", "bandwidth_gbps", 1e-300),
+        ("training", "step_delay_s", 1e308),
+    ],
+)
+def test_times_without_end_are_refused(
+    tmp_path: Path, raw: dict[str, Any], section: str, name: str, value: float
+) -> None:
+    raw[section] = {name: value}
+    assert starts(problem(tmp_path, raw), f"{section}.{name}")
+
+
+def test_a_model_of_a_billion_layers_is_refused_at_once(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw["model"]["layers"] = 10**9
+    assert problem(tmp_path, raw) == "model.layers: got 1,000,000,000; give at most 10,000"
+
+
+def test_a_model_larger_than_the_memory_is_planned_but_not_begun(tmp_path: Path, raw: dict[str, Any]) -> None:
+    raw |= {"model": {"hidden_size": 1_000_000, "heads": 2, "layers": 2}, "run_dir": str(tmp_path / "run")}
+    made = planned(tmp_path, raw)
+    for begin in (made.initial, lambda: rundir.create(made, simulated=True)):
+        with pytest.raises(
+            ConfigError, match=r"^model: a model of [\d,]+ parameters needs [\d,.]+ GiB, this machine has"
+        ):
+            begin()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("budget", [{"rounds": 1}, {"tokens": 1}, {"seconds": 0.5}])

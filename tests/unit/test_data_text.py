@@ -6,6 +6,7 @@ import builtins
 import gzip
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def test_max_bytes_cuts_between_characters(tmp_path: Path) -> None:
         ({"files": ["*.md"]}, ".files[0]", "supported suffix"),
         ({"files": ["notes.md"]}, ".files[0]", "unsupported suffix"),
         ({"files": ["empty.txt"]}, ".files[0]", "is empty"),
+        ({"files": ["pipe.txt"]}, ".files[0]", "is no regular file"),
         ({"files": ["folder"]}, ".files[0]", "holds no text files"),
         ({"corpus": "python_stdlb"}, ".corpus", "did you mean 'python_stdlib'?"),
         ({"corpus": "x"}, ".corpus", "expected one of"),
@@ -108,6 +110,7 @@ def test_mistakes_are_refused_before_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
     for name, text in {"good.txt": "x", "notes.md": "x", "empty.txt": "", "other.json": "{}"}.items():
         (tmp_path / name).write_text(text)
     error = refused(DataConfig(**settings))

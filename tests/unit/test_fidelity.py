@@ -96,3 +96,9 @@ def test_a_byte_level_tokenizer_loses_nothing_even_without_a_decoder(tmp_path: P
     made.decoder = None
     assert lost(["\u6c34 \u00e9"], load_tokenizer(str(saved(made, tmp_path / "bare.json")))) == 0.0
     assert prepared(tmp_path, file) == ()
+
+
+def test_an_id_that_no_vocabulary_has_is_refused(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 2**31}, merges=[]))
+    with pytest.raises(DataError, match=r"has the id 2,147,483,648, ids are below 16,777,216"):
+        load_tokenizer(str(saved(made, tmp_path / "tok.json")))

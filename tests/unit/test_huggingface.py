@@ -377,6 +377,32 @@ def test_a_context_above_what_the_model_was_made_for_is_refused(tiny: Callable[.
         make_plan(configuration.from_mapping(raw))
 
 
+def test_a_config_of_a_billion_layers_is_refused_at_once(tmp_path: Path) -> None:
+    folder = damaged(tmp_path, lambda found: found.update(num_hidden_layers=10**9))
+    with pytest.raises(DataError, match=r"config\.json: num_hidden_layers is 1000000000; at most 10,000"):
+        huggingface.read_shape(folder)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_damaged_file_beside_the_model_is_found_before_the_run(
+    tiny: Callable[..., Plan], tmp_path: Path, name: str
+) -> None:
+    wide = ModelShape(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=48, context=16, vocab_size=256)
+    layout = wide.layout([])
+    huggingface.export(initial_parameters(wide, layout, seed=9), wide, layout, tmp_path / "model")
+    (tmp_path / "model" / name).write_text("{", encoding="utf-8")
+    raw = configuration.to_mapping(tiny().config)
+    raw["model"] = {"initial_from": str(tmp_path / "model"), "context": 16, "key_layers": []}
+    with pytest.raises(ConfigError, match=rf"{tmp_path / 'model' / name}: is not JSON"):
+        make_plan(configuration.from_mapping(raw))
+
+
+def test_fp64_is_not_said_to_be_quantized(tmp_path: Path) -> None:
+    folder = resaved(tmp_path, lambda tensors: tensors.update({NORM: tensors[NORM].double()}))
+    with pytest.raises(DataError, match=r"is F64; give the model in fp32, fp16 or bf16"):
+        huggingface.read_weights(folder, LAYOUT)
+
+
 def test_an_adapter_beside_the_weights_is_refused_by_name(tmp_path: Path) -> None:
     huggingface.export(theta(), SHAPE, LAYOUT, tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")

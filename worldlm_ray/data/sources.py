@@ -103,6 +103,8 @@ def _expand(entry: str, *, text_key: str, key: str) -> tuple[list[Path], Counter
 def _named(path: Path, entry: str, *, key: str) -> Path:
     if format_of(path) is None:
         raise ConfigError(key, f"{entry!r} has an unsupported suffix", EXPECTED)
+    if not path.is_file():
+        raise ConfigError(key, f"{str(path)!r} is no regular file", "copy its text to one, and give that")
     if path.stat().st_size == 0:
         raise ConfigError(key, f"{str(path)!r} is empty", "remove it or give a file with text")
     _require_access(path, key=key)

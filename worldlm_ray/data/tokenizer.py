@@ -22,6 +22,8 @@ from worldlm_ray.errors import DataError
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 ENCODING = 2
 """Part of every fingerprint: raise it when the same file encodes a text otherwise."""
+MOST_TOKENS = 1 << 24
+"""Ids above come from a damaged file: tables of so many rows would fill the memory."""
 _CURE = "give `bytes`, or a Hugging Face tokenizer.json or its folder"
 
 
@@ -112,8 +114,15 @@ class JsonTokenizer:
         if not vocab:
             raise DataError(f"tokenizer {path}: has an empty vocabulary; {_CURE}")
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > MOST_TOKENS:
+            raise DataError(
+                f"tokenizer {path}: has the id {self.vocab_size - 1:,}, ids are below {MOST_TOKENS:,}; {_CURE}"
+            )
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
-        special = special_tokens.find(files, vocab)
+        try:
+            special = special_tokens.find(files, vocab)
+        except DataError as error:
+            raise DataError(f"{path.parent}/{error}") from error
         self.end, self.unknown = special.end, special.unknown
         self.fingerprint = hashlib.blake2b(raw + f"{ENCODING} {self.end}".encode(), digest_size=16).hexdigest()
         self.token_bytes = _token_bytes(json.loads(raw), vocab, size=self.vocab_size)

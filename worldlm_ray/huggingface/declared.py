@@ -15,7 +15,7 @@ from typing import Any
 
 from worldlm_ray import storage
 from worldlm_ray.errors import DataError
-from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.model.shape import MOST_LAYERS, ModelShape
 
 CONFIG = "config.json"
 DEFAULT_CONTEXT = 512
@@ -110,6 +110,8 @@ def read_declared(file: Path, *, context: int | None = None) -> Declared:
     found = {name: value for name, value in read_object(file).items() if value is not None}
     _refuse_others(found, file)
     sizes = {name: _whole(found, name, file) for name in _SIZES}
+    if sizes["num_hidden_layers"] > MOST_LAYERS:
+        raise _refusal(file, "num_hidden_layers", sizes["num_hidden_layers"], f"at most {MOST_LAYERS:,} are trained")
     heads = sizes["num_attention_heads"]
     kv_heads = _whole(found, "num_key_value_heads", file) if "num_key_value_heads" in found else heads
     limit = _whole(found, "max_position_embeddings", file) if "max_position_embeddings" in found else LONGEST

@@ -23,6 +23,8 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bi
 """Changes to a model's weights that a fine-tuning keeps in files beside them."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PLAIN = {"F32", "F16", "BF16"}
+_NEITHER = {"F64", "C64", "I64", "U64", "BOOL"}
+"""Formats that are not read, and that no quantization has."""
 _RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Tensors that older files hold and that every reader computes from config.json."""
 
@@ -92,7 +94,8 @@ def _tensors(folder: Path, layout: Layout) -> dict[Path, list[str]]:
 def _check(tensor: Any, name: str, file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     shape, kind = tuple(tensor.get_shape()), str(tensor.get_dtype())
     if kind not in _PLAIN:
-        raise DataError(f"{file}: {name} is {kind}: weights are quantized; give the model in fp32, fp16 or bf16")
+        why = "" if kind in _NEITHER else ": weights are quantized"
+        raise DataError(f"{file}: {name} is {kind}{why}; give the model in fp32, fp16 or bf16")
     if name not in shapes:
         raise DataError(f"{file}: {name} is no tensor of a plain Llama model; give a model of that kind")
     if shape != shapes[name]:

@@ -12,6 +12,9 @@ from worldlm_ray.config import ModelConfig, positive
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.params import Layout, make_layout
 
+MOST_LAYERS = 10_000
+"""Names of more layers alone would take minutes to list."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -105,6 +108,8 @@ def resolve_shape(config: ModelConfig, *, vocab_size: int) -> ModelShape:
         value = getattr(config, name)
         if value is not None:
             positive(value, f"model.{name}")
+            if name == "layers" and value > MOST_LAYERS:
+                raise ConfigError("model.layers", f"got {value:,}", f"give at most {MOST_LAYERS:,}")
             shape = replace(shape, **{name: value})
     if config.heads is not None and config.kv_heads is None:
         shape = replace(shape, kv_heads=shape.heads)
