@@ -7,6 +7,7 @@ before it is needed, so that a wrong configuration is answered in a second.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -21,7 +22,7 @@ from rich.live import Live
 from rich.text import Text
 
 from worldlm_ray import config as configuration
-from worldlm_ray.errors import ConfigError, Interrupted, WorldLMError
+from worldlm_ray.errors import ConfigError, Interrupted, OutputError, WorldLMError
 from worldlm_ray.paths import pasted
 from worldlm_ray.progress import Progress, Stop
 from worldlm_ray.storage import expanded
@@ -440,6 +441,7 @@ def sample(
 
     configuration.positive(tokens, "--tokens")
     configuration.not_negative(temperature, "--temperature")
+    configuration.not_negative(seed, "--seed")
     text = generate(run, node, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed)
     console.print(prompt + text, markup=False, highlight=False, soft_wrap=True)
 
@@ -609,6 +611,19 @@ def status(
     console.print(said, highlight=False, soft_wrap=True)
 
 
+def _check_words(words: list[str]) -> None:
+    """Refuse words of the command line that are not valid UTF-8: no file of a run could hold them."""
+    for index, word in enumerate(words):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            name, _, value = word.partition("=")
+            if not value or not name.isascii():
+                before = words[index - 1] if index else ""
+                name, value = before if before.startswith("--") else f"argument {index + 1}", word
+            raise ConfigError(name, f"{value!a} is not valid UTF-8", "give text in UTF-8") from None
+
+
 def _filled(folder: str | None, key: str) -> None:
     """Refuse an empty name of a folder, which would stand for the current one."""
     if folder is not None and not folder.strip():
@@ -663,6 +678,7 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
+        _check_words(sys.argv[1:])
         app()
     except WorldLMError as error:
         if debug:
@@ -671,6 +687,8 @@ def main() -> None:
 
         for line in told(error, *(_spoken_of[0] if _spoken_of else ())):
             errors.print(f"worldlm: {line}", highlight=False)
+        if isinstance(error, OutputError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its last flush would fail again
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,6 +9,7 @@
     ├── PrivacyError             a privacy budget or its ledger does not allow what was asked for
     ├── CheckpointError          a checkpoint is missing, damaged or of another run
     └── RunError                 a run cannot start, continue or be found
+        ├── OutputError          stdout or stderr cannot be written
         └── Interrupted          the user left before the run had begun
 
 Messages say what was got, what was expected and how to mend it, in one line.
@@ -115,6 +116,10 @@ class SupersededError(WorldLMError):
 
 class RunError(WorldLMError):
     """A run cannot start, cannot continue, or cannot be found."""
+
+
+class OutputError(RunError):
+    """What a command prints cannot be written, such as to a full disk."""
 
 
 class Interrupted(RunError):

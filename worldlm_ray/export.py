@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ def _files(plan: Plan) -> dict[str, bytes]:
 
 
 def _facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes]) -> Facts:
-    nodes = _summary(plan).get("nodes", {})
-    below = [nodes[client.path].get("tokens", 0) for client in spec.clients if client.path in nodes]
-    line, base, folder = nodes.get(spec.path, {}), plan.base, plan.config.model.initial_from
+    nodes = _summary(plan).get("nodes")
+    below = [_number(nodes, client.path, "tokens") for client in spec.clients]
+    base, folder = plan.base, plan.config.model.initial_from
     return Facts(
         run=plan.config.name,
         node=spec.path,
@@ -73,10 +74,11 @@ def _facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes]) -> Facts:
         if folder is None
         else f"the model in a folder named {Path(folder).name}",
         tied=base is not None and base.tied,
-        tokens=sum(below) if below else None,
+        # A damaged summary.json costs its facts, not the export.
+        tokens=int(sum(number or 0 for number in below)) if any(number is not None for number in below) else None,
         tokenizer=_tokenizer(plan, files),
-        loss=line.get("loss"),
-        perplexity_per_token=line.get("perplexity_per_token"),
+        loss=_number(nodes, spec.path, "loss"),
+        perplexity_per_token=_number(nodes, spec.path, "perplexity_per_token"),
         privacy=_privacy(plan),
     )
 
@@ -107,6 +109,15 @@ def _summary(plan: Plan) -> dict[str, Any]:
     try:
         with storage.refusals(plan.run_dir):
             found = json.loads((plan.run_dir / rundir.SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _number(nodes: Any, path: str, name: str) -> float | None:
+    """A number that summary.json holds of a node; None where there is no finite one."""
+    line = nodes.get(path) if isinstance(nodes, dict) else None
+    found = line.get(name) if isinstance(line, dict) else None
+    if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
+        return None
+    return float(found)

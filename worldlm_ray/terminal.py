@@ -16,6 +16,8 @@ from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResul
 from rich.table import Table
 from rich.text import Text
 
+from worldlm_ray.errors import OutputError
+
 PIPE_WIDTH = 10_000
 """Columns of a line on a pipe: wider than any table."""
 TEXT_WIDTH = 32
@@ -46,13 +48,18 @@ class Terminal(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as `rich` does; on a pipe without the padding of tables."""
-        if self.is_terminal or self._buffer_index:
-            super().print(*objects, **options)
-            return
-        with self.capture() as lines:
-            super().print(*objects, **options)
-        self.file.write(_PADDING.sub("", lines.get()))
-        self.file.flush()
+        try:
+            if self.is_terminal or self._buffer_index:
+                super().print(*objects, **options)
+                return
+            with self.capture() as lines:
+                super().print(*objects, **options)
+            self.file.write(_PADDING.sub("", lines.get()))
+            self.file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"cannot write the output: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

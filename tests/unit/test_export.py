@@ -17,7 +17,7 @@ from worldlm_ray import checkpoint, cli, huggingface, kept, rundir
 from worldlm_ray import config as configuration
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.export import export
+from worldlm_ray.export import _facts, export
 from worldlm_ray.huggingface.card import Facts, card
 from worldlm_ray.huggingface.side_files import side_files
 from worldlm_ray.model.initial import initial_parameters
@@ -226,3 +226,23 @@ def test_a_card_says_what_was_measured() -> None:
     ):
         assert row in text
     assert text.startswith("---\nlibrary_name: transformers\n")
+
+
+@pytest.mark.parametrize(
+    "damaged", ['{"nodes": []}', '{"nodes": {"world": 3}}', '{"nodes": {"world": {"loss": "nan"}}}', "[1]", "{"]
+)
+def test_a_damaged_summary_costs_its_facts_only(tiny: Callable[..., Plan], tmp_path: Path, damaged: str) -> None:
+    plan = tiny()
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    (plan.run_dir / "summary.json").write_text(damaged)
+    found = _facts(plan, plan.root, {})
+    assert (found.tokens, found.loss, found.perplexity_per_token) == (None, None, None)
+    assert "not measured, or private" in card(found)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_of_a_folder_is_refused(name: str) -> None:
+    for command in (["export", "RUN", name], ["compare", "quickstart", "--out", name]):
+        error = CliRunner().invoke(cli.app, command).exception
+        assert isinstance(error, ConfigError)
+        assert str(error).endswith("is empty; give a folder")

@@ -18,6 +18,9 @@ from worldlm_ray.training.trainer import Trainer
 OPENINGS = ("\n", ".", "a", "0")
 """An empty prompt stands for the first of these that is a token: not every tokenizer knows a line break."""
 
+SMALLEST_TEMPERATURE = 1e-200
+"""Below it logits divided by the temperature are not finite."""
+
 
 def sample(
     trainer: Trainer,
@@ -36,7 +39,7 @@ def sample(
         tokenizer: the run's.
         prompt: text to continue; empty starts from a line break, or from another token where that is none.
         tokens: tokens to generate.
-        temperature: 0 takes the likeliest token every time.
+        temperature: 0, and what is too near it to divide by, takes the likeliest token every time.
         seed: of the draws.
         opening: token ids to start from where the prompt is empty and a line break is no token.
 
@@ -81,7 +84,7 @@ def generate(
         prompt: token ids, at least one.
         context: tokens that the model sees at most.
         tokens: tokens to generate.
-        temperature: 0 takes the likeliest token every time.
+        temperature: 0, and what is too near it to divide by, takes the likeliest token every time.
         seed: of the draws.
         device: where the model lies.
 
@@ -98,7 +101,7 @@ def generate(
         logits = model(window_BT)[0, -1].double().cpu().numpy()
         if not np.isfinite(logits).all():
             raise RunError("the model has diverged: its logits are not finite; lower training.lr")
-        if temperature <= 0.0:
+        if temperature < SMALLEST_TEMPERATURE:
             ids.append(int(logits.argmax()))
             continue
         weights = np.exp((logits - logits.max()) / temperature)
