@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray.config import DataConfig
+from worldlm_ray.config import DataConfig, ResourcesConfig
 from worldlm_ray.data import check_sources, prepare, read_documents, sources
 from worldlm_ray.data.text import find_sources
 from worldlm_ray.describe import left_out as left_out_of
@@ -341,7 +341,8 @@ def test_a_machine_of_a_cluster_looks_into_the_texts_too(tmp_path: Path) -> None
     there = DataConfig(files=[str(write(tmp_path / "a.jsonl", '{"content": "x"}\n'))])
     absent = DataConfig(files=[str(tmp_path / "b.jsonl")])
     marker = write(tmp_path / "marker", "")
-    wrong_key, missing = preflight._look(str(marker), {"one": there, "two": absent}, version("worldlm_ray"))
+    clients = {"one": (there, ResourcesConfig()), "two": (absent, ResourcesConfig())}
+    [wrong_key, missing], _ = preflight._look(str(marker), clients, version("worldlm_ray"))
     assert wrong_key.endswith("set one.data.text_key: did you mean 'content'?")
     assert "there is no file" in missing
     assert missing.endswith("or set two.placement.labels to where it is")
