@@ -525,8 +525,7 @@ class Simulation:
         def welcomed(welcome: Welcome) -> None:
             welcome, doubt = believed(welcome, seq=node.seq)
             if doubt:
-                said = f"its parent's welcome is not believed: {doubt}"
-                self._record(LifeRecord(node=child, now_s=self.now_s, event="warning", detail=said))
+                self._warn(child, f"its parent's welcome is not believed: {doubt}")
             self._joined[child] = welcome.incarnation
             node.welcomed(welcome)
             if child in self.clients:
@@ -628,13 +627,16 @@ class Simulation:
         self._say_left_out(path)
         self._record(client.start_record(now_s=self.now_s))
         if client.warning:
-            self._record(LifeRecord(node=path, now_s=self.now_s, event="warning", detail=client.warning))
+            self._warn(path, client.warning)
 
     def _say_left_out(self, path: str) -> None:
         for text in self.clients[path].left_out:
-            self._record(LifeRecord(node=path, now_s=self.now_s, event="warning", detail=text))
+            self._warn(path, text)
         if self.clients[path].left_out:
             self._record(LifeRecord(node=path, now_s=self.now_s, event="training"))
+
+    def _warn(self, path: str, text: str) -> None:
+        self._record(LifeRecord(node=path, now_s=self.now_s, event="warning", detail=text))
 
     def _record(self, record: Record) -> None:
         self.tracker.record(record)
