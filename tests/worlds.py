@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from worldlm_ray.records import VerdictRecord
+
 WORDS = [
     "the",
     "of",
@@ -96,3 +98,9 @@ def added_token(index: int, *, content: str, special: bool) -> dict[str, Any]:
     """An entry of `added_tokens` in a tokenizer.json."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": index, "content": content, "special": special, **flags}
+
+
+def a_verdict(seq: int, reason: str = "accepted", **values: Any) -> VerdictRecord:
+    """What a node decided about an update; `values` are fields that differ from the usual ones."""
+    usual = {"node": "world", "now_s": float(seq), "sender": "a", "base_version": 0, "version": 0, "tau": 0, "bytes": 8}
+    return VerdictRecord(seq=seq, verdict=reason, **(usual | values))

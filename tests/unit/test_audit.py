@@ -5,24 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from worlds import a_verdict
 
 from worldlm_ray.audit import AuditLog, proofs, read
 from worldlm_ray.records import VerdictRecord
 
 
 def verdict(seq: int, reason: str = "accepted", *, incarnation: int = 1, sender: str = "italy") -> VerdictRecord:
-    return VerdictRecord(
-        node="world/europe",
-        now_s=float(seq),
-        sender=sender,
-        seq=seq,
-        base_version=0,
-        version=0,
-        tau=0,
-        verdict=reason,
-        bytes=8,
-        incarnation=incarnation,
-    )
+    return a_verdict(seq, reason, node="world/europe", sender=sender, incarnation=incarnation)
 
 
 @pytest.fixture

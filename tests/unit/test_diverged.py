@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from worlds import client
+from worlds import a_verdict, client
 
 from worldlm_ray import evaluate, rundir
 from worldlm_ray.data import Tokenizer, load_tokenizer
@@ -84,18 +84,7 @@ def test_measuring_and_sampling_a_diverged_model_afterwards(run: tuple[Plan, Out
 
 
 def verdict(kind: str, seq: int, *, sender: str = "a") -> VerdictRecord:
-    return VerdictRecord(
-        node="world",
-        now_s=float(seq),
-        sender=sender,
-        seq=seq,
-        base_version=0,
-        version=0,
-        tau=0,
-        verdict=kind,
-        bytes=1,
-        detail="why",
-    )
+    return a_verdict(seq, kind, sender=sender, bytes=1, detail="why")
 
 
 def ended(state: RunState) -> str:

@@ -15,6 +15,7 @@ from stores import s3
 from tensorboard.backend.event_processing import event_file_loader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from worlds import a_verdict
 
 from worldlm_ray import audit, checkpoint, curves, evaluate, plan, rundir, simulate, storage
 from worldlm_ray.errors import CheckpointError, ConfigError, RunError, SupersededError
@@ -46,18 +47,7 @@ def arrays(value: float) -> dict[str, Any]:
 
 
 def verdict(seq: int, life: int = 1) -> VerdictRecord:
-    return VerdictRecord(
-        node="world",
-        now_s=0.0,
-        sender="a",
-        seq=seq,
-        base_version=0,
-        version=0,
-        tau=0,
-        verdict="accepted",
-        bytes=1,
-        incarnation=life,
-    )
+    return a_verdict(seq, now_s=0.0, bytes=1, incarnation=life)
 
 
 def test_a_local_path_becomes_absolute_and_an_address_stays(bucket: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from worlds import a_verdict
 
 from worldlm_ray import cli, trail
 from worldlm_ray.audit import AuditLog
@@ -16,18 +17,7 @@ from worldlm_ray.rundir import CONFIG, STATUS, SUMMARY
 
 
 def verdict(seq: int, *, incarnation: int = 1) -> VerdictRecord:
-    return VerdictRecord(
-        node="world",
-        now_s=float(seq),
-        sender="a",
-        seq=seq,
-        base_version=0,
-        version=0,
-        tau=0,
-        verdict="accepted",
-        bytes=8,
-        incarnation=incarnation,
-    )
+    return a_verdict(seq, incarnation=incarnation)
 
 
 @pytest.fixture
