@@ -62,11 +62,10 @@ from worldlm_ray.aggregation.events import (
     Push,
     Save,
     Serve,
-    Verdict,
     Wake,
 )
 from worldlm_ray.aggregation.node import Covered
-from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, WorldLMError
 from worldlm_ray.limits import checked

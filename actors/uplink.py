@@ -23,8 +23,8 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from actors.shared import Address, Carried
-from worldlm_ray.aggregation.events import Verdict
-from worldlm_ray.aggregation.outbox import Outbox, Welcome, believed, checked_verdict
+from worldlm_ray.aggregation.outbox import Outbox
+from worldlm_ray.aggregation.replies import Verdict, Welcome, believed, checked_verdict
 from worldlm_ray.compression import nbytes
 from worldlm_ray.errors import MessageError, SupersededError
 from worldlm_ray.faults import damaged

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.node import require_fragments
-from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields, limited, revived
+from worldlm_ray.aggregation.outbox import Outbox, fields, limited, revived
 from worldlm_ray.aggregation.parent import Gate
+from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.compression import lossy, memory
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from worldlm_ray.aggregation.events import Verdict
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.outbox import Outbox, Welcome
+from worldlm_ray.aggregation.outbox import Outbox
+from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.compression import nbytes
 from worldlm_ray.config import NodeSettings
 from worldlm_ray.messages import Model, Update

@@ -53,11 +53,10 @@ from worldlm_ray.aggregation.events import (
     Push,
     Save,
     Serve,
-    Verdict,
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.outbox import Welcome, believed
+from worldlm_ray.aggregation.replies import Verdict, Welcome, believed
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.client import Client
 from worldlm_ray.config import DataConfig

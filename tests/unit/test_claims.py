@@ -12,22 +12,11 @@ import numpy as np
 import pytest
 from worlds import client
 
-from worldlm_ray.aggregation.events import (
-    ACCEPTED,
-    Answer,
-    Beat,
-    Done,
-    Event,
-    Joined,
-    Note,
-    ParentModel,
-    Pull,
-    Push,
-    Verdict,
-)
+from worldlm_ray.aggregation.events import Answer, Beat, Done, Event, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.outbox import Outbox, Welcome, believed, checked_verdict
+from worldlm_ray.aggregation.outbox import Outbox
 from worldlm_ray.aggregation.quota import Quota, Quotas
+from worldlm_ray.aggregation.replies import ACCEPTED, Verdict, Welcome, believed, checked_verdict
 from worldlm_ray.client import Client
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import MessageError

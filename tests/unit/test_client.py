@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from worldlm_ray import rundir
-from worldlm_ray.aggregation.events import Verdict
-from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.client import Client
 from worldlm_ray.config import save
 from worldlm_ray.errors import RunError

@@ -21,8 +21,8 @@ from actors.client import ClientActor
 from actors.shared import Address
 from actors.uplink import Uplink, wait_for
 from worldlm_ray import above, checkpoint
-from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve, Verdict
-from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
+from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.client import Client
 from worldlm_ray.messages import Packed, Update, pack
 from worldlm_ray.params import Flat

@@ -21,7 +21,7 @@ from worlds import two_levels
 from worldlm_ray import rundir
 from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.aggregation.replies import Welcome
 from worldlm_ray.client import Client
 from worldlm_ray.config import AggregationConfig, ModelConfig, ServerOptimizerConfig
 from worldlm_ray.describe import describe

@@ -21,9 +21,10 @@ import pytest
 from worlds import TINY_MODEL, client
 
 from worldlm_ray import checkpoint, config
-from worldlm_ray.aggregation.events import ACCEPTED, Answer, Beat, Done, Joined, Note, ParentModel, Pull, Push
+from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Child, Node
 from worldlm_ray.aggregation.quota import Quota, Quotas
+from worldlm_ray.aggregation.replies import ACCEPTED
 from worldlm_ray.client import Client
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import CheckpointError, ConfigErrors, MessageError, WorldLMError

@@ -12,8 +12,7 @@ import pytest
 from drift import Drift, drifting
 from worlds import TINY_MODEL, client, two_levels
 
-from worldlm_ray.aggregation.events import Verdict
-from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from worldlm_ray.aggregation.events import Beat, Done, Joined, Left, Pull, Verdict
-from worldlm_ray.aggregation.outbox import Welcome
+from worldlm_ray.aggregation.events import Beat, Done, Joined, Left, Pull
+from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.messages import Model, Residual, Update
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,32 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from worldlm_ray.aggregation.replies import Verdict
 from worldlm_ray.messages import Model, Packed
 from worldlm_ray.records import Record
-
-ACCEPTED = "accepted"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What a node decided about an update, and why."""
-
-    reason: str
-    """`accepted`, or: malformed, header_too_large, wrong_schema, wrong_layout, wrong_fragment, wrong_shape,
-    wrong_origin, unknown_sender, superseded, restarted, duplicate, implausible_seq, too_many_tokens, out_of_turn,
-    too_soon, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
-    seq: int
-    base_version: int
-    version: int
-    tau: int
-    detail: str = ""
-    durable_seq: int = 0
-    """Highest seq of this sender that checkpoints cover: what it need not keep any more."""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the update was folded in (or is held for its turn)."""
-        return self.reason == ACCEPTED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,16 +52,16 @@ from worldlm_ray.aggregation.events import (
     Push,
     Save,
     Serve,
-    Verdict,
     Wake,
     Word,
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
-from worldlm_ray.aggregation.outbox import Outbox, Welcome, fields, limited, revived
+from worldlm_ray.aggregation.outbox import Outbox, fields, limited, revived
 from worldlm_ray.aggregation.parent import Gate
 from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
 from worldlm_ray.aggregation.quota import Quota, Quotas
+from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
