@@ -70,10 +70,10 @@ from worldlm_ray.audit import AuditLog
 from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, WorldLMError
 from worldlm_ray.limits import checked
 from worldlm_ray.messages import Model, Packed, pack
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
+from worldlm_ray.tensors.params import Flat
 
 
 class InnerActor(LastWords):

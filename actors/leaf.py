@@ -12,9 +12,9 @@ from worldlm_ray import checkpoint
 from worldlm_ray.above import Turns
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
+from worldlm_ray.tensors.params import Flat
 
 
 class Leaf:

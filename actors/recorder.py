@@ -13,11 +13,11 @@ from actors.shared import RECORDER, end_process, once_storage_answers, settle, w
 from worldlm_ray import checkpoint, rundir, storage
 from worldlm_ray.errors import RunError, SupersededError
 from worldlm_ray.outcome import Sample, finish
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import Measure, Record
 from worldlm_ray.run_clock import Anchor, RunClock
 from worldlm_ray.run_texts import introduction
+from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking import STATUS_EVERY_S, STATUS_SHARE, Tracker
 
 

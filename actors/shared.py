@@ -20,9 +20,9 @@ from ray.exceptions import RayError
 from worldlm_ray import checkpoint, rundir
 from worldlm_ray.errors import CheckpointError, WorldLMError
 from worldlm_ray.faults import Faults
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.run_clock import RunClock
+from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tree import parent_path
 
 RECORDER = "recorder"

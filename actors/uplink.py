@@ -29,10 +29,10 @@ from worldlm_ray.compression import nbytes
 from worldlm_ray.errors import MessageError, SupersededError
 from worldlm_ray.faults import damaged
 from worldlm_ray.messages import Model, Packed, Update, buffer_of, pack_header, unpack_model
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.quotas import offered_residuals
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
+from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tree import parent_path
 
 AGAIN_S = 0.5

@@ -40,9 +40,9 @@ from actors.shared import Address, end_process
 from actors.zero_worker import LEAVE, Task, work
 from worldlm_ray import storage
 from worldlm_ray.errors import RunError
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account
+from worldlm_ray.tensors.params import Flat
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 from worldlm_ray.tree import NodeSpec
 

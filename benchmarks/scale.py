@@ -19,7 +19,7 @@ from worldlm_ray.aggregation.events import Joined, Pull, Push
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.messages import Packed, Update, pack
-from worldlm_ray.params import Layout, frozen, make_layout
+from worldlm_ray.tensors.params import Layout, frozen, make_layout
 
 CHILDREN = (10, 100, 1_000, 10_000)
 SIZES = {"1.3M parameters (nano)": 1_300_000, "13M parameters": 13_000_000}

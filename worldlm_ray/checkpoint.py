@@ -35,7 +35,7 @@ from safetensors.numpy import load_file
 
 from worldlm_ray import storage
 from worldlm_ray.errors import CheckpointError, SupersededError
-from worldlm_ray.params import Flat
+from worldlm_ray.tensors.params import Flat
 
 FORMAT = 4
 _INCARNATIONS, _META = "incarnations", "meta.json"

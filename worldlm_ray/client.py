@@ -28,12 +28,12 @@ from worldlm_ray.compression import lossy, memory
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
 from worldlm_ray.messages import Model, Update, carried, fragment_of
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account, ledger_folder, weak_delta
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import Measure, OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
+from worldlm_ray.tensors.params import Flat
 from worldlm_ray.training.common import Common
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample

@@ -37,11 +37,11 @@ from worldlm_ray.config import RunConfig, from_mapping, to_mapping, to_yaml
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.methods import configure, flat_name
-from worldlm_ray.params import Flat
 from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord, Record, RoundRecord
 from worldlm_ray.simulate import Simulation, simulate
+from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking import read_status
 from worldlm_ray.training.local import LocalTrainer, device_of
 from worldlm_ray.tree import NodeSpec

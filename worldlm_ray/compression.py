@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worldlm_ray.config import unknown_name
-from worldlm_ray.params import BLOCK, Flat, spread
+from worldlm_ray.tensors.params import BLOCK, Flat, spread
 
 CODECS: tuple[str, ...] = ("fp32", "bf16", "int8", "int4")
 Bytes = npt.NDArray[np.uint8]

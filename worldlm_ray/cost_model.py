@@ -20,10 +20,10 @@ from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.compression import nbytes
 from worldlm_ray.config import NodeSettings
 from worldlm_ray.messages import Model, Update
-from worldlm_ray.params import Flat, Layout, frozen, make_layout
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord
+from worldlm_ray.tensors.params import Flat, Layout, frozen, make_layout
 from worldlm_ray.tree import NodeSpec
 
 LAYOUT = make_layout([("cost", (4,))], [], layers=1)

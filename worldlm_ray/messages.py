@@ -32,7 +32,7 @@ from worldlm_ray.limits import (
     header_bytes,
     shown,
 )
-from worldlm_ray.params import Flat, Layout, rough_norm
+from worldlm_ray.tensors.params import Flat, Layout, rough_norm
 
 SCHEMA = 6
 """Version of the message schema; a receiver refuses any other."""

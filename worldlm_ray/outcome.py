@@ -9,9 +9,9 @@ from typing import Any
 
 from worldlm_ray.config import BudgetConfig
 from worldlm_ray.errors import Interrupted, WorldLMError
-from worldlm_ray.params import Flat, params_sha256
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import FinalRecord, Measure
+from worldlm_ray.tensors.params import Flat, params_sha256
 from worldlm_ray.tracking import Tracker, write_summary
 
 LONGEST_FAILURE = 200

@@ -24,11 +24,11 @@ from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.faults import Faults
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
-from worldlm_ray.params import Flat, Layout, frozen
 from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.quotas import check_max_share, quotas
 from worldlm_ray.storage import expanded
+from worldlm_ray.tensors.params import Flat, Layout, frozen
 from worldlm_ray.training import deepspeed_config
 from worldlm_ray.tree import NodeSpec
 

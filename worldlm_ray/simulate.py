@@ -66,11 +66,11 @@ from worldlm_ray.errors import MessageError
 from worldlm_ray.faults import Fault, damaged
 from worldlm_ray.messages import Model, Packed, Update, pack
 from worldlm_ray.outcome import Outcome, combine, finish, sampled
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
 from worldlm_ray.run_texts import introduction
 from worldlm_ray.seeds import derive
+from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking import Tracker
 from worldlm_ray.tree import NodeSpec, parent_path
 

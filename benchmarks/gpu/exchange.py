@@ -11,7 +11,7 @@ from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.compression import encode
 from worldlm_ray.config import AggregationConfig, TrainingConfig
 from worldlm_ray.messages import Update
-from worldlm_ray.params import difference
+from worldlm_ray.tensors.params import difference
 from worldlm_ray.training.local import LocalTrainer
 
 COPIES = 3.0

@@ -7,7 +7,7 @@ import pytest
 
 from worldlm_ray.config import BudgetConfig
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.params import Layout, make_layout
+from worldlm_ray.tensors.params import Layout, make_layout
 
 KEYS = ["model.embed.*", "head.*"]
 

@@ -28,10 +28,10 @@ from worldlm_ray.audit import proofs
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.launch.run import with_living_owners
 from worldlm_ray.messages import Packed, Update, pack, unpack_model
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import OwnModelRecord, Record, VerdictRecord
 from worldlm_ray.run_clock import RunClock
+from worldlm_ray.tensors.params import Flat
 
 
 class Ref:

@@ -22,11 +22,11 @@ from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, Res
 from worldlm_ray.errors import MessageError
 from worldlm_ray.limits import HEADER_BYTES, LARGEST_COUNT, MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.messages import Packed, Residual, Update, pack, read_header
-from worldlm_ray.params import Layout
 from worldlm_ray.plan import Plan
 from worldlm_ray.quotas import ROUNDS_APART
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.simulate import Simulation
+from worldlm_ray.tensors.params import Layout
 from worldlm_ray.tracking import Tracker
 
 ROUND = 100

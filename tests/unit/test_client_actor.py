@@ -25,10 +25,10 @@ from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pul
 from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.client import Client
 from worldlm_ray.messages import Packed, Update, pack
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record
 from worldlm_ray.run_clock import RunClock
+from worldlm_ray.tensors.params import Flat
 
 Tiny = Callable[..., Plan]
 PATH = "world/a"

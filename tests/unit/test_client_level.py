@@ -19,13 +19,13 @@ from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, PrivacyConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.messages import Update, pack
-from worldlm_ray.params import Flat, Layout
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_epsilon, gaussian_noise, most_contributions
 from worldlm_ray.records import PrivacyRecord, RoundRecord
 from worldlm_ray.rundir import create
 from worldlm_ray.simulate import simulate
+from worldlm_ray.tensors.params import Flat, Layout
 
 Tiny = Callable[..., Plan]
 START = np.array([1.0, 2.0, 3.0, 10.0, 20.0, 30.0, 40.0], np.float32)  # backbone of three, then two key layers

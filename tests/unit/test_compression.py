@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_node import LAYOUT, SPLIT, exchange, make, push
 
-from worldlm_ray import params
 from worldlm_ray.compression import CODECS, decode, encode, lossy, memory, nbytes
 from worldlm_ray.errors import ConfigError, MessageError
 from worldlm_ray.messages import Packed, Update, pack, read_header, unpack_update
-from worldlm_ray.params import BLOCK, Flat
 from worldlm_ray.plan import Plan
 from worldlm_ray.simulate import simulate
+from worldlm_ray.tensors import params
+from worldlm_ray.tensors.params import BLOCK, Flat
 
 SIZES = [1, 2, 127, 128, 129, 1023, 1024, 1025, BLOCK - 1, BLOCK, BLOCK + 3, 40 * BLOCK + 7]
 LARGEST_ERROR = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 0.5 / 127, "int4": 0.5 / 7}

@@ -17,10 +17,10 @@ from worldlm_ray.audit import proofs
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.faults import Faults
-from worldlm_ray.params import params_sha256
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, PushRecord, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
+from worldlm_ray.tensors.params import params_sha256
 
 Tiny = Callable[..., Plan]
 ROUNDS = 10

@@ -28,10 +28,10 @@ from worldlm_ray.describe import describe
 from worldlm_ray.errors import CheckpointError, ConfigError, MessageError
 from worldlm_ray.messages import Model, Packed, Update, fragment_of, pack, read_header, unpack_model, unpack_update
 from worldlm_ray.model.shape import resolve_shape
-from worldlm_ray.params import Flat, Layout, frozen, make_layout, module_of
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import PullRecord, PushRecord, Record
 from worldlm_ray.simulate import simulate
+from worldlm_ray.tensors.params import Flat, Layout, frozen, make_layout, module_of
 
 Tiny = Callable[..., Plan]
 SHAPES = [("one.weight", (2,)), ("two.weight", (2,)), ("three.weight", (1,)), ("head.weight", (2,))]

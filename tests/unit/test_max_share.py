@@ -29,9 +29,9 @@ from worldlm_ray.config import (
 )
 from worldlm_ray.errors import CheckpointError, ConfigError
 from worldlm_ray.messages import Update, pack
-from worldlm_ray.params import Layout
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import AttentionRecord
+from worldlm_ray.tensors.params import Layout
 
 
 def log(value: float) -> float:

@@ -30,8 +30,8 @@ from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, Res
 from worldlm_ray.errors import CheckpointError, ConfigErrors, MessageError, WorldLMError
 from worldlm_ray.limits import MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.messages import Model, Packed, Residual, Update, pack, unpack_model
-from worldlm_ray.params import Flat, Layout
 from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.tensors.params import Flat, Layout
 
 REASONS = {
     "malformed",

@@ -12,8 +12,8 @@ from worldlm_ray.aggregation.events import Beat, Clock, Joined, Note, Pull, Serv
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
 from worldlm_ray.messages import pack
-from worldlm_ray.params import Layout
 from worldlm_ray.records import LifeRecord
+from worldlm_ray.tensors.params import Layout
 
 
 def a_world(layout: Layout, *, seconds: float = 100.0) -> Node:

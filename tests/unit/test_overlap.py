@@ -17,10 +17,10 @@ from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model
 from worldlm_ray.methods import configure
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.records import LifeRecord, MergeRecord, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
+from worldlm_ray.tensors.params import Flat
 
 Tiny = Callable[..., Plan]
 OVERLAP = {"overlap": True}

@@ -7,10 +7,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from worldlm_ray import params
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.params import (
+from worldlm_ray.tensors import params
+from worldlm_ray.tensors.params import (
     BLOCK,
     Layout,
     add_scaled,

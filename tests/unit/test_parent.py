@@ -20,10 +20,10 @@ from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import ConfigError, MessageError
 from worldlm_ray.limits import LARGEST_NORM, MOST_SKIPPED
 from worldlm_ray.messages import Model, Update, pack
-from worldlm_ray.params import Flat, Layout
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.simulate import Simulation
+from worldlm_ray.tensors.params import Flat, Layout
 from worldlm_ray.tracking import Tracker
 
 

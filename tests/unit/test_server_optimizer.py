@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from worldlm_ray import params
 from worldlm_ray.aggregation import server_optimizer
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer, state_buffers
 from worldlm_ray.config import ServerOptimizerConfig
-from worldlm_ray.params import BLOCK, Flat
+from worldlm_ray.tensors import params
+from worldlm_ray.tensors.params import BLOCK, Flat
 
 RULES = ("sgd", "nesterov", "adam")
 

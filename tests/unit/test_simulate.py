@@ -12,10 +12,10 @@ import pytest
 from worlds import TINY_MODEL, client
 
 from worldlm_ray import audit, checkpoint, rundir
-from worldlm_ray.params import params_sha256
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, NodeSummary, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation, simulate
+from worldlm_ray.tensors.params import params_sha256
 
 Tiny = Callable[..., Plan]
 ROUND_TOKENS = 4 * 4 * 16

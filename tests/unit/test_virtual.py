@@ -13,8 +13,8 @@ from worlds import client, write_text
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model
-from worldlm_ray.params import Flat
 from worldlm_ray.plan import Plan
+from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tree import processes
 from worldlm_ray.virtual import Shelf, VirtualClients, seated_bytes
 

@@ -12,7 +12,7 @@ from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.limits import LARGEST_COUNT, LARGEST_NORM, MOST_RESTARTS, MOST_SKIPPED, checked
 from worldlm_ray.messages import Packed, Update, read_header
-from worldlm_ray.params import rough_norm
+from worldlm_ray.tensors.params import rough_norm
 
 TRAINED = ("stale", "not_finite", "norm_exceeded", "too_soon", "privacy_exhausted")
 """Refusals of an update that was trained and will not come again: its tokens are spent."""

@@ -32,7 +32,7 @@ import numpy as np
 
 from worldlm_ray.config import AttentionConfig, ScoreName, unknown_name
 from worldlm_ray.errors import AggregationError
-from worldlm_ray.params import Flat, KeyLayer, add_scaled, inner, squared_norm
+from worldlm_ray.tensors.params import Flat, KeyLayer, add_scaled, inner, squared_norm
 
 
 def score(name: ScoreName, query: Flat, candidate: Flat, origin: Flat) -> float:

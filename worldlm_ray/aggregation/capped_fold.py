@@ -29,7 +29,7 @@ from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.messages import Update
-from worldlm_ray.params import Flat
+from worldlm_ray.tensors.params import Flat
 
 _KEPT = "kept."
 _ROUNDING = 1e-9

@@ -26,7 +26,7 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import AggregationError, CheckpointError
 from worldlm_ray.messages import Update, carried
-from worldlm_ray.params import Flat, Layout, add_scaled, squared_norm
+from worldlm_ray.tensors.params import Flat, Layout, add_scaled, squared_norm
 
 OWN = "(own)"
 """The node itself, among the candidates of attention."""

@@ -34,8 +34,8 @@ from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.messages import Model, Residual, carried
-from worldlm_ray.params import Flat, Layout, blocks, frozen, lerp
 from worldlm_ray.records import AttentionRecord, MergeRecord
+from worldlm_ray.tensors.params import Flat, Layout, blocks, frozen, lerp
 
 PARENT = "(parent)"
 """The parent, among the candidates of attention."""

@@ -70,8 +70,8 @@ from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, 
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
 from worldlm_ray.limits import header_bytes
 from worldlm_ray.messages import Model, Update, carried, fragment_of, unpack_update
-from worldlm_ray.params import Flat, Layout, difference, frozen
 from worldlm_ray.records import AggregationRecord, AttentionRecord, LifeRecord, PrivacyRecord, VerdictRecord
+from worldlm_ray.tensors.params import Flat, Layout, difference, frozen
 
 GAPS = 16
 """Signs of life by which a child's rhythm is known."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from worldlm_ray.aggregation.replies import ACCEPTED, Verdict
 from worldlm_ray.messages import Update
-from worldlm_ray.params import Flat
+from worldlm_ray.tensors.params import Flat
 
 _ARRAY = "outbox."
 TRIES = 10

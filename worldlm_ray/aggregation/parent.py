@@ -9,8 +9,8 @@ import numpy as np
 from worldlm_ray.errors import MessageError
 from worldlm_ray.limits import LARGEST_NORM, MOST_SKIPPED
 from worldlm_ray.messages import Model, carried
-from worldlm_ray.params import Flat, Layout, rough_norm, squared_norm
 from worldlm_ray.records import LifeRecord
+from worldlm_ray.tensors.params import Flat, Layout, rough_norm, squared_norm
 
 
 def check_seqs(model: Model, *, seq: int) -> None:

@@ -24,8 +24,8 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import AggregationConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.messages import Update
-from worldlm_ray.params import Flat, Layout, add_scaled, blocks, squared_norm
 from worldlm_ray.privacy.gaussian import composed_epsilon
+from worldlm_ray.tensors.params import Flat, Layout, add_scaled, blocks, squared_norm
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 from worldlm_ray.aggregation.attention import score
 from worldlm_ray.config import AttentionConfig, ResidualsConfig
 from worldlm_ray.messages import Residual
-from worldlm_ray.params import Flat, KeyLayer, frozen
+from worldlm_ray.tensors.params import Flat, KeyLayer, frozen
 
 NO_RESIDUALS: dict[str, Any] = {"held": [], "found": [], "fits": {}}
 """State of an empty pool."""

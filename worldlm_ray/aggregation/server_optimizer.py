@@ -23,7 +23,7 @@ import numpy as np
 
 from worldlm_ray.config import ServerOptimizerConfig, unknown_name
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.params import BLOCK, Flat, spread
+from worldlm_ray.tensors.params import BLOCK, Flat, spread
 
 _BUFFERS = {
     "sgd": (),

@@ -34,7 +34,7 @@ from worldlm_ray.config import PrivacyConfig, TrainingConfig
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.model.decoder import Decoder, cross_entropy
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.params import Entry, Flat, Layout, module_of
+from worldlm_ray.tensors.params import Entry, Flat, Layout, module_of
 from worldlm_ray.training.deepspeed_config import deepspeed_config, is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.trainer import MOMENTS, Batch

@@ -1,0 +1,1 @@
+"""Parameters as one flat buffer, and the layout that says what lies where."""
