@@ -43,7 +43,7 @@ from actors.shared import (
     was_restarted,
     write_checkpoint,
 )
-from worldlm_ray import checkpoint, rundir, storage
+from worldlm_ray import rundir
 from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
@@ -73,6 +73,7 @@ from worldlm_ray.messages import Model, Packed, pack
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
+from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensors.params import Flat
 
 
@@ -305,7 +306,7 @@ class InnerActor(LastWords):
     def _check_newest(self) -> None:
         """The world has no parent that would tell it that another process plays it by now."""
         try:
-            with storage.refusals(self._place):
+            with filesystem.refusals(self._place):
                 newest = checkpoint.newest_incarnation(self._place)
             if newest > self.node.incarnation:
                 end_process(f"{self.spec.path}: incarnation {self.node.incarnation} was replaced")

@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any
 
 from actors.shared import RECORDER, end_process, once_storage_answers, settle, was_restarted
-from worldlm_ray import checkpoint, rundir, storage
+from worldlm_ray import rundir
 from worldlm_ray.errors import RunError, SupersededError
 from worldlm_ray.outcome import Sample, finish
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import Measure, Record
 from worldlm_ray.run_clock import Anchor, RunClock
 from worldlm_ray.run_texts import introduction
+from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking import STATUS_EVERY_S, STATUS_SHARE, Tracker
 
@@ -61,7 +62,7 @@ class RecorderActor:
     def _open(self) -> Tracker:
         self._incarnation = self._incarnation or checkpoint.claim(self._place)
         try:
-            with storage.refusals(self._place):
+            with filesystem.refusals(self._place):
                 if was_restarted():  # nodes may have joined or left since it was made
                     self.plan = rundir.reopen(str(self.plan.run_dir), check_data=False)
                 return Tracker(
@@ -97,7 +98,7 @@ class RecorderActor:
         """Of two processes that both take themselves for the recorder, the older one must not write any more."""
         began = time.monotonic()
         try:
-            with suppress(OSError), storage.refusals(self._place):
+            with suppress(OSError), filesystem.refusals(self._place):
                 checkpoint.check_newest(self._place, self._incarnation)
         except SupersededError as error:
             end_process(str(error))

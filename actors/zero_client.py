@@ -38,10 +38,10 @@ from actors.others import room_for_others
 from actors.reserved import give_back, prefix
 from actors.shared import Address, end_process
 from actors.zero_worker import LEAVE, Task, work
-from worldlm_ray import storage
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account
+from worldlm_ray.storage import filesystem
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 from worldlm_ray.tree import NodeSpec
@@ -495,8 +495,8 @@ class ZeroClientActor(ClientActor):
         """Where Ray Train keeps its own notes: a path and a file system."""
         folder = self.plan.run_dir / "workers" / self.spec.path
         with suppress(FileExistsError):
-            storage.make_folder(folder)
-        return storage.for_arrow(folder)
+            filesystem.make_folder(folder)
+        return filesystem.for_arrow(folder)
 
     def life(self) -> str:
         """A word that no other life of this client has."""

@@ -10,10 +10,11 @@ from typing import Any
 
 import ray
 
-from worldlm_ray import checkpoint, launch
+from worldlm_ray import launch
 from worldlm_ray.audit import proofs
 from worldlm_ray.launch import cluster as clusters
 from worldlm_ray.plan import Plan
+from worldlm_ray.storage import checkpoint
 
 
 class Killer(threading.Thread):

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import storage
 from worldlm_ray.records import VerdictRecord
+from worldlm_ray.storage import filesystem
 
 FOLDER = "audit"
 OBJECTS_EVERY_S = 2.0
@@ -42,8 +42,8 @@ class AuditLog:
         self, run_dir: Path, node: str, *, warn: Callable[[str], None] = lambda _: None, every_s: float = 0.0
     ) -> None:
         self._path = run_dir / FOLDER / f"{node}.jsonl"
-        self._file = storage.Growing(self._path, closing=b"\n")
-        self._every_s = OBJECTS_EVERY_S if storage.is_remote(run_dir) else every_s
+        self._file = filesystem.Growing(self._path, closing=b"\n")
+        self._every_s = OBJECTS_EVERY_S if filesystem.is_remote(run_dir) else every_s
         self._flushed_s = -math.inf
         self._node, self._warn = node, warn
         self._waiting: list[bytes] = []

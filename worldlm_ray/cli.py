@@ -23,9 +23,9 @@ from rich.text import Text
 
 from worldlm_ray import config as configuration
 from worldlm_ray.errors import ConfigError, Interrupted, OutputError, WorldLMError
-from worldlm_ray.paths import pasted
 from worldlm_ray.progress import Progress, Stop
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage.filesystem import expanded
+from worldlm_ray.storage.paths import pasted
 from worldlm_ray.terminal import Terminal
 
 WATCH_S = 1.0

@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import checkpoint, rundir, tree
+from worldlm_ray import rundir, tree
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.merge import PARENT, RESIDUAL
 from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, Stand
@@ -37,10 +37,11 @@ from worldlm_ray.config import RunConfig, from_mapping, to_mapping, to_yaml
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.methods import configure, flat_name
-from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord, Record, RoundRecord
 from worldlm_ray.simulate import Simulation, simulate
+from worldlm_ray.storage import checkpoint
+from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking import read_status
 from worldlm_ray.training.local import LocalTrainer, device_of

@@ -19,12 +19,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from worldlm_ray import schema, storage
+from worldlm_ray import schema
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.schema import Problems
 from worldlm_ray.schema import listed as listed
 from worldlm_ray.schema import one_of as one_of
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage import filesystem
+from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.yaml_text import Document, value_of
 
 T = TypeVar("T")
@@ -480,9 +481,9 @@ def find(conf: str) -> Path:
     Raises:
         ConfigError: there is neither a file nor a preset of that name.
     """
-    path = storage.place(conf) if "://" in conf else expanded(conf)
+    path = filesystem.place(conf) if "://" in conf else expanded(conf)
     if path.suffix in (".yaml", ".yml"):
-        with storage.refusals(path):
+        with filesystem.refusals(path):
             if path.is_file():
                 return path
         raise ConfigError("CONF", f"there is no file {conf!r}", "give the path of a YAML file or a preset's name")
@@ -526,7 +527,7 @@ def read(conf: str) -> Document:
     """
     path = find(conf)
     try:
-        with storage.refusals(path):
+        with filesystem.refusals(path):
             return Document(path.read_text(encoding="utf-8"), RunConfig, hint_of)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         detail = " ".join(str(error).replace("<unicode string>", "it").split())
@@ -614,7 +615,7 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as YAML: the whole file or nothing."""
-    storage.replace_text(path, to_yaml(config))
+    filesystem.replace_text(path, to_yaml(config))
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import storage
+from worldlm_ray.storage import filesystem
 
 FILE = "metrics.jsonl"
 EVERY_S = 2.0
@@ -44,8 +44,8 @@ class Curves:
 
     def __init__(self, run_dir: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock = run_dir / FILE, clock
-        self._file = storage.Growing(self._path, closing=b"\n")
-        self._pause_s = OBJECTS_EVERY_S if storage.is_remote(run_dir) else EVERY_S
+        self._file = filesystem.Growing(self._path, closing=b"\n")
+        self._pause_s = OBJECTS_EVERY_S if filesystem.is_remote(run_dir) else EVERY_S
         self._waiting: list[str] = []
         self._dropped = 0
         self._next = self._clock() + self._pause_s

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from worldlm_ray import checkpoint, kept, rundir
+from worldlm_ray import kept, rundir
 from worldlm_ray.client import Client
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import CheckpointError
@@ -18,6 +18,7 @@ from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure
 from worldlm_ray.report import NOTHING
 from worldlm_ray.run_state import finite
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.terminal import Column, FittingTable
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of

@@ -7,13 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import huggingface, kept, rundir, storage
+from worldlm_ray import huggingface, kept, rundir
 from worldlm_ray.errors import ConfigError, DataError, PrivacyError
 from worldlm_ray.evaluate import sound_theta
 from worldlm_ray.huggingface.card import Facts, card
 from worldlm_ray.plan import Plan
 from worldlm_ray.spending import private_clients, statements
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage import filesystem
+from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.tree import NodeSpec
 
 
@@ -107,7 +108,7 @@ def _privacy(plan: Plan) -> list[str]:
 
 def _summary(plan: Plan) -> dict[str, Any]:
     try:
-        with storage.refusals(plan.run_dir):
+        with filesystem.refusals(plan.run_dir):
             found = json.loads((plan.run_dir / rundir.SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}

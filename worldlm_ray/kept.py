@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from worldlm_ray import storage
 from worldlm_ray.config import RunConfig
 from worldlm_ray.data.tokenizer import tokenizer_file
 from worldlm_ray.errors import RunError
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage import filesystem
+from worldlm_ray.storage.filesystem import expanded
 
 FOLDER = "files"
 TOKENIZER, MODEL_CONFIG, GENERATION_CONFIG = "tokenizer.json", "config.json", "generation_config.json"
@@ -43,7 +43,7 @@ def collect(config: RunConfig, tokenizer: str) -> dict[str, bytes]:
     found = dict[str, bytes]()
     if tokenizer != "bytes":
         file = tokenizer_file(tokenizer)
-        with storage.refusals(file):
+        with filesystem.refusals(file):
             found[TOKENIZER] = file.read_bytes()
         if file.name == TOKENIZER:  # beside a file of another name lies what belongs to others
             found |= _small(file.parent, BESIDE)
@@ -55,7 +55,7 @@ def collect(config: RunConfig, tokenizer: str) -> dict[str, bytes]:
 def _small(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     found = dict[str, bytes]()
     for file in (folder / name for name in names):
-        with storage.refusals(file):
+        with filesystem.refusals(file):
             if not file.is_file():
                 continue
             found[file.name] = file.read_bytes()
@@ -72,9 +72,9 @@ def store(run_dir: Path, files: Mapping[str, bytes]) -> None:
     """
     folder = run_dir / FOLDER
     if files:
-        storage.make_folder(folder)
+        filesystem.make_folder(folder)
     for name, contents in files.items():
-        with storage.refusals(folder):
+        with filesystem.refusals(folder):
             (folder / name).write_bytes(contents)
 
 
@@ -86,9 +86,9 @@ def overwritten(config: RunConfig) -> list[str]:
 def remove(config: RunConfig) -> None:
     """Remove a run's copies, and their folder if it holds nothing else; what cannot be removed stays."""
     for file in filter(None, (place(config, name) for name in config.kept)):
-        with suppress(OSError), storage.refusals(file):
+        with suppress(OSError), filesystem.refusals(file):
             file.unlink(missing_ok=True)
-            if not storage.is_remote(file):
+            if not filesystem.is_remote(file):
                 file.parent.rmdir()
 
 
@@ -106,7 +106,7 @@ def place(config: RunConfig, name: str) -> Path | None:
     """Where a run's copy of a file lies; None if it keeps none."""
     if name not in config.kept or config.run_dir is None:
         return None
-    return storage.place(config.run_dir) / FOLDER / name
+    return filesystem.place(config.run_dir) / FOLDER / name
 
 
 def read(config: RunConfig, name: str) -> bytes | None:
@@ -119,7 +119,7 @@ def read(config: RunConfig, name: str) -> bytes | None:
     if file is None:
         return None
     try:
-        with storage.refusals(file):
+        with filesystem.refusals(file):
             contents = file.read_bytes()
     except OSError as error:
         raise RunError(f"{file}: cannot be read ({error.strerror or error}); restore the file of this run") from error
@@ -151,7 +151,7 @@ def check_originals(config: RunConfig) -> None:
         return
     file = tokenizer_file(spec)
     try:
-        with storage.refusals(file):
+        with filesystem.refusals(file):
             contents = file.read_bytes()
     except OSError:
         return  # it is gone: the copy is all there is

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray import huggingface, kept, storage, tree
+from worldlm_ray import huggingface, kept, tree
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config import RunConfig, from_mapping, listed, positive, to_mapping
@@ -27,7 +27,8 @@ from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
 from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.quotas import check_max_share, quotas
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage import filesystem
+from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.tensors.params import Flat, Layout, frozen
 from worldlm_ray.training import deepspeed_config
 from worldlm_ray.tree import NodeSpec
@@ -45,7 +46,7 @@ class Plan:
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
-        return storage.place(self.config.run_dir or f"runs/{self.config.name}")
+        return filesystem.place(self.config.run_dir or f"runs/{self.config.name}")
 
     @cached_property
     def specs(self) -> dict[str, NodeSpec]:

@@ -27,13 +27,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import absolute, checkpoint, kept, storage
+from worldlm_ray import absolute, kept
 from worldlm_ray import config as configuration
 from worldlm_ray.config import RunConfig
 from worldlm_ray.errors import ConfigError, RunError, WorldLMError
-from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.run_clock import seconds
+from worldlm_ray.storage import checkpoint, filesystem
+from worldlm_ray.storage.paths import pasted
 
 CONFIG, STATUS, SUMMARY, LOCK, TENSORBOARD = "config.yaml", "status.json", "summary.json", "run.lock", "tensorboard"
 SIMULATED = "# made by worldlm simulate: it cannot be continued\n"
@@ -106,13 +107,13 @@ def _claimed(plan: Plan, *, simulated: bool) -> bool:
     """Write config.yaml, which claims the folder; False if another run has it, or if files would be overwritten."""
     text = (SIMULATED if simulated else "") + configuration.to_yaml(plan.config)
     for _ in range(CLAIM_TRIES):
-        with storage.refusals(plan.run_dir):
+        with filesystem.refusals(plan.run_dir):
             if (plan.run_dir / CONFIG).exists() or kept.overwritten(plan.config):
                 return False
             there = frozenset(name for name in (STATUS, TENSORBOARD) if (plan.run_dir / name).exists())
-            storage.make_folder(plan.run_dir)
+            filesystem.make_folder(plan.run_dir)
             try:
-                storage.create_text(plan.run_dir / CONFIG, text)
+                filesystem.create_text(plan.run_dir / CONFIG, text)
             except FileExistsError:
                 return False
             except FileNotFoundError:
@@ -126,7 +127,7 @@ def _taken(plan: Plan) -> str:
     run_dir = plan.run_dir
     if is_simulated(run_dir):
         return "a simulation, which is not continued; delete the folder"
-    with suppress(OSError), storage.refusals(run_dir):
+    with suppress(OSError), filesystem.refusals(run_dir):
         if not (run_dir / CONFIG).exists() and (names := kept.overwritten(plan.config)):
             return f"{kept.FOLDER}/{names[0]}, which this run would write over; move that file away"
     return f"a run; continue it with `worldlm train --resume {pasted(run_dir)}`"
@@ -137,7 +138,7 @@ def is_simulated(run_dir: Path) -> bool:
     if _mapping(run_dir / SUMMARY).get("shell") == "simulate":
         return True
     try:
-        with storage.refusals(run_dir):
+        with filesystem.refusals(run_dir):
             return (run_dir / CONFIG).read_text(encoding="utf-8").startswith(SIMULATED)
     except (OSError, ValueError):
         return False
@@ -157,9 +158,9 @@ def discard(plan: Plan, *, began: bool | None = None) -> None:
         return
     there = _CLAIMED.pop(str(run_dir))
     kept.remove(plan.config)
-    if not storage.is_remote(run_dir):
+    if not filesystem.is_remote(run_dir):
         if TENSORBOARD not in there:
-            storage.remove_tree(run_dir / TENSORBOARD)
+            filesystem.remove_tree(run_dir / TENSORBOARD)
         with suppress(OSError):  # it holds a file that this run did not make
             (run_dir / "audit").rmdir()
     if STATUS not in there:
@@ -167,7 +168,7 @@ def discard(plan: Plan, *, began: bool | None = None) -> None:
     if str(run_dir) in _HELD:
         (run_dir / LOCK).unlink(missing_ok=True)
     (run_dir / CONFIG).unlink(missing_ok=True)  # last: without it, another run may claim the folder
-    if not storage.is_remote(run_dir):
+    if not filesystem.is_remote(run_dir):
         with suppress(OSError):
             run_dir.rmdir()
 
@@ -216,7 +217,7 @@ def held_anew(plan: Plan) -> Iterator[None]:
 def _locked(run_dir: Path) -> int | None:
     """A descriptor that holds the lock; None where the file system has no locks or cannot be written."""
     path = run_dir / LOCK
-    if storage.is_remote(run_dir):
+    if filesystem.is_remote(run_dir):
         mark = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"worldlm-{os.getuid()}-{mark}.lock"
     while True:
@@ -264,9 +265,9 @@ def find(run: str) -> Path:
     Raises:
         RunError: there is no such run.
     """
-    for path in [storage.place(run)] if "://" in run else [storage.place(run), storage.place(f"runs/{run}")]:
+    for path in [filesystem.place(run)] if "://" in run else [filesystem.place(run), filesystem.place(f"runs/{run}")]:
         try:
-            with storage.refusals(path):
+            with filesystem.refusals(path):
                 if (path / CONFIG).is_file():
                     return path
         except OSError as error:
@@ -332,7 +333,7 @@ def forget_end(run_dir: Path) -> None:
         RunError: the storage refuses.
     """
     try:
-        with storage.refusals(run_dir):
+        with filesystem.refusals(run_dir):
             (run_dir / SUMMARY).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"cannot remove {run_dir / SUMMARY}: {error}; free the storage, then resume the run") from error
@@ -353,7 +354,7 @@ def run_time_s(run_dir: Path) -> float:
 def _mapping(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing if it is not there, or holds no mapping."""
     try:
-        with storage.refusals(path):
+        with filesystem.refusals(path):
             found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

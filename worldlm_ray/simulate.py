@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray import checkpoint, open_files
 from worldlm_ray.above import FORWARD, Turns
 from worldlm_ray.aggregation.events import (
     Answer,
@@ -70,6 +69,7 @@ from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
 from worldlm_ray.run_texts import introduction
 from worldlm_ray.seeds import derive
+from worldlm_ray.storage import checkpoint, open_files
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking import Tracker
 from worldlm_ray.tree import NodeSpec, parent_path

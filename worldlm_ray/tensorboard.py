@@ -35,9 +35,9 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from worldlm_ray import storage
 from worldlm_ray.charts import CATEGORIES, CHARTS, Chart, clean
 from worldlm_ray.records import AttentionRecord
+from worldlm_ray.storage import filesystem
 
 Scalar = str | int | float | bool
 
@@ -67,7 +67,7 @@ def _next_file(folder: Path) -> str:
     Raises:
         OSError: the storage refused.
     """
-    with storage.refusals(folder):
+    with filesystem.refusals(folder):
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     newest = max((int(match[1]) for match in map(_FILE.match, names) if match), default=0)
     began = max(int(time.time()), newest + 1)
@@ -90,8 +90,8 @@ class EventFiles:
         self._folder, self._started_at = folder, started_at
         self._waiting: dict[str, list[bytes]] = {}
         self._waiting_bytes = 0
-        self._runs: dict[str, storage.Growing] = {}
-        self._every_s = OBJECTS_EVERY_S if storage.is_remote(folder) else FLUSH_EVERY_S
+        self._runs: dict[str, filesystem.Growing] = {}
+        self._every_s = OBJECTS_EVERY_S if filesystem.is_remote(folder) else FLUSH_EVERY_S
         self._adding, self._writing = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
         self.trouble = ""
@@ -149,7 +149,7 @@ class EventFiles:
         """Append to a run's file: all of the events or none of them, as far as the storage can be told."""
         file = self._runs.pop(run, None)  # after an error the run goes on in a new file: this one may end anyhow
         if file is None:
-            file = storage.Growing(self._folder / run / _next_file(self._folder / run))
+            file = filesystem.Growing(self._folder / run / _next_file(self._folder / run))
             source = SourceMetadata(writer="worldlm_ray.tensorboard")
             first = Event(wall_time=self._started_at, file_version="brain.Event:2", source_metadata=source)
             events = [first.SerializeToString(), *events]

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import audit, storage
+from worldlm_ray import audit
 from worldlm_ray.charts import EACH, HISTOGRAM, Crowd, Lines, charts_of, clean
 from worldlm_ray.config import BudgetConfig
 from worldlm_ray.curves import Curves
@@ -49,6 +49,7 @@ from worldlm_ray.run_clock import Stamp, seconds
 from worldlm_ray.run_state import ACCEPTED, RunState, finite
 from worldlm_ray.run_texts import quoted
 from worldlm_ray.status_fields import wrong_field
+from worldlm_ray.storage import filesystem
 from worldlm_ray.tensorboard import Board, Scalar
 
 STATUS, SUMMARY, TENSORBOARD = "status.json", "summary.json", "tensorboard"
@@ -101,7 +102,7 @@ class Tracker:
         self._new_taus: dict[str, list[int]] = {}
         """Staleness of what each child sent since the last aggregation of its parent."""
         self._images: dict[tuple[str, str], AttentionRecord] = {}
-        storage.make_folder(run_dir)
+        filesystem.make_folder(run_dir)
         try:
             status = read_status(run_dir)
         except RunError:
@@ -416,9 +417,9 @@ def record_failure(run_dir: Path, reason: str) -> None:
     To be called when no tracker has the folder open any more. A tracker that opens it again takes the words back.
     """
     # Storage that refuses must not hide the reason itself, which its caller raises.
-    with suppress(OSError, RunError), storage.refusals(run_dir):
+    with suppress(OSError, RunError), filesystem.refusals(run_dir):
         status = read_status(run_dir)
-        storage.replace_text(
+        filesystem.replace_text(
             run_dir / STATUS, json.dumps({**status, "status": FAILED, "reason": reason}, indent=1) + "\n"
         )
 
@@ -478,4 +479,4 @@ def write_summary(
 def _replace_json(path: Path, value: Any, *, durable: bool = False) -> None:
     # Indented, for people, as long as people can read it: without, it is written ten times as fast.
     indent = 1 if len(value["nodes"]) <= MANY_CLIENTS else None
-    storage.replace_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n", durable=durable)
+    filesystem.replace_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n", durable=durable)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import audit, rundir, storage
+from worldlm_ray import audit, rundir
+from worldlm_ray.storage import filesystem
 
 NOTHING = "no update has been judged yet: nothing is proved"
 _BEGIN = '{"now_s": '
@@ -67,7 +68,7 @@ def look(run_dir: Path) -> Trail:
         found.torn += torn
     held = {f"{proof.node}/{proof.sender}": len({*proof.applied, *proof.lost}) for proof in found.proofs}
     # Lines of an object store, and of a simulation without training, may come later than the counts of a status.
-    late = source == rundir.STATUS and (storage.is_remote(run_dir) or rundir.is_simulated(run_dir))
+    late = source == rundir.STATUS and (filesystem.is_remote(run_dir) or rundir.is_simulated(run_dir))
     for node, counted in nodes.items():
         found.counted += counted
         if counted > held.get(node, 0) and not (late and held):

@@ -18,10 +18,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray import open_files
 from worldlm_ray.client import Client
 from worldlm_ray.data import prepare_shards
 from worldlm_ray.plan import Plan
+from worldlm_ray.storage import open_files
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer

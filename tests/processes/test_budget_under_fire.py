@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from worlds import client
 
-from worldlm_ray import checkpoint
 from worldlm_ray.client import Client
 from worldlm_ray.messages import Model
 from worldlm_ray.plan import Plan
+from worldlm_ray.storage import checkpoint
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[..., Plan]

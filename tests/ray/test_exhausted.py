@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import audit, checkpoint, launch, rundir, spending
+from worldlm_ray import audit, launch, rundir, spending
 from worldlm_ray.plan import Plan
+from worldlm_ray.storage import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 Tiny = Callable[..., Plan]

@@ -16,9 +16,10 @@ import pytest
 from killing import Killer, check
 from worlds import client, crowd, two_levels
 
-from worldlm_ray import checkpoint, launch, rundir
+from worldlm_ray import launch, rundir
 from worldlm_ray.audit import proofs
 from worldlm_ray.plan import Plan
+from worldlm_ray.storage import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from stores import s3
 from worlds import TINY_MODEL, two_levels
 
-from worldlm_ray import storage
 from worldlm_ray.audit import proofs
+from worldlm_ray.storage import filesystem
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 WORLDLM = [sys.executable, "-m", "worldlm_ray.cli"]
@@ -61,7 +61,7 @@ def worldlm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_in_an_object_store_survives_kill_9_of_its_driver(conf: Path, bucket: str, tmp_path: Path) -> None:
     run, log = f"{bucket}/runs/tiny", tmp_path / "log"
-    folder = storage.place(run)
+    folder = filesystem.place(run)
     with log.open("w", encoding="utf-8") as stream:
         command = [*WORLDLM, "train", str(conf), "--run-dir", run]
         driver = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=tmp_path)

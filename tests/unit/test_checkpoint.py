@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from worldlm_ray import checkpoint
 from worldlm_ray.errors import CheckpointError, SupersededError
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat
 
 Damage = Callable[[Path], Any]

@@ -20,7 +20,7 @@ import actors.uplink
 from actors.client import ClientActor
 from actors.shared import Address
 from actors.uplink import Uplink, wait_for
-from worldlm_ray import above, checkpoint
+from worldlm_ray import above
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
 from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.client import Client
@@ -28,6 +28,7 @@ from worldlm_ray.messages import Packed, Update, pack
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record
 from worldlm_ray.run_clock import RunClock
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat
 
 Tiny = Callable[..., Plan]

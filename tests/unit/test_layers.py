@@ -56,7 +56,12 @@ def test_the_whole_core_imports_with_ray_out_of_reach() -> None:
 
 
 def test_an_inner_node_needs_no_torch() -> None:
-    names = ["worldlm_ray.plan", "worldlm_ray.aggregation.node", "worldlm_ray.checkpoint", "worldlm_ray.describe"]
+    names = [
+        "worldlm_ray.plan",
+        "worldlm_ray.aggregation.node",
+        "worldlm_ray.storage.checkpoint",
+        "worldlm_ray.describe",
+    ]
     done = imports_without(("torch", "ray", "actors"), names)
     assert done.returncode == 0, done.stderr
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from worlds import TINY_MODEL, client
 
-from worldlm_ray import checkpoint, config
+from worldlm_ray import config
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Child, Node
 from worldlm_ray.aggregation.quota import Quota, Quotas
@@ -31,6 +31,7 @@ from worldlm_ray.errors import CheckpointError, ConfigErrors, MessageError, Worl
 from worldlm_ray.limits import MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.messages import Model, Packed, Residual, Update, pack, unpack_model
 from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat, Layout
 
 REASONS = {

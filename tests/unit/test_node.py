@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worldlm_ray import checkpoint
 from worldlm_ray.aggregation.events import (
     Answer,
     Clock,
@@ -45,6 +44,7 @@ from worldlm_ray.config import (
 from worldlm_ray.errors import CheckpointError, MessageError
 from worldlm_ray.messages import Model, Packed, Update, pack
 from worldlm_ray.records import AttentionRecord, MergeRecord, VerdictRecord
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat, Layout, make_layout
 
 C = TypeVar("C")

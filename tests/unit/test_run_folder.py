@@ -17,10 +17,11 @@ import pytest
 from typer.testing import CliRunner
 from worlds import tokenizer, write_text
 
-from worldlm_ray import cli, config, rundir, storage
+from worldlm_ray import cli, config, rundir
 from worldlm_ray.errors import ConfigError, RunError
-from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.storage import filesystem
+from worldlm_ray.storage.paths import pasted
 from worldlm_ray.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,10 +100,10 @@ def test_a_file_is_made_once_and_whole(tmp_path: Path, monkeypatch: pytest.Monke
         def refuse(*_: object) -> None:
             raise PermissionError(1, "no hard links here")
 
-        monkeypatch.setattr("worldlm_ray.storage.os.link", refuse)
-    storage.create_text(tmp_path / "file", "first")
+        monkeypatch.setattr("worldlm_ray.storage.filesystem.os.link", refuse)
+    filesystem.create_text(tmp_path / "file", "first")
     with pytest.raises(FileExistsError):
-        storage.create_text(tmp_path / "file", "second")
+        filesystem.create_text(tmp_path / "file", "second")
     assert (tmp_path / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -110,7 +111,7 @@ def test_a_file_is_made_once_and_whole(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_folder_that_is_taken_back_meanwhile_is_made_again(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, create = tmp_path / "run", storage.create_text
+    folder, create = tmp_path / "run", filesystem.create_text
     asked = []
 
     def taken_back(path: Path, text: str) -> None:
@@ -119,7 +120,7 @@ def test_a_folder_that_is_taken_back_meanwhile_is_made_again(
             folder.rmdir()
         create(path, text)
 
-    monkeypatch.setattr(storage, "create_text", taken_back)
+    monkeypatch.setattr(filesystem, "create_text", taken_back)
     assert rundir.create(at(tiny(), folder)).run_dir == folder
     assert len(asked) == 2
 
@@ -311,7 +312,7 @@ def test_a_folder_whose_configuration_is_no_text_is_no_simulation(
 
     # What an object store raises is not an OSError.
     monkeypatch.setattr(Path, "read_text", fail)
-    monkeypatch.setattr(storage, "is_remote", lambda _: True)
+    monkeypatch.setattr(filesystem, "is_remote", lambda _: True)
     assert not rundir.is_simulated(tmp_path)
 
 
@@ -359,7 +360,7 @@ def test_nothing_that_is_printed_is_read_as_markup(capsys: pytest.CaptureFixture
 
 def test_a_home_folder_that_is_no_ones_is_the_name_of_a_file(tiny: Any) -> None:
     nobody = "~nobody-of-this-name/t.txt"
-    assert storage.expanded(nobody) == Path(nobody)
+    assert filesystem.expanded(nobody) == Path(nobody)
     with pytest.raises(ConfigError, match="nobody-of-this-name"):
         tiny([{"client": "a", "data": {"files": [nobody]}}])
     with pytest.raises(ConfigError, match="nobody-of-this-name"):

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from worlds import TINY_MODEL, client
 
-from worldlm_ray import audit, checkpoint, rundir
+from worldlm_ray import audit, rundir
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, NodeSummary, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation, simulate
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import params_sha256
 
 Tiny = Callable[..., Plan]

@@ -17,9 +17,10 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from worlds import a_verdict
 
-from worldlm_ray import audit, checkpoint, curves, evaluate, plan, rundir, simulate, storage
+from worldlm_ray import audit, curves, evaluate, plan, rundir, simulate
 from worldlm_ray.errors import CheckpointError, ConfigError, RunError, SupersededError
 from worldlm_ray.records import VerdictRecord
+from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensorboard import EventFiles
 
 
@@ -35,7 +36,7 @@ def home(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """An empty folder of either kind."""
     if request.param == "file system":
         return tmp_path
-    return storage.place(f"{request.getfixturevalue('bucket')}/{secrets.token_hex(4)}")
+    return filesystem.place(f"{request.getfixturevalue('bucket')}/{secrets.token_hex(4)}")
 
 
 def names(folder: Path) -> list[str]:
@@ -51,49 +52,49 @@ def verdict(seq: int, life: int = 1) -> VerdictRecord:
 
 
 def test_a_local_path_becomes_absolute_and_an_address_stays(bucket: str) -> None:
-    assert storage.place("runs/x") == Path.cwd() / "runs" / "x"
-    found = storage.place(f"{bucket}/runs/x/")
+    assert filesystem.place("runs/x") == Path.cwd() / "runs" / "x"
+    found = filesystem.place(f"{bucket}/runs/x/")
     assert str(found) == f"{bucket}/runs/x"
-    assert storage.is_remote(found)
-    assert not storage.is_remote(storage.place("/runs"))
+    assert filesystem.is_remote(found)
+    assert not filesystem.is_remote(filesystem.place("/runs"))
 
 
 def test_an_unknown_protocol_says_what_to_install() -> None:
     with pytest.raises(RunError, match=r"nosuch://bucket: cannot use nosuch://.*fsspec"):
-        storage.place("nosuch://bucket")
+        filesystem.place("nosuch://bucket")
 
 
 def test_text_is_replaced_as_a_whole(home: Path) -> None:
     for text in ("first, and longer", "second"):
-        storage.make_folder(home)
-        storage.replace_text(home / "file", text, durable=True)
+        filesystem.make_folder(home)
+        filesystem.replace_text(home / "file", text, durable=True)
         assert (home / "file").read_text(encoding="utf-8") == text
     assert names(home) == ["file"]
 
 
 def test_a_file_is_made_once(home: Path) -> None:
-    storage.create_exclusively(home / "claim")
+    filesystem.create_exclusively(home / "claim")
     with pytest.raises(FileExistsError):
-        storage.create_exclusively(home / "claim")
+        filesystem.create_exclusively(home / "claim")
 
 
 def test_what_grows_goes_on_in_a_new_life(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "SEGMENT_BYTES", 40)
+    monkeypatch.setattr(filesystem, "SEGMENT_BYTES", 40)
     pieces = [f"line {number}\n".encode() for number in range(30)]
-    first = storage.Growing(home / "folder" / "trail.jsonl", closing=b"\n")
+    first = filesystem.Growing(home / "folder" / "trail.jsonl", closing=b"\n")
     for piece in pieces[:17]:
         first.add(piece)
-    second = storage.Growing(home / "folder" / "trail.jsonl", closing=b"\n")
+    second = filesystem.Growing(home / "folder" / "trail.jsonl", closing=b"\n")
     for piece in pieces[17:]:
         second.add(piece)
     files = sorted((home / "folder").rglob("*.jsonl"))
     assert b"".join(file.read_bytes() for file in files) == b"".join(pieces)
-    assert (len(files) > 3) == storage.is_remote(home)
+    assert (len(files) > 3) == filesystem.is_remote(home)
 
 
 def test_a_torn_line_is_closed_off(tmp_path: Path) -> None:
     (tmp_path / "trail.jsonl").write_bytes(b"whole\ntorn apa")
-    storage.Growing(tmp_path / "trail.jsonl", closing=b"\n").add(b"next\n")
+    filesystem.Growing(tmp_path / "trail.jsonl", closing=b"\n").add(b"next\n")
     assert (tmp_path / "trail.jsonl").read_bytes() == b"whole\ntorn apa\nnext\n"
 
 
@@ -120,8 +121,8 @@ def test_a_damaged_checkpoint_falls_back(home: Path) -> None:
 
 def test_an_unfinished_checkpoint_does_not_count_and_goes_with_the_next(home: Path) -> None:
     whole = checkpoint.save(home, {"number": 1}, arrays(1))
-    torn = home / ("0001-000002-abcd" if storage.is_remote(home) else ".writing-abcd")
-    storage.make_folder(torn)
+    torn = home / ("0001-000002-abcd" if filesystem.is_remote(home) else ".writing-abcd")
+    filesystem.make_folder(torn)
     (torn / "arrays.safetensors").write_bytes(b"the writer was killed here")
     found = checkpoint.load(home)
     assert found is not None
@@ -145,7 +146,7 @@ def test_lives_have_numbers_of_their_own_and_the_older_one_ends(home: Path) -> N
 
 def test_a_missing_bucket_is_a_checkpoint_error(bucket: str) -> None:
     with pytest.raises(CheckpointError, match="cannot write"):
-        checkpoint.save(storage.place("s3://no-such-bucket/run"), {}, arrays(1))
+        checkpoint.save(filesystem.place("s3://no-such-bucket/run"), {}, arrays(1))
 
 
 def test_a_trail_is_read_across_lives(home: Path) -> None:
@@ -162,8 +163,8 @@ def test_a_trail_is_read_across_lives(home: Path) -> None:
 
 def test_a_trail_writes_no_object_per_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     added: list[bytes] = []
-    monkeypatch.setattr(storage.Growing, "add", lambda self, piece: added.append(piece))
-    trail = audit.AuditLog(storage.place(f"{bucket}/lines"), "world")
+    monkeypatch.setattr(filesystem.Growing, "add", lambda self, piece: added.append(piece))
+    trail = audit.AuditLog(filesystem.place(f"{bucket}/lines"), "world")
     for seq in range(50):
         trail.verdict(verdict(seq))
     trail.flush()
@@ -180,7 +181,7 @@ def test_events_are_read_by_tensorboard(home: Path) -> None:
     files.close()
     steps = []
     for file in sorted((home / "tensorboard" / "world" / "north").iterdir()):
-        with storage.local_copy(file) as copy:
+        with filesystem.local_copy(file) as copy:
             steps += [e.step for e in event_file_loader.EventFileLoader(str(copy)).Load() if e.HasField("summary")]
     assert steps == list(range(20))
 
@@ -191,7 +192,7 @@ def test_a_world_is_simulated_in_an_object_store_and_found_again(
     address = f"{bucket}/runs/tiny"
     made = rundir.create(tiny(run_dir=address))
     outcome = simulate.simulate(made)
-    there = storage.place(address)
+    there = filesystem.place(address)
     kept = {name for name in names(there) if not name.startswith("metrics.")}
     assert kept == {"audit", "checkpoints", "config.yaml", "status.json", "summary.json", "tensorboard"}
     assert {line["node"] for line in curves.read(there)} == set(made.kinds)

@@ -30,7 +30,6 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray import open_files
 from worldlm_ray.config import DataConfig
 from worldlm_ray.data.corpora import CORPORA
 from worldlm_ray.data.fidelity import check_fidelity
@@ -39,7 +38,8 @@ from worldlm_ray.data.text import check_shard, describe, find_sources, members_o
 from worldlm_ray.data.tokenizer import Tokenizer, Tokens, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.seeds import derive
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage import open_files
+from worldlm_ray.storage.filesystem import expanded
 
 FORMAT = 1
 """Part of every cache key: raise it when the corpora, the split or the files change."""

@@ -30,8 +30,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from worldlm_ray import open_files
 from worldlm_ray.errors import DataError
+from worldlm_ray.storage import open_files
 
 FORMATS = (".txt", ".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from worldlm_ray.data.readers import COMPRESSED, EXPECTED, format_of, is_blank, is_record, json_values
 from worldlm_ray.errors import ConfigError, DataError
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage.filesystem import expanded
 
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 KINDS_NAMED = 5

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray import storage
 from worldlm_ray.data import special_tokens
 from worldlm_ray.errors import DataError
+from worldlm_ray.storage import filesystem
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 ENCODING = 2
@@ -187,8 +187,8 @@ def check_tokenizer(spec: str | None) -> None:
 
 def tokenizer_file(spec: str) -> Path:
     """The tokenizer.json that `data.tokenizer` names: itself, or by its folder; here or in an object store."""
-    path = storage.place(spec)
-    with storage.refusals(path):
+    path = filesystem.place(spec)
+    with filesystem.refusals(path):
         return path / "tokenizer.json" if path.is_dir() else path
 
 
@@ -197,7 +197,7 @@ def _beside(path: Path) -> dict[str, bytes]:
     found = dict[str, bytes]()
     for name in (special_tokens.SETTINGS, special_tokens.MAP):
         file = path.with_name(name)
-        with storage.refusals(file):
+        with filesystem.refusals(file):
             if file.is_file():
                 found[name] = _read(file)
     return found
@@ -205,11 +205,11 @@ def _beside(path: Path) -> dict[str, bytes]:
 
 def _read(path: Path) -> bytes:
     try:
-        with storage.refusals(path):
+        with filesystem.refusals(path):
             raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"tokenizer {path}: cannot be read ({error.strerror or error}); {_CURE}") from error
-    if storage.is_lfs_pointer(raw):
+    if filesystem.is_lfs_pointer(raw):
         raise DataError(f"tokenizer {path}: is a pointer of git-lfs; run `git lfs pull` in {path.parent}")
     return raw
 

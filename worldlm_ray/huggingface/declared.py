@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import storage
 from worldlm_ray.errors import DataError
 from worldlm_ray.model.shape import MOST_LAYERS, ModelShape
+from worldlm_ray.storage import filesystem
 
 CONFIG = "config.json"
 DEFAULT_CONTEXT = 512
@@ -144,7 +144,7 @@ def read_object(file: Path) -> dict[str, Any]:
         DataError: there is none, or it cannot be read.
     """
     try:
-        with storage.refusals(file):
+        with filesystem.refusals(file):
             raw = file.read_bytes()
     except OSError as error:
         detail = error.strerror or str(error)
@@ -166,7 +166,7 @@ def refuse_pointer(begin: bytes, file: Path) -> None:
         begin: the first bytes of the file.
         file: for the message.
     """
-    if storage.is_lfs_pointer(begin):
+    if filesystem.is_lfs_pointer(begin):
         raise DataError(f"{file}: is a pointer of git-lfs, not the file itself; run `git lfs pull` in {file.parent}")
 
 

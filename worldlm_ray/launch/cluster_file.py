@@ -20,7 +20,7 @@ from jsonschema.exceptions import ValidationError
 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage.filesystem import expanded
 
 TOKEN = "~/.ray/auth_token"
 TOKEN_MODE = "RAY_AUTH_MODE=token"

@@ -10,13 +10,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from worldlm_ray import storage
 from worldlm_ray.config import DataConfig, ResourcesConfig
 from worldlm_ray.data.text import check_sources, find_sources
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.watch import POLL_S, Watch
 from worldlm_ray.plan import Plan
+from worldlm_ray.storage import filesystem
 from worldlm_ray.training.local import too_many_cores
 from worldlm_ray.tree import NodeSpec
 
@@ -84,8 +84,8 @@ def _look(marker: str, clients: dict[str, tuple[DataConfig, ResourcesConfig]], w
     """What is missing on this machine, and a warning if it has too few cores."""
     problems = []
     try:
-        place = storage.place(marker)
-        with storage.refusals(place):
+        place = filesystem.place(marker)
+        with filesystem.refusals(place):
             if not place.is_file():
                 problems.append(
                     f"does not see the run folder {place.parent}; put it on storage that all machines mount, or in an "

@@ -26,12 +26,12 @@ from worldlm_ray.faults import Fault
 from worldlm_ray.launch import cluster, hosts, preflight
 from worldlm_ray.launch.watch import Monitor, Watch, ask
 from worldlm_ray.outcome import Outcome, Sample, combine, sampled
-from worldlm_ray.paths import pasted
 from worldlm_ray.plan import Plan
 from worldlm_ray.progress import MEASURING, SAVING, TRAINING
 from worldlm_ray.records import Measure
 from worldlm_ray.report import MANY
 from worldlm_ray.run_clock import Anchor, RunClock, this_machine
+from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tracking import record_failure
 from worldlm_ray.training.deepspeed_config import is_zero
 from worldlm_ray.training.local import too_many_cores

@@ -8,7 +8,7 @@ from worldlm_ray.config import PrivacyConfig
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.privacy.accounting import Spend, epsilon, noise_for, rounds_left
 from worldlm_ray.privacy.ledger import Ledger
-from worldlm_ray.storage import expanded
+from worldlm_ray.storage.filesystem import expanded
 
 LEDGERS = "ledgers"
 """Folder of a run's ledgers."""

@@ -33,8 +33,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from worldlm_ray import storage
 from worldlm_ray.errors import CheckpointError, SupersededError
+from worldlm_ray.storage import filesystem
 from worldlm_ray.tensors.params import Flat
 
 FORMAT = 4
@@ -55,16 +55,16 @@ def claim(place: Path) -> int:
     """
     folder = place / _INCARNATIONS
     try:
-        with storage.refusals(place):
-            storage.make_folder(folder)
+        with filesystem.refusals(place):
+            filesystem.make_folder(folder)
             number = newest_incarnation(place) + 1
             while True:
                 try:
-                    storage.create_exclusively(folder / str(number))
+                    filesystem.create_exclusively(folder / str(number))
                     break
                 except FileExistsError:
                     number += 1
-            storage.flush_folder(folder)
+            filesystem.flush_folder(folder)
             for path in folder.iterdir():
                 if path.name.isdigit() and int(path.name) < number:
                     path.unlink(missing_ok=True)
@@ -111,15 +111,15 @@ def save(
     """
     temporary = place / f".writing-{secrets.token_hex(4)}"
     try:
-        with storage.refusals(place):
-            storage.make_folder(place)
+        with filesystem.refusals(place):
+            filesystem.make_folder(place)
             check_newest(place, incarnation)
             old = _numbered(place)
             number = max((number for (_, number), _ in old), default=0) + 1
             final = place / f"{incarnation:04d}-{number:06d}-{secrets.token_hex(2)}"
-            if storage.is_remote(place):
+            if filesystem.is_remote(place):
                 temporary = final  # nothing can be renamed there: a checkpoint counts when its meta.json is there
-            storage.make_folder(temporary)
+            filesystem.make_folder(temporary)
             file = temporary / "arrays.safetensors"
             in_order = sorted(arrays, key=lambda name: name not in changing)
             first = sum(name in changing for name in in_order)
@@ -131,22 +131,22 @@ def save(
                 "meta": dict(meta),
                 "meta_sha256": _sha256_of(meta),
             }
-            storage.replace_text(temporary / _META, json.dumps(manifest), durable=True)
+            filesystem.replace_text(temporary / _META, json.dumps(manifest), durable=True)
             if temporary is not final:
                 temporary.rename(final)
-            storage.flush_folder(place)
+            filesystem.flush_folder(place)
             check_newest(place, incarnation)
     except OSError as error:
-        storage.remove_tree(temporary)
-        with suppress(OSError), storage.refusals(place):
+        filesystem.remove_tree(temporary)
+        with suppress(OSError), filesystem.refusals(place):
             check_newest(place, incarnation)  # a newer life clears away what an older one has not finished
         raise CheckpointError(f"cannot write a checkpoint to {place}: {error}; free the storage") from error
-    with suppress(OSError), storage.refusals(place):
+    with suppress(OSError), filesystem.refusals(place):
         for path in place.iterdir():
             if path.name.startswith(".writing-") or _is_leftover(path, before=(incarnation, number)):
-                storage.remove_tree(path)  # of a writer that was killed
+                filesystem.remove_tree(path)  # of a writer that was killed
     for _, stale in old[: max(len(old) + 1 - keep, 0)]:
-        storage.remove_tree(stale)
+        filesystem.remove_tree(stale)
     return final
 
 
@@ -161,7 +161,7 @@ def load(place: Path, *, warn: Callable[[str], None] = lambda _: None) -> tuple[
         CheckpointError: there are checkpoints and none is whole.
     """
     try:
-        with storage.refusals(place):
+        with filesystem.refusals(place):
             found = _numbered(place)
     except OSError as error:
         raise CheckpointError(f"cannot read {place}: {error}") from error
@@ -181,7 +181,7 @@ def newest_meta(place: Path) -> dict[str, Any]:
     Returns:
         They are empty where there is no such checkpoint.
     """
-    with suppress(OSError), storage.refusals(place):
+    with suppress(OSError), filesystem.refusals(place):
         for _, path in reversed(_numbered(place)):
             with suppress(CheckpointError):
                 return dict(_read_manifest(path)["meta"])
@@ -195,7 +195,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: it is not whole, or of another format.
     """
     try:
-        with storage.refusals(path):
+        with filesystem.refusals(path):
             manifest: dict[str, Any] = json.loads((path / _META).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
@@ -209,7 +209,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Flat]]:
     try:
         manifest = _read_manifest(path)
-        with storage.local_copy(path / "arrays.safetensors") as file:
+        with filesystem.local_copy(path / "arrays.safetensors") as file:
             if file.stat().st_size != manifest["bytes"] or _sha256(file) != manifest["sha256"]:
                 raise CheckpointError(f"{path}: the arrays are damaged")
             return manifest["meta"], load_file(file)
@@ -243,7 +243,7 @@ def _write_arrays(
             digest.update(piece)
             if number == first:
                 on_steady()
-        if not storage.is_remote(file):
+        if not filesystem.is_remote(file):
             stream.flush()
             os.fsync(stream.fileno())
     return 8 + len(head) + offset, digest.hexdigest()
@@ -266,7 +266,7 @@ def _numbered(place: Path) -> list[tuple[tuple[int, int], Path]]:
     if not place.is_dir():
         return []
     found = [(_NAME.fullmatch(path.name), path) for path in place.iterdir() if path.is_dir()]
-    if storage.is_remote(place):
+    if filesystem.is_remote(place):
         found = [(match, path) for match, path in found if match and (path / _META).is_file()]
     return sorted(((int(match[1]), int(match[2])), path) for match, path in found if match)
 
@@ -274,7 +274,7 @@ def _numbered(place: Path) -> list[tuple[tuple[int, int], Path]]:
 def _is_leftover(path: Path, *, before: tuple[int, int]) -> bool:
     """Whether an unfinished checkpoint lies in an object store whose writer must have ended."""
     match = _NAME.fullmatch(path.name)
-    if match is None or not storage.is_remote(path) or (int(match[1]), int(match[2])) >= before:
+    if match is None or not filesystem.is_remote(path) or (int(match[1]), int(match[2])) >= before:
         return False
     return not (path / _META).is_file()
 
