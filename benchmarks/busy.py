@@ -6,7 +6,8 @@ import statistics
 import tempfile
 from typing import Any
 
-from worldlm_ray import config, launch, rundir
+from worldlm_ray import launch, rundir
+from worldlm_ray.config import config
 from worldlm_ray.plan import make_plan
 
 SECONDS = 45.0

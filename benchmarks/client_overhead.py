@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from worldlm_ray import config
 from worldlm_ray.client import Client
+from worldlm_ray.config import config
 from worldlm_ray.messages import Model
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.plan import make_plan

@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from worldlm_ray import config, launch, rundir
+from worldlm_ray import launch, rundir
 from worldlm_ray.audit import proofs
+from worldlm_ray.config import config
 from worldlm_ray.plan import make_plan
 
 SECONDS = 300.0

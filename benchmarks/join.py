@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import audit, config, launch, membership, rundir
+from worldlm_ray import audit, launch, membership, rundir
+from worldlm_ray.config import config
 from worldlm_ray.plan import Plan, make_plan
 
 JOINERS = 3

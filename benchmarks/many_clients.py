@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 
-from worldlm_ray import config, launch, rundir
+from worldlm_ray import launch, rundir
 from worldlm_ray.audit import proofs, read
+from worldlm_ray.config import config
 from worldlm_ray.plan import Plan, make_plan
 
 WORLDS = ((8, 1), (40, 10), (1000, 250))

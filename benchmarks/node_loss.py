@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from worldlm_ray import config, launch, rundir
+from worldlm_ray import launch, rundir
 from worldlm_ray.audit import proofs
+from worldlm_ray.config import config
 from worldlm_ray.plan import make_plan
 
 ROUNDS = 40

@@ -21,7 +21,7 @@ from actors.federation import FederationActor
 from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address
 from actors.world import WorldActor
-from worldlm_ray import config
+from worldlm_ray.config import config
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import _options
 from worldlm_ray.messages import Update, pack

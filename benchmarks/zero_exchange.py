@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from worldlm_ray import config, launch, rundir
+from worldlm_ray import launch, rundir
+from worldlm_ray.config import config
 from worldlm_ray.plan import make_plan
 
 ROUNDS, STEPS = 10, 50

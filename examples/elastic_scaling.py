@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 import tempfile
 
-from worldlm_ray import config, rundir, scaling
+from worldlm_ray import rundir, scaling
 from worldlm_ray.audit import proofs
+from worldlm_ray.config import config
 from worldlm_ray.launch.scale import elastic, scale
 from worldlm_ray.plan import make_plan
 

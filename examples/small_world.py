@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from worldlm_ray import config, rundir
+from worldlm_ray import rundir
+from worldlm_ray.config import config
 from worldlm_ray.plan import Plan, make_plan
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from worlds import TINY_MODEL, two_levels
 
-from worldlm_ray import config, plan
+from worldlm_ray import plan
+from worldlm_ray.config import config
 
 
 @pytest.fixture

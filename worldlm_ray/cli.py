@@ -21,7 +21,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from worldlm_ray import config as configuration
+from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError, Interrupted, OutputError, WorldLMError
 from worldlm_ray.progress import Progress, Stop
 from worldlm_ray.storage.filesystem import expanded
@@ -683,7 +683,7 @@ def main() -> None:
     except WorldLMError as error:
         if debug:
             raise
-        from worldlm_ray.places import told
+        from worldlm_ray.config.places import told
 
         for line in told(error, *(_spoken_of[0] if _spoken_of else ())):
             errors.print(f"worldlm: {line}", highlight=False)

@@ -33,7 +33,7 @@ from worldlm_ray import rundir, tree
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.merge import PARENT, RESIDUAL
 from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, Stand
-from worldlm_ray.config import RunConfig, from_mapping, to_mapping, to_yaml
+from worldlm_ray.config.config import RunConfig, from_mapping, to_mapping, to_yaml
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.methods import configure, flat_name

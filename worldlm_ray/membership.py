@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 from worldlm_ray import absolute
-from worldlm_ray import config as configuration
+from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.tree import NodeSpec

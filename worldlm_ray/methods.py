@@ -27,7 +27,7 @@ from dataclasses import asdict
 from typing import Any
 
 from worldlm_ray import tree
-from worldlm_ray.config import INHERITED, ModelConfig, RunConfig, from_mapping, one_of, to_mapping
+from worldlm_ray.config.config import INHERITED, ModelConfig, RunConfig, from_mapping, one_of, to_mapping
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.tree import NodeSpec
 

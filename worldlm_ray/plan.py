@@ -18,7 +18,7 @@ import numpy as np
 from worldlm_ray import huggingface, kept, tree
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config import RunConfig, from_mapping, listed, positive, to_mapping
+from worldlm_ray.config.config import RunConfig, from_mapping, listed, positive, to_mapping
 from worldlm_ray.data import check_sources, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.faults import Faults

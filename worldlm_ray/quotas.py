@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 
 from worldlm_ray.aggregation.quota import Quota, Quotas
-from worldlm_ray.config import BudgetConfig
+from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.limits import LARGEST_COUNT
 from worldlm_ray.tree import NodeSpec

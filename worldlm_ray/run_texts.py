@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from worldlm_ray import config as configuration
-from worldlm_ray.config import NodeSettings
+from worldlm_ray.config import config as configuration
+from worldlm_ray.config.config import NodeSettings
 from worldlm_ray.plan import Plan
 from worldlm_ray.tree import NodeSpec
 

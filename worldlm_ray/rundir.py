@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray import absolute, kept
-from worldlm_ray import config as configuration
-from worldlm_ray.config import RunConfig
+from worldlm_ray.config import config as configuration
+from worldlm_ray.config.config import RunConfig
 from worldlm_ray.errors import ConfigError, RunError, WorldLMError
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.run_clock import seconds

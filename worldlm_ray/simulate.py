@@ -58,7 +58,7 @@ from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.replies import Verdict, Welcome, believed
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.client import Client
-from worldlm_ray.config import DataConfig
+from worldlm_ray.config.config import DataConfig
 from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.data import prepare_shards
 from worldlm_ray.errors import MessageError

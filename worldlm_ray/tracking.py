@@ -26,7 +26,7 @@ from typing import Any
 
 from worldlm_ray import audit
 from worldlm_ray.charts import EACH, HISTOGRAM, Crowd, Lines, charts_of, clean
-from worldlm_ray.config import BudgetConfig
+from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.curves import Curves
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from worldlm_ray import schema
-from worldlm_ray.config import (
+from worldlm_ray.config import values as schema
+from worldlm_ray.config.config import (
     INHERITED,
     NODE_KEYS,
     NodeSettings,
@@ -29,8 +29,8 @@ from worldlm_ray.config import (
     check_settings,
     check_stricter,
 )
+from worldlm_ray.config.values import Problems, one_of
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.schema import Problems, one_of
 
 Kind = Literal["world", "federation", "client"]
 _MOST_COPIES = 10_000_000

@@ -20,7 +20,7 @@ from worlds import client, write_text
 
 from worldlm_ray import audit, launch, membership, rundir
 from worldlm_ray.audit import proofs
-from worldlm_ray.config import save
+from worldlm_ray.config.config import save
 from worldlm_ray.errors import ConfigError, DataError, RunError
 from worldlm_ray.plan import Plan
 from worldlm_ray.tracking import read_status

@@ -12,7 +12,7 @@ from worlds import client
 
 from worldlm_ray import charts, curves, run_texts, rundir
 from worldlm_ray.charts import BEST, CHARTS, MAX_LINES, MEAN, WORST, charts_of
-from worldlm_ray.config import BudgetConfig
+from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import (
     AggregationRecord,

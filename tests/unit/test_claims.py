@@ -18,7 +18,7 @@ from worldlm_ray.aggregation.outbox import Outbox
 from worldlm_ray.aggregation.quota import Quota, Quotas
 from worldlm_ray.aggregation.replies import ACCEPTED, Verdict, Welcome, believed, checked_verdict
 from worldlm_ray.client import Client
-from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
+from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.limits import HEADER_BYTES, LARGEST_COUNT, MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.messages import Packed, Residual, Update, pack, read_header

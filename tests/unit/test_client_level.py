@@ -16,7 +16,7 @@ from worldlm_ray import spending
 from worldlm_ray.aggregation.events import Answer, Charge, Joined, Note, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig, PrivacyConfig, StalenessConfig
+from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, PrivacyConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.messages import Update, pack
 from worldlm_ray.plan import Plan

@@ -20,7 +20,7 @@ from worldlm_ray.compare import check_overrides, compare, make_folder
 from worldlm_ray.comparison_page import page_of
 from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, ComparisonProgress, Stand, headline
 from worldlm_ray.comparison_report import COLUMNS, best, markdown, summarize, table, write
-from worldlm_ray.config import BudgetConfig
+from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.terminal import Terminal

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from worlds import TINY_MODEL, write_text
 
-from worldlm_ray import config, plan, rundir, tree
-from worldlm_ray.config import RunConfig
+from worldlm_ray import plan, rundir, tree
+from worldlm_ray.config import config
+from worldlm_ray.config.config import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray.config import DataConfig, ResourcesConfig
+from worldlm_ray.config.config import DataConfig, ResourcesConfig
 from worldlm_ray.data import check_sources, prepare, read_documents, sources
 from worldlm_ray.data.text import find_sources
 from worldlm_ray.describe import left_out as left_out_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray.config import TrainingConfig
+from worldlm_ray.config.config import TrainingConfig
 from worldlm_ray.describe import describe, misfits
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan

@@ -19,7 +19,7 @@ from worlds import TINY_MODEL, client
 
 from worldlm_ray import launch, rundir
 from worldlm_ray.cli import app
-from worldlm_ray.config import from_mapping
+from worldlm_ray.config.config import from_mapping
 from worldlm_ray.errors import ConfigError, Interrupted, RunError
 from worldlm_ray.liveness import liveness
 from worldlm_ray.plan import Plan, make_plan

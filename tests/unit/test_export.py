@@ -14,7 +14,7 @@ import worlds
 from typer.testing import CliRunner
 
 from worldlm_ray import cli, huggingface, kept, rundir
-from worldlm_ray import config as configuration
+from worldlm_ray.config import config as configuration
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.export import _facts, export

@@ -23,7 +23,7 @@ from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, 
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.replies import Welcome
 from worldlm_ray.client import Client
-from worldlm_ray.config import AggregationConfig, ModelConfig, ServerOptimizerConfig
+from worldlm_ray.config.config import AggregationConfig, ModelConfig, ServerOptimizerConfig
 from worldlm_ray.describe import describe
 from worldlm_ray.errors import CheckpointError, ConfigError, MessageError
 from worldlm_ray.messages import Model, Packed, Update, fragment_of, pack, read_header, unpack_model, unpack_update

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from worldlm_ray import config as configuration
 from worldlm_ray import huggingface
+from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind

@@ -12,7 +12,7 @@ import pytest
 import worlds
 
 from worldlm_ray import absolute, evaluate, huggingface, kept, membership, rundir
-from worldlm_ray import config as configuration
+from worldlm_ray.config import config as configuration
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.describe import describe, tables
 from worldlm_ray.errors import ConfigError, RunError

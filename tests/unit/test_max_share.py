@@ -19,7 +19,7 @@ from worldlm_ray.aggregation.events import Command, Note, Push
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.node_memory import node_bytes
-from worldlm_ray.config import (
+from worldlm_ray.config.config import (
     AggregationConfig,
     AttentionConfig,
     BudgetConfig,

@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from worldlm_ray.aggregation.merge import Merger, Moved, agreement
-from worldlm_ray.config import AggregationConfig, AttentionConfig, MergeConfig, NodeSettings, check_settings, merge_into
+from worldlm_ray.config.config import (
+    AggregationConfig,
+    AttentionConfig,
+    MergeConfig,
+    NodeSettings,
+    check_settings,
+    merge_into,
+)
+from worldlm_ray.config.values import Problems
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model
-from worldlm_ray.schema import Problems
 from worldlm_ray.tensors.params import Flat, make_layout
 
 LAYOUT = make_layout([("body.weight", (2,)), ("head.weight", (2,))], ["head.*"], layers=0)

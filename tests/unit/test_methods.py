@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from worlds import client
 
-from worldlm_ray import config as configuration
 from worldlm_ray.aggregation.events import Push
 from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client import Client
-from worldlm_ray.config import RunConfig
+from worldlm_ray.config import config as configuration
+from worldlm_ray.config.config import RunConfig
 from worldlm_ray.describe import describe
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.messages import Model, Update, pack

@@ -32,7 +32,7 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.config import (
+from worldlm_ray.config.config import (
     AggregationConfig,
     AttentionConfig,
     BudgetConfig,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from worlds import crowd
 
-from worldlm_ray.config import DataConfig
+from worldlm_ray.config.config import DataConfig
 from worldlm_ray.data import dataset, prepare
 from worldlm_ray.errors import DataError
 from worldlm_ray.plan import Plan

@@ -15,7 +15,7 @@ from worlds import client
 
 from worldlm_ray import above, rundir, tracking
 from worldlm_ray.above import SHARE, Turns
-from worldlm_ray.config import BudgetConfig
+from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.evaluate import evaluate, values
 from worldlm_ray.outcome import finish

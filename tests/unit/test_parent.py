@@ -16,7 +16,7 @@ from worldlm_ray.aggregation.events import Command, Exchange, Joined, Note, Pare
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.parent import Gate, check_model
 from worldlm_ray.client import Client
-from worldlm_ray.config import AggregationConfig, BudgetConfig, MergeConfig
+from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import ConfigError, MessageError
 from worldlm_ray.limits import LARGEST_NORM, MOST_SKIPPED
 from worldlm_ray.messages import Model, Update, pack

@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 from worlds import client
 
-from worldlm_ray import cli, config, rundir
+from worldlm_ray import cli, rundir
 from worldlm_ray.client import Client
+from worldlm_ray.config import config
+from worldlm_ray.config.places import told
 from worldlm_ray.errors import ConfigError, DataError, WorldLMError
-from worldlm_ray.places import told
 from worldlm_ray.plan import make_plan
 from worldlm_ray.privacy import accounting
 from worldlm_ray.privacy.account import weak_delta

@@ -18,7 +18,7 @@ from worlds import client
 
 from worldlm_ray import spending
 from worldlm_ray.client import Client
-from worldlm_ray.config import PrivacyConfig, TrainingConfig
+from worldlm_ray.config.config import PrivacyConfig, TrainingConfig
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.messages import Model, pack, read_header

@@ -14,7 +14,7 @@ from worldlm_ray.aggregation.events import ParentModel, Pull, Push
 from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.residuals import Pool
-from worldlm_ray.config import AggregationConfig, AttentionConfig, BudgetConfig, MergeConfig, ResidualsConfig
+from worldlm_ray.config.config import AggregationConfig, AttentionConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.messages import Model, Packed, Residual, Update, pack, read_header, unpack_model, unpack_update
 from worldlm_ray.tensors.params import Flat, make_layout

@@ -11,7 +11,7 @@ from test_node import NAMES, SPLIT, START, make, of, push
 
 from worldlm_ray.aggregation.events import Beat, Clock, Joined, Note
 from worldlm_ray.aggregation.node import patience_s
-from worldlm_ray.config import LivenessConfig, RobustConfig, StalenessConfig
+from worldlm_ray.config.config import LivenessConfig, RobustConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord

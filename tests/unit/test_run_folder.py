@@ -17,7 +17,8 @@ import pytest
 from typer.testing import CliRunner
 from worlds import tokenizer, write_text
 
-from worldlm_ray import cli, config, rundir
+from worldlm_ray import cli, rundir
+from worldlm_ray.config import config
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.storage import filesystem

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import TINY_MODEL
 
-from worldlm_ray import config, membership
-from worldlm_ray.config import INHERITED, RunConfig
+from worldlm_ray import membership
+from worldlm_ray.config import config
+from worldlm_ray.config.config import INHERITED, RunConfig
 from worldlm_ray.errors import ConfigError, ConfigErrors, WorldLMError
 from worldlm_ray.plan import Plan, make_plan, plan_from_mapping
 
@@ -185,7 +186,7 @@ def test_yaml_that_no_one_means(tmp_path: Path, text: str, problem: str) -> None
 
 
 def test_aliases_cannot_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worldlm_ray.yaml_text.LARGEST", 5_000)
+    monkeypatch.setattr("worldlm_ray.config.yaml_text.LARGEST", 5_000)
     bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
     with pytest.raises(ConfigError, match=r"is not valid YAML .*more than 5,000 entries"):
         loaded(tmp_path, bomb)

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from worldlm_ray import audit, charts, curves, tensorboard, tracking
 from worldlm_ray.charts import charts_of
-from worldlm_ray.config import BudgetConfig
+from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
     AggregationRecord,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from worldlm_ray.aggregation.events import Event, Joined
 from worldlm_ray.aggregation.quota import Quota
 from worldlm_ray.aggregation.replies import ACCEPTED, Verdict
-from worldlm_ray.config import AggregationConfig
+from worldlm_ray.config.config import AggregationConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.limits import LARGEST_COUNT, LARGEST_NORM, MOST_RESTARTS, MOST_SKIPPED, checked
 from worldlm_ray.messages import Packed, Update, read_header

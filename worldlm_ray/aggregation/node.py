@@ -66,7 +66,14 @@ from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.compression import lossy, memory
-from worldlm_ray.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig, Trigger, unknown_name
+from worldlm_ray.config.config import (
+    AggregationConfig,
+    BudgetConfig,
+    LivenessConfig,
+    MergeConfig,
+    Trigger,
+    unknown_name,
+)
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
 from worldlm_ray.limits import header_bytes
 from worldlm_ray.messages import Model, Update, carried, fragment_of, unpack_update

@@ -21,7 +21,7 @@ from itertools import chain
 
 import numpy as np
 
-from worldlm_ray.config import ServerOptimizerConfig, unknown_name
+from worldlm_ray.config.config import ServerOptimizerConfig, unknown_name
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.tensors.params import BLOCK, Flat, spread
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from worldlm_ray.config import StalenessConfig, unknown_name
+from worldlm_ray.config.config import StalenessConfig, unknown_name
 
 DEFAULT_A = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0, "exponential": 0.5, "harmonic": 1.0}
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from worldlm_ray.config import DataConfig, merge_into, positive
+from worldlm_ray.config.config import DataConfig, merge_into, positive
 from worldlm_ray.data.corpora import CORPORA
 from worldlm_ray.data.readers import EXPECTED, holds_text, read
 from worldlm_ray.data.sources import Found, find

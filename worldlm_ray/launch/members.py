@@ -9,8 +9,8 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.reserved import give_back, prefix
-from worldlm_ray import config as configuration
 from worldlm_ray import rundir
+from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import World, create, find, plain

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from worldlm_ray import config as configuration
+from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.launch import cluster, private
 from worldlm_ray.launch.run import Progress, train

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from worldlm_ray import config as configuration
+from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError, ConfigErrors, WorldLMError
 
 _NODE = re.compile(r"\bworld((?:\.children\[\d+\])*)(?:\.(?=[a-z_]))?")

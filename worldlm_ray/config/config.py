@@ -19,14 +19,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from worldlm_ray import schema
+from worldlm_ray.config import values as schema
+from worldlm_ray.config.values import Problems
+from worldlm_ray.config.values import listed as listed
+from worldlm_ray.config.values import one_of as one_of
+from worldlm_ray.config.yaml_text import Document, value_of
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.schema import Problems
-from worldlm_ray.schema import listed as listed
-from worldlm_ray.schema import one_of as one_of
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
-from worldlm_ray.yaml_text import Document, value_of
 
 T = TypeVar("T")
 
