@@ -44,7 +44,7 @@ from actors.shared import (
 from actors.uplink import Steps, Stopped, wait_for
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
-from worldlm_ray.messages import Model, Update
+from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure

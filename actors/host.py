@@ -34,7 +34,7 @@ from actors.uplink import settled_in_time
 from worldlm_ray import rundir
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
-from worldlm_ray.messages import Model, Update
+from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import Measure
 from worldlm_ray.virtual import VirtualClients

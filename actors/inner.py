@@ -65,11 +65,11 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.node import Covered
-from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, WorldLMError
-from worldlm_ray.limits import checked
-from worldlm_ray.messages import Model, Packed, pack
+from worldlm_ray.exchange.limits import checked
+from worldlm_ray.exchange.messages import Model, Packed, pack
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord

@@ -23,12 +23,12 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from actors.shared import Address, Carried
-from worldlm_ray.aggregation.outbox import Outbox
-from worldlm_ray.aggregation.replies import Verdict, Welcome, believed, checked_verdict
-from worldlm_ray.compression import nbytes
 from worldlm_ray.errors import MessageError, SupersededError
+from worldlm_ray.exchange.compression import nbytes
+from worldlm_ray.exchange.messages import Model, Packed, Update, buffer_of, pack_header, unpack_model
+from worldlm_ray.exchange.outbox import Outbox
+from worldlm_ray.exchange.replies import Verdict, Welcome, believed, checked_verdict
 from worldlm_ray.faults import damaged
-from worldlm_ray.messages import Model, Packed, Update, buffer_of, pack_header, unpack_model
 from worldlm_ray.plan import Plan
 from worldlm_ray.quotas import offered_residuals
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record

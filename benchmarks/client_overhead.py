@@ -11,7 +11,7 @@ import torch
 
 from worldlm_ray.client import Client
 from worldlm_ray.config import config
-from worldlm_ray.messages import Model
+from worldlm_ray.exchange.messages import Model
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.plan import make_plan
 from worldlm_ray.training.schedule import learning_rate

@@ -28,11 +28,11 @@ from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address
 from actors.uplink import Uplink, wait_for
 from actors.world import WorldActor
-from worldlm_ray.aggregation.outbox import Outbox
-from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.config import config
+from worldlm_ray.exchange.messages import Update
+from worldlm_ray.exchange.outbox import Outbox
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.launch import cluster
-from worldlm_ray.messages import Update
 from worldlm_ray.plan import Plan, make_plan, plan_from_mapping
 from worldlm_ray.run_clock import RunClock
 

@@ -22,9 +22,9 @@ from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address
 from actors.world import WorldActor
 from worldlm_ray.config import config
+from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import _options
-from worldlm_ray.messages import Update, pack
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.run_clock import RunClock
 

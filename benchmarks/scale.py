@@ -18,7 +18,7 @@ from benchmarks import exchange
 from worldlm_ray.aggregation.events import Joined, Pull, Push
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig
-from worldlm_ray.messages import Packed, Update, pack
+from worldlm_ray.exchange.messages import Packed, Update, pack
 from worldlm_ray.tensors.params import Layout, frozen, make_layout
 
 CHILDREN = (10, 100, 1_000, 10_000)

@@ -13,7 +13,7 @@ import numpy as np
 
 from worldlm_ray.aggregation.node import Node, Push
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, StalenessConfig
-from worldlm_ray.messages import Update, pack
+from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.tensors.params import make_layout
 
 SHAPES = [("backbone.weight", (4, 3)), ("head.weight", (2, 4))]  # the head is the key layer

@@ -21,13 +21,13 @@ import numpy as np
 
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.node import require_fragments
-from worldlm_ray.aggregation.outbox import Outbox, fields, limited, revived
-from worldlm_ray.aggregation.parent import Gate
-from worldlm_ray.aggregation.replies import Verdict, Welcome
-from worldlm_ray.compression import lossy, memory
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
-from worldlm_ray.messages import Model, Update, carried, fragment_of
+from worldlm_ray.exchange.compression import lossy, memory
+from worldlm_ray.exchange.messages import Model, Update, carried, fragment_of
+from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
+from worldlm_ray.exchange.parent import Gate
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account, ledger_folder, weak_delta
 from worldlm_ray.privacy.ledger import Ledger

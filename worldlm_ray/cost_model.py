@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.outbox import Outbox
-from worldlm_ray.aggregation.replies import Verdict, Welcome
-from worldlm_ray.compression import nbytes
 from worldlm_ray.config.config import NodeSettings
-from worldlm_ray.messages import Model, Update
+from worldlm_ray.exchange.compression import nbytes
+from worldlm_ray.exchange.messages import Model, Update
+from worldlm_ray.exchange.outbox import Outbox
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord

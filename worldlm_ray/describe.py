@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from worldlm_ray.aggregation.node_memory import node_bytes
-from worldlm_ray.compression import nbytes
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.data.text import find_sources
-from worldlm_ray.messages import fragment_of
+from worldlm_ray.exchange.compression import nbytes
+from worldlm_ray.exchange.messages import fragment_of
 from worldlm_ray.plan import Plan
 from worldlm_ray.report import amount
 from worldlm_ray.terminal import Column, FittingTable

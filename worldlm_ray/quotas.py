@@ -1,4 +1,4 @@
-"""What the plan lets every child of a node claim (see worldlm_ray/aggregation/quota.py), and weigh.
+"""What the plan lets every child of a node claim (see worldlm_ray/exchange/quota.py), and weigh.
 
     client        tokens of one update    those of one local round: an update is one round, or less of it
                   begun and not arrived   the same: rounds are begun one by one, overlapping or not
@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from worldlm_ray.aggregation.quota import Quota, Quotas
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.limits import LARGEST_COUNT
+from worldlm_ray.exchange.limits import LARGEST_COUNT
+from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.tree import NodeSpec
 
 ROUNDS_APART = 100

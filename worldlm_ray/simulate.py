@@ -55,15 +55,15 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.replies import Verdict, Welcome, believed
 from worldlm_ray.audit import AuditLog
 from worldlm_ray.client import Client
 from worldlm_ray.config.config import DataConfig
 from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.data import prepare_shards
 from worldlm_ray.errors import MessageError
+from worldlm_ray.exchange.messages import Model, Packed, Update, pack
+from worldlm_ray.exchange.replies import Verdict, Welcome, believed
 from worldlm_ray.faults import Fault, damaged
-from worldlm_ray.messages import Model, Packed, Update, pack
 from worldlm_ray.outcome import Outcome, combine, finish, sampled
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord

@@ -8,9 +8,9 @@ import torch
 from benchmarks.gpu.card import device, seconds, shape_of
 from benchmarks.gpu.rows import Rows
 from worldlm_ray.aggregation.fold import Fold
-from worldlm_ray.compression import encode
 from worldlm_ray.config.config import AggregationConfig, TrainingConfig
-from worldlm_ray.messages import Update
+from worldlm_ray.exchange.compression import encode
+from worldlm_ray.exchange.messages import Update
 from worldlm_ray.tensors.params import difference
 from worldlm_ray.training.local import LocalTrainer
 

@@ -14,7 +14,7 @@ import pytest
 from worlds import client
 
 from worldlm_ray.client import Client
-from worldlm_ray.messages import Model
+from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan import Plan
 from worldlm_ray.storage import checkpoint
 

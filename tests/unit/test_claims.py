@@ -14,14 +14,14 @@ from worlds import client
 
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Event, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.outbox import Outbox
-from worldlm_ray.aggregation.quota import Quota, Quotas
-from worldlm_ray.aggregation.replies import ACCEPTED, Verdict, Welcome, believed, checked_verdict
 from worldlm_ray.client import Client
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import MessageError
-from worldlm_ray.limits import HEADER_BYTES, LARGEST_COUNT, MOST_RESTARTS, MOST_SKIPPED
-from worldlm_ray.messages import Packed, Residual, Update, pack, read_header
+from worldlm_ray.exchange.limits import HEADER_BYTES, LARGEST_COUNT, MOST_RESTARTS, MOST_SKIPPED
+from worldlm_ray.exchange.messages import Packed, Residual, Update, pack, read_header
+from worldlm_ray.exchange.outbox import Outbox
+from worldlm_ray.exchange.quota import Quota, Quotas
+from worldlm_ray.exchange.replies import ACCEPTED, Verdict, Welcome, believed, checked_verdict
 from worldlm_ray.plan import Plan
 from worldlm_ray.quotas import ROUNDS_APART
 from worldlm_ray.records import LifeRecord

@@ -22,9 +22,9 @@ from actors.shared import Address
 from actors.uplink import Uplink, wait_for
 from worldlm_ray import above
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
-from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.client import Client
-from worldlm_ray.messages import Packed, Update, pack
+from worldlm_ray.exchange.messages import Packed, Update, pack
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record
 from worldlm_ray.run_clock import RunClock

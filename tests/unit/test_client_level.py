@@ -18,7 +18,7 @@ from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, PrivacyConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError, PrivacyError
-from worldlm_ray.messages import Update, pack
+from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_epsilon, gaussian_noise, most_contributions

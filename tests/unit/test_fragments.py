@@ -21,12 +21,21 @@ from worlds import two_levels
 from worldlm_ray import rundir
 from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.replies import Welcome
 from worldlm_ray.client import Client
 from worldlm_ray.config.config import AggregationConfig, ModelConfig, ServerOptimizerConfig
 from worldlm_ray.describe import describe
 from worldlm_ray.errors import CheckpointError, ConfigError, MessageError
-from worldlm_ray.messages import Model, Packed, Update, fragment_of, pack, read_header, unpack_model, unpack_update
+from worldlm_ray.exchange.messages import (
+    Model,
+    Packed,
+    Update,
+    fragment_of,
+    pack,
+    read_header,
+    unpack_model,
+    unpack_update,
+)
+from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.model.shape import resolve_shape
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import PullRecord, PushRecord, Record

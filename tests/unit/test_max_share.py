@@ -28,7 +28,7 @@ from worldlm_ray.config.config import (
     ServerOptimizerConfig,
 )
 from worldlm_ray.errors import CheckpointError, ConfigError
-from worldlm_ray.messages import Update, pack
+from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import AttentionRecord
 from worldlm_ray.tensors.params import Layout

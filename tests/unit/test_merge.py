@@ -19,7 +19,7 @@ from worldlm_ray.config.config import (
 )
 from worldlm_ray.config.values import Problems
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.messages import Model
+from worldlm_ray.exchange.messages import Model
 from worldlm_ray.tensors.params import Flat, make_layout
 
 LAYOUT = make_layout([("body.weight", (2,)), ("head.weight", (2,))], ["head.*"], layers=0)

@@ -22,14 +22,14 @@ from worlds import TINY_MODEL, client
 
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Child, Node
-from worldlm_ray.aggregation.quota import Quota, Quotas
-from worldlm_ray.aggregation.replies import ACCEPTED
 from worldlm_ray.client import Client
 from worldlm_ray.config import config
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import CheckpointError, ConfigErrors, MessageError, WorldLMError
-from worldlm_ray.limits import MOST_RESTARTS, MOST_SKIPPED
-from worldlm_ray.messages import Model, Packed, Residual, Update, pack, unpack_model
+from worldlm_ray.exchange.limits import MOST_RESTARTS, MOST_SKIPPED
+from worldlm_ray.exchange.messages import Model, Packed, Residual, Update, pack, unpack_model
+from worldlm_ray.exchange.quota import Quota, Quotas
+from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat, Layout

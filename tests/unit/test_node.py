@@ -42,7 +42,7 @@ from worldlm_ray.config.config import (
     StalenessConfig,
 )
 from worldlm_ray.errors import CheckpointError, MessageError
-from worldlm_ray.messages import Model, Packed, Update, pack
+from worldlm_ray.exchange.messages import Model, Packed, Update, pack
 from worldlm_ray.records import AttentionRecord, MergeRecord, VerdictRecord
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat, Layout, make_layout

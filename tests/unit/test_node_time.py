@@ -11,7 +11,7 @@ import pytest
 from worldlm_ray.aggregation.events import Beat, Clock, Joined, Note, Pull, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
-from worldlm_ray.messages import pack
+from worldlm_ray.exchange.messages import pack
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.tensors.params import Layout
 

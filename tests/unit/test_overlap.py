@@ -12,10 +12,10 @@ import pytest
 from drift import Drift, drifting
 from worlds import TINY_MODEL, client, two_levels
 
-from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.messages import Model
+from worldlm_ray.exchange.messages import Model
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.methods import configure
 from worldlm_ray.plan import Plan, make_plan
 from worldlm_ray.records import LifeRecord, MergeRecord, Record, RoundRecord, VerdictRecord

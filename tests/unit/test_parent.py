@@ -14,12 +14,12 @@ from worlds import client, two_levels
 
 from worldlm_ray.aggregation.events import Command, Exchange, Joined, Note, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.parent import Gate, check_model
 from worldlm_ray.client import Client
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import ConfigError, MessageError
-from worldlm_ray.limits import LARGEST_NORM, MOST_SKIPPED
-from worldlm_ray.messages import Model, Update, pack
+from worldlm_ray.exchange.limits import LARGEST_NORM, MOST_SKIPPED
+from worldlm_ray.exchange.messages import Model, Update, pack
+from worldlm_ray.exchange.parent import Gate, check_model
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.simulate import Simulation

@@ -21,7 +21,7 @@ from worldlm_ray.client import Client
 from worldlm_ray.config.config import PrivacyConfig, TrainingConfig
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, PrivacyError
-from worldlm_ray.messages import Model, pack, read_header
+from worldlm_ray.exchange.messages import Model, pack, read_header
 from worldlm_ray.model.decoder import Decoder, cross_entropy
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape

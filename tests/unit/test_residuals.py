@@ -16,7 +16,16 @@ from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.residuals import Pool
 from worldlm_ray.config.config import AggregationConfig, AttentionConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import MessageError
-from worldlm_ray.messages import Model, Packed, Residual, Update, pack, read_header, unpack_model, unpack_update
+from worldlm_ray.exchange.messages import (
+    Model,
+    Packed,
+    Residual,
+    Update,
+    pack,
+    read_header,
+    unpack_model,
+    unpack_update,
+)
 from worldlm_ray.tensors.params import Flat, make_layout
 
 SHAPES = [("body.weight", (1,)), ("neck.weight", (2,)), ("head.weight", (2,))]

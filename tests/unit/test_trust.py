@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from worldlm_ray.aggregation.events import Beat, Done, Joined, Left, Pull
-from worldlm_ray.aggregation.replies import Verdict, Welcome
-from worldlm_ray.messages import Model, Residual, Update
+from worldlm_ray.exchange.messages import Model, Residual, Update
+from worldlm_ray.exchange.replies import Verdict, Welcome
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from worlds import client, write_text
 
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.messages import Model
+from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan import Plan
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tree import processes

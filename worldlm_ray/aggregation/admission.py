@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 from worldlm_ray.aggregation.events import Event, Joined
-from worldlm_ray.aggregation.quota import Quota
-from worldlm_ray.aggregation.replies import ACCEPTED, Verdict
 from worldlm_ray.config.config import AggregationConfig
 from worldlm_ray.errors import MessageError
-from worldlm_ray.limits import LARGEST_COUNT, LARGEST_NORM, MOST_RESTARTS, MOST_SKIPPED, checked
-from worldlm_ray.messages import Packed, Update, read_header
+from worldlm_ray.exchange.limits import LARGEST_COUNT, LARGEST_NORM, MOST_RESTARTS, MOST_SKIPPED, checked
+from worldlm_ray.exchange.messages import Packed, Update, read_header
+from worldlm_ray.exchange.quota import Quota
+from worldlm_ray.exchange.replies import ACCEPTED, Verdict
 from worldlm_ray.tensors.params import rough_norm
 
 TRAINED = ("stale", "not_finite", "norm_exceeded", "too_soon", "privacy_exhausted")

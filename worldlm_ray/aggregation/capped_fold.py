@@ -24,11 +24,11 @@ from typing import Any
 
 from worldlm_ray.aggregation.attention import with_prior
 from worldlm_ray.aggregation.fold import Fold
-from worldlm_ray.aggregation.outbox import fields, revived
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.errors import AggregationError
-from worldlm_ray.messages import Update
+from worldlm_ray.exchange.messages import Update
+from worldlm_ray.exchange.outbox import fields, revived
 from worldlm_ray.tensors.params import Flat
 
 _KEPT = "kept."

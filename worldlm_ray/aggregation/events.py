@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worldlm_ray.aggregation.replies import Verdict
-from worldlm_ray.messages import Model, Packed
+from worldlm_ray.exchange.messages import Model, Packed
+from worldlm_ray.exchange.replies import Verdict
 from worldlm_ray.records import Record
 
 

@@ -57,15 +57,10 @@ from worldlm_ray.aggregation.events import (
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
-from worldlm_ray.aggregation.outbox import Outbox, fields, limited, revived
-from worldlm_ray.aggregation.parent import Gate
 from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
-from worldlm_ray.aggregation.quota import Quota, Quotas
-from worldlm_ray.aggregation.replies import Verdict, Welcome
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
-from worldlm_ray.compression import lossy, memory
 from worldlm_ray.config.config import (
     AggregationConfig,
     BudgetConfig,
@@ -75,8 +70,13 @@ from worldlm_ray.config.config import (
     unknown_name,
 )
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
-from worldlm_ray.limits import header_bytes
-from worldlm_ray.messages import Model, Update, carried, fragment_of, unpack_update
+from worldlm_ray.exchange.compression import lossy, memory
+from worldlm_ray.exchange.limits import header_bytes
+from worldlm_ray.exchange.messages import Model, Update, carried, fragment_of, unpack_update
+from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
+from worldlm_ray.exchange.parent import Gate
+from worldlm_ray.exchange.quota import Quota, Quotas
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.records import AggregationRecord, AttentionRecord, LifeRecord, PrivacyRecord, VerdictRecord
 from worldlm_ray.tensors.params import Flat, Layout, difference, frozen
 

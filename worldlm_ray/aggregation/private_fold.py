@@ -23,7 +23,7 @@ from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.config import AggregationConfig
 from worldlm_ray.errors import AggregationError
-from worldlm_ray.messages import Update
+from worldlm_ray.exchange.messages import Update
 from worldlm_ray.privacy.gaussian import composed_epsilon
 from worldlm_ray.tensors.params import Flat, Layout, add_scaled, blocks, squared_norm
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from worldlm_ray.aggregation.attention import score
 from worldlm_ray.config.config import AttentionConfig, ResidualsConfig
-from worldlm_ray.messages import Residual
+from worldlm_ray.exchange.messages import Residual
 from worldlm_ray.tensors.params import Flat, KeyLayer, frozen
 
 NO_RESIDUALS: dict[str, Any] = {"held": [], "found": [], "fits": {}}

@@ -22,7 +22,7 @@ from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.config import unknown_name
 from worldlm_ray.errors import AggregationError
-from worldlm_ray.messages import Update
+from worldlm_ray.exchange.messages import Update
 from worldlm_ray.tensors.params import Flat, add_scaled, blocks
 
 _CHILD = "of."

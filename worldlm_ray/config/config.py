@@ -258,7 +258,7 @@ class MergeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeConfig:
-    """How a node's updates travel to its parent: see worldlm_ray/compression.py."""
+    """How a node's updates travel to its parent: see worldlm_ray/exchange/compression.py."""
 
     codec: CodecName = "fp32"
     """`bf16` takes half of the bytes, `int8` a quarter, `int4` an eighth. What rounding loses goes with the next

@@ -20,9 +20,9 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from worldlm_ray.compression import CODECS, Bytes, decode, encode, nbytes
 from worldlm_ray.errors import MessageError
-from worldlm_ray.limits import (
+from worldlm_ray.exchange.compression import CODECS, Bytes, decode, encode, nbytes
+from worldlm_ray.exchange.limits import (
     HEADER_BYTES,
     LARGEST_COUNT,
     LARGEST_NORM,

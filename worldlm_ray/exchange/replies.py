@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from worldlm_ray.errors import MessageError
-from worldlm_ray.limits import MOST_SKIPPED, checked
+from worldlm_ray.exchange.limits import MOST_SKIPPED, checked
 
 ACCEPTED = "accepted"
 

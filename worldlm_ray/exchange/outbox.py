@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from worldlm_ray.aggregation.replies import ACCEPTED, Verdict
-from worldlm_ray.messages import Update
+from worldlm_ray.exchange.messages import Update
+from worldlm_ray.exchange.replies import ACCEPTED, Verdict
 from worldlm_ray.tensors.params import Flat
 
 _ARRAY = "outbox."

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from worldlm_ray.errors import MessageError
-from worldlm_ray.limits import LARGEST_NORM, MOST_SKIPPED
-from worldlm_ray.messages import Model, carried
+from worldlm_ray.exchange.limits import LARGEST_NORM, MOST_SKIPPED
+from worldlm_ray.exchange.messages import Model, carried
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.tensors.params import Flat, Layout, rough_norm, squared_norm
 
