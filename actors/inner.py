@@ -65,7 +65,6 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.node import Covered
-from worldlm_ray.audit import AuditLog
 from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, WorldLMError
 from worldlm_ray.exchange.limits import checked
 from worldlm_ray.exchange.messages import Model, Packed, pack
@@ -75,6 +74,7 @@ from worldlm_ray.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
 from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tracking.audit import AuditLog
 
 
 class InnerActor(LastWords):

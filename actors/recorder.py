@@ -16,10 +16,10 @@ from worldlm_ray.outcome import Sample, finish
 from worldlm_ray.plan import plan_from_mapping
 from worldlm_ray.records import Measure, Record
 from worldlm_ray.run_clock import Anchor, RunClock
-from worldlm_ray.run_texts import introduction
 from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.tracking import STATUS_EVERY_S, STATUS_SHARE, Tracker
+from worldlm_ray.tracking.run_texts import introduction
+from worldlm_ray.tracking.tracker import STATUS_EVERY_S, STATUS_SHARE, Tracker
 
 
 class RecorderActor:

@@ -6,9 +6,9 @@ import tempfile
 from typing import Any
 
 from worldlm_ray import launch, rundir
-from worldlm_ray.audit import proofs
 from worldlm_ray.config import config
 from worldlm_ray.plan import make_plan
+from worldlm_ray.tracking.audit import proofs
 
 SECONDS = 300.0
 ALONE_SECONDS = 90.0

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 
 from worldlm_ray import launch, rundir
-from worldlm_ray.audit import proofs, read
 from worldlm_ray.config import config
 from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.tracking.audit import proofs, read
 
 WORLDS = ((8, 1), (40, 10), (1000, 250))
 """Clients, and clients per process."""

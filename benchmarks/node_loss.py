@@ -14,9 +14,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from worldlm_ray import launch, rundir
-from worldlm_ray.audit import proofs
 from worldlm_ray.config import config
 from worldlm_ray.plan import make_plan
+from worldlm_ray.tracking.audit import proofs
 
 ROUNDS = 40
 FAST_CHECKS = {

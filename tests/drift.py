@@ -14,7 +14,7 @@ from worldlm_ray.client import Client
 from worldlm_ray.plan import Plan
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.tracking import Tracker
+from worldlm_ray.tracking.tracker import Tracker
 from worldlm_ray.training.trainer import Batch, RoundResult
 from worldlm_ray.tree import NodeSpec
 

@@ -11,10 +11,10 @@ from typing import Any
 import ray
 
 from worldlm_ray import launch
-from worldlm_ray.audit import proofs
 from worldlm_ray.launch import cluster as clusters
 from worldlm_ray.plan import Plan
 from worldlm_ray.storage import checkpoint
+from worldlm_ray.tracking.audit import proofs
 
 
 class Killer(threading.Thread):

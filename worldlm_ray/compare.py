@@ -43,7 +43,7 @@ from worldlm_ray.simulate import Simulation, simulate
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.tracking import read_status
+from worldlm_ray.tracking.tracker import read_status
 from worldlm_ray.training.local import LocalTrainer, device_of
 from worldlm_ray.tree import NodeSpec
 

@@ -24,10 +24,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.text import Text
 
-from worldlm_ray import audit
 from worldlm_ray.comparison_page import page_of
 from worldlm_ray.report import amount
 from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.tracking import audit
 from worldlm_ray.verdict import against_local, by_method, client_means, equal_work, verdict
 
 

@@ -17,10 +17,10 @@ from worldlm_ray.plan import Plan
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure
 from worldlm_ray.report import NOTHING
-from worldlm_ray.run_state import finite
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.tracking.run_state import finite
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample as generate
 from worldlm_ray.tree import NodeSpec

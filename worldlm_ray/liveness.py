@@ -12,7 +12,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.run_clock import Stamp
 from worldlm_ray.rundir import is_simulated
 from worldlm_ray.storage.paths import pasted
-from worldlm_ray.tracking import FAILED, SUMMARY, read_status
+from worldlm_ray.tracking.tracker import FAILED, SUMMARY, read_status
 
 ENDED_S = 5.0
 """A run with a summary whose status is older than this has ended."""

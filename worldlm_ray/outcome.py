@@ -12,7 +12,7 @@ from worldlm_ray.errors import Interrupted, WorldLMError
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import FinalRecord, Measure
 from worldlm_ray.tensors.params import Flat, params_sha256
-from worldlm_ray.tracking import Tracker, write_summary
+from worldlm_ray.tracking.tracker import Tracker, write_summary
 
 LONGEST_FAILURE = 200
 """Characters of a reason that an error gives."""

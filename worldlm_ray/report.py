@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from worldlm_ray.audit import Proof
 from worldlm_ray.records import perplexity
-from worldlm_ray.status_fields import KINDS
 from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.tracking.audit import Proof
+from worldlm_ray.tracking.status_fields import KINDS
 
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
 PRIVATE = "private"

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import audit
 from worldlm_ray.report import amount
 from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.tracking import audit
 
 BIN_S = 4.0
 """Seconds over which the plot's tokens/s are taken."""

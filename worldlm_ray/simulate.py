@@ -55,7 +55,6 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.audit import AuditLog
 from worldlm_ray.client import Client
 from worldlm_ray.config.config import DataConfig
 from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
@@ -67,11 +66,12 @@ from worldlm_ray.faults import Fault, damaged
 from worldlm_ray.outcome import Outcome, combine, finish, sampled
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
-from worldlm_ray.run_texts import introduction
 from worldlm_ray.seeds import derive
 from worldlm_ray.storage import checkpoint, open_files
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.tracking import Tracker
+from worldlm_ray.tracking.audit import AuditLog
+from worldlm_ray.tracking.run_texts import introduction
+from worldlm_ray.tracking.tracker import Tracker
 from worldlm_ray.tree import NodeSpec, parent_path
 
 BITS_PER_GBIT = 1e9

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import audit
 from worldlm_ray.client import open_account
 from worldlm_ray.data import prepare
 from worldlm_ray.plan import Plan
@@ -18,6 +17,7 @@ from worldlm_ray.privacy.gaussian import composed_epsilon, most_contributions
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.report import NOTHING
 from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.tracking import audit
 from worldlm_ray.tree import NodeSpec
 
 

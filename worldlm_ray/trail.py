@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import audit, rundir
+from worldlm_ray import rundir
 from worldlm_ray.storage import filesystem
+from worldlm_ray.tracking import audit
 
 NOTHING = "no update has been judged yet: nothing is proved"
 _BEGIN = '{"now_s": '

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from worlds import client, crowd
 
-from worldlm_ray import audit, curves, launch, rundir
+from worldlm_ray import launch, rundir
 from worldlm_ray.launch import run as running
 from worldlm_ray.plan import Plan
-from worldlm_ray.tracking import STATUS
+from worldlm_ray.tracking import audit, curves
+from worldlm_ray.tracking.tracker import STATUS
 from worldlm_ray.tree import NodeSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

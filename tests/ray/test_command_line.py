@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from worlds import TINY_MODEL, two_levels
 
-from worldlm_ray.audit import proofs
+from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 WORLDLM = [sys.executable, "-m", "worldlm_ray.cli"]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import audit, launch, rundir, spending
+from worldlm_ray import launch, rundir, spending
 from worldlm_ray.plan import Plan
 from worldlm_ray.storage import checkpoint
+from worldlm_ray.tracking import audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 Tiny = Callable[..., Plan]

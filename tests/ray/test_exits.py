@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from worlds import TINY_MODEL, client
 
-from worldlm_ray.audit import proofs
+from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 WORLDLM = [sys.executable, "-m", "worldlm_ray"]

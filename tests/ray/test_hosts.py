@@ -23,8 +23,8 @@ import yaml
 from hosts import NET, Hosts, hosts, why_not
 from worlds import TINY_MODEL, write_text
 
-from worldlm_ray.audit import proofs
 from worldlm_ray.launch.cluster_file import LABELS, TOKEN
+from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [
     pytest.mark.ray,

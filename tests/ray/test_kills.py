@@ -17,9 +17,9 @@ from killing import Killer, check
 from worlds import client, crowd, two_levels
 
 from worldlm_ray import launch, rundir
-from worldlm_ray.audit import proofs
 from worldlm_ray.plan import Plan
 from worldlm_ray.storage import checkpoint
+from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]

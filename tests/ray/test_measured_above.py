@@ -11,7 +11,7 @@ import pytest
 
 from worldlm_ray import launch, rundir
 from worldlm_ray.plan import Plan
-from worldlm_ray.tracking import read_status
+from worldlm_ray.tracking.tracker import read_status
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]

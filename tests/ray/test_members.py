@@ -18,12 +18,13 @@ import pytest
 import ray
 from worlds import client, write_text
 
-from worldlm_ray import audit, launch, membership, rundir
-from worldlm_ray.audit import proofs
+from worldlm_ray import launch, membership, rundir
 from worldlm_ray.config.config import save
 from worldlm_ray.errors import ConfigError, DataError, RunError
 from worldlm_ray.plan import Plan
-from worldlm_ray.tracking import read_status
+from worldlm_ray.tracking import audit
+from worldlm_ray.tracking.audit import proofs
+from worldlm_ray.tracking.tracker import read_status
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]

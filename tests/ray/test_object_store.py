@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from stores import s3
 from worlds import TINY_MODEL, two_levels
 
-from worldlm_ray.audit import proofs
 from worldlm_ray.storage import filesystem
+from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 WORLDLM = [sys.executable, "-m", "worldlm_ray.cli"]

@@ -14,10 +14,10 @@ from killing import Killer, check
 from worlds import client, crowd
 
 from worldlm_ray import launch, membership, rundir
-from worldlm_ray.audit import proofs
 from worldlm_ray.launch import hosts
 from worldlm_ray.plan import Plan
 from worldlm_ray.simulate import simulate
+from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]

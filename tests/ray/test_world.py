@@ -11,10 +11,10 @@ import pytest
 from worlds import client
 
 from worldlm_ray import launch, rundir
-from worldlm_ray.audit import proofs
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import MergeRecord, Record
 from worldlm_ray.simulate import simulate
+from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]

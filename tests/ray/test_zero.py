@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import audit, launch, rundir, spending
+from worldlm_ray import launch, rundir, spending
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import Plan
 from worldlm_ray.simulate import simulate
+from worldlm_ray.tracking import audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 Tiny = Callable[..., Plan]

@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 import actors.shared
 from actors.shared import RECORDER, settle
 from worldlm_ray.run_clock import Anchor, RunClock, Stamp
-from worldlm_ray.tracking import STATUS
+from worldlm_ray.tracking.tracker import STATUS
 
 
 class Cluster:

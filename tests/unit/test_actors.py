@@ -24,7 +24,6 @@ from actors.host import HostActor
 from actors.shared import Address
 from actors.world import WorldActor
 from worldlm_ray import above, rundir
-from worldlm_ray.audit import proofs
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.exchange.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.launch.run import with_living_owners
@@ -33,6 +32,7 @@ from worldlm_ray.records import OwnModelRecord, Record, VerdictRecord
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tracking.audit import proofs
 
 
 class Ref:

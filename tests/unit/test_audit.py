@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from worlds import a_verdict
 
-from worldlm_ray.audit import AuditLog, proofs, read
 from worldlm_ray.records import VerdictRecord
+from worldlm_ray.tracking.audit import AuditLog, proofs, read
 
 
 def verdict(seq: int, reason: str = "accepted", *, incarnation: int = 1, sender: str = "italy") -> VerdictRecord:

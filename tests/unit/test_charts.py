@@ -10,8 +10,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.plugins.custom_scalar import layout_pb2
 from worlds import client
 
-from worldlm_ray import charts, curves, run_texts, rundir
-from worldlm_ray.charts import BEST, CHARTS, MAX_LINES, MEAN, WORST, charts_of
+from worldlm_ray import rundir
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import (
@@ -25,7 +24,9 @@ from worldlm_ray.records import (
     VerdictRecord,
 )
 from worldlm_ray.simulate import simulate
-from worldlm_ray.tracking import Tracker
+from worldlm_ray.tracking import charts, curves, run_texts
+from worldlm_ray.tracking.charts import BEST, CHARTS, MAX_LINES, MEAN, WORST, charts_of
+from worldlm_ray.tracking.tracker import Tracker
 
 SELECTED_BY_DEFAULT = 40
 """TensorBoard selects no run where there are more (2.20 and 2.21)."""

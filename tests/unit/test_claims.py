@@ -27,7 +27,7 @@ from worldlm_ray.quotas import ROUNDS_APART
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tensors.params import Layout
-from worldlm_ray.tracking import Tracker
+from worldlm_ray.tracking.tracker import Tracker
 
 ROUND = 100
 """Tokens of a local round of either client."""

@@ -16,7 +16,7 @@ from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.outcome import finish
 from worldlm_ray.plan import Plan
-from worldlm_ray.tracking import Tracker
+from worldlm_ray.tracking.tracker import Tracker
 
 
 @pytest.fixture

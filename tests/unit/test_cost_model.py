@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 from worlds import client, write_text
 
-from worldlm_ray import compare, curves, rundir
-from worldlm_ray.audit import proofs
-from worldlm_ray.charts import BEST, MEAN, WORST
+from worldlm_ray import compare, rundir
 from worldlm_ray.cost_model import CostClient, cost_plan
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import Plan
@@ -29,7 +27,10 @@ from worldlm_ray.records import (
 )
 from worldlm_ray.report import cost_table
 from worldlm_ray.simulate import Simulation, simulate
-from worldlm_ray.tracking import MANY_CLIENTS, SHOWN_CLIENTS
+from worldlm_ray.tracking import curves
+from worldlm_ray.tracking.audit import proofs
+from worldlm_ray.tracking.charts import BEST, MEAN, WORST
+from worldlm_ray.tracking.tracker import MANY_CLIENTS, SHOWN_CLIENTS
 
 Tiny = Callable[..., Plan]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from worldlm_ray import curves
-from worldlm_ray.curves import Curves
+from worldlm_ray.tracking import curves
+from worldlm_ray.tracking.curves import Curves
 
 
 class Clock:

@@ -22,8 +22,8 @@ from worldlm_ray.plan import Plan
 from worldlm_ray.progress import Progress
 from worldlm_ray.records import LifeRecord, Measure, VerdictRecord, perplexity
 from worldlm_ray.report import final_table
-from worldlm_ray.run_state import WARNINGS, RunState
 from worldlm_ray.simulate import simulate
+from worldlm_ray.tracking.run_state import WARNINGS, RunState
 from worldlm_ray.training.sampling import sample
 
 Tiny = Callable[..., Plan]

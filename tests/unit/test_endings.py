@@ -23,7 +23,7 @@ from worldlm_ray.config.config import from_mapping
 from worldlm_ray.errors import ConfigError, Interrupted, RunError
 from worldlm_ray.liveness import liveness
 from worldlm_ray.plan import Plan, make_plan
-from worldlm_ray.tracking import Tracker, has_ended, read_status, record_failure
+from worldlm_ray.tracking.tracker import Tracker, has_ended, read_status, record_failure
 
 Result = Any
 

@@ -13,7 +13,6 @@ import pytest
 from drift import Drift, drifting, whole_run
 from worlds import client
 
-from worldlm_ray.audit import proofs
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.faults import Faults
@@ -21,6 +20,7 @@ from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, PushRecord, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tensors.params import params_sha256
+from worldlm_ray.tracking.audit import proofs
 
 Tiny = Callable[..., Plan]
 ROUNDS = 10

@@ -17,7 +17,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.liveness import liveness
 from worldlm_ray.plan import Plan
 from worldlm_ray.run_clock import Stamp
-from worldlm_ray.tracking import STATUS, SUMMARY, Tracker, read_status
+from worldlm_ray.tracking.tracker import STATUS, SUMMARY, Tracker, read_status
 
 
 @pytest.fixture

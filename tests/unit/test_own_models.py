@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from worlds import client
 
-from worldlm_ray import above, rundir, tracking
+from worldlm_ray import above, rundir
 from worldlm_ray.above import SHARE, Turns
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import RunError
@@ -22,9 +22,10 @@ from worldlm_ray.outcome import finish
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record, RoundRecord, StartRecord
 from worldlm_ray.report import final_table, live_table
-from worldlm_ray.run_state import RunState
 from worldlm_ray.simulate import Simulation, simulate
-from worldlm_ray.tracking import Tracker, read_status
+from worldlm_ray.tracking import tracker as tracking
+from worldlm_ray.tracking.run_state import RunState
+from worldlm_ray.tracking.tracker import Tracker, read_status
 
 Tiny = Callable[..., Plan]
 A, B = "world/north/a", "world/north/b"

@@ -24,7 +24,7 @@ from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tensors.params import Flat, Layout
-from worldlm_ray.tracking import Tracker
+from worldlm_ray.tracking.tracker import Tracker
 
 
 def a_model(values: Flat, **changes: Any) -> Model:

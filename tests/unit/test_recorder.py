@@ -17,7 +17,7 @@ from worldlm_ray.errors import CheckpointError, RunError
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tracking import STATUS
+from worldlm_ray.tracking.tracker import STATUS
 
 
 @pytest.fixture

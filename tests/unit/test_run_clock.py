@@ -16,7 +16,7 @@ from worldlm_ray import run_clock, rundir
 from worldlm_ray.plan import Plan
 from worldlm_ray.run_clock import Anchor, RunClock, Stamp, seconds
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tracking import STATUS
+from worldlm_ray.tracking.tracker import STATUS
 
 HERE, THERE = "here boot-1", "there boot-9"
 

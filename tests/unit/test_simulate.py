@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from worlds import TINY_MODEL, client
 
-from worldlm_ray import audit, rundir
+from worldlm_ray import rundir
 from worldlm_ray.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, NodeSummary, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation, simulate
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import params_sha256
+from worldlm_ray.tracking import audit
 
 Tiny = Callable[..., Plan]
 ROUND_TOKENS = 4 * 4 * 16

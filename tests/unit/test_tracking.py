@@ -18,8 +18,6 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from worldlm_ray import audit, charts, curves, tensorboard, tracking
-from worldlm_ray.charts import charts_of
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
@@ -36,8 +34,11 @@ from worldlm_ray.records import (
     StartRecord,
     VerdictRecord,
 )
-from worldlm_ray.tensorboard import Board, EventFiles, layout
-from worldlm_ray.tracking import STATUS, Tracker, read_status, write_summary
+from worldlm_ray.tracking import audit, charts, curves, tensorboard
+from worldlm_ray.tracking import tracker as tracking
+from worldlm_ray.tracking.charts import charts_of
+from worldlm_ray.tracking.tensorboard import Board, EventFiles, layout
+from worldlm_ray.tracking.tracker import STATUS, Tracker, read_status, write_summary
 
 ITALY, FRANCE, JAPAN = "world/europe/italy", "world/europe/france", "world/japan"
 KINDS = {"world": "world", "world/europe": "federation", ITALY: "client", FRANCE: "client", JAPAN: "client"}

@@ -1,4 +1,4 @@
-"""What a run shows in TensorBoard: a few lines in numbered groups of charts, see worldlm_ray/charts.py.
+"""What a run shows in TensorBoard: a few lines in numbered groups of charts, see worldlm_ray/tracking/charts.py.
 
     tensorboard/world/                  its curves, the layout of CUSTOM SCALARS, the settings of HPARAMS, all texts
     tensorboard/world/europe/           and so on: the folder of a node with a line of its own is its path in the tree
@@ -35,9 +35,9 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from worldlm_ray.charts import CATEGORIES, CHARTS, Chart, clean
 from worldlm_ray.records import AttentionRecord
 from worldlm_ray.storage import filesystem
+from worldlm_ray.tracking.charts import CATEGORIES, CHARTS, Chart, clean
 
 Scalar = str | int | float | bool
 
@@ -150,7 +150,7 @@ class EventFiles:
         file = self._runs.pop(run, None)  # after an error the run goes on in a new file: this one may end anyhow
         if file is None:
             file = filesystem.Growing(self._folder / run / _next_file(self._folder / run))
-            source = SourceMetadata(writer="worldlm_ray.tensorboard")
+            source = SourceMetadata(writer="worldlm_ray.tracking.tensorboard")
             first = Event(wall_time=self._started_at, file_version="brain.Event:2", source_metadata=source)
             events = [first.SerializeToString(), *events]
         buffer = io.BytesIO()

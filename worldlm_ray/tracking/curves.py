@@ -3,13 +3,13 @@
     metrics.jsonl    {"now_s": 12.5, "tokens": 4096, "node": "world/europe/italy", "name": "loss", "value": 2.31}
 
 One line per value: run time in seconds, tokens trained so far (of an inner node, by the clients below it), path of the
-node, name of the quantity as in worldlm_ray/charts.py, and the value, null where it is not finite. The nodes
+node, name of the quantity as in worldlm_ray/tracking/charts.py, and the value, null where it is not finite. The nodes
 `all-clients-mean`, `-best` and `-worst` stand for all clients together. A resumed run appends. In an object store
 the file is a row of objects, `metrics.0000-MARK.jsonl` and so on.
 
     pandas.read_json("runs/NAME/metrics.jsonl", lines=True).pivot_table(index="now_s", columns="node", values="value")
 
-Of a world with very many clients there are lines for a sample of them, as there are charts (worldlm_ray/tracking.py).
+Of a world with very many clients there are lines for a sample of them, as there are charts (worldlm_ray/tracking/tracker.py).
 """
 
 from __future__ import annotations

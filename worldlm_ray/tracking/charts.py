@@ -11,7 +11,7 @@ lines, each a TensorBoard run:
     more                     the world, the MAX_INNER - 1 federations nearest to it, and three lines for all clients:
                              their mean, the best and the worst of them. The loss of every client has a chart below.
 
-metrics.jsonl has the values of all nodes (worldlm_ray/curves.py).
+metrics.jsonl has the values of all nodes (worldlm_ray/tracking/curves.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The single writer of a run folder: what the shells record becomes files that people and tools read.
 
     status.json     the newest snapshot, replaced whole about once a second
-    tensorboard/    charts, heat maps, texts: see worldlm_ray/tensorboard.py
-    metrics.jsonl   the same curves as lines of JSON, of all nodes: see worldlm_ray/curves.py
+    tensorboard/    charts, heat maps, texts: see worldlm_ray/tracking/tensorboard.py
+    metrics.jsonl   the same curves as lines of JSON, of all nodes: see worldlm_ray/tracking/curves.py
     summary.json    the result of a finished run
 
 Of a world with more than MANY_CLIENTS clients, charts and metrics.jsonl hold a sample of them.
@@ -10,7 +10,7 @@ Of a world with more than MANY_CLIENTS clients, charts and metrics.jsonl hold a 
 Storage that refuses costs no more than delay: files are written later, and the snapshot says why (`trouble`).
 
 A tracker that opens an existing folder continues it: verdicts are counted again from the audit trail, which inner
-nodes write themselves (worldlm_ray/audit.py); everything else comes from status.json and may be a second old.
+nodes write themselves (worldlm_ray/tracking/audit.py); everything else comes from status.json and may be a second old.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import audit
-from worldlm_ray.charts import EACH, HISTOGRAM, Crowd, Lines, charts_of, clean
 from worldlm_ray.config.config import BudgetConfig
-from worldlm_ray.curves import Curves
 from worldlm_ray.errors import RunError
 from worldlm_ray.records import (
     AggregationRecord,
@@ -46,11 +43,14 @@ from worldlm_ray.records import (
     perplexity,
 )
 from worldlm_ray.run_clock import Stamp, seconds
-from worldlm_ray.run_state import ACCEPTED, RunState, finite
-from worldlm_ray.run_texts import quoted
-from worldlm_ray.status_fields import wrong_field
 from worldlm_ray.storage import filesystem
-from worldlm_ray.tensorboard import Board, Scalar
+from worldlm_ray.tracking import audit
+from worldlm_ray.tracking.charts import EACH, HISTOGRAM, Crowd, Lines, charts_of, clean
+from worldlm_ray.tracking.curves import Curves
+from worldlm_ray.tracking.run_state import ACCEPTED, RunState, finite
+from worldlm_ray.tracking.run_texts import quoted
+from worldlm_ray.tracking.status_fields import wrong_field
+from worldlm_ray.tracking.tensorboard import Board, Scalar
 
 STATUS, SUMMARY, TENSORBOARD = "status.json", "summary.json", "tensorboard"
 FAILED = "failed"
@@ -232,7 +232,7 @@ class Tracker:
 
         Args:
             path: of the node.
-            values: by name, see worldlm_ray/charts.py.
+            values: by name, see worldlm_ray/tracking/charts.py.
             now_s: run time in seconds.
         """
         node = self._state.nodes[path]

@@ -1,0 +1,1 @@
+"""What happened, from records to files: state of a run, curves, TensorBoard, the audit trail."""
