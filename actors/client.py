@@ -45,7 +45,7 @@ from actors.uplink import Steps, Stopped, wait_for
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
-from worldlm_ray.plan import plan_from_mapping
+from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure
 from worldlm_ray.tensors.params import Flat

@@ -31,11 +31,11 @@ from actors.shared import (
 )
 from actors.uplink import follow as follow_steps
 from actors.uplink import settled_in_time
-from worldlm_ray import rundir
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
-from worldlm_ray.plan import plan_from_mapping
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.records import Measure
 from worldlm_ray.virtual import VirtualClients
 

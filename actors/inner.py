@@ -43,7 +43,6 @@ from actors.shared import (
     was_restarted,
     write_checkpoint,
 )
-from worldlm_ray import rundir
 from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
@@ -69,8 +68,9 @@ from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, W
 from worldlm_ray.exchange.limits import checked
 from worldlm_ray.exchange.messages import Model, Packed, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.plan import plan_from_mapping
-from worldlm_ray.quotas import quota
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import plan_from_mapping
+from worldlm_ray.plan.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
 from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensors.params import Flat

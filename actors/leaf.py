@@ -11,7 +11,7 @@ from actors.uplink import Uplink
 from worldlm_ray.above import Turns
 from worldlm_ray.client import Client
 from worldlm_ray.errors import CheckpointError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat

@@ -21,11 +21,11 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
     get_or_create_autoscaling_coordinator,
 )
 
-from worldlm_ray import rundir
 from worldlm_ray.errors import WorldLMError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec, parent_path, processes
 from worldlm_ray.training.deepspeed_config import is_zero
-from worldlm_ray.tree import NodeSpec, parent_path, processes
 
 RENEW_S = 30.0
 FORGOTTEN_S = 180.0

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from worldlm_ray import rundir
 from worldlm_ray.errors import CheckpointError, WorldLMError
-from worldlm_ray.faults import Faults
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.faults import Faults
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import parent_path
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.tree import parent_path
 
 RECORDER = "recorder"
 """Name of the recorder's actor in the run's namespace."""

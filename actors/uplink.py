@@ -28,12 +28,12 @@ from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.exchange.messages import Model, Packed, Update, buffer_of, pack_header, unpack_model
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome, believed, checked_verdict
-from worldlm_ray.faults import damaged
-from worldlm_ray.plan import Plan
-from worldlm_ray.quotas import offered_residuals
+from worldlm_ray.plan.faults import damaged
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.quotas import offered_residuals
+from worldlm_ray.plan.tree import parent_path
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.tree import parent_path
 
 AGAIN_S = 0.5
 """Between two attempts to find a parent that does not answer; later ones wait longer, up to ..."""

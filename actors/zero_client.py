@@ -39,12 +39,12 @@ from actors.reserved import give_back, prefix
 from actors.shared import Address, end_process
 from actors.zero_worker import LEAVE, Task, work
 from worldlm_ray.errors import RunError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.storage import filesystem
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
-from worldlm_ray.tree import NodeSpec
 
 TRIES = 3
 """Groups of workers that may die one after the other without finishing a task."""

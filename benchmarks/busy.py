@@ -6,9 +6,10 @@ import statistics
 import tempfile
 from typing import Any
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import launch
 from worldlm_ray.config import config
-from worldlm_ray.plan import make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import make_plan
 
 SECONDS = 45.0
 STEP_S = 0.02

@@ -13,7 +13,7 @@ from worldlm_ray.client import Client
 from worldlm_ray.config import config
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.model.decoder import Decoder
-from worldlm_ray.plan import make_plan
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.training.schedule import learning_rate
 
 PAIRS, STEPS = 7, 30

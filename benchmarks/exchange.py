@@ -33,7 +33,7 @@ from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.launch import cluster
-from worldlm_ray.plan import Plan, make_plan, plan_from_mapping
+from worldlm_ray.plan.plan import Plan, make_plan, plan_from_mapping
 from worldlm_ray.run_clock import RunClock
 
 CLIENTS, ROUNDS = 4, 10

@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import launch
 from worldlm_ray.config import config
-from worldlm_ray.plan import make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.tracking.audit import proofs
 
 SECONDS = 300.0

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import launch, membership, rundir
+from worldlm_ray import launch
 from worldlm_ray.config import config
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan import membership, rundir
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.tracking import audit
 
 JOINERS = 3

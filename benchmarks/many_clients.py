@@ -16,9 +16,10 @@ from typing import Any
 
 import psutil
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import launch
 from worldlm_ray.config import config
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.tracking.audit import proofs, read
 
 WORLDS = ((8, 1), (40, 10), (1000, 250))

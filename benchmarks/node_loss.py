@@ -13,9 +13,10 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import launch
 from worldlm_ray.config import config
-from worldlm_ray.plan import make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.tracking.audit import proofs
 
 ROUNDS = 40

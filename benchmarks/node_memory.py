@@ -25,7 +25,7 @@ from worldlm_ray.config import config
 from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import _options
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.run_clock import RunClock
 
 CHILDREN = (2, 4, 8, 16)

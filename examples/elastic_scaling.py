@@ -10,10 +10,11 @@ from __future__ import annotations
 import sys
 import tempfile
 
-from worldlm_ray import rundir, scaling
+from worldlm_ray import scaling
 from worldlm_ray.config import config
 from worldlm_ray.launch.scale import elastic, scale
-from worldlm_ray.plan import make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.tracking.audit import proofs
 
 STAGE_S = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from worldlm_ray import rundir
 from worldlm_ray.config import config
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan, make_plan
 
 
 def plan(name: str, run_dir: str | None = None) -> Plan:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from worlds import TINY_MODEL, two_levels
 
-from worldlm_ray import plan
 from worldlm_ray.config import config
+from worldlm_ray.plan import plan
 
 
 @pytest.fixture

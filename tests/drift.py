@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray import rundir
 from worldlm_ray.client import Client
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking.tracker import Tracker
 from worldlm_ray.training.trainer import Batch, RoundResult
-from worldlm_ray.tree import NodeSpec
 
 
 class Drift:

@@ -12,7 +12,7 @@ import ray
 
 from worldlm_ray import launch
 from worldlm_ray.launch import cluster as clusters
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tracking.audit import proofs
 

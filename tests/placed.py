@@ -19,10 +19,10 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from worlds import TINY_MODEL, client
 
-from worldlm_ray import rundir
 from worldlm_ray.config import config
 from worldlm_ray.launch.cluster import HEAD, QUIET
-from worldlm_ray.plan import make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import make_plan
 
 REGIONS = ("eu", "us")
 

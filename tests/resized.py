@@ -20,10 +20,11 @@ import ray
 from ray.cluster_utils import Cluster
 from worlds import TINY_MODEL, client
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import launch
 from worldlm_ray.config import config
 from worldlm_ray.launch.cluster import QUIET
-from worldlm_ray.plan import make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.tracking import audit
 
 PATH = "world/elastic"

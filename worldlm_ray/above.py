@@ -8,7 +8,7 @@ A client that keeps its losses private measures none.
 
 from __future__ import annotations
 
-from worldlm_ray.tree import parent_path
+from worldlm_ray.plan.tree import parent_path
 
 SHARE = 0.05
 """Of the time that a client trains and measures."""

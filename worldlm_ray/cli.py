@@ -102,8 +102,8 @@ def train(
         raise ConfigError("--run-dir", "cannot be given with --resume", "the run stays in its folder")
     if resume is None and conf is None:
         raise ConfigError("CONF", "nothing to train", "name a preset, a YAML file, or --resume RUN")
-    from worldlm_ray import rundir
-    from worldlm_ray.plan import make_plan
+    from worldlm_ray.plan import rundir
+    from worldlm_ray.plan.plan import make_plan
 
     with ExitStack() as holding:
         if resume is not None:
@@ -130,7 +130,7 @@ def _train(plan: Any, address: str | None, *, is_new: bool) -> tuple[Any, int]:
     Returns:
         The outcome, and the exit code if the run was stopped.
     """
-    from worldlm_ray import rundir
+    from worldlm_ray.plan import rundir
 
     with Progress(console, errors) as progress, Stop(progress.notice) as stop:
         from worldlm_ray import launch  # takes seconds, in which a signal must find its handler
@@ -170,8 +170,8 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
 
     With simulation.train=false nothing is trained: staleness, times and bytes of very large worlds.
     """
-    from worldlm_ray import rundir
-    from worldlm_ray.plan import make_plan
+    from worldlm_ray.plan import rundir
+    from worldlm_ray.plan.plan import make_plan
 
     plan = rundir.create(make_plan(_load(conf, overrides or [], run_dir)), simulated=True)
     from worldlm_ray.simulate import simulate as run
@@ -241,11 +241,11 @@ def compare(
 
     Simulated runs, a table, plots and an HTML report. A comparison that was interrupted goes on where it was.
     """
-    from worldlm_ray import rundir
     from worldlm_ray.compare import check_overrides, make_folder
     from worldlm_ray.compare import compare as run
     from worldlm_ray.comparison_progress import ComparisonProgress
     from worldlm_ray.methods import METHODS
+    from worldlm_ray.plan import rundir
 
     check_overrides(overrides or [])
     _filled(out, "--out")
@@ -300,10 +300,11 @@ def scale(
 
     The machines are pretended ones on this machine. Prints speed, staleness and loss, and draws a plot.
     """
-    from worldlm_ray import rundir, scaling, trail
+    from worldlm_ray import scaling, trail
     from worldlm_ray.launch import scale as experiment
     from worldlm_ray.methods import configure
-    from worldlm_ray.plan import make_plan
+    from worldlm_ray.plan import rundir
+    from worldlm_ray.plan.plan import make_plan
 
     machines = experiment.parse(nodes)
     configuration.positive(seconds, "--seconds")
@@ -331,7 +332,7 @@ def scale(
 def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb: PerGb = None) -> None:
     """Show the tree, sizes, memory and privacy of a configuration."""
     from worldlm_ray.describe import crossing_table, describe, left_out, misfits, tables
-    from worldlm_ray.plan import make_plan
+    from worldlm_ray.plan.plan import make_plan
 
     plan = make_plan(_load(conf, overrides or [], None))
     facts = describe(plan)
@@ -468,7 +469,8 @@ def privacy(run: Run, as_json: Json = False) -> None:
 
     Ledgers are compared with the audit trail: every accepted update must be paid for.
     """
-    from worldlm_ray import rundir, trail
+    from worldlm_ray import trail
+    from worldlm_ray.plan import rundir
     from worldlm_ray.spending import statement_table, statements, unpaid, weak_deltas
 
     plan = rundir.reopen(run, check_data=False)
@@ -502,7 +504,7 @@ def join(
 
     It starts from its federation's model. The other clients go on meanwhile.
     """
-    from worldlm_ray import membership, rundir
+    from worldlm_ray.plan import membership, rundir
 
     if not client:
         raise ConfigError("--client", "the new client has no name", "give one")
@@ -523,7 +525,7 @@ def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as worl
 
     It leaves after the round that is under way. What it has pushed stays.
     """
-    from worldlm_ray import membership, rundir
+    from worldlm_ray.plan import membership, rundir
 
     plan = rundir.reopen(run, check_data=False)
     node = plan.find(node).path
@@ -547,7 +549,7 @@ def cluster(
     Nothing is started: tokens, files, addresses and labels are checked.
     """
     from worldlm_ray.launch import cluster_file
-    from worldlm_ray.plan import make_plan
+    from worldlm_ray.plan.plan import make_plan
 
     plan = make_plan(_load(world, overrides or [], None), check_data=False) if world is not None else None
     with errors.status("checking"):
@@ -562,7 +564,8 @@ def audit(run: Run, as_json: Json = False) -> None:
 
     Edge by edge: no accepted update was lost, and none was applied twice.
     """
-    from worldlm_ray import rundir, trail
+    from worldlm_ray import trail
+    from worldlm_ray.plan import rundir
     from worldlm_ray.report import audit_table
 
     folder = rundir.find(run)
@@ -585,8 +588,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Print the table of a run's nodes, living or ended."""
-    from worldlm_ray import rundir
     from worldlm_ray.liveness import liveness
+    from worldlm_ray.plan import rundir
     from worldlm_ray.report import live_table
     from worldlm_ray.tracking.tracker import has_ended, read_status
 

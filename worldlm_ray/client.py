@@ -28,7 +28,8 @@ from worldlm_ray.exchange.messages import Model, Update, carried, fragment_of
 from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
 from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account, ledger_folder, weak_delta
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import Measure, OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord, perplexity
@@ -39,7 +40,6 @@ from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample
 from worldlm_ray.training.schedule import learning_rate
 from worldlm_ray.training.trainer import Batch, Trainer
-from worldlm_ray.tree import NodeSpec
 
 
 class Client:

@@ -29,7 +29,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import rundir, tree
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.merge import PARENT, RESIDUAL
 from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, Stand
@@ -37,7 +36,9 @@ from worldlm_ray.config.config import RunConfig, from_mapping, to_mapping, to_ya
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.methods import configure, flat_name
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan import rundir, tree
+from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord, Record, RoundRecord
 from worldlm_ray.simulate import Simulation, simulate
 from worldlm_ray.storage import checkpoint
@@ -45,7 +46,6 @@ from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking.tracker import read_status
 from worldlm_ray.training.local import LocalTrainer, device_of
-from worldlm_ray.tree import NodeSpec
 
 MEASURES, CURVE, COMMANDS = "measures.json", "curve.json", "commands.txt"
 LOOK_EVERY_S = 1.0

@@ -20,11 +20,11 @@ from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord
 from worldlm_ray.tensors.params import Flat, Layout, frozen, make_layout
-from worldlm_ray.tree import NodeSpec
 
 LAYOUT = make_layout([("cost", (4,))], [], layers=1)
 """What stands for the model."""

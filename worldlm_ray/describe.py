@@ -13,11 +13,11 @@ from worldlm_ray.data import describe as describe_data
 from worldlm_ray.data.text import find_sources
 from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.exchange.messages import fragment_of
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.report import amount
 from worldlm_ray.terminal import Column, FittingTable
 from worldlm_ray.training.deepspeed_config import is_zero, worker_bytes
-from worldlm_ray.tree import NodeSpec
 
 CLIENT_BUFFERS = 5
 """Flat buffers of a client: parameters, gradient, two AdamW moments, the round's base."""

@@ -8,12 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from worldlm_ray import kept, rundir
 from worldlm_ray.client import Client
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.outcome import combine
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import kept, rundir
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure
 from worldlm_ray.report import NOTHING
@@ -23,7 +24,6 @@ from worldlm_ray.terminal import Column, FittingTable
 from worldlm_ray.tracking.run_state import finite
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample as generate
-from worldlm_ray.tree import NodeSpec
 
 
 def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda _: None) -> dict[str, Measure]:

@@ -7,15 +7,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import huggingface, kept, rundir
+from worldlm_ray import huggingface
 from worldlm_ray.errors import ConfigError, DataError, PrivacyError
 from worldlm_ray.evaluate import sound_theta
 from worldlm_ray.huggingface.card import Facts, card
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import kept, rundir
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.spending import private_clients, statements
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
-from worldlm_ray.tree import NodeSpec
 
 
 def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.errors import RunError
+from worldlm_ray.plan.rundir import is_simulated
 from worldlm_ray.run_clock import Stamp
-from worldlm_ray.rundir import is_simulated
 from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tracking.tracker import FAILED, SUMMARY, read_status
 

@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from worldlm_ray import tree
 from worldlm_ray.config.config import INHERITED, ModelConfig, RunConfig, from_mapping, one_of, to_mapping
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.tree import NodeSpec
+from worldlm_ray.plan import tree
+from worldlm_ray.plan.tree import NodeSpec
 
 _KEEP = tuple(name for name in INHERITED if name not in ("aggregation", "merge"))
 """What a client keeps whatever the method: everything but the rules, and above all its privacy."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import Interrupted, WorldLMError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import FinalRecord, Measure
 from worldlm_ray.tensors.params import Flat, params_sha256
 from worldlm_ray.tracking.tracker import Tracker, write_summary

@@ -10,7 +10,7 @@ whatever machine this runs on does meanwhile.
 With `simulation.train: false` a cost model stands in place of training (worldlm_ray/cost_model.py): the same events at
 the same times, a hundred thousand clients in minutes.
 
-Faults on purpose (worldlm_ray/faults.py) are simulated, too: a node that is killed comes back from its last checkpoint,
+Faults on purpose (worldlm_ray/plan/faults.py) are simulated, too: a node that is killed comes back from its last checkpoint,
 a call whose answer is lost fails after a while, and its caller joins its parent again, as on Ray. Where something can
 fail, children send signs of life and parents look at the clock, all of them at once every `liveness.heartbeat_s`; where
 nothing can, nobody could be silent, and nobody looks.
@@ -62,9 +62,10 @@ from worldlm_ray.data import prepare_shards
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Model, Packed, Update, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome, believed
-from worldlm_ray.faults import Fault, damaged
 from worldlm_ray.outcome import Outcome, combine, finish, sampled
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.faults import Fault, damaged
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec, parent_path
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
 from worldlm_ray.seeds import derive
 from worldlm_ray.storage import checkpoint, open_files
@@ -72,7 +73,6 @@ from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking.audit import AuditLog
 from worldlm_ray.tracking.run_texts import introduction
 from worldlm_ray.tracking.tracker import Tracker
-from worldlm_ray.tree import NodeSpec, parent_path
 
 BITS_PER_GBIT = 1e9
 NOTICED_S = 1.0
@@ -920,7 +920,7 @@ def simulate(
     on_record: Callable[[Record], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Simulate a run and write its run folder (which must be new: see worldlm_ray.rundir).
+    """Simulate a run and write its run folder (which must be new: see worldlm_ray.plan.rundir).
 
     Args:
         plan: the run.

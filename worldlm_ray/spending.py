@@ -10,7 +10,8 @@ from typing import Any
 
 from worldlm_ray.client import open_account
 from worldlm_ray.data import prepare
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.accounting import Spend, epsilon, rounds_left
 from worldlm_ray.privacy.gaussian import composed_epsilon, most_contributions
@@ -18,7 +19,6 @@ from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.report import NOTHING
 from worldlm_ray.terminal import Column, FittingTable
 from worldlm_ray.tracking import audit
-from worldlm_ray.tree import NodeSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import rundir
+from worldlm_ray.plan import rundir
 from worldlm_ray.storage import filesystem
 from worldlm_ray.tracking import audit
 

@@ -20,12 +20,12 @@ import numpy.typing as npt
 
 from worldlm_ray.client import Client
 from worldlm_ray.data import prepare_shards
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.storage import open_files
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
-from worldlm_ray.tree import NodeSpec
 
 STEP = "step"
 

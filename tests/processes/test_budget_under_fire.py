@@ -15,7 +15,7 @@ from worlds import client
 
 from worldlm_ray.client import Client
 from worldlm_ray.exchange.messages import Model
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 
 pytestmark = pytest.mark.slow

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from worlds import client, crowd
 
-from worldlm_ray import launch, rundir
+from worldlm_ray import launch
 from worldlm_ray.launch import run as running
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.tracking import audit, curves
 from worldlm_ray.tracking.tracker import STATUS
-from worldlm_ray.tree import NodeSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 WALL = """

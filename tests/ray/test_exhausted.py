@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import launch, rundir, spending
-from worldlm_ray.plan import Plan
+from worldlm_ray import launch, spending
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tracking import audit
 

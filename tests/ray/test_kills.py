@@ -16,8 +16,9 @@ import pytest
 from killing import Killer, check
 from worlds import client, crowd, two_levels
 
-from worldlm_ray import launch, rundir
-from worldlm_ray.plan import Plan
+from worldlm_ray import launch
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tracking.audit import proofs
 

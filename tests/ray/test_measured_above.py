@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from worldlm_ray import launch, rundir
-from worldlm_ray.plan import Plan
+from worldlm_ray import launch
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tracking.tracker import read_status
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -18,10 +18,11 @@ import pytest
 import ray
 from worlds import client, write_text
 
-from worldlm_ray import launch, membership, rundir
+from worldlm_ray import launch
 from worldlm_ray.config.config import save
 from worldlm_ray.errors import ConfigError, DataError, RunError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import membership, rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tracking import audit
 from worldlm_ray.tracking.audit import proofs
 from worldlm_ray.tracking.tracker import read_status

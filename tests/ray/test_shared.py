@@ -13,9 +13,10 @@ import pytest
 from killing import Killer, check
 from worlds import client, crowd
 
-from worldlm_ray import launch, membership, rundir
+from worldlm_ray import launch
 from worldlm_ray.launch import hosts
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import membership, rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.simulate import simulate
 from worldlm_ray.tracking.audit import proofs
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import launch, rundir
-from worldlm_ray.plan import Plan
+from worldlm_ray import launch
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import MergeRecord, Record
 from worldlm_ray.simulate import simulate
 from worldlm_ray.tracking.audit import proofs

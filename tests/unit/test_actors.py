@@ -23,11 +23,12 @@ from actors.federation import FederationActor
 from actors.host import HostActor
 from actors.shared import Address
 from actors.world import WorldActor
-from worldlm_ray import above, rundir
+from worldlm_ray import above
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.exchange.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.launch.run import with_living_owners
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import OwnModelRecord, Record, VerdictRecord
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint

@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.plugins.custom_scalar import layout_pb2
 from worlds import client
 
-from worldlm_ray import rundir
 from worldlm_ray.config.config import BudgetConfig
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import (
     AggregationRecord,
     MergeRecord,

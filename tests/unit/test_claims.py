@@ -22,8 +22,8 @@ from worldlm_ray.exchange.messages import Packed, Residual, Update, pack, read_h
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.exchange.replies import ACCEPTED, Verdict, Welcome, believed, checked_verdict
-from worldlm_ray.plan import Plan
-from worldlm_ray.quotas import ROUNDS_APART
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.quotas import ROUNDS_APART
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tensors.params import Layout

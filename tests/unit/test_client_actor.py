@@ -25,7 +25,7 @@ from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pul
 from worldlm_ray.client import Client
 from worldlm_ray.exchange.messages import Packed, Update, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint

@@ -19,11 +19,11 @@ from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, PrivacyConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.exchange.messages import Update, pack
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.rundir import create
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_epsilon, gaussian_noise, most_contributions
 from worldlm_ray.records import PrivacyRecord, RoundRecord
-from worldlm_ray.rundir import create
 from worldlm_ray.simulate import simulate
 from worldlm_ray.tensors.params import Flat, Layout
 

@@ -16,7 +16,7 @@ from worlds import client
 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.launch import cluster_file
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CRDS = os.environ.get("WORLDLM_KUBERAY_CRDS")

@@ -10,7 +10,7 @@ import pytest
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import MergeRecord
 from worldlm_ray.training.local import LocalTrainer
 

@@ -22,7 +22,7 @@ from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, 
 from worldlm_ray.comparison_report import COLUMNS, best, markdown, summarize, table, write
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.terminal import Terminal
 from worldlm_ray.verdict import equal_work, verdict
 

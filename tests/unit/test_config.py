@@ -10,11 +10,11 @@ import pytest
 import yaml
 from worlds import TINY_MODEL, write_text
 
-from worldlm_ray import plan, rundir, tree
 from worldlm_ray.config import config
 from worldlm_ray.config.config import RunConfig
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import plan, rundir, tree
+from worldlm_ray.plan.plan import Plan
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from worldlm_ray.data.text import find_sources
 from worldlm_ray.describe import left_out as left_out_of
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.launch import preflight
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.simulate import simulate
 
 KEY = "world.children[0].data"

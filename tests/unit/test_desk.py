@@ -13,7 +13,7 @@ from actors import zero_client
 from actors.zero_client import Desk, GroupLost, ZeroTrainer
 from actors.zero_worker import LEAVE, Task
 from worldlm_ray.errors import RunError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 
 OLD, NEW, STRANGER = ("token", "old"), ("token", "new"), ("another", "group")
 

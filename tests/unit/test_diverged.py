@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 from worlds import a_verdict, client
 
-from worldlm_ray import evaluate, rundir
+from worldlm_ray import evaluate
 from worldlm_ray.data import Tokenizer, load_tokenizer
 from worldlm_ray.errors import CheckpointError, DataError, Interrupted, RunError
 from worldlm_ray.outcome import Outcome, combine, sampled
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.progress import Progress
 from worldlm_ray.records import LifeRecord, Measure, VerdictRecord, perplexity
 from worldlm_ray.report import final_table

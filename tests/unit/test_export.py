@@ -13,7 +13,7 @@ import pytest
 import worlds
 from typer.testing import CliRunner
 
-from worldlm_ray import cli, huggingface, kept, rundir
+from worldlm_ray import cli, huggingface
 from worldlm_ray.config import config as configuration
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError
@@ -22,7 +22,8 @@ from worldlm_ray.huggingface.card import Facts, card
 from worldlm_ray.huggingface.side_files import side_files
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan import kept, rundir
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.storage import checkpoint
 
 SHAPE = ModelShape(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=48, context=16, vocab_size=300)

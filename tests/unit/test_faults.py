@@ -15,8 +15,8 @@ from worlds import client
 
 from worldlm_ray.client import Client
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.faults import Faults
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.faults import Faults
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, PushRecord, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tensors.params import params_sha256

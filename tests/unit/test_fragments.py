@@ -18,7 +18,6 @@ from test_node import fingerprint, make, of, reason, saved_and_loaded, send
 from worlds import client as client_entry
 from worlds import two_levels
 
-from worldlm_ray import rundir
 from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client import Client
@@ -37,7 +36,8 @@ from worldlm_ray.exchange.messages import (
 )
 from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.model.shape import resolve_shape
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import PullRecord, PushRecord, Record
 from worldlm_ray.simulate import simulate
 from worldlm_ray.tensors.params import Flat, Layout, frozen, make_layout, module_of

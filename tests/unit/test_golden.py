@@ -23,8 +23,8 @@ import pytest
 import torch
 from worlds import TINY_MODEL, client, crowd, two_levels
 
-from worldlm_ray import plan as plans
 from worldlm_ray.config import config
+from worldlm_ray.plan import plan as plans
 from worldlm_ray.simulate import simulate
 
 FILE = Path(__file__).resolve().parents[1] / "golden.json"

@@ -18,7 +18,7 @@ from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan.plan import Plan, make_plan
 
 SHAPE = ModelShape(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=48, context=24, vocab_size=64)
 LAYOUT = SHAPE.layout(["lm_head.*", "model.layers.-1.*"])

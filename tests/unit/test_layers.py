@@ -57,7 +57,7 @@ def test_the_whole_core_imports_with_ray_out_of_reach() -> None:
 
 def test_an_inner_node_needs_no_torch() -> None:
     names = [
-        "worldlm_ray.plan",
+        "worldlm_ray.plan.plan",
         "worldlm_ray.aggregation.node",
         "worldlm_ray.storage.checkpoint",
         "worldlm_ray.describe",

@@ -30,7 +30,7 @@ from worldlm_ray.exchange.limits import MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.exchange.messages import Model, Packed, Residual, Update, pack, unpack_model
 from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.exchange.replies import ACCEPTED
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat, Layout
 

@@ -9,7 +9,7 @@ from typing import Any
 from worlds import client
 
 from actors.others import taken
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 
 
 def test_every_process_of_plain_clients_is_counted_once(tiny: Callable[..., Plan], tmp_path: Path) -> None:

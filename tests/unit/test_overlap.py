@@ -17,7 +17,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.methods import configure
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.records import LifeRecord, MergeRecord, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation
 from worldlm_ray.tensors.params import Flat

@@ -13,13 +13,14 @@ import pytest
 from rich.console import Console
 from worlds import client
 
-from worldlm_ray import above, rundir
+from worldlm_ray import above
 from worldlm_ray.above import SHARE, Turns
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.evaluate import evaluate, values
 from worldlm_ray.outcome import finish
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record, RoundRecord, StartRecord
 from worldlm_ray.report import final_table, live_table
 from worldlm_ray.simulate import Simulation, simulate

@@ -18,7 +18,7 @@ from worlds import client
 from worldlm_ray import spending
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, RoundRecord
 from worldlm_ray.report import live_table
 from worldlm_ray.tracking.audit import proofs

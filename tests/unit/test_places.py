@@ -12,12 +12,13 @@ import pytest
 from typer.testing import CliRunner
 from worlds import client
 
-from worldlm_ray import cli, rundir
+from worldlm_ray import cli
 from worldlm_ray.client import Client
 from worldlm_ray.config import config
 from worldlm_ray.config.places import told
 from worldlm_ray.errors import ConfigError, DataError, WorldLMError
-from worldlm_ray.plan import make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.privacy import accounting
 from worldlm_ray.privacy.account import weak_delta
 from worldlm_ray.privacy.accounting import SMALLEST_NOISE, noise_for

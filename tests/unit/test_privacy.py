@@ -25,12 +25,12 @@ from worldlm_ray.exchange.messages import Model, pack, read_header
 from worldlm_ray.model.decoder import Decoder, cross_entropy
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.rundir import create
 from worldlm_ray.privacy.accounting import Spend, epsilon, noise_for, rounds_left
 from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, self_test
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord
-from worldlm_ray.rundir import create
 from worldlm_ray.simulate import simulate
 from worldlm_ray.training.private import PrivateTrainer
 

@@ -13,7 +13,7 @@ from worldlm_ray.aggregation.events import Beat, Clock, Joined, Note
 from worldlm_ray.aggregation.node import patience_s
 from worldlm_ray.config.config import LivenessConfig, RobustConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord
 
 FIVE = ("a", "b", "c", "d", "e")

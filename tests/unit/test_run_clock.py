@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from worldlm_ray import run_clock, rundir
-from worldlm_ray.plan import Plan
+from worldlm_ray import run_clock
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.run_clock import Anchor, RunClock, Stamp, seconds
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tracking.tracker import STATUS

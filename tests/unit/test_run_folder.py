@@ -17,10 +17,11 @@ import pytest
 from typer.testing import CliRunner
 from worlds import tokenizer, write_text
 
-from worldlm_ray import cli, rundir
+from worldlm_ray import cli
 from worldlm_ray.config import config
 from worldlm_ray.errors import ConfigError, RunError
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.paths import pasted
 from worldlm_ray.terminal import Terminal
@@ -28,7 +29,8 @@ from worldlm_ray.terminal import Terminal
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM = """
 import sys
-from worldlm_ray import plan, rundir
+from worldlm_ray.plan import plan
+from worldlm_ray.plan import rundir
 run = plan.plan_from_mapping({mapping!r})
 sys.stdout.write("ready\\n"), sys.stdout.flush(), sys.stdin.readline()
 try:
@@ -40,7 +42,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from typing import Any
-from worldlm_ray import rundir
+from worldlm_ray.plan import rundir
 with rundir.held(Path({folder!r})):
     print("held", flush=True)
     sys.stdin.readline()

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import TINY_MODEL
 
-from worldlm_ray import membership
 from worldlm_ray.config import config
 from worldlm_ray.config.config import INHERITED, RunConfig
 from worldlm_ray.errors import ConfigError, ConfigErrors, WorldLMError
-from worldlm_ray.plan import Plan, make_plan, plan_from_mapping
+from worldlm_ray.plan import membership
+from worldlm_ray.plan.plan import Plan, make_plan, plan_from_mapping
 
 HEAD = "model: {preset: nano}\nbudget: {rounds: 1}\ndata: {corpus: licenses}\n"
 WORDS = [

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from worlds import TINY_MODEL, client
 
-from worldlm_ray import rundir
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, NodeSummary, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulate import Simulation, simulate
 from worldlm_ray.storage import checkpoint

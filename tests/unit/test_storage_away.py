@@ -21,12 +21,13 @@ from actors.host import HostActor
 from actors.recorder import RecorderActor
 from actors.shared import Address
 from actors.world import WorldActor
-from worldlm_ray import huggingface, rundir
+from worldlm_ray import huggingface
 from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.run_clock import RunClock
 
 Make = Callable[[Address], Any]

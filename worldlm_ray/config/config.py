@@ -3,7 +3,7 @@
 `load` turns a preset's name or a YAML file, plus `key=value` overrides, into a `RunConfig`. The schema is a
 set of frozen dataclasses checked by OmegaConf; whatever is wrong raises one `ConfigError` that names the
 dotted key. Settings of a node are inherited by everything below it and may be overridden anywhere: see
-`worldlm_ray.tree`, which resolves the `world:` part.
+`worldlm_ray.plan.tree`, which resolves the `world:` part.
 """
 
 from __future__ import annotations
@@ -438,11 +438,11 @@ class RunConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     faults: list[str] = field(default_factory=list)
-    """Faults on purpose, to see what a world bears: see worldlm_ray/faults.py."""
+    """Faults on purpose, to see what a world bears: see worldlm_ray/plan/faults.py."""
     kept: dict[str, str] = field(default_factory=dict)
     """Files that the run's folder keeps copies of, with their fingerprints: written when the run is made."""
     world: Any = None
-    """The tree: see worldlm_ray/tree.py."""
+    """The tree: see worldlm_ray/plan/tree.py."""
 
 
 SMALLEST_PRV_NOISE = 0.1

@@ -15,12 +15,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from worldlm_ray import tree
 from worldlm_ray.errors import RunError, WorldLMError
 from worldlm_ray.launch import private, reach
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import tree
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.run_clock import Anchor
-from worldlm_ray.tree import NodeSpec
 
 OBJECT_STORE_FLOOR_BYTES = 512 * 1024**2
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}

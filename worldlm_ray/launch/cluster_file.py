@@ -19,7 +19,7 @@ import yaml
 from jsonschema.exceptions import ValidationError
 
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage.filesystem import expanded
 
 TOKEN = "~/.ray/auth_token"

@@ -9,13 +9,13 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.reserved import give_back, prefix
-from worldlm_ray import rundir
 from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import World, create, find, plain
 from worldlm_ray.launch.watch import answer, ask
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tracking.run_state import DIVERGED, FINISHED
 
 POLL_S = 0.2
@@ -28,7 +28,7 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
 
     Args:
         old: the run as it is.
-        new: the run with the client (see worldlm_ray.membership).
+        new: the run with the client (see worldlm_ray.plan.membership).
         path: of the client.
         on_phase: told what is being waited for.
 

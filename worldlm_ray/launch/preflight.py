@@ -15,10 +15,10 @@ from worldlm_ray.data.text import check_sources, find_sources
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.watch import POLL_S, Watch
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.storage import filesystem
 from worldlm_ray.training.local import too_many_cores
-from worldlm_ray.tree import NodeSpec
 
 ANSWER_S = 60.0
 """Within this time every machine must answer."""

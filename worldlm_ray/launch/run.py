@@ -20,13 +20,14 @@ from actors.recorder import RecorderActor
 from actors.reserved import give_back, prefix
 from actors.shared import RECORDER, Address, settle
 from actors.world import WorldActor
-from worldlm_ray import rundir, tree
 from worldlm_ray.errors import Interrupted, RunError, WorldLMError
-from worldlm_ray.faults import Fault
 from worldlm_ray.launch import cluster, hosts, preflight
 from worldlm_ray.launch.watch import Monitor, Watch, ask
 from worldlm_ray.outcome import Outcome, Sample, combine, sampled
-from worldlm_ray.plan import Plan
+from worldlm_ray.plan import rundir, tree
+from worldlm_ray.plan.faults import Fault
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.progress import MEASURING, SAVING, TRAINING
 from worldlm_ray.records import Measure
 from worldlm_ray.report import MANY
@@ -35,7 +36,6 @@ from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tracking.tracker import record_failure
 from worldlm_ray.training.deepspeed_config import is_zero
 from worldlm_ray.training.local import too_many_cores
-from worldlm_ray.tree import NodeSpec
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def train(
     """Train a world on Ray. Nodes with a checkpoint in the run folder continue from it.
 
     Args:
-        plan: the run; its folder exists (see worldlm_ray.rundir).
+        plan: the run; its folder exists (see worldlm_ray.plan.rundir).
         address: of a running Ray cluster; None starts a local one for this run.
         on_progress: called about twice a second with a snapshot of the run.
         on_phase: told what is being waited for.

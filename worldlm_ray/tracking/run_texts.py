@@ -11,8 +11,8 @@ from typing import Any
 
 from worldlm_ray.config import config as configuration
 from worldlm_ray.config.config import NodeSettings
-from worldlm_ray.plan import Plan
-from worldlm_ray.tree import NodeSpec
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
 
 MAX_ROWS = 200
 """Nodes in the table of the tree."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from worldlm_ray import absolute
 from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import Plan, make_plan
-from worldlm_ray.tree import NodeSpec
+from worldlm_ray.plan import absolute
+from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.plan.tree import NodeSpec
 
 
 def with_client(plan: Plan, under: str, name: str, *, files: list[str], overrides: list[str]) -> Plan:

@@ -27,11 +27,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray import absolute, kept
 from worldlm_ray.config import config as configuration
 from worldlm_ray.config.config import RunConfig
 from worldlm_ray.errors import ConfigError, RunError, WorldLMError
-from worldlm_ray.plan import Plan, make_plan
+from worldlm_ray.plan import absolute, kept
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.run_clock import seconds
 from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.storage.paths import pasted

@@ -20,7 +20,7 @@ from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.limits import LARGEST_COUNT
 from worldlm_ray.exchange.quota import Quota, Quotas
-from worldlm_ray.tree import NodeSpec
+from worldlm_ray.plan.tree import NodeSpec
 
 ROUNDS_APART = 100
 """Exchanges of a federation, as often as its configuration has them, that one update may stand for."""

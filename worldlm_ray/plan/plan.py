@@ -15,23 +15,24 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray import huggingface, kept, tree
+from worldlm_ray import huggingface
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config.config import RunConfig, from_mapping, listed, positive, to_mapping
 from worldlm_ray.data import check_sources, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
-from worldlm_ray.faults import Faults
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
+from worldlm_ray.plan import kept, tree
+from worldlm_ray.plan.faults import Faults
+from worldlm_ray.plan.quotas import check_max_share, quotas
+from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.contributions import Contributions
-from worldlm_ray.quotas import check_max_share, quotas
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.tensors.params import Flat, Layout, frozen
 from worldlm_ray.training import deepspeed_config
-from worldlm_ray.tree import NodeSpec
 
 
 @dataclass(frozen=True, kw_only=True)
