@@ -42,7 +42,7 @@ from actors.shared import (
     was_restarted,
 )
 from actors.uplink import Steps, Stopped, wait_for
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.plan.plan import plan_from_mapping

@@ -31,13 +31,13 @@ from actors.shared import (
 )
 from actors.uplink import follow as follow_steps
 from actors.uplink import settled_in_time
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
+from worldlm_ray.client.shared import VirtualClients
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.records import Measure
-from worldlm_ray.virtual import VirtualClients
 
 AHEAD = 2
 """Clients that have pulled and have not trained yet, at most: a model that waits for its turn grows old."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from actors.shared import Address, write_checkpoint
 from actors.uplink import Uplink
-from worldlm_ray.above import Turns
-from worldlm_ray.client import Client
+from worldlm_ray.client.above import Turns
+from worldlm_ray.client.client import Client
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, Record

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config import config
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.model.decoder import Decoder

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec

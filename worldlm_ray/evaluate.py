@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.outcome import combine

@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.above import FORWARD, Turns
 from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
@@ -55,7 +54,8 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.client import Client
+from worldlm_ray.client.above import FORWARD, Turns
+from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import DataConfig
 from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.data import prepare_shards

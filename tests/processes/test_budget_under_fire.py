@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from worlds import client
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
@@ -47,7 +47,7 @@ def test_a_budget_of_three_holds_over_twenty_kills(tiny: Tiny, tmp_path: Path) -
     place = tmp_path / "checkpoints"
     # Forked from a server that has imported everything and done nothing: a life begins within a tenth of a second.
     context, chance = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["worldlm_ray.client", "worldlm_ray.training.private", "opacus.accountants"])
+    context.set_forkserver_preload(["worldlm_ray.client.client", "worldlm_ray.training.private", "opacus.accountants"])
     accounts = Client(plan, plan.root.clients[0]).account
     assert accounts is not None
     killed_while_training = 0

@@ -23,7 +23,7 @@ from actors.federation import FederationActor
 from actors.host import HostActor
 from actors.shared import Address
 from actors.world import WorldActor
-from worldlm_ray import above
+from worldlm_ray.client import above
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.exchange.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.launch.run import with_living_owners

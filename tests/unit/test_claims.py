@@ -14,7 +14,7 @@ from worlds import client
 
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Event, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.limits import HEADER_BYTES, LARGEST_COUNT, MOST_RESTARTS, MOST_SKIPPED

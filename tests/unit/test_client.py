@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.exchange.messages import Model

@@ -20,9 +20,9 @@ import actors.uplink
 from actors.client import ClientActor
 from actors.shared import Address
 from actors.uplink import Uplink, wait_for
-from worldlm_ray import above
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
-from worldlm_ray.client import Client
+from worldlm_ray.client import above
+from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Packed, Update, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan.plan import Plan

@@ -10,11 +10,11 @@ import pytest
 import torch
 from worlds import TINY_MODEL, client
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
+from worldlm_ray.client.shared import VirtualClients
 from worldlm_ray.config.config import ResourcesConfig, from_mapping
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.training.local import device_of, threads_of, too_many_cores
-from worldlm_ray.virtual import VirtualClients
 
 CORES = 2
 

@@ -13,7 +13,7 @@ import pytest
 from drift import Drift, drifting, whole_run
 from worlds import client
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.plan.plan import Plan

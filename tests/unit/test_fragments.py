@@ -20,7 +20,7 @@ from worlds import two_levels
 
 from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import AggregationConfig, ModelConfig, ServerOptimizerConfig
 from worldlm_ray.describe import describe
 from worldlm_ray.errors import CheckpointError, ConfigError, MessageError

@@ -14,7 +14,7 @@ from worlds import client
 from worldlm_ray.aggregation.events import Push
 from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config import config as configuration
 from worldlm_ray.config.config import RunConfig
 from worldlm_ray.describe import describe

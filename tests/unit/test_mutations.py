@@ -22,7 +22,7 @@ from worlds import TINY_MODEL, client
 
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Child, Node
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config import config
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.errors import CheckpointError, ConfigErrors, MessageError, WorldLMError

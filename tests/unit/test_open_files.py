@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from worlds import crowd
 
+from worldlm_ray.client.shared import Shelf
 from worldlm_ray.config.config import DataConfig
 from worldlm_ray.data import dataset, prepare
 from worldlm_ray.errors import DataError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.simulate import simulate
 from worldlm_ray.storage import open_files
-from worldlm_ray.virtual import Shelf
 
 Tiny = Callable[..., Plan]
 

@@ -12,7 +12,7 @@ import pytest
 from drift import Drift, drifting
 from worlds import TINY_MODEL, client, two_levels
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Verdict, Welcome

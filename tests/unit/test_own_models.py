@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from worlds import client
 
-from worldlm_ray import above
-from worldlm_ray.above import SHARE, Turns
+from worldlm_ray.client import above
+from worldlm_ray.client.above import SHARE, Turns
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.evaluate import evaluate, values

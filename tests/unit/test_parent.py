@@ -14,7 +14,7 @@ from worlds import client, two_levels
 
 from worldlm_ray.aggregation.events import Command, Exchange, Joined, Note, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig
 from worldlm_ray.errors import ConfigError, MessageError
 from worldlm_ray.exchange.limits import LARGEST_NORM, MOST_SKIPPED

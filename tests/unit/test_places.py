@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from worlds import client
 
 from worldlm_ray import cli
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config import config
 from worldlm_ray.config.places import told
 from worldlm_ray.errors import ConfigError, DataError, WorldLMError

@@ -17,7 +17,7 @@ from torch.nn import functional
 from worlds import client
 
 from worldlm_ray import spending
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import PrivacyConfig, TrainingConfig
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, PrivacyError

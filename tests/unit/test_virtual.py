@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from worlds import client, write_text
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
+from worldlm_ray.client.shared import Shelf, VirtualClients, seated_bytes
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import processes
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.virtual import Shelf, VirtualClients, seated_bytes
 
 Tiny = Callable[..., Plan]
 

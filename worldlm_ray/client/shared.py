@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray.client import Client
+from worldlm_ray.client.client import Client
 from worldlm_ray.data import prepare_shards
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
