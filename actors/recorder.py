@@ -11,10 +11,10 @@ from typing import Any
 
 from actors.shared import RECORDER, end_process, once_storage_answers, settle, was_restarted
 from worldlm_ray.errors import RunError, SupersededError
-from worldlm_ray.outcome import Sample, finish
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.records import Measure, Record
+from worldlm_ray.reports.outcome import Sample, finish
 from worldlm_ray.run_clock import Anchor, RunClock
 from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensors.params import Flat

@@ -11,7 +11,7 @@ from rich.console import Console
 from small_world import plan
 
 from worldlm_ray.launch import train
-from worldlm_ray.report import final_table
+from worldlm_ray.reports.tables import final_table
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import sys
 from rich.console import Console
 from small_world import plan
 
-from worldlm_ray.report import final_table
+from worldlm_ray.reports.tables import final_table
 from worldlm_ray.simulate import simulate
 
 

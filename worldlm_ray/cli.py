@@ -23,10 +23,10 @@ from rich.text import Text
 
 from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError, Interrupted, OutputError, WorldLMError
-from worldlm_ray.progress import Progress, Stop
+from worldlm_ray.reports.progress import Progress, Stop
+from worldlm_ray.reports.terminal import Terminal
 from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.storage.paths import pasted
-from worldlm_ray.terminal import Terminal
 
 WATCH_S = 1.0
 """Seconds between two looks of `status --watch`."""
@@ -210,7 +210,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
 
 def _report_costs(summary: dict[str, Any], *, events: int, took_s: float) -> None:
     """What a simulation without training says."""
-    from worldlm_ray.report import amount, budget_line, cost_table
+    from worldlm_ray.reports.tables import amount, budget_line, cost_table
 
     console.print(cost_table(summary))
     if line := budget_line(summary):
@@ -300,11 +300,12 @@ def scale(
 
     The machines are pretended ones on this machine. Prints speed, staleness and loss, and draws a plot.
     """
-    from worldlm_ray import scaling, trail
+    from worldlm_ray import scaling
     from worldlm_ray.launch import scale as experiment
     from worldlm_ray.methods import configure
     from worldlm_ray.plan import rundir
     from worldlm_ray.plan.plan import make_plan
+    from worldlm_ray.reports import trail
 
     machines = experiment.parse(nodes)
     configuration.positive(seconds, "--seconds")
@@ -331,8 +332,8 @@ def scale(
 @app.command()
 def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb: PerGb = None) -> None:
     """Show the tree, sizes, memory and privacy of a configuration."""
-    from worldlm_ray.describe import crossing_table, describe, left_out, misfits, tables
     from worldlm_ray.plan.plan import make_plan
+    from worldlm_ray.reports.describe import crossing_table, describe, left_out, misfits, tables
 
     plan = make_plan(_load(conf, overrides or [], None))
     facts = describe(plan)
@@ -347,7 +348,7 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb:
         console.print("nothing moves between places: no node has placement.labels of its own")
     for line in [*misfits(facts), *left_out(plan)]:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    from worldlm_ray.spending import planned, planned_table, private_clients, weak_deltas
+    from worldlm_ray.reports.spending import planned, planned_table, private_clients, weak_deltas
 
     if private_clients(plan):
         with console.status("reading the private clients' texts"):
@@ -469,9 +470,9 @@ def privacy(run: Run, as_json: Json = False) -> None:
 
     Ledgers are compared with the audit trail: every accepted update must be paid for.
     """
-    from worldlm_ray import trail
     from worldlm_ray.plan import rundir
-    from worldlm_ray.spending import statement_table, statements, unpaid, weak_deltas
+    from worldlm_ray.reports import trail
+    from worldlm_ray.reports.spending import statement_table, statements, unpaid, weak_deltas
 
     plan = rundir.reopen(run, check_data=False)
     rows, missing = statements(plan), unpaid(plan)
@@ -564,9 +565,9 @@ def audit(run: Run, as_json: Json = False) -> None:
 
     Edge by edge: no accepted update was lost, and none was applied twice.
     """
-    from worldlm_ray import trail
     from worldlm_ray.plan import rundir
-    from worldlm_ray.report import audit_table
+    from worldlm_ray.reports import trail
+    from worldlm_ray.reports.tables import audit_table
 
     folder = rundir.find(run)
     found = trail.look(folder)
@@ -588,9 +589,9 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Print the table of a run's nodes, living or ended."""
-    from worldlm_ray.liveness import liveness
     from worldlm_ray.plan import rundir
-    from worldlm_ray.report import live_table
+    from worldlm_ray.reports.liveness import liveness
+    from worldlm_ray.reports.tables import live_table
     from worldlm_ray.tracking.tracker import has_ended, read_status
 
     folder = rundir.find(run)
@@ -651,7 +652,7 @@ def _warn(lines: list[str]) -> None:
 
 
 def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> None:
-    from worldlm_ray.report import budget_line, final_table
+    from worldlm_ray.reports.tables import budget_line, final_table
 
     console.print(final_table(summary, samples))
     if line := budget_line(summary):

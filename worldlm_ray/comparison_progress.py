@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from worldlm_ray.progress import LINE_EVERY_S
-from worldlm_ray.report import duration
+from worldlm_ray.reports.progress import LINE_EVERY_S
+from worldlm_ray.reports.tables import duration
 
 WAITING, TRAINING, MEASURING, DONE = "waiting", "training", "measuring", "done"
 TRAINING_SHARE = 0.9

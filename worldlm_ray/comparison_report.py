@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from rich.text import Text
 
 from worldlm_ray.comparison_page import page_of
-from worldlm_ray.report import amount
-from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.reports.tables import amount
+from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.tracking import audit
 from worldlm_ray.verdict import against_local, by_method, client_means, equal_work, verdict
 

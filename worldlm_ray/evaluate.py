@@ -11,16 +11,16 @@ import numpy as np
 from worldlm_ray.client.client import Client
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import CheckpointError
-from worldlm_ray.outcome import combine
 from worldlm_ray.plan import kept, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure
-from worldlm_ray.report import NOTHING
+from worldlm_ray.reports.outcome import combine
+from worldlm_ray.reports.tables import NOTHING
+from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.terminal import Column, FittingTable
 from worldlm_ray.tracking.run_state import finite
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample as generate

@@ -14,7 +14,7 @@ from worldlm_ray.huggingface.card import Facts, card
 from worldlm_ray.plan import kept, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
-from worldlm_ray.spending import private_clients, statements
+from worldlm_ray.reports.spending import private_clients, statements
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
 

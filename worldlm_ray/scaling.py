@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray.report import amount
-from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.reports.tables import amount
+from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.tracking import audit
 
 BIN_S = 4.0

@@ -62,11 +62,11 @@ from worldlm_ray.data import prepare_shards
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Model, Packed, Update, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome, believed
-from worldlm_ray.outcome import Outcome, combine, finish, sampled
 from worldlm_ray.plan.faults import Fault, damaged
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec, parent_path
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
+from worldlm_ray.reports.outcome import Outcome, combine, finish, sampled
 from worldlm_ray.seeds import derive
 from worldlm_ray.storage import checkpoint, open_files
 from worldlm_ray.tensors.params import Flat

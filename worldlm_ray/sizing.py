@@ -22,8 +22,8 @@ from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.config.config import AggregationConfig, CodecName, one_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.compression import nbytes
-from worldlm_ray.report import amount, duration
-from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.reports.tables import amount, duration
+from worldlm_ray.reports.terminal import Column, FittingTable
 
 COPIES = 5.6
 """Pull, push, checks, fold, aggregation and publishing, in copies of the model (`exchange`, asynchronous)."""

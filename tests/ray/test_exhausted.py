@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import launch, spending
+from worldlm_ray import launch
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.reports import spending
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tracking import audit
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from worlds import client
 
-from worldlm_ray import launch, spending
+from worldlm_ray import launch
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.reports import spending
 from worldlm_ray.simulate import simulate
 from worldlm_ray.tracking import audit
 

@@ -13,9 +13,9 @@ from worldlm_ray.config.config import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.outcome import finish
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.reports.outcome import finish
 from worldlm_ray.tracking.tracker import Tracker
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from worlds import client
 
-from worldlm_ray import spending
 from worldlm_ray.aggregation.events import Answer, Charge, Joined, Note, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
@@ -24,6 +23,7 @@ from worldlm_ray.plan.rundir import create
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_epsilon, gaussian_noise, most_contributions
 from worldlm_ray.records import PrivacyRecord, RoundRecord
+from worldlm_ray.reports import spending
 from worldlm_ray.simulate import simulate
 from worldlm_ray.tensors.params import Flat, Layout
 

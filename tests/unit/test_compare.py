@@ -23,7 +23,7 @@ from worldlm_ray.comparison_report import COLUMNS, best, markdown, summarize, ta
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.plan.plan import Plan, make_plan
-from worldlm_ray.terminal import Terminal
+from worldlm_ray.reports.terminal import Terminal
 from worldlm_ray.verdict import equal_work, verdict
 
 

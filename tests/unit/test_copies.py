@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from worlds import client
 
-from worldlm_ray.describe import crossing_table, crossings, describe, tables
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import membership
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.report import folded
+from worldlm_ray.reports.describe import crossing_table, crossings, describe, tables
+from worldlm_ray.reports.tables import folded
 
 Tiny = Callable[..., Plan]
 

@@ -26,7 +26,7 @@ from worldlm_ray.records import (
     StartRecord,
     VerdictRecord,
 )
-from worldlm_ray.report import cost_table
+from worldlm_ray.reports.tables import cost_table
 from worldlm_ray.simulate import Simulation, simulate
 from worldlm_ray.tracking import curves
 from worldlm_ray.tracking.audit import proofs

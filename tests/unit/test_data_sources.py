@@ -19,10 +19,10 @@ from worlds import client
 from worldlm_ray.config.config import DataConfig, ResourcesConfig
 from worldlm_ray.data import check_sources, prepare, read_documents, sources
 from worldlm_ray.data.text import find_sources
-from worldlm_ray.describe import left_out as left_out_of
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.launch import preflight
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.reports.describe import left_out as left_out_of
 from worldlm_ray.simulate import simulate
 
 KEY = "world.children[0].data"

@@ -10,9 +10,9 @@ import pytest
 from worlds import client
 
 from worldlm_ray.config.config import TrainingConfig
-from worldlm_ray.describe import describe, misfits
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.reports.describe import describe, misfits
 from worldlm_ray.training.deepspeed_config import deepspeed_config, worker_bytes
 
 Tiny = Callable[..., Plan]

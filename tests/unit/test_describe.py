@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from worlds import client
 
-from worldlm_ray.describe import crossing_table, describe
 from worldlm_ray.plan import plan
+from worldlm_ray.reports.describe import crossing_table, describe
 
 
 def test_what_moves_between_places_is_counted_and_priced(tiny: Callable[..., plan.Plan], tmp_path: Path) -> None:

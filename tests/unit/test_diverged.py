@@ -17,12 +17,12 @@ from worlds import a_verdict, client
 from worldlm_ray import evaluate
 from worldlm_ray.data import Tokenizer, load_tokenizer
 from worldlm_ray.errors import CheckpointError, DataError, Interrupted, RunError
-from worldlm_ray.outcome import Outcome, combine, sampled
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.progress import Progress
 from worldlm_ray.records import LifeRecord, Measure, VerdictRecord, perplexity
-from worldlm_ray.report import final_table
+from worldlm_ray.reports.outcome import Outcome, combine, sampled
+from worldlm_ray.reports.progress import Progress
+from worldlm_ray.reports.tables import final_table
 from worldlm_ray.simulate import simulate
 from worldlm_ray.tracking.run_state import WARNINGS, RunState
 from worldlm_ray.training.sampling import sample

@@ -21,9 +21,9 @@ from worldlm_ray import launch
 from worldlm_ray.cli import app
 from worldlm_ray.config.config import from_mapping
 from worldlm_ray.errors import ConfigError, Interrupted, RunError
-from worldlm_ray.liveness import liveness
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.reports.liveness import liveness
 from worldlm_ray.tracking.tracker import Tracker, has_ended, read_status, record_failure
 
 Result = Any

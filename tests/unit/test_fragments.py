@@ -22,7 +22,6 @@ from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, 
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import AggregationConfig, ModelConfig, ServerOptimizerConfig
-from worldlm_ray.describe import describe
 from worldlm_ray.errors import CheckpointError, ConfigError, MessageError
 from worldlm_ray.exchange.messages import (
     Model,
@@ -39,6 +38,7 @@ from worldlm_ray.model.shape import resolve_shape
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import PullRecord, PushRecord, Record
+from worldlm_ray.reports.describe import describe
 from worldlm_ray.simulate import simulate
 from worldlm_ray.tensors.params import Flat, Layout, frozen, make_layout, module_of
 

@@ -14,12 +14,12 @@ import worlds
 from worldlm_ray import evaluate, huggingface
 from worldlm_ray.config import config as configuration
 from worldlm_ray.data import load_tokenizer
-from worldlm_ray.describe import describe, tables
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.plan import absolute, kept, membership, rundir
 from worldlm_ray.plan.plan import Plan, make_plan, plan_from_mapping
+from worldlm_ray.reports.describe import describe, tables
 
 
 def made(tiny: Callable[..., Plan], tokenizer: Path | str, **changes: Any) -> Plan:

@@ -60,7 +60,7 @@ def test_an_inner_node_needs_no_torch() -> None:
         "worldlm_ray.plan.plan",
         "worldlm_ray.aggregation.node",
         "worldlm_ray.storage.checkpoint",
-        "worldlm_ray.describe",
+        "worldlm_ray.reports.describe",
     ]
     done = imports_without(("torch", "ray", "actors"), names)
     assert done.returncode == 0, done.stderr

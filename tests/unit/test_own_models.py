@@ -18,11 +18,11 @@ from worldlm_ray.client.above import SHARE, Turns
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.evaluate import evaluate, values
-from worldlm_ray.outcome import finish
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record, RoundRecord, StartRecord
-from worldlm_ray.report import final_table, live_table
+from worldlm_ray.reports.outcome import finish
+from worldlm_ray.reports.tables import final_table, live_table
 from worldlm_ray.simulate import Simulation, simulate
 from worldlm_ray.tracking import tracker as tracking
 from worldlm_ray.tracking.run_state import RunState

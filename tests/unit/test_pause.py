@@ -15,12 +15,12 @@ from drift import whole_run as run
 from rich.console import Console
 from worlds import client
 
-from worldlm_ray import spending
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, RoundRecord
-from worldlm_ray.report import live_table
+from worldlm_ray.reports import spending
+from worldlm_ray.reports.tables import live_table
 from worldlm_ray.tracking.audit import proofs
 from worldlm_ray.tracking.tracker import read_status
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from worlds import client
 
-from worldlm_ray import spending
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import PrivacyConfig, TrainingConfig
 from worldlm_ray.data import prepare
@@ -31,6 +30,7 @@ from worldlm_ray.privacy.accounting import Spend, epsilon, noise_for, rounds_lef
 from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, self_test
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord
+from worldlm_ray.reports import spending
 from worldlm_ray.simulate import simulate
 from worldlm_ray.training.private import PrivateTrainer
 

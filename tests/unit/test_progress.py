@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from worldlm_ray import progress
-from worldlm_ray.progress import MEASURING, TRAINING, Progress, Stop
+from worldlm_ray.reports import progress
+from worldlm_ray.reports.progress import MEASURING, TRAINING, Progress, Stop
 
 SNAPSHOT: dict[str, Any] = {"run": "r", "progress": 0.5, "now_s": 1.0, "tokens": 10, "tokens_per_s": 1.0}
 SNAPSHOT |= {"refused": {}, "accepted": 0, "nodes": {}, "trouble": ""}

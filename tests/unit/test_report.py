@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from worldlm_ray.report import amount, budget_line, duration, final_table, left_of, live_table, printable, tree_order
+from worldlm_ray.reports.tables import (
+    amount,
+    budget_line,
+    duration,
+    final_table,
+    left_of,
+    live_table,
+    printable,
+    tree_order,
+)
 
 
 def render(table: RenderableType, *, width: int) -> list[str]:

@@ -22,9 +22,9 @@ from worldlm_ray.config import config
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.reports.terminal import Terminal
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.paths import pasted
-from worldlm_ray.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM = """

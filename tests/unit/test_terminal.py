@@ -9,7 +9,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from worldlm_ray.cli import app
-from worldlm_ray.terminal import Column, FittingTable, Terminal
+from worldlm_ray.reports.terminal import Column, FittingTable, Terminal
 
 COLUMNS = [
     Column("node", is_number=False),

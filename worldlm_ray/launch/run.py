@@ -23,14 +23,14 @@ from actors.world import WorldActor
 from worldlm_ray.errors import Interrupted, RunError, WorldLMError
 from worldlm_ray.launch import cluster, hosts, preflight
 from worldlm_ray.launch.watch import Monitor, Watch, ask
-from worldlm_ray.outcome import Outcome, Sample, combine, sampled
 from worldlm_ray.plan import rundir, tree
 from worldlm_ray.plan.faults import Fault
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
-from worldlm_ray.progress import MEASURING, SAVING, TRAINING
 from worldlm_ray.records import Measure
-from worldlm_ray.report import MANY
+from worldlm_ray.reports.outcome import Outcome, Sample, combine, sampled
+from worldlm_ray.reports.progress import MEASURING, SAVING, TRAINING
+from worldlm_ray.reports.tables import MANY
 from worldlm_ray.run_clock import Anchor, RunClock, this_machine
 from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tracking.tracker import record_failure

@@ -110,7 +110,7 @@ class Proof:
 def read(run_dir: Path) -> Iterator[dict[str, Any]]:
     """Every whole line of a run's trail, node by node, in the order of the nodes' lives.
 
-    Other lines are passed over: `worldlm_ray.trail` tells which of them a kill explains.
+    Other lines are passed over: `worldlm_ray.reports.trail` tells which of them a kill explains.
     """
     for path in files(run_dir):
         found = [values for line in lines_of(path) if (values := whole(line)) is not None]

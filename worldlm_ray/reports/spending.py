@@ -16,8 +16,8 @@ from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.accounting import Spend, epsilon, rounds_left
 from worldlm_ray.privacy.gaussian import composed_epsilon, most_contributions
 from worldlm_ray.privacy.ledger import Ledger
-from worldlm_ray.report import NOTHING
-from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.reports.tables import NOTHING
+from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.tracking import audit
 
 

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.text import Text
 
 from worldlm_ray.records import perplexity
-from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.tracking.audit import Proof
 from worldlm_ray.tracking.status_fields import KINDS
 

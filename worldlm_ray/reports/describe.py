@@ -15,8 +15,8 @@ from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.exchange.messages import fragment_of
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
-from worldlm_ray.report import amount
-from worldlm_ray.terminal import Column, FittingTable
+from worldlm_ray.reports.tables import amount
+from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.training.deepspeed_config import is_zero, worker_bytes
 
 CLIENT_BUFFERS = 5

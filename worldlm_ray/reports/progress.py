@@ -16,7 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from worldlm_ray.report import amount, duration, left_of, live_table
+from worldlm_ray.reports.tables import amount, duration, left_of, live_table
 
 LINE_EVERY_S = 10.0
 """Where the output is no terminal: seconds between two lines."""

@@ -1,0 +1,1 @@
+"""What a person reads: tables, progress, what a configuration means, what a run came to."""
