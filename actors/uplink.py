@@ -8,7 +8,7 @@
 A parent may die at any moment and come back from a checkpoint, or the network between the two may fail. Whatever a call
 was cut off by, the child joins again and goes on from what the parent then says it has. On Ray the protocol is written
 once, as generators: a client drives them from a thread that waits, a federation from its event loop. The simulator has
-a version with callbacks in worldlm_ray/simulate.py.
+a version with callbacks in worldlm_ray/simulation/simulator.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from rich.console import Console
 from small_world import plan
 
 from worldlm_ray.reports.tables import final_table
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 
 
 def main() -> None:

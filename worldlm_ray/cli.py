@@ -174,7 +174,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     from worldlm_ray.plan.plan import make_plan
 
     plan = rundir.create(make_plan(_load(conf, overrides or [], run_dir)), simulated=True)
-    from worldlm_ray.simulate import simulate as run
+    from worldlm_ray.simulation.simulator import simulate as run
     from worldlm_ray.tracking.tracker import record_failure
     from worldlm_ray.training.local import too_many_cores
 

@@ -40,7 +40,7 @@ from worldlm_ray.plan import rundir, tree
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord, Record, RoundRecord
-from worldlm_ray.simulate import Simulation, simulate
+from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tensors.params import Flat

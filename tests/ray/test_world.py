@@ -14,7 +14,7 @@ from worldlm_ray import launch
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import MergeRecord, Record
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -18,7 +18,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.reports import spending
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.tracking import audit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]

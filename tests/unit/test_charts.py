@@ -23,7 +23,7 @@ from worldlm_ray.records import (
     StartRecord,
     VerdictRecord,
 )
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.tracking import charts, curves, run_texts
 from worldlm_ray.tracking.charts import BEST, CHARTS, MAX_LINES, MEAN, WORST, charts_of
 from worldlm_ray.tracking.tracker import Tracker

@@ -25,7 +25,7 @@ from worldlm_ray.exchange.replies import ACCEPTED, Verdict, Welcome, believed, c
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.quotas import ROUNDS_APART
 from worldlm_ray.records import LifeRecord
-from worldlm_ray.simulate import Simulation
+from worldlm_ray.simulation.simulator import Simulation
 from worldlm_ray.tensors.params import Layout
 from worldlm_ray.tracking.tracker import Tracker
 

@@ -24,7 +24,7 @@ from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_epsilon, gaussian_noise, most_contributions
 from worldlm_ray.records import PrivacyRecord, RoundRecord
 from worldlm_ray.reports import spending
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.tensors.params import Flat, Layout
 
 Tiny = Callable[..., Plan]

@@ -17,7 +17,7 @@ from worldlm_ray.errors import ConfigError, MessageError
 from worldlm_ray.exchange.compression import CODECS, decode, encode, lossy, memory, nbytes
 from worldlm_ray.exchange.messages import Packed, Update, pack, read_header, unpack_update
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.tensors import params
 from worldlm_ray.tensors.params import BLOCK, Flat
 

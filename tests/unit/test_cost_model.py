@@ -12,7 +12,6 @@ import pytest
 from worlds import client, write_text
 
 from worldlm_ray import compare
-from worldlm_ray.cost_model import CostClient, cost_plan
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
@@ -27,7 +26,8 @@ from worldlm_ray.records import (
     VerdictRecord,
 )
 from worldlm_ray.reports.tables import cost_table
-from worldlm_ray.simulate import Simulation, simulate
+from worldlm_ray.simulation.cost_model import CostClient, cost_plan
+from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.tracking import curves
 from worldlm_ray.tracking.audit import proofs
 from worldlm_ray.tracking.charts import BEST, MEAN, WORST

@@ -23,7 +23,7 @@ from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.launch import preflight
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.reports.describe import left_out as left_out_of
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 
 KEY = "world.children[0].data"
 PACKED: dict[str, Callable[[bytes], bytes]] = {

@@ -23,7 +23,7 @@ from worldlm_ray.records import LifeRecord, Measure, VerdictRecord, perplexity
 from worldlm_ray.reports.outcome import Outcome, combine, sampled
 from worldlm_ray.reports.progress import Progress
 from worldlm_ray.reports.tables import final_table
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.tracking.run_state import WARNINGS, RunState
 from worldlm_ray.training.sampling import sample
 

@@ -16,7 +16,7 @@ from worldlm_ray.data import load_tokenizer, prepare
 from worldlm_ray.data.fidelity import lost
 from worldlm_ray.errors import DataError
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 
 TEXT = "The river speaks of the mountain, and the law of the Caf\u00e9 speaks of 17 rivers.\n\n" * 400
 

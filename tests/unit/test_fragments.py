@@ -39,7 +39,7 @@ from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import PullRecord, PushRecord, Record
 from worldlm_ray.reports.describe import describe
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.tensors.params import Flat, Layout, frozen, make_layout, module_of
 
 Tiny = Callable[..., Plan]

@@ -25,7 +25,7 @@ from worlds import TINY_MODEL, client, crowd, two_levels
 
 from worldlm_ray.config import config
 from worldlm_ray.plan import plan as plans
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 
 FILE = Path(__file__).resolve().parents[1] / "golden.json"
 KEYS = {"key_layers": ["model.embed_tokens.*", "model.layers.1.*"]}

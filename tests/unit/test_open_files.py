@@ -18,7 +18,7 @@ from worldlm_ray.config.config import DataConfig
 from worldlm_ray.data import dataset, prepare
 from worldlm_ray.errors import DataError
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.storage import open_files
 
 Tiny = Callable[..., Plan]

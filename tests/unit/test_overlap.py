@@ -19,7 +19,7 @@ from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.methods import configure
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.records import LifeRecord, MergeRecord, Record, RoundRecord, VerdictRecord
-from worldlm_ray.simulate import Simulation
+from worldlm_ray.simulation.simulator import Simulation
 from worldlm_ray.tensors.params import Flat
 
 Tiny = Callable[..., Plan]

@@ -23,7 +23,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record, RoundRecord, StartRecord
 from worldlm_ray.reports.outcome import finish
 from worldlm_ray.reports.tables import final_table, live_table
-from worldlm_ray.simulate import Simulation, simulate
+from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.tracking import tracker as tracking
 from worldlm_ray.tracking.run_state import RunState
 from worldlm_ray.tracking.tracker import Tracker, read_status

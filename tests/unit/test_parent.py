@@ -22,7 +22,7 @@ from worldlm_ray.exchange.messages import Model, Update, pack
 from worldlm_ray.exchange.parent import Gate, check_model
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
-from worldlm_ray.simulate import Simulation
+from worldlm_ray.simulation.simulator import Simulation
 from worldlm_ray.tensors.params import Flat, Layout
 from worldlm_ray.tracking.tracker import Tracker
 

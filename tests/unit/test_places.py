@@ -23,7 +23,7 @@ from worldlm_ray.privacy import accounting
 from worldlm_ray.privacy.account import weak_delta
 from worldlm_ray.privacy.accounting import SMALLEST_NOISE, noise_for
 from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_noise
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = """\

@@ -31,7 +31,7 @@ from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, self_test
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord
 from worldlm_ray.reports import spending
-from worldlm_ray.simulate import simulate
+from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.training.private import PrivateTrainer
 
 Tiny = Callable[..., Plan]

@@ -7,7 +7,7 @@ nothing. Where a client trains while it exchanges (`exchange.overlap`), the virt
 arrives says after how many steps of the round it is merged. The same seed and configuration give the same bits,
 whatever machine this runs on does meanwhile.
 
-With `simulation.train: false` a cost model stands in place of training (worldlm_ray/cost_model.py): the same events at
+With `simulation.train: false` a cost model stands in place of training (worldlm_ray/simulation/cost_model.py): the same events at
 the same times, a hundred thousand clients in minutes.
 
 Faults on purpose (worldlm_ray/plan/faults.py) are simulated, too: a node that is killed comes back from its last checkpoint,
@@ -57,7 +57,6 @@ from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.above import FORWARD, Turns
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import DataConfig
-from worldlm_ray.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.data import prepare_shards
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Model, Packed, Update, pack
@@ -68,6 +67,7 @@ from worldlm_ray.plan.tree import NodeSpec, parent_path
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
 from worldlm_ray.reports.outcome import Outcome, combine, finish, sampled
 from worldlm_ray.seeds import derive
+from worldlm_ray.simulation.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.storage import checkpoint, open_files
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking.audit import AuditLog

@@ -1,0 +1,1 @@
+"""A run under a virtual clock, in one process."""
