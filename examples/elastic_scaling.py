@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 import tempfile
 
-from worldlm_ray import scaling
 from worldlm_ray.config import config
+from worldlm_ray.experiments import scaling
 from worldlm_ray.launch.scale import elastic, scale
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan

@@ -241,10 +241,10 @@ def compare(
 
     Simulated runs, a table, plots and an HTML report. A comparison that was interrupted goes on where it was.
     """
-    from worldlm_ray.compare import check_overrides, make_folder
-    from worldlm_ray.compare import compare as run
-    from worldlm_ray.comparison_progress import ComparisonProgress
-    from worldlm_ray.methods import METHODS
+    from worldlm_ray.experiments.compare import check_overrides, make_folder
+    from worldlm_ray.experiments.compare import compare as run
+    from worldlm_ray.experiments.comparison_progress import ComparisonProgress
+    from worldlm_ray.experiments.methods import METHODS
     from worldlm_ray.plan import rundir
 
     check_overrides(overrides or [])
@@ -276,8 +276,8 @@ def compare(
             on_done=on_done,
             on_progress=progress.show,
         )
-    from worldlm_ray.comparison_report import summarize, table, write
-    from worldlm_ray.verdict import equal_work, verdict
+    from worldlm_ray.experiments.comparison_report import summarize, table, write
+    from worldlm_ray.experiments.verdict import equal_work, verdict
 
     page = write(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -300,9 +300,9 @@ def scale(
 
     The machines are pretended ones on this machine. Prints speed, staleness and loss, and draws a plot.
     """
-    from worldlm_ray import scaling
+    from worldlm_ray.experiments import scaling
+    from worldlm_ray.experiments.methods import configure
     from worldlm_ray.launch import scale as experiment
-    from worldlm_ray.methods import configure
     from worldlm_ray.plan import rundir
     from worldlm_ray.plan.plan import make_plan
     from worldlm_ray.reports import trail
@@ -375,7 +375,7 @@ def size(
 
     Nodes, how busy they are, network and memory, from measured constants.
     """
-    from worldlm_ray import sizing
+    from worldlm_ray.experiments import sizing
 
     wish = sizing.Wish(
         clients=int(clients),
@@ -414,8 +414,8 @@ def evaluate(
 
     The models are those of the newest checkpoints.
     """
-    from worldlm_ray.evaluate import evaluate as measure
-    from worldlm_ray.evaluate import table, values
+    from worldlm_ray.experiments.evaluate import evaluate as measure
+    from worldlm_ray.experiments.evaluate import table, values
 
     configuration.positive(tokens, "--tokens")
     with Progress(errors) as progress:  # stdout is for the result
@@ -439,7 +439,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
 ) -> None:
     """Generate text from a node's model, from its checkpoint."""
-    from worldlm_ray.evaluate import sample as generate
+    from worldlm_ray.experiments.evaluate import sample as generate
 
     configuration.positive(tokens, "--tokens")
     configuration.not_negative(temperature, "--temperature")
@@ -455,7 +455,7 @@ def export(
     node: Annotated[str, typer.Option(help="path of the node, such as world/code/python, or its end")] = "world",
 ) -> None:
     """Write a node's model as a Hugging Face folder."""
-    from worldlm_ray.export import export as write
+    from worldlm_ray.experiments.export import export as write
 
     _filled(folder, "FOLDER")
     path, notes = write(run, node, Path(folder))

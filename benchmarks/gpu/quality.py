@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.gpu.card import device
 from benchmarks.gpu.rows import Rows
-from worldlm_ray.compare import compare
 from worldlm_ray.config import config
+from worldlm_ray.experiments.compare import compare
 
 CORPORA = {"code": ("python_stdlib", "cpp_headers"), "prose": ("python_reference", "package_descriptions")}
 METHODS = ("local", "fedavg", "worldlm")

@@ -16,15 +16,23 @@ import torch
 from typer.testing import CliRunner
 
 from worldlm_ray import cli
-from worldlm_ray.compare import check_overrides, compare, make_folder
-from worldlm_ray.comparison_page import page_of
-from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, ComparisonProgress, Stand, headline
-from worldlm_ray.comparison_report import COLUMNS, best, markdown, summarize, table, write
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
+from worldlm_ray.experiments.compare import check_overrides, compare, make_folder
+from worldlm_ray.experiments.comparison_page import page_of
+from worldlm_ray.experiments.comparison_progress import (
+    DONE,
+    MEASURING,
+    TRAINING,
+    WAITING,
+    ComparisonProgress,
+    Stand,
+    headline,
+)
+from worldlm_ray.experiments.comparison_report import COLUMNS, best, markdown, summarize, table, write
+from worldlm_ray.experiments.verdict import equal_work, verdict
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.terminal import Terminal
-from worldlm_ray.verdict import equal_work, verdict
 
 
 @pytest.mark.slow

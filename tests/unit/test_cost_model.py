@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from worlds import client, write_text
 
-from worldlm_ray import compare
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.experiments import compare
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import (

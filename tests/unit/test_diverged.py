@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 from worlds import a_verdict, client
 
-from worldlm_ray import evaluate
 from worldlm_ray.data import Tokenizer, load_tokenizer
 from worldlm_ray.errors import CheckpointError, DataError, Interrupted, RunError
+from worldlm_ray.experiments import evaluate
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, Measure, VerdictRecord, perplexity

@@ -17,7 +17,7 @@ from worldlm_ray import cli, huggingface
 from worldlm_ray.config import config as configuration
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.export import _facts, export
+from worldlm_ray.experiments.export import _facts, export
 from worldlm_ray.huggingface.card import Facts, card
 from worldlm_ray.huggingface.side_files import side_files
 from worldlm_ray.model.initial import initial_parameters

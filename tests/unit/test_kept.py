@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import worlds
 
-from worldlm_ray import evaluate, huggingface
+from worldlm_ray import huggingface
 from worldlm_ray.config import config as configuration
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError, RunError
+from worldlm_ray.experiments import evaluate
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.plan import absolute, kept, membership, rundir

@@ -19,7 +19,7 @@ from worldlm_ray.config import config as configuration
 from worldlm_ray.config.config import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model, Update, pack
-from worldlm_ray.methods import METHODS, VARIANTS, configure
+from worldlm_ray.experiments.methods import METHODS, VARIANTS, configure
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.describe import describe
 from worldlm_ray.tensors.params import make_layout

@@ -16,7 +16,7 @@ from worldlm_ray.client.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.methods import configure
+from worldlm_ray.experiments.methods import configure
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.records import LifeRecord, MergeRecord, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulation.simulator import Simulation

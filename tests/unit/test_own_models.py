@@ -17,7 +17,7 @@ from worldlm_ray.client import above
 from worldlm_ray.client.above import SHARE, Turns
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import RunError
-from worldlm_ray.evaluate import evaluate, values
+from worldlm_ray.experiments.evaluate import evaluate, values
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record, RoundRecord, StartRecord

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from worldlm_ray import scaling
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.experiments import scaling
+from worldlm_ray.experiments.scaling import Stage
 from worldlm_ray.launch import scale
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import VerdictRecord
-from worldlm_ray.scaling import Stage
 from worldlm_ray.tracking.audit import AuditLog
 
 TOKENS = {"world/a": 100, "world/b": 100}

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from worldlm_ray import sizing
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.sizing import Machine, Wish, most_children, tiers
+from worldlm_ray.experiments import sizing
+from worldlm_ray.experiments.sizing import Machine, Wish, most_children, tiers
 
 MACHINE = Machine(copy_bytes_per_s=10e9, link_bytes_per_s=1e9)
 WISH = Wish(clients=1_000, parameters=100_000_000, fan_out=32, round_s=100.0)

@@ -17,8 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from worlds import a_verdict
 
-from worldlm_ray import evaluate
 from worldlm_ray.errors import CheckpointError, ConfigError, RunError, SupersededError
+from worldlm_ray.experiments import evaluate
 from worldlm_ray.plan import plan, rundir
 from worldlm_ray.records import VerdictRecord
 from worldlm_ray.simulation import simulator as simulate

@@ -18,10 +18,10 @@ import ray
 
 from worldlm_ray.config import config as configuration
 from worldlm_ray.errors import ConfigError, RunError
+from worldlm_ray.experiments.scaling import Stage
 from worldlm_ray.launch import cluster, private
 from worldlm_ray.launch.run import Progress, train
 from worldlm_ray.plan.plan import Plan, make_plan
-from worldlm_ray.scaling import Stage
 
 POLL_S = 0.2
 FOREVER_S = 1e9

@@ -24,11 +24,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.text import Text
 
-from worldlm_ray.comparison_page import page_of
+from worldlm_ray.experiments.comparison_page import page_of
+from worldlm_ray.experiments.verdict import against_local, by_method, client_means, equal_work, verdict
 from worldlm_ray.reports.tables import amount
 from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.tracking import audit
-from worldlm_ray.verdict import against_local, by_method, client_means, equal_work, verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ COLUMNS = {
     "method": Quantity(
         title="method",
         short="method",
-        meaning="A configuration of the same code (worldlm_ray/methods.py); a variant stands after a plus sign.",
+        meaning="A configuration of the same code (worldlm_ray/experiments/methods.py); a variant stands after a plus sign.",
     ),
     "own": Quantity(
         title="own model, own text (nats/byte)",

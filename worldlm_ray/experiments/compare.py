@@ -8,7 +8,7 @@ measured on every client's held-out text:
     OUT/runs/METHOD-SEED/    the run folder, and measures.json when it is done (a comparison can be continued)
     OUT/results.json         one row per method, seed and client; and what was compared, by which commands and versions
     OUT/commands.txt         when and how the comparison was begun and continued
-    OUT/report/              tables, plots and one HTML page: see worldlm_ray/comparison_report.py
+    OUT/report/              tables, plots and one HTML page: see worldlm_ray/experiments/comparison_report.py
 
 Losses are nats per byte. `own` is a client's own model on its own text; `world` the world's model on that text.
 """
@@ -31,11 +31,11 @@ from typing import Any
 
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.merge import PARENT, RESIDUAL
-from worldlm_ray.comparison_progress import DONE, MEASURING, TRAINING, WAITING, Stand
 from worldlm_ray.config.config import RunConfig, from_mapping, to_mapping, to_yaml
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
-from worldlm_ray.methods import configure, flat_name
+from worldlm_ray.experiments.comparison_progress import DONE, MEASURING, TRAINING, WAITING, Stand
+from worldlm_ray.experiments.methods import configure, flat_name
 from worldlm_ray.plan import rundir, tree
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.plan.tree import NodeSpec
@@ -134,7 +134,7 @@ def compare(
 
     Args:
         config: the world; its budget must be in rounds or in tokens.
-        methods: names of methods, see worldlm_ray/methods.py.
+        methods: names of methods, see worldlm_ray/experiments/methods.py.
         seeds: one run per method and seed.
         out: folder of the comparison.
         jobs: processes to run at a time.

@@ -9,7 +9,7 @@ from typing import Any
 
 from worldlm_ray import huggingface
 from worldlm_ray.errors import ConfigError, DataError, PrivacyError
-from worldlm_ray.evaluate import sound_theta
+from worldlm_ray.experiments.evaluate import sound_theta
 from worldlm_ray.huggingface.card import Facts, card
 from worldlm_ray.plan import kept, rundir
 from worldlm_ray.plan.plan import Plan

@@ -1,0 +1,1 @@
+"""Comparisons of methods, and what is done with the models of a run that has ended."""
