@@ -35,7 +35,7 @@ def first_updates(folder: Path) -> tuple[float, float]:
     folder.mkdir()
     (folder / "conf.yaml").write_text(yaml.safe_dump(conf), encoding="utf-8")
     run, heard = folder / "run", dict[str, float]()
-    command = [sys.executable, "-m", "worldlm_ray.cli", "train", str(folder / "conf.yaml"), "--run-dir", str(run)]
+    command = [sys.executable, "-m", "worldlm_ray", "train", str(folder / "conf.yaml"), "--run-dir", str(run)]
     began = time.monotonic()
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

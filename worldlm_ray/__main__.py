@@ -1,6 +1,6 @@
 """`python -m worldlm_ray`: the `worldlm` command."""
 
-from worldlm_ray.cli import main
+from worldlm_ray.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -68,7 +68,7 @@ def test_wall_clocks_that_are_set_neither_end_a_run_nor_break_it(tiny: Callable[
     rundir.create(plan)
     steps = tmp_path / "steps"
     changes = {"WALL_STEPS": str(steps), "PYTHONPATH": customized(tmp_path / "site", WALL)}
-    command = [sys.executable, "-m", "worldlm_ray.cli", "train", "--resume", str(plan.run_dir)]
+    command = [sys.executable, "-m", "worldlm_ray", "train", "--resume", str(plan.run_dir)]
     with subprocess.Popen(
         command, env=os.environ | changes, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

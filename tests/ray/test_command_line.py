@@ -18,7 +18,7 @@ from worlds import TINY_MODEL, two_levels
 from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
-WORLDLM = [sys.executable, "-m", "worldlm_ray.cli"]
+WORLDLM = [sys.executable, "-m", "worldlm_ray"]
 
 
 @pytest.fixture

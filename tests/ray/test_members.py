@@ -169,7 +169,7 @@ def test_a_run_outlives_the_process_that_started_it(cluster: None, tiny: Tiny, t
     plan = tiny(budget={"rounds": 25}, training=training)
     conf, run = tmp_path / "conf.yaml", tmp_path / "driven"
     save(replace(plan.config, run_dir=str(run)), conf)
-    command = [sys.executable, "-m", "worldlm_ray.cli", "train"]
+    command = [sys.executable, "-m", "worldlm_ray", "train"]
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
         driver = subprocess.Popen([*command, str(conf), "--address", address], stdout=log, stderr=log)
         wait_for_accepted(run, 4)

@@ -21,7 +21,7 @@ from worldlm_ray.storage import filesystem
 from worldlm_ray.tracking.audit import proofs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
-WORLDLM = [sys.executable, "-m", "worldlm_ray.cli"]
+WORLDLM = [sys.executable, "-m", "worldlm_ray"]
 READ = """
 import sys
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer

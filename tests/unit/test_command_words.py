@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from worldlm_ray import cli
+from worldlm_ray.cli import main as cli
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.training.sampling import generate
 

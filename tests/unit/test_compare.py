@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from worldlm_ray import cli
+from worldlm_ray.cli import main as cli
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments.compare import check_overrides, compare, make_folder

@@ -38,7 +38,7 @@ def test_the_file_tree_is_the_real_one() -> None:
 
 def test_every_command_in_the_readme_exists_and_every_command_is_in_it() -> None:
     help_text = subprocess.run(
-        [sys.executable, "-m", "worldlm_ray.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "worldlm_ray", "--help"], capture_output=True, text=True, check=True
     ).stdout
     commands = set(re.findall(r"^  ([a-z]+)  ", help_text.split("Commands:")[1], re.M))
     assert set(re.findall(r"worldlm ([a-z]+)", README)) - {"command", "show"} <= commands

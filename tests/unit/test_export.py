@@ -13,7 +13,8 @@ import pytest
 import worlds
 from typer.testing import CliRunner
 
-from worldlm_ray import cli, huggingface
+from worldlm_ray import huggingface
+from worldlm_ray.cli import main as cli
 from worldlm_ray.config import config as configuration
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 from worlds import client
 
-from worldlm_ray import cli
+from worldlm_ray.cli import main as cli
 from worldlm_ray.client.client import Client
 from worldlm_ray.config import config
 from worldlm_ray.config.places import told
@@ -90,7 +90,7 @@ def test_errors_that_only_mention_a_key_have_names_too(conf: str) -> None:
 
 
 def test_the_command_line_tells_all_problems(conf: str) -> None:
-    command = [sys.executable, "-m", "worldlm_ray.cli", "show", conf, "evaluation.tokens=9"]
+    command = [sys.executable, "-m", "worldlm_ray", "show", conf, "evaluation.tokens=9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     said = done.stderr.splitlines()

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 from worlds import tokenizer, write_text
 
-from worldlm_ray import cli
+from worldlm_ray.cli import main as cli
 from worldlm_ray.config import config
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.plan import rundir

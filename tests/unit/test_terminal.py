@@ -8,7 +8,7 @@ import pytest
 from rich.text import Text
 from typer.testing import CliRunner
 
-from worldlm_ray.cli import app
+from worldlm_ray.cli.main import app
 from worldlm_ray.reports.terminal import Column, FittingTable, Terminal
 
 COLUMNS = [

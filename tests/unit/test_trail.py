@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 from worlds import a_verdict
 
-from worldlm_ray import cli
+from worldlm_ray.cli import main as cli
 from worldlm_ray.plan.rundir import CONFIG, STATUS, SUMMARY
 from worldlm_ray.records import VerdictRecord
 from worldlm_ray.reports import trail
