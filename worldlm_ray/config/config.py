@@ -337,7 +337,8 @@ class SimulationConfig:
     """How unlike clients are: each is exp(s z) times as fast as `tokens_per_s`, z normal and drawn by its path."""
     train: bool = True
     """False, for the whole world: a cost model in place of the model, for worlds of 100,000 clients. No text is read
-    and nothing learned; staleness, times and bytes are those of the run with training (worldlm_ray/simulation/cost_model.py)."""
+    and nothing learned; staleness, times and bytes are those of the run with training
+    (worldlm_ray/simulation/cost_model.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ COLUMNS = {
     "method": Quantity(
         title="method",
         short="method",
-        meaning="A configuration of the same code (worldlm_ray/experiments/methods.py); a variant stands after a plus sign.",
+        meaning="A configuration of the same code (experiments/methods.py); a variant stands after a plus sign.",
     ),
     "own": Quantity(
         title="own model, own text (nats/byte)",

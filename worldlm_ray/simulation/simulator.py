@@ -7,13 +7,13 @@ nothing. Where a client trains while it exchanges (`exchange.overlap`), the virt
 arrives says after how many steps of the round it is merged. The same seed and configuration give the same bits,
 whatever machine this runs on does meanwhile.
 
-With `simulation.train: false` a cost model stands in place of training (worldlm_ray/simulation/cost_model.py): the same events at
-the same times, a hundred thousand clients in minutes.
+With `simulation.train: false` a cost model stands in place of training (worldlm_ray/simulation/cost_model.py): the same
+events at the same times, a hundred thousand clients in minutes.
 
-Faults on purpose (worldlm_ray/plan/faults.py) are simulated, too: a node that is killed comes back from its last checkpoint,
-a call whose answer is lost fails after a while, and its caller joins its parent again, as on Ray. Where something can
-fail, children send signs of life and parents look at the clock, all of them at once every `liveness.heartbeat_s`; where
-nothing can, nobody could be silent, and nobody looks.
+Faults on purpose (worldlm_ray/plan/faults.py) are simulated, too: a node that is killed comes back from its last
+checkpoint, a call whose answer is lost fails after a while, and its caller joins its parent again, as on Ray. Where
+something can fail, children send signs of life and parents look at the clock, all of them at once every
+`liveness.heartbeat_s`; where nothing can, nobody could be silent, and nobody looks.
 
 Clients come and go as on Ray, too: by the fault script, and in federations that have fewer places than clients.
 """

@@ -9,7 +9,8 @@ the file is a row of objects, `metrics.0000-MARK.jsonl` and so on.
 
     pandas.read_json("runs/NAME/metrics.jsonl", lines=True).pivot_table(index="now_s", columns="node", values="value")
 
-Of a world with very many clients there are lines for a sample of them, as there are charts (worldlm_ray/tracking/tracker.py).
+Of a world with very many clients there are lines for a sample of them, as there are charts
+(worldlm_ray/tracking/tracker.py).
 """
 
 from __future__ import annotations
