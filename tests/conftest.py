@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import TINY_MODEL, two_levels
+from support.worlds import TINY_MODEL, two_levels
 
 from worldlm_ray.config import config
 from worldlm_ray.plan import plan

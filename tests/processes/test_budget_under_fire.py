@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Model

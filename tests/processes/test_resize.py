@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import resized
+from support import resized
 
 pytestmark = pytest.mark.slow
 

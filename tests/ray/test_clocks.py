@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import client, crowd
+from support.worlds import client, crowd
 
 from worldlm_ray import launch
 from worldlm_ray.launch import run as running

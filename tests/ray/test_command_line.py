@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from worlds import TINY_MODEL, two_levels
+from support.worlds import TINY_MODEL, two_levels
 
 from worldlm_ray.tracking.audit import proofs
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from worlds import run_example
+from support.worlds import run_example
 
 from benchmarks.__main__ import NAMES as BENCHMARKS
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from worlds import TINY_MODEL, client
+from support.worlds import TINY_MODEL, client
 
 from worldlm_ray.tracking.audit import proofs
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hosts import NET, Hosts, hosts, why_not
-from worlds import TINY_MODEL, write_text
+from support.hosts import NET, Hosts, hosts, why_not
+from support.worlds import TINY_MODEL, write_text
 
 from worldlm_ray.launch.cluster_file import LABELS, TOKEN
 from worldlm_ray.tracking.audit import proofs

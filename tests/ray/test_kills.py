@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Killer, check
-from worlds import client, crowd, two_levels
+from support.killing import Killer, check
+from support.worlds import client, crowd, two_levels
 
 from worldlm_ray import launch
 from worldlm_ray.plan import rundir

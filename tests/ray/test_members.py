@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import ray
-from worlds import client, write_text
+from support.worlds import client, write_text
 
 from worldlm_ray import launch
 from worldlm_ray.config.config import save

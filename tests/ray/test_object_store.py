@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-from stores import s3
-from worlds import TINY_MODEL, two_levels
+from support.stores import s3
+from support.worlds import TINY_MODEL, two_levels
 
 from worldlm_ray.storage import filesystem
 from worldlm_ray.tracking.audit import proofs

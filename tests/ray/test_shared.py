@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Killer, check
-from worlds import client, crowd
+from support.killing import Killer, check
+from support.worlds import client, crowd
 
 from worldlm_ray import launch
 from worldlm_ray.launch import hosts

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray import launch
 from worldlm_ray.plan import rundir

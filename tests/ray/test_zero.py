@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray import launch
 from worldlm_ray.errors import RunError

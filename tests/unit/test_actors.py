@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import OwnerDiedError, RayTaskError
-from worlds import client, write_text
+from support.worlds import client, write_text
 
 import actors.federation
 import actors.inner

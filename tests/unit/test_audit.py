@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from worlds import a_verdict
+from support.worlds import a_verdict
 
 from worldlm_ray.records import VerdictRecord
 from worldlm_ray.tracking.audit import AuditLog, proofs, read

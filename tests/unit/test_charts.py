@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.worlds import client
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.custom_scalar import layout_pb2
-from worlds import client
 
 from worldlm_ray.config.config import BudgetConfig
 from worldlm_ray.plan import rundir

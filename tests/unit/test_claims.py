@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Event, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Node

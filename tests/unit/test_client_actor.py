@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import RayActorError
-from worlds import client
+from support.worlds import client
 
 import actors.client
 import actors.shared

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.aggregation.events import Answer, Charge, Joined, Note, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node

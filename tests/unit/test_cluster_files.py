@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.launch import cluster_file

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from worlds import TINY_MODEL, write_text
+from support.worlds import TINY_MODEL, write_text
 
 from worldlm_ray.config import config
 from worldlm_ray.config.config import RunConfig

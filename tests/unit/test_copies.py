@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import membership

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import client, write_text
+from support.worlds import client, write_text
 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.experiments import compare

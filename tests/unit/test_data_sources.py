@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.config.config import DataConfig, ResourcesConfig
 from worldlm_ray.data import check_sources, prepare, read_documents, sources

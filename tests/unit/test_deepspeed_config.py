@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.config.config import TrainingConfig
 from worldlm_ray.errors import ConfigError

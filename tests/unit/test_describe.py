@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.plan import plan
 from worldlm_ray.reports.describe import crossing_table, describe

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from worlds import TINY_MODEL, client
+from support.worlds import TINY_MODEL, client
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import VirtualClients

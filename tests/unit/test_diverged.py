@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from worlds import a_verdict, client
+from support.worlds import a_verdict, client
 
 from worldlm_ray.data import Tokenizer, load_tokenizer
 from worldlm_ray.errors import CheckpointError, DataError, Interrupted, RunError

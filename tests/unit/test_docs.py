@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from worlds import run_example
+from support.worlds import run_example
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+from support.worlds import TINY_MODEL, client
 from typer.testing import CliRunner
-from worlds import TINY_MODEL, client
 
 from worldlm_ray import launch
 from worldlm_ray.cli.main import app

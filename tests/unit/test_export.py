@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import worlds
+from support import worlds
 from typer.testing import CliRunner
 
 from worldlm_ray import huggingface

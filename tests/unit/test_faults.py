@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drift import Drift, drifting, whole_run
-from worlds import client
+from support.drift import Drift, drifting, whole_run
+from support.worlds import client
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import ConfigError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-import worlds
+from support import worlds
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from worldlm_ray.config.config import DataConfig

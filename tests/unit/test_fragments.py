@@ -10,13 +10,13 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from drift import drifting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.drift import drifting
+from support.worlds import client as client_entry
+from support.worlds import two_levels
 from test_faults import run
 from test_node import fingerprint, make, of, reason, saved_and_loaded, send
-from worlds import client as client_entry
-from worlds import two_levels
 
 from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from worlds import TINY_MODEL, client, crowd, two_levels
+from support.worlds import TINY_MODEL, client, crowd, two_levels
 
 from worldlm_ray.config import config
 from worldlm_ray.plan import plan as plans

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import worlds
+from support import worlds
 
 from worldlm_ray import huggingface
 from worldlm_ray.config import config as configuration

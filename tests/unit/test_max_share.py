@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import client, two_levels
+from support.worlds import client, two_levels
 
 from worldlm_ray.aggregation.capped_fold import CappedFold, capped
 from worldlm_ray.aggregation.events import Command, Note, Push

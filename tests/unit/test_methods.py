@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.aggregation.events import Push
 from worldlm_ray.aggregation.merge import Merger

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from worlds import TINY_MODEL, client
+from support.worlds import TINY_MODEL, client
 
 from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Child, Node

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import crowd
+from support.worlds import crowd
 
 from worldlm_ray.client.shared import Shelf
 from worldlm_ray.config.config import DataConfig

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from worlds import client
+from support.worlds import client
 
 from actors.others import taken
 from worldlm_ray.plan.plan import Plan

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drift import Drift, drifting
-from worlds import TINY_MODEL, client, two_levels
+from support.drift import Drift, drifting
+from support.worlds import TINY_MODEL, client, two_levels
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import ConfigError

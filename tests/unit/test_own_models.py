@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from worlds import client
+from support.worlds import client
 
 from worldlm_ray.client import above
 from worldlm_ray.client.above import SHARE, Turns

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import client, two_levels
+from support.worlds import client, two_levels
 
 from worldlm_ray.aggregation.events import Command, Exchange, Joined, Note, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node

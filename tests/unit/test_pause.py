@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drift import drifting
-from drift import whole_run as run
 from rich.console import Console
-from worlds import client
+from support.drift import drifting
+from support.drift import whole_run as run
+from support.worlds import client
 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.worlds import client
 from typer.testing import CliRunner
-from worlds import client
 
 from worldlm_ray.cli import main as cli
 from worldlm_ray.client.client import Client

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import write_text
+from support.worlds import write_text
 
 from worldlm_ray.config.config import DataConfig, ResourcesConfig
 from worldlm_ray.errors import Interrupted

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.worlds import client
 from torch import Tensor, nn
 from torch.nn import functional
-from worlds import client
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import PrivacyConfig, TrainingConfig

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.worlds import tokenizer, write_text
 from typer.testing import CliRunner
-from worlds import tokenizer, write_text
 
 from worldlm_ray.cli import main as cli
 from worldlm_ray.config import config

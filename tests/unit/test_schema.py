@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import TINY_MODEL
+from support.worlds import TINY_MODEL
 
 from worldlm_ray.config import config
 from worldlm_ray.config.config import INHERITED, RunConfig

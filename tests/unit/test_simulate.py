@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds import TINY_MODEL, client
+from support.worlds import TINY_MODEL, client
 
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan

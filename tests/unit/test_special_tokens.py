@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import worlds
+from support import worlds
 
 from worldlm_ray.config.config import DataConfig
 from worldlm_ray.data import load_tokenizer, prepare

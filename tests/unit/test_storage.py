@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import s3
+from support.stores import s3
+from support.worlds import a_verdict
 from tensorboard.backend.event_processing import event_file_loader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from worlds import a_verdict
 
 from worldlm_ray.errors import CheckpointError, ConfigError, RunError, SupersededError
 from worldlm_ray.experiments import evaluate

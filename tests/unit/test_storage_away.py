@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import worlds
+from support import worlds
 
 import actors.client
 import actors.host

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.worlds import a_verdict
 from typer.testing import CliRunner
-from worlds import a_verdict
 
 from worldlm_ray.cli import main as cli
 from worldlm_ray.plan.rundir import CONFIG, STATUS, SUMMARY

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds import client, write_text
+from support.worlds import client, write_text
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import Shelf, VirtualClients, seated_bytes

@@ -68,7 +68,7 @@ def two_levels(folder: Path) -> list[dict[str, Any]]:
 
 def run_example(name: str, *arguments: str) -> str:
     """What an example prints, run as a user runs it."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, f"examples/{name}", *arguments], cwd=root, capture_output=True, text=True, check=False
     )

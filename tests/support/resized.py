@@ -1,6 +1,6 @@
 """Train a client whose workers may be one or two beside a plain one, add a machine in the middle, say what came of it.
 
-    python tests/resized.py FOLDER
+    python tests/support/resized.py FOLDER
 
 A program of its own, since a process has one Ray at a time. Prints one line of JSON.
 """
@@ -18,8 +18,8 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
-from worlds import TINY_MODEL, client
 
+from support.worlds import TINY_MODEL, client
 from worldlm_ray import launch
 from worldlm_ray.config import config
 from worldlm_ray.launch.cluster import QUIET

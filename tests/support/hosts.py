@@ -182,7 +182,7 @@ _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 def _needed() -> list[Path]:
     """Where Python, its packages and this repository lie, as far as hosts would not see it."""
-    places = {Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parents[1]}
+    places = {Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parents[2]}
     hidden = [place for place in places if any(place.is_relative_to(private) for private in PRIVATE)]
     return [place for place in hidden if not any(place != other and place.is_relative_to(other) for other in hidden)]
 

@@ -1,6 +1,6 @@
 """Train a small world on pretended machines with labels, and print on which of them each actor lived: JSON.
 
-    python tests/placed.py FOLDER
+    python tests/support/placed.py FOLDER
 
 A program of its own, since a process has one Ray at a time.
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from killing import Killer
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
-from worlds import TINY_MODEL, client
 
+from support.killing import Killer
+from support.worlds import TINY_MODEL, client
 from worldlm_ray.config import config
 from worldlm_ray.launch.cluster import HEAD, QUIET
 from worldlm_ray.plan import rundir
