@@ -27,11 +27,11 @@ from typing import Any, TypeVar
 import ray
 
 from actors.above import PATIENCE_S, published
-from actors.last_words import LastWords
+from actors.graceful_shutdown import GracefulShutdown
 from actors.leaf import Leaf
 from actors.shared import (
     ARRIVAL_S,
-    LAST_WORDS_S,
+    SHUTDOWN_S,
     STORAGE_AGAIN_S,
     Address,
     beside,
@@ -54,7 +54,7 @@ from worldlm_ray.training.trainer import Trainer
 T = TypeVar("T")
 
 
-class ClientActor(LastWords, Leaf):
+class ClientActor(GracefulShutdown, Leaf):
     """A client. Its life takes a thread of its own; calls come beside it, and checkpoints are written beside it.
 
     Args:
@@ -380,11 +380,11 @@ class ClientActor(LastWords, Leaf):
         except SupersededError as error:
             end_process(str(error))
 
-    def say_last_words(self) -> None:
-        """See LastWords: end as after `stop`."""
+    def shut_down(self) -> None:
+        """See GracefulShutdown: end as after `stop`."""
         if self._thread is not None:
             self._stop.set()
-            self._ended.wait(LAST_WORDS_S)
+            self._ended.wait(SHUTDOWN_S)
 
 
 def _since(began_s: float) -> float:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.above import PATIENCE_S, published
-from actors.last_words import LastWords
+from actors.graceful_shutdown import GracefulShutdown
 from actors.leaf import Leaf
 from actors.shared import (
     ARRIVAL_S,
@@ -46,7 +46,7 @@ T = TypeVar("T")
 follow = partial(follow_steps, wait=settled_in_time)
 
 
-class HostActor(LastWords):
+class HostActor(GracefulShutdown):
     """Several clients below one parent.
 
     Args:
@@ -163,8 +163,8 @@ class HostActor(LastWords):
             for name in lost:
                 members[name].join_again()
 
-    def say_last_words(self) -> None:
-        """See LastWords. The event loop turns no more meanwhile: write from here."""
+    def shut_down(self) -> None:
+        """See GracefulShutdown. The event loop turns no more meanwhile: write from here."""
         living = [member for member in self.members.values() if member.is_living]
         for member in living:
             member.stopping = True

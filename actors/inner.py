@@ -31,7 +31,7 @@ from typing import Any
 
 import ray
 
-from actors.last_words import LastWords
+from actors.graceful_shutdown import GracefulShutdown
 from actors.shared import (
     STORAGE_AGAIN_S,
     Address,
@@ -77,7 +77,7 @@ from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking.audit import AuditLog
 
 
-class InnerActor(LastWords):
+class InnerActor(GracefulShutdown):
     """What a federation and the world have in common.
 
     Args:
@@ -313,8 +313,8 @@ class InnerActor(LastWords):
         except OSError:
             return  # the storage is away
 
-    def say_last_words(self) -> None:
-        """See LastWords. The event loop turns no more meanwhile, but a checkpoint may be on its way."""
+    def shut_down(self) -> None:
+        """See GracefulShutdown. The event loop turns no more meanwhile, but a checkpoint may be on its way."""
         if self._started.is_set():
             self._disk.shutdown(wait=True, cancel_futures=True)
             self._audit.flush()

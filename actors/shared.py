@@ -35,7 +35,7 @@ ARRIVAL_S = 10.0
 """How long a client that is told to stop still tries to have its last update arrive."""
 PEER_S = 5.0
 """How long a process of the run may take to say what its run time is, before another one is asked."""
-LAST_WORDS_S = 20.0
+SHUTDOWN_S = 20.0
 """Time to end what is under way and to write a checkpoint after SIGTERM."""
 
 T = TypeVar("T")

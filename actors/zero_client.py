@@ -33,7 +33,7 @@ from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.client import ClientActor
-from actors.last_words import stay_to_the_end
+from actors.graceful_shutdown import stay_to_the_end
 from actors.others import room_for_others
 from actors.reserved import give_back, prefix
 from actors.shared import Address, end_process

@@ -15,7 +15,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors.last_words import stay_to_the_end
+from actors.graceful_shutdown import stay_to_the_end
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.training.local import threads_of

@@ -8,17 +8,17 @@ from collections.abc import Callable
 
 import pytest
 
-import actors.last_words
-from actors.last_words import LastWords
+import actors.graceful_shutdown
+from actors.graceful_shutdown import GracefulShutdown
 
 
-class Speaker(LastWords):
+class Speaker(GracefulShutdown):
     """Says what it was made to say."""
 
     def __init__(self, words: Callable[[], object]) -> None:
         self.words = words
 
-    def say_last_words(self) -> None:
+    def shut_down(self) -> None:
         self.words()
 
 
@@ -26,7 +26,7 @@ class Speaker(LastWords):
 def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Why the process was to end, each time; it does not."""
     found: list[str] = []
-    monkeypatch.setattr(actors.last_words, "end_process", found.append)
+    monkeypatch.setattr(actors.graceful_shutdown, "end_process", found.append)
     return found
 
 
@@ -56,7 +56,7 @@ def test_whoever_cannot_speak_ends_all_the_same(ends: list[str]) -> None:
 
 
 def test_whoever_speaks_for_too_long_ends(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors.last_words, "ENOUGH_S", 0.05)
+    monkeypatch.setattr(actors.graceful_shutdown, "ENOUGH_S", 0.05)
     free = threading.Event()
     Speaker(free.wait)._reclaim()
     wait_for(ends)

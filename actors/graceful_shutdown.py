@@ -10,13 +10,13 @@ from typing import Any, Self
 
 import ray
 
-from actors.shared import LAST_WORDS_S, end_process
+from actors.shared import SHUTDOWN_S, end_process
 
-ENOUGH_S = LAST_WORDS_S + 5.0
+ENOUGH_S = SHUTDOWN_S + 5.0
 """After so many seconds the process ends, whatever it still does."""
 
 
-class LastWords:
+class GracefulShutdown:
     """An actor that leaves a checkpoint when its process is told to end, and ends within the notice of its machine.
 
     Ray's own way is to take no more calls and to wait for those that the process has under way, for as long as they
@@ -36,8 +36,8 @@ class LastWords:
             signal.signal(signal.SIGTERM, lambda *_: self._reclaim())
         return self
 
-    def say_last_words(self) -> None:
-        """Leave a checkpoint, within `LAST_WORDS_S`."""
+    def shut_down(self) -> None:
+        """Leave a checkpoint, within `SHUTDOWN_S`."""
         raise NotImplementedError
 
     def _reclaim(self) -> None:
@@ -54,7 +54,7 @@ class LastWords:
 
     def _speak(self) -> None:
         try:
-            self.say_last_words()
+            self.shut_down()
             end_process("told to end")
         except Exception as error:  # noqa: BLE001 - a boundary: whatever it is, the process ends
             end_process(f"told to end, without a checkpoint: {error!r}")
