@@ -93,7 +93,7 @@ class Watch(threading.Thread):
                 total += memory.rss - memory.shared
                 largest = max(largest, memory.shared)
                 pids[process.pid] = name
-                if "HostActor" in name or "ray::ClientActor" in name:
+                if "ClientPoolActor" in name or "ray::ClientActor" in name:
                     self.private[process.pid] = max(self.private.get(process.pid, 0), memory.rss - memory.shared)
             self.total = max(self.total, total + largest)
 

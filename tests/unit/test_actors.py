@@ -19,8 +19,8 @@ import actors.federation
 import actors.inner
 import actors.shared
 import actors.uplink
+from actors.client_pool import ClientPoolActor
 from actors.federation import FederationActor
-from actors.host import HostActor
 from actors.shared import Address
 from actors.world import WorldActor
 from worldlm_ray.client import above
@@ -365,7 +365,7 @@ def test_clients_of_one_process_ask_again_for_answers_that_never_come(
         world = WorldActor(address(plan, "world"))
         fake.actors["world"] = parent = Deaf(world)
         await world.start()
-        host = HostActor(address(plan, paths[0]), paths)
+        host = ClientPoolActor(address(plan, paths[0]), paths)
         assert await asyncio.gather(*map(host.ready, paths)) == [0, 0, 0]
         for path in paths:
             await host.start(path)
@@ -398,7 +398,7 @@ def test_clients_of_one_process_measure_the_published_model(
         world = WorldActor(address(plan, "world"))
         fake.actors["world"] = Handle(world)
         await world.start()
-        host = HostActor(address(plan, paths[0]), paths)
+        host = ClientPoolActor(address(plan, paths[0]), paths)
         for path in paths:
             await host.ready(path)
             await host.start(path)

@@ -12,12 +12,12 @@ import pytest
 from support import worlds
 
 import actors.client
-import actors.host
+import actors.client_pool
 import actors.inner
 import actors.recorder
 import actors.shared
 from actors.client import ClientActor
-from actors.host import HostActor
+from actors.client_pool import ClientPoolActor
 from actors.recorder import RecorderActor
 from actors.shared import Address
 from actors.world import WorldActor
@@ -33,7 +33,7 @@ from worldlm_ray.run_clock import RunClock
 Make = Callable[[Address], Any]
 KINDS: dict[str, tuple[str, Make]] = {
     "client": ("world/north/a", ClientActor),
-    "host": ("world/north/a", lambda address: HostActor(address, [address.path])),
+    "host": ("world/north/a", lambda address: ClientPoolActor(address, [address.path])),
     "inner node": ("world", WorldActor),
     "recorder": ("the recorder", lambda address: RecorderActor(address.mapping)),
 }
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, Make]] = {
 def plan(tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Of a run that keeps a tokenizer, on no cluster."""
     monkeypatch.setattr(actors.shared, "ray", SimpleNamespace(get_actor=lambda *_, **__: None))
-    for module in (actors.client, actors.host, actors.inner, actors.recorder):
+    for module in (actors.client, actors.client_pool, actors.inner, actors.recorder):
         monkeypatch.setattr(module, "was_restarted", lambda: False)  # nothing is to begin by itself
         monkeypatch.setattr(module, "settle", lambda clock, *_: clock)
     raw = configuration.to_mapping(tiny().config)

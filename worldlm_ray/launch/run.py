@@ -14,8 +14,8 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayError, RayTaskError
 
 from actors.client import ClientActor
+from actors.client_pool import ClientPoolActor
 from actors.federation import FederationActor
-from actors.host import HostActor
 from actors.recorder import RecorderActor
 from actors.reserved import give_back, prefix
 from actors.shared import RECORDER, Address, settle
@@ -323,7 +323,7 @@ def _create_host(group: Sequence[NodeSpec], world: World, mapping: dict[str, Any
     """Make one actor for several clients."""
     paths = [spec.path for spec in group]
     options = _options(group[0]) | {"max_concurrency": 10_000} | lifetime(world.local)
-    actor = ray.remote(HostActor).options(name=hosts.name_of(paths[0]), namespace=world.namespace, **options)
+    actor = ray.remote(ClientPoolActor).options(name=hosts.name_of(paths[0]), namespace=world.namespace, **options)
     host = actor.remote(Address(mapping, paths[0], world.clock, world.namespace), paths)
     world.clients |= {path: hosts.Member(host, path) for path in paths}
 

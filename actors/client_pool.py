@@ -46,7 +46,7 @@ T = TypeVar("T")
 follow = partial(follow_steps, wait=settled_in_time)
 
 
-class HostActor(GracefulShutdown):
+class ClientPoolActor(GracefulShutdown):
     """Several clients below one parent.
 
     Args:
@@ -178,7 +178,7 @@ class HostActor(GracefulShutdown):
 class _Member(Leaf):
     """One client of the process, and its life."""
 
-    def __init__(self, host: HostActor, address: Address) -> None:
+    def __init__(self, host: ClientPoolActor, address: Address) -> None:
         super().__init__(host.plan, address, host.recorder)
         self.host = host
         self.stopping = self.leaving = self.is_living = self.is_staying = False
