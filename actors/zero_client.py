@@ -34,8 +34,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from actors.client import ClientActor
 from actors.graceful_shutdown import stay_to_the_end
-from actors.others import room_for_others
 from actors.reserved import give_back, prefix
+from actors.reserved_capacity import room_for_others
 from actors.shared import Address, end_process
 from actors.zero_worker import LEAVE, Task, work
 from worldlm_ray.errors import RunError
