@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.worlds import crowd
 
-from worldlm_ray.client.shared import Shelf
+from worldlm_ray.client.shared import BufferStore
 from worldlm_ray.config.config import DataConfig
 from worldlm_ray.data import dataset, prepare
 from worldlm_ray.errors import DataError
@@ -65,7 +65,7 @@ def test_a_map_that_can_be_written_is_its_file_and_goes_with_its_last_view(tmp_p
 
 
 def test_buffers_beyond_the_memory_limit_need_no_open_files(few_files: int) -> None:
-    shelf = Shelf(limit_bytes=0)
+    shelf = BufferStore(limit_bytes=0)
     kept = [shelf.keep(np.full(8, number, np.float32)) for number in range(few_files * 2)]
     kept[3][:] = 7.0
     assert [values[0] for values in kept[:5]] == [0.0, 1.0, 2.0, 7.0, 4.0]

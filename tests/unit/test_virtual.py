@@ -11,7 +11,7 @@ import pytest
 from support.worlds import client, write_text
 
 from worldlm_ray.client.client import Client
-from worldlm_ray.client.shared import Shelf, VirtualClients, seated_bytes
+from worldlm_ray.client.shared import BufferStore, VirtualClients, seated_bytes
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan.plan import Plan
@@ -95,7 +95,7 @@ def test_between_its_turns_a_client_holds_flat_buffers(tiny: Tiny, tmp_path: Pat
 
 
 def test_a_shelf_that_is_full_puts_buffers_into_files() -> None:
-    shelf = Shelf(100)
+    shelf = BufferStore(100)
     small, large = np.arange(20, dtype=np.float32), np.arange(30, dtype=np.float32)
     kept = [shelf.keep(small), shelf.keep(large), shelf.keep(small[:5])]
     assert (shelf.memory_bytes, shelf.file_bytes) == (100, 120)

@@ -2,7 +2,7 @@
 
 A client needs the model and the optimizer only while it trains. In between it is a few flat buffers: its weights, its
 moments, the base of its round, its parent's key layers. `SharedTrainer` has the only model and optimizer; each client
-holds a `Seat`, which is a trainer to it: whoever is asked to train takes the place of whoever did last, and the buffers
+holds a `Slot`, which is a trainer to it: whoever is asked to train takes the place of whoever did last, and the buffers
 of the two are copied. What a client computes does not depend on who trained before it.
 
 Buffers lie in memory up to a limit and in mapped files beyond it: those the system writes out when memory is short.
@@ -43,7 +43,7 @@ class SharedPlan(Plan):
         return self._initial
 
 
-class Shelf:
+class BufferStore:
     """Where buffers lie: in memory up to a limit, in files that are mapped into memory beyond it.
 
     Args:
@@ -75,17 +75,17 @@ class SharedTrainer:
         shelf: where clients' buffers lie.
     """
 
-    def __init__(self, trainer: Trainer, shelf: Shelf) -> None:
+    def __init__(self, trainer: Trainer, shelf: BufferStore) -> None:
         self.trainer, self.shelf = trainer, shelf
         self.swaps = 0
         """How often one client has taken the place of another."""
-        self._sitting: Seat | None = None
+        self._sitting: Slot | None = None
 
-    def seat(self) -> Seat:
+    def seat(self) -> Slot:
         """A place for one client more."""
-        return Seat(self)
+        return Slot(self)
 
-    def sit(self, seat: Seat) -> None:
+    def sit(self, seat: Slot) -> None:
         """Let a client take the place of whoever has it."""
         if self._sitting is seat:
             return
@@ -104,12 +104,12 @@ class SharedTrainer:
         self.trainer.read(seat.theta)
         seat.take_moments(self.trainer.optimizer_state())
 
-    def is_sitting(self, seat: Seat) -> bool:
+    def is_sitting(self, seat: Slot) -> bool:
         """Whether the model is this client's now."""
         return self._sitting is seat
 
 
-class Seat:
+class Slot:
     """The trainer of one client among many: see worldlm_ray/training/trainer.py for what its methods do."""
 
     def __init__(self, shared: SharedTrainer) -> None:
@@ -213,7 +213,7 @@ class VirtualClients:
         first = specs[0].settings
         device, threads = device_of(first.resources), threads_of(first.resources)
         trainer = LocalTrainer(plan.shape, plan.layout, first.training, threads=threads, device=device)
-        self.shelf = Shelf(limit_bytes)
+        self.shelf = BufferStore(limit_bytes)
         self.shared = SharedTrainer(trainer, self.shelf)
         self._origin: Flat | None = None
 
