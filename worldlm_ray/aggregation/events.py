@@ -37,7 +37,7 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Word:
+class ChildMessage:
     """Something that a child says to the node that it has joined."""
 
     child: str
@@ -49,7 +49,7 @@ class Word:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pull(Word):
+class Pull(ChildMessage):
     """A child asks for the model; `started_tokens` counts its local rounds including the one it is about to begin."""
 
     started_tokens: int
@@ -58,17 +58,17 @@ class Pull(Word):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Done(Word):
+class Done(ChildMessage):
     """A child will train no more in this run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Left(Word):
+class Left(ChildMessage):
     """A child is gone; what it had pushed stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat(Word):
+class Beat(ChildMessage):
     """A child lives."""
 
 

@@ -37,6 +37,7 @@ from worldlm_ray.aggregation.events import (
     Answer,
     Beat,
     Charge,
+    ChildMessage,
     Clock,
     Command,
     Done,
@@ -53,7 +54,6 @@ from worldlm_ray.aggregation.events import (
     Save,
     Serve,
     Wake,
-    Word,
 )
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
@@ -289,7 +289,7 @@ class Node:
             self.now_s = event.now_s
         elif event.now_s != self.now_s:  # of a clock that is behind the one that this node's last life was told
             event = replace(event, now_s=self.now_s)
-        if isinstance(event, Word):
+        if isinstance(event, ChildMessage):
             self._check(event.child, event.incarnation, to=event.to)
         elif isinstance(event, Joined):
             self._check(event.child, event.incarnation, to=self.incarnation)
