@@ -45,7 +45,6 @@ from actors.shared import (
 )
 from worldlm_ray.aggregation.events import (
     Answer,
-    Beat,
     Charge,
     Clock,
     Command,
@@ -53,6 +52,7 @@ from worldlm_ray.aggregation.events import (
     Event,
     Exchange,
     Finish,
+    Heartbeat,
     Joined,
     Left,
     News,
@@ -195,7 +195,7 @@ class InnerActor(GracefulShutdown):
     async def beat(self, child: str, incarnation: int, to: int) -> None:
         """A child lives."""
         await self._started.wait()
-        await self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+        await self._handle(Heartbeat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
 
     async def beats(self, words: list[tuple[str, int, int]]) -> list[str]:
         """Children of one process live; returns the names of those that must join (again)."""
@@ -203,7 +203,7 @@ class InnerActor(GracefulShutdown):
         lost = []
         for child, incarnation, to in checked("words", words, list, longest=len(self.node.children)):
             try:
-                await self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
+                await self._handle(Heartbeat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
             except MessageError:  # whoever is superseded learns of it when it joins
                 lost.append(child)
         return lost

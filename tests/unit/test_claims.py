@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.worlds import client
 
-from worldlm_ray.aggregation.events import Answer, Beat, Done, Event, Joined, Note, ParentModel, Pull, Push
+from worldlm_ray.aggregation.events import Answer, Done, Event, Heartbeat, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
@@ -349,7 +349,7 @@ def test_what_a_call_brings_beside_a_message_is_checked(node: Node, name: str, v
     events: dict[str, Callable[[dict[str, Any]], Event]] = {
         "child": lambda fields: Done(**fields),
         "incarnation": lambda fields: Joined(**fields),
-        "to": lambda fields: Beat(**fields),
+        "to": lambda fields: Heartbeat(**fields),
         "seq": lambda fields: Joined(**fields),
         "started_tokens": lambda fields: Pull(**fields),
         "fragment": lambda fields: Pull(**fields, started_tokens=1),

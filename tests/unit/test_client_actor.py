@@ -20,7 +20,7 @@ import actors.uplink
 from actors.client import ClientActor
 from actors.shared import Address
 from actors.uplink import Uplink, wait_for
-from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Left, Pull, Push, Serve
+from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Left, Pull, Push, Serve
 from worldlm_ray.client import above
 from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Packed, Update, pack
@@ -108,7 +108,7 @@ class Parent:
         self._one = threading.Lock()
 
     def _handle(self, event: Any) -> list[Any]:
-        if not isinstance(event, Joined | Beat):
+        if not isinstance(event, Joined | Heartbeat):
             if not self.gate.is_set():
                 self.held.set()
             assert self.gate.wait(20.0)
@@ -140,7 +140,7 @@ class Parent:
         return self.node.version, [Ref(lambda: values)]
 
     def beat(self, child: str, incarnation: int, to: int) -> None:
-        self._handle(Beat(child=child, incarnation=incarnation, to=to, now_s=0.0))
+        self._handle(Heartbeat(child=child, incarnation=incarnation, to=to, now_s=0.0))
 
     def done(self, child: str, incarnation: int, to: int) -> None:
         self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=0.0))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from support.worlds import TINY_MODEL, client
 
-from worldlm_ray.aggregation.events import Answer, Beat, Done, Joined, Note, ParentModel, Pull, Push
+from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Child, Node
 from worldlm_ray.client.client import Client
 from worldlm_ray.config import config
@@ -215,7 +215,7 @@ def test_mutated_call_messages_change_nothing_beyond_their_allowance(
     kinds = {
         Pull: ("incarnation", "to", "started_tokens", "fragment"),
         Joined: ("incarnation", "seq"),
-        Beat: ("incarnation", "to"),
+        Heartbeat: ("incarnation", "to"),
         Done: ("incarnation", "to"),
     }
     for number in range(many(1_000)):

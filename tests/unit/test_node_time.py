@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from worldlm_ray.aggregation.events import Beat, Clock, Joined, Note, Pull, Serve
+from worldlm_ray.aggregation.events import Clock, Heartbeat, Joined, Note, Pull, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.config.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
 from worldlm_ray.exchange.messages import pack
@@ -71,9 +71,9 @@ def test_a_clock_that_steps_silences_nobody_and_hides_no_silence(layout: Layout)
     for second in range(1, 21):
         for name in ("a", "b"):
             back_s = -3_600.0 if second == 10 else 0.0
-            node.handle(Beat(child=name, incarnation=1, to=1, now_s=second + back_s))
+            node.handle(Heartbeat(child=name, incarnation=1, to=1, now_s=second + back_s))
     assert all(min(child.gaps) >= 0.0 for child in node.children.values())
-    node.handle(Beat(child="b", incarnation=1, to=1, now_s=4_000.0))
+    node.handle(Heartbeat(child="b", incarnation=1, to=1, now_s=4_000.0))
     records = [c.record for c in node.handle(Clock(now_s=4_001.0)) if isinstance(c, Note)]
     [lost] = [record for record in records if isinstance(record, LifeRecord)]
     assert (lost.node, lost.event) == ("world/a", "lost")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_node import NAMES, SPLIT, START, make, of, push
 
-from worldlm_ray.aggregation.events import Beat, Clock, Joined, Note
+from worldlm_ray.aggregation.events import Clock, Heartbeat, Joined, Note
 from worldlm_ray.aggregation.node import patience_s
 from worldlm_ray.config.config import LivenessConfig, RobustConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError
@@ -108,7 +108,7 @@ LIVENESS = LivenessConfig(k=6.0, grace_s=5.0)
 
 def beats(node: Any, name: str, times: list[float]) -> None:
     for now_s in times:
-        node.handle(Beat(child=name, now_s=now_s))
+        node.handle(Heartbeat(child=name, now_s=now_s))
 
 
 def synchronous() -> Any:
@@ -137,7 +137,7 @@ def test_a_synchronous_node_waits_no_longer_for_a_silent_child_and_takes_it_back
     lost = [note.record for note in of(Note, commands) if isinstance(note.record, LifeRecord)]
     assert [(record.node, record.event) for record in lost] == [("world/c", "lost")]
     assert node.version == 1
-    back = node.handle(Beat(child="c", now_s=9.0))
+    back = node.handle(Heartbeat(child="c", now_s=9.0))
     assert [note.record.detail for note in of(Note, back) if isinstance(note.record, LifeRecord)] == ["is back"]
     push(node, "a", 2, base=1, now_s=10.0)
     push(node, "b", 2, base=1, now_s=10.0)

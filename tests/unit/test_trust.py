@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from worldlm_ray.aggregation.events import Beat, Done, Joined, Left, Pull
+from worldlm_ray.aggregation.events import Done, Heartbeat, Joined, Left, Pull
 from worldlm_ray.exchange.messages import Model, Residual, Update
 from worldlm_ray.exchange.replies import Verdict, Welcome
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
-CALLS = (Joined, Pull, Done, Left, Beat)
+CALLS = (Joined, Pull, Done, Left, Heartbeat)
 
 
 def rows(heading: str) -> list[str]:

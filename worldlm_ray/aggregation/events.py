@@ -6,7 +6,7 @@ Push(sender, packed)                   Charge, Answer(verdict), Note(records), S
 Pull(child, started_tokens)            Serve(child), now or once the child may go on
 ParentModel(model)                     Serve, Exchange
 Done(child), Left(child)               Serve, Exchange, Finish; Save where a child leaves, which waits for that
-Beat(child)                            nothing, or as Joined if the child had been given up
+Heartbeat(child)                            nothing, or as Joined if the child had been given up
 Clock                                  as Push
 
 Events from children carry two incarnations: the child's own, and `to`, that of the node which the child has joined. A
@@ -68,7 +68,7 @@ class Left(ChildMessage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat(ChildMessage):
+class Heartbeat(ChildMessage):
     """A child lives."""
 
 
@@ -99,7 +99,7 @@ class Clock:
     now_s: float
 
 
-Event = Push | Pull | ParentModel | Done | Left | Joined | Beat | Clock
+Event = Push | Pull | ParentModel | Done | Left | Joined | Heartbeat | Clock
 
 
 @dataclass(frozen=True, kw_only=True)

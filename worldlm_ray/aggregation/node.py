@@ -35,7 +35,6 @@ from worldlm_ray.aggregation.admission import (
 from worldlm_ray.aggregation.capped_fold import CappedFold
 from worldlm_ray.aggregation.events import (
     Answer,
-    Beat,
     Charge,
     ChildMessage,
     Clock,
@@ -44,6 +43,7 @@ from worldlm_ray.aggregation.events import (
     Event,
     Exchange,
     Finish,
+    Heartbeat,
     Joined,
     Left,
     News,
@@ -295,7 +295,7 @@ class Node:
             self._check(event.child, event.incarnation, to=self.incarnation)
             known = self.children.get(event.child, Child()).incarnation
             check_incarnation(event.child, event.incarnation, known=known)
-        if isinstance(event, Push | Pull | Beat | Joined):
+        if isinstance(event, Push | Pull | Heartbeat | Joined):
             commands += self._hear(event.sender if isinstance(event, Push) else event.child, event.now_s)
         if isinstance(event, Push):
             commands += self._push(event)

@@ -34,7 +34,6 @@ import numpy as np
 
 from worldlm_ray.aggregation.events import (
     Answer,
-    Beat,
     Charge,
     Clock,
     Command,
@@ -42,6 +41,7 @@ from worldlm_ray.aggregation.events import (
     Event,
     Exchange,
     Finish,
+    Heartbeat,
     Joined,
     Left,
     News,
@@ -788,7 +788,7 @@ class Simulation:
         for child, life in self._lives.items():
             to = self._joined[child]
             if child != "world" and life and to:
-                beat = Beat(child=self.specs[child].name, now_s=self._arrival(child, 0), incarnation=life, to=to)
+                beat = Heartbeat(child=self.specs[child].name, now_s=self._arrival(child, 0), incarnation=life, to=to)
                 self._at(beat.now_s, lambda child=child, beat=beat: self._hear(child, beat), beside=True)  # type: ignore[misc]
         for path in self.nodes:
             if self._lives[path]:
@@ -796,7 +796,7 @@ class Simulation:
         if len(self._queue) > self._beside:
             self._at(self.now_s + self.plan.config.liveness.heartbeat_s, self._look, beside=True)
 
-    def _hear(self, child: str, beat: Beat) -> None:
+    def _hear(self, child: str, beat: Heartbeat) -> None:
         """A sign of life arrives; nobody waits for an answer."""
         parent, _ = self._parent(child)
         if self._lives[parent] and not self._faulty(child, "cut"):
