@@ -55,10 +55,10 @@ from worldlm_ray.aggregation.events import (
     Heartbeat,
     Joined,
     Left,
-    News,
     Note,
     Pull,
     Push,
+    Refresh,
     Save,
     Serve,
     Wake,
@@ -355,7 +355,7 @@ class InnerActor(GracefulShutdown):
             elif isinstance(command, Exchange):
                 self._publish()
                 self._exchange()
-            elif isinstance(command, News):
+            elif isinstance(command, Refresh):
                 self._ask_for_news()
             elif isinstance(command, Wake):
                 self._spawn(self._wake(command.at_s))

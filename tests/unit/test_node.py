@@ -23,11 +23,11 @@ from worldlm_ray.aggregation.events import (
     Finish,
     Joined,
     Left,
-    News,
     Note,
     ParentModel,
     Pull,
     Push,
+    Refresh,
     Serve,
     Wake,
 )
@@ -721,12 +721,12 @@ def test_there_is_one_exchange_at_a_time() -> None:
 def test_the_first_child_of_all_waits_for_news_of_the_parent(tmp_path: Path) -> None:
     node = federation(awaited=NAMES)
     assert node.is_deserted
-    assert of(News, node.handle(Joined(child="a", now_s=1.0)))
+    assert of(Refresh, node.handle(Joined(child="a", now_s=1.0)))
     assert not node.is_deserted
     assert of(Serve, pull(node, "a")) == [], "it would begin from what was there before the run"
-    assert not of(News, node.handle(Joined(child="b", now_s=1.0))), "once"
+    assert not of(Refresh, node.handle(Joined(child="b", now_s=1.0))), "once"
     twin = saved_and_loaded(node, tmp_path, federation(awaited=NAMES))
-    assert twin.resume() == [News()]
+    assert twin.resume() == [Refresh()]
     [serve] = of(Serve, answer(node, parent_model(3, 8.0, keys=5.0)))
     assert serve.model.version == 1
     np.testing.assert_array_equal(serve.model.values[:SPLIT], 8.0)
@@ -751,18 +751,18 @@ def test_who_comes_where_all_have_left_begins_from_what_the_parent_has_learned_s
     answer(node, parent_model(1, 2.0))
     for name in NAMES:
         node.handle(Left(child=name, now_s=5.0))
-    assert of(News, node.handle(Joined(child=comes, now_s=9.0)))
+    assert of(Refresh, node.handle(Joined(child=comes, now_s=9.0)))
     assert of(Serve, pull(node, comes)) == [], "what it knows is old"
     [serve] = of(Serve, answer(node, parent_model(7, 8.0)))
     np.testing.assert_array_equal(serve.model.values[:SPLIT], 8.0)
-    assert not of(News, node.handle(Joined(child=NAMES[1], now_s=9.0))), "somebody is here"
+    assert not of(Refresh, node.handle(Joined(child=NAMES[1], now_s=9.0))), "somebody is here"
 
 
 def test_one_that_is_done_and_joins_again_asks_for_no_news() -> None:
     node = federation()
     for name in NAMES:
         node.handle(Done(child=name, now_s=5.0))
-    assert not of(News, node.handle(Joined(child=NAMES[0], now_s=9.0)))
+    assert not of(Refresh, node.handle(Joined(child=NAMES[0], now_s=9.0)))
 
 
 def test_the_world_never_exchanges() -> None:

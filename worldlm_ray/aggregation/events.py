@@ -129,7 +129,7 @@ class Exchange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class News:
+class Refresh:
     """Join the parent, pull, and bring its model as a ParentModel: a child has come where nobody was."""
 
 
@@ -164,4 +164,4 @@ class Charge:
     child: str
 
 
-Command = Answer | Serve | Exchange | News | Wake | Save | Finish | Note | Charge
+Command = Answer | Serve | Exchange | Refresh | Wake | Save | Finish | Note | Charge

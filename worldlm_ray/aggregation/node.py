@@ -46,11 +46,11 @@ from worldlm_ray.aggregation.events import (
     Heartbeat,
     Joined,
     Left,
-    News,
     Note,
     ParentModel,
     Pull,
     Push,
+    Refresh,
     Save,
     Serve,
     Wake,
@@ -374,7 +374,7 @@ class Node:
         comes = known is None or known.awaited or known.left
         if comes and not self._active and self.has_parent and not self._hears_its_parent:
             self.wants_news = True  # while nobody was here, nobody asked the parent
-            commands.append(News())
+            commands.append(Refresh())
         if event.child not in self.children:
             self.children[event.child] = Child()
             self._count_children()
@@ -710,7 +710,7 @@ class Node:
         if self.exchanging:
             commands.append(Exchange())
         elif self.wants_news:
-            commands.append(News())
+            commands.append(Refresh())
         return commands + self._wake()
 
     def _exchange_due(self) -> bool:

@@ -44,11 +44,11 @@ from worldlm_ray.aggregation.events import (
     Heartbeat,
     Joined,
     Left,
-    News,
     Note,
     ParentModel,
     Pull,
     Push,
+    Refresh,
     Save,
     Serve,
     Wake,
@@ -593,7 +593,7 @@ class Simulation:
         elif isinstance(command, Exchange):
             node.begin_exchange()
             self._send_once_known(path)
-        elif isinstance(command, News):
+        elif isinstance(command, Refresh):
             if path not in self._catching_up:  # which asks for them, too
                 self._join(path)
         elif isinstance(command, Wake):
