@@ -192,7 +192,7 @@ class ClientActor(GracefulShutdown, Leaf):
         """Train until the budget is spent (`finished`), or `stop` or `leave` is called."""
         try:
             self._wait(self.uplink.join())
-            self._tell(self.client.stand_record(now_s=self.clock.now_s()))
+            self._tell(self.client.progress_record(now_s=self.clock.now_s()))
             if self.client.steps == 0:
                 self._say_left_out()
                 self._tell(self.client.start_record(now_s=self.clock.now_s()))
@@ -317,7 +317,7 @@ class ClientActor(GracefulShutdown, Leaf):
         self.save()
         self._wait(self.uplink.done())
         event = "paused" if self.client.paused else "finished"
-        self._tell(self.client.stand_record(now_s=self.clock.now_s()), self._life(event, self.client.last_word))
+        self._tell(self.client.progress_record(now_s=self.clock.now_s()), self._life(event, self.client.last_word))
         return "finished"
 
     def _say_goodbye(self) -> str:

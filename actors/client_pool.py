@@ -277,7 +277,7 @@ class _Member(Leaf):
         client, clock = self.client, self.clock
         try:
             await self._wait(follow(self.uplink.join()))
-            self._tell(client.stand_record(now_s=clock.now_s()))
+            self._tell(client.progress_record(now_s=clock.now_s()))
             if client.steps == 0:
                 self._say_left_out()
                 self._tell(await self.host.with_model(partial(client.start_record, now_s=clock.now_s())))
@@ -353,7 +353,7 @@ class _Member(Leaf):
         await self._save()
         await self._wait(follow(self.uplink.done()))
         finished = self._life("finished", self.client.last_word)
-        self._tell(self.client.stand_record(now_s=self.clock.now_s()), finished)
+        self._tell(self.client.progress_record(now_s=self.clock.now_s()), finished)
         self.is_staying = True
         return "finished"
 

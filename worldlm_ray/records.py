@@ -44,7 +44,7 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StandRecord:
+class ProgressRecord:
     """How far a client is: told when it has found its parent and when it ends, for records of rounds may be lost."""
 
     node: str
@@ -220,7 +220,7 @@ class LifeRecord:
 
 Record = (
     RoundRecord
-    | StandRecord
+    | ProgressRecord
     | StartRecord
     | OwnModelRecord
     | FinalRecord

@@ -29,7 +29,7 @@ from worldlm_ray.plan.rundir import create
 from worldlm_ray.privacy.accounting import Spend, epsilon, noise_for, rounds_left
 from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, self_test
 from worldlm_ray.privacy.ledger import Ledger
-from worldlm_ray.records import OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord
+from worldlm_ray.records import OwnModelRecord, ProgressRecord, Record, RoundRecord, StartRecord
 from worldlm_ray.reports import spending
 from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.training.private import PrivateTrainer
@@ -356,7 +356,7 @@ def test_noise_chosen_from_a_budget_stays_the_same_over_restarts(tiny: Tiny, tmp
 SAYS_NOTHING_OF_THE_TEXT = {
     # A loss of any model on the text tells of the text, and no epsilon covers it: a private client measures none.
     OwnModelRecord: set[str](),
-    StandRecord: {"node", "now_s", "round", "steps", "tokens"},
+    ProgressRecord: {"node", "now_s", "round", "steps", "tokens"},
     # `private` repeats a setting; `heldout_bytes` is 0.
     StartRecord: {"node", "now_s", "heldout_bytes", "private"},
     RoundRecord: {

@@ -27,10 +27,10 @@ from worldlm_ray.records import (
     LifeRecord,
     MergeRecord,
     NodeSummary,
+    ProgressRecord,
     PullRecord,
     PushRecord,
     RoundRecord,
-    StandRecord,
     StartRecord,
     VerdictRecord,
 )
@@ -282,13 +282,13 @@ def test_clients_that_fall_silent_do_not_count_as_training(tmp_path: Path) -> No
 def test_rounds_that_nobody_heard_of_are_counted_when_the_client_says_so(tmp_path: Path) -> None:
     run = tracker(tmp_path)
     run.record(round_of(ITALY, tokens=100, loss=2.0))
-    run.record(StandRecord(node=ITALY, now_s=50.0, round=4, steps=40, tokens=400))
+    run.record(ProgressRecord(node=ITALY, now_s=50.0, round=4, steps=40, tokens=400))
     nodes = run.snapshot()["nodes"]
     run.close()
     assert (nodes[ITALY]["rounds"], nodes[ITALY]["steps"], nodes[ITALY]["loss"]) == (4, 40, 2.0)
     assert nodes["world"]["tokens"] == 400
     with pytest.raises(RunError, match="only clients train"):
-        tracker(tmp_path / "other").record(StandRecord(node="world", now_s=0.0, round=1, steps=1, tokens=1))
+        tracker(tmp_path / "other").record(ProgressRecord(node="world", now_s=0.0, round=1, steps=1, tokens=1))
 
 
 def test_a_round_without_a_measurement_draws_no_loss(tmp_path: Path) -> None:

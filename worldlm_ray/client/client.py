@@ -32,7 +32,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account, ledger_folder, weak_delta
 from worldlm_ray.privacy.ledger import Ledger
-from worldlm_ray.records import Measure, OwnModelRecord, Record, RoundRecord, StandRecord, StartRecord, perplexity
+from worldlm_ray.records import Measure, OwnModelRecord, ProgressRecord, Record, RoundRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.training.common import Common
@@ -627,9 +627,9 @@ class Client:
             heldout_bytes=measure.heldout_bytes,
         )
 
-    def stand_record(self, *, now_s: float) -> StandRecord:
+    def progress_record(self, *, now_s: float) -> ProgressRecord:
         """How far this client is."""
-        return StandRecord(node=self.spec.path, now_s=now_s, round=self.round, steps=self.steps, tokens=self.tokens)
+        return ProgressRecord(node=self.spec.path, now_s=now_s, round=self.round, steps=self.steps, tokens=self.tokens)
 
     def start_record(self, *, now_s: float) -> StartRecord:
         """Measure the model before the first round."""

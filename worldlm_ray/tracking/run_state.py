@@ -21,11 +21,11 @@ from worldlm_ray.records import (
     NodeSummary,
     OwnModelRecord,
     PrivacyRecord,
+    ProgressRecord,
     PullRecord,
     PushRecord,
     Record,
     RoundRecord,
-    StandRecord,
     StartRecord,
     VerdictRecord,
     perplexity,
@@ -166,7 +166,7 @@ class RunState:
             RunError: the record names an unknown node, or one that cannot have done this.
         """
         node = self.node(record.node)
-        if isinstance(record, RoundRecord | StandRecord | StartRecord) and node.kind != "client":
+        if isinstance(record, RoundRecord | ProgressRecord | StartRecord) and node.kind != "client":
             raise RunError(f"{record.node!r} is a {node.kind}, but only clients train and measure")
         if isinstance(record, OwnModelRecord) and record.node not in self.above.get(record.by, ()):
             raise RunError(f"{record.by!r} has measured {record.node!r}, which is not above it")
@@ -183,7 +183,7 @@ class RunState:
         match record:
             case RoundRecord():
                 self._round(node, record)
-            case StandRecord():
+            case ProgressRecord():
                 self._stand(node, record)
             case StartRecord():
                 self._start(node, record)
@@ -371,7 +371,7 @@ class RunState:
         for inner in self.above[record.node] if record.loss is not None else ():
             self._average(inner)
 
-    def _stand(self, node: NodeState, record: RoundRecord | StandRecord) -> None:
+    def _stand(self, node: NodeState, record: RoundRecord | ProgressRecord) -> None:
         steps, tokens = record.steps - node.steps, record.tokens - node.tokens
         node.rounds, node.steps, node.tokens = record.round, record.steps, record.tokens
         for inner in self.above[record.node]:
