@@ -52,7 +52,7 @@ def conf(folder: Path, clients: int, share: int) -> dict[str, Any]:
         "budget": {"rounds": ROUNDS},
         "training": {"local_steps": STEPS, "batch_size": 4},
         "evaluation": {"every_rounds": 0, "tokens": 32, "final_tokens": 32},
-        "resources": {"share": share},
+        "resources": {"clients_per_process": share},
         "data": {"files": [str(text(folder))], "cache_dir": str(folder / "cache")},
         "aggregation": {"push_every": 8},
         "world": {

@@ -107,7 +107,11 @@ def test_nodes_on_a_machine_with_another_clock_tell_the_same_time(
 
     monkeypatch.setattr(running, "_options", placed)
     # One of each kind of actor: a client, a federation, and clients that share a process.
-    phones = {"federation": "abroad", "resources": {"share": 2}, "children": [crowd("phone", tmp_path, copies=2)]}
+    phones = {
+        "federation": "abroad",
+        "resources": {"clients_per_process": 2},
+        "children": [crowd("phone", tmp_path, copies=2)],
+    }
     children = [client("near", tmp_path, 2), client("abroad-too", tmp_path, 3), phones]
     plan = tiny(children, budget={"rounds": 4})
     plan = rundir.create(replace(plan, config=replace(plan.config, run_dir=str(tmp_path / "run"))))

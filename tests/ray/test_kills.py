@@ -85,7 +85,12 @@ def two_kinds(folder: Path) -> list[dict[str, Any]]:
     phones = [crowd("phone", folder, copies=3)]
     return [
         # They take turns: a round of all three takes as long as one of the others.
-        {"federation": "north", "resources": {"share": 3}, "training": {"step_delay_s": 0.08}, "children": phones},
+        {
+            "federation": "north",
+            "resources": {"clients_per_process": 3},
+            "training": {"step_delay_s": 0.08},
+            "children": phones,
+        },
         {"federation": "south", "children": [sharded, client("d", folder, 4)]},
     ]
 

@@ -32,7 +32,11 @@ def test_synchronous_mode_gives_the_bits_of_clients_with_a_process_each(
     cluster: None, tiny: Tiny, tmp_path: Path
 ) -> None:
     children = [
-        {"federation": "north", "resources": {"share": 3}, "children": [crowd("phone", tmp_path, copies=5)]},
+        {
+            "federation": "north",
+            "resources": {"clients_per_process": 3},
+            "children": [crowd("phone", tmp_path, copies=5)],
+        },
         client("alone", tmp_path, 7),
     ]
     merge = {"client": "adaptive", "federation": "adaptive"}
@@ -63,7 +67,7 @@ def test_a_host_that_is_killed_costs_nothing(cluster: None, tiny: Tiny, tmp_path
             children,
             aggregation={"trigger": trigger},
             budget={"rounds": rounds},
-            resources={"share": copies},
+            resources={"clients_per_process": copies},
             checkpoint={"every_s": 2.0, "every_updates": 2},
             evaluation={"every_rounds": 0, "tokens": 16, "final_tokens": 16},
         ),
@@ -75,7 +79,12 @@ def test_a_host_that_is_killed_costs_nothing(cluster: None, tiny: Tiny, tmp_path
 def test_clients_of_a_host_stop_and_go_on(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     settings = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.05}
     plan = in_folder(
-        tiny([crowd("phone", tmp_path, copies=6)], budget={"rounds": 4}, resources={"share": 3}, training=settings),
+        tiny(
+            [crowd("phone", tmp_path, copies=6)],
+            budget={"rounds": 4},
+            resources={"clients_per_process": 3},
+            training=settings,
+        ),
         tmp_path / "run",
     )
     seen: dict[str, Any] = {}
@@ -94,7 +103,7 @@ def test_a_client_of_a_host_leaves_and_the_others_go_on(cluster: None, tiny: Tin
         tiny(
             [crowd("phone", tmp_path, copies=3)],
             budget={"rounds": 8},
-            resources={"share": 3},
+            resources={"clients_per_process": 3},
             training=settings,
             evaluation={"every_rounds": 0, "tokens": 16, "final_tokens": 16},
         ),

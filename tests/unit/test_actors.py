@@ -358,7 +358,7 @@ def test_clients_of_one_process_ask_again_for_answers_that_never_come(
     monkeypatch.setattr(actors.uplink, "ANSWER_S", 0.3)
     phones = client("phone", tmp_path, 1) | {"copies": 3}
     write_text(tmp_path / "phone.txt", seed=1, size=40_000)
-    plan = rundir.create(tiny([phones], resources={"share": 3}, budget={"rounds": 2}))
+    plan = rundir.create(tiny([phones], resources={"clients_per_process": 3}, budget={"rounds": 2}))
     paths = [spec.path for spec in plan.root.clients]
 
     async def scene() -> tuple[WorldActor, list[str], Deaf]:
@@ -391,7 +391,7 @@ def test_clients_of_one_process_measure_the_published_model(
     monkeypatch.setattr(above, "SHARE", 1e9)
     phones = client("phone", tmp_path, 1) | {"copies": 2}
     write_text(tmp_path / "phone.txt", seed=1, size=40_000)
-    plan = rundir.create(tiny([phones], resources={"share": 2}, budget={"rounds": 2}))
+    plan = rundir.create(tiny([phones], resources={"clients_per_process": 2}, budget={"rounds": 2}))
     paths = [spec.path for spec in plan.root.clients]
 
     async def scene() -> WorldActor:

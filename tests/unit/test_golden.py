@@ -79,7 +79,9 @@ CASES: dict[str, tuple[Callable[[Path], list[dict[str, Any]]], dict[str, Any]]] 
     "private": (private, {"aggregation": SYNCHRONOUS}),
     "private_clients": (guild, {"aggregation": SYNCHRONOUS}),
     "shared_process": (
-        lambda f: [{"federation": "north", "resources": {"share": 3}, "children": [crowd("phone", f, copies=4)]}],
+        lambda f: [
+            {"federation": "north", "resources": {"clients_per_process": 3}, "children": [crowd("phone", f, copies=4)]}
+        ],
         {"aggregation": SYNCHRONOUS, "merge": {"client": "adaptive"}},
     ),
     "asynchronous": (mixed, {"aggregation": {"trigger": "goal_achieved", "staleness": {"fn": "polynomial"}}}),

@@ -260,7 +260,7 @@ def test_a_client_with_workers_is_refused(tiny: Tiny) -> None:
     [
         ("exchange.fragments", {"exchange": OVERLAP | {"fragments": 2}}),
         ("merge.common_fraction", {"merge": {"client": "adaptive", "common_fraction": 0.5}}),
-        ("resources.share", {"resources": {"share": 2}}),
+        ("resources.clients_per_process", {"resources": {"clients_per_process": 2}}),
         ("simulation.train", {"simulation": {"train": False}}),
     ],
 )

@@ -20,7 +20,7 @@ def test_every_process_of_plain_clients_is_counted_once(tiny: Callable[..., Plan
         return client(f"c{number}", tmp_path, number, **settings)
 
     there = {"labels": {"region": "eu"}}
-    shared = {"federation": "shared", "resources": {"share": 2}, "children": [one() for _ in range(3)]}
+    shared = {"federation": "shared", "resources": {"clients_per_process": 2}, "children": [one() for _ in range(3)]}
     places = {"federation": "places", "max_clients": 2, "children": [one() for _ in range(4)]}
     patient = {"federation": "patient", "min_clients": 1, "max_clients": 3, "children": [one() for _ in range(4)]}
     plan = tiny(

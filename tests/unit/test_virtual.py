@@ -109,7 +109,7 @@ def test_a_shelf_that_is_full_puts_buffers_into_files() -> None:
 
 
 def test_alike_siblings_share_a_process(tiny: Tiny, tmp_path: Path) -> None:
-    north = {"federation": "north", "resources": {"share": 3}, "children": [phones(tmp_path, 5)]}
+    north = {"federation": "north", "resources": {"clients_per_process": 3}, "children": [phones(tmp_path, 5)]}
     faster = client("fast", tmp_path, 2, training={"lr": 1e-2})
     plan = tiny([north, client("own", tmp_path, 3), {"federation": "south", "children": [faster]}])
     assert [[spec.name for spec in group] for group in processes(plan.root)] == [
@@ -127,7 +127,7 @@ def test_those_who_train_differently_do_not_share(tiny: Tiny, tmp_path: Path) ->
         client("c", tmp_path, 3, placement={"labels": {"at": "sea"}}),
         client("d", tmp_path, 4, placement={"labels": {"at": "sea"}}),
     ]
-    plan = tiny(children, resources={"share": 10})
+    plan = tiny(children, resources={"clients_per_process": 10})
     assert [[spec.name for spec in group] for group in processes(plan.root)] == [["a"], ["b"], ["c", "d"]]
 
 
@@ -135,7 +135,7 @@ def test_those_who_train_differently_do_not_share(tiny: Tiny, tmp_path: Path) ->
     ("settings", "why"),
     [
         ({"training": {"zero_stage": 1}}, "a client that DeepSpeed trains"),
-        ({"resources": {"share": 4, "workers": 2}}, "a client that DeepSpeed trains"),
+        ({"resources": {"clients_per_process": 4, "workers": 2}}, "a client that DeepSpeed trains"),
         (
             {"privacy": {"unit": "record", "target_epsilon": 8}, "merge": {"client": 1.0}},
             "a client that trains with differential privacy",
@@ -144,17 +144,19 @@ def test_those_who_train_differently_do_not_share(tiny: Tiny, tmp_path: Path) ->
     ],
 )
 def test_who_cannot_share_a_process(tiny: Tiny, tmp_path: Path, settings: dict[str, Any], why: str) -> None:
-    with pytest.raises(ConfigError, match=rf"world\.children\[0\]\.resources\.share: 4, but {why}"):
-        tiny([client("a", tmp_path, 1)], **{"resources": {"share": 4}, **settings})
+    with pytest.raises(ConfigError, match=rf"world\.children\[0\]\.resources\.clients_per_process: 4, but {why}"):
+        tiny([client("a", tmp_path, 1)], **{"resources": {"clients_per_process": 4}, **settings})
 
 
 def test_clients_that_come_and_go_do_not_share(tiny: Tiny, tmp_path: Path) -> None:
     elastic = {"federation": "f", "min_clients": 1, "children": [phones(tmp_path, 2)]}
-    with pytest.raises(ConfigError, match=r"children\[0\]\.resources\.share: 2, but clients of world/f come and go"):
-        tiny([elastic], resources={"share": 2})
+    with pytest.raises(
+        ConfigError, match=r"children\[0\]\.resources\.clients_per_process: 2, but clients of world/f come and go"
+    ):
+        tiny([elastic], resources={"clients_per_process": 2})
 
 
 @pytest.mark.parametrize("share", [0, -1])
 def test_share_is_a_number_above_zero(tiny: Tiny, tmp_path: Path, share: int) -> None:
-    with pytest.raises(ConfigError, match=r"resources\.share: got"):
-        tiny([client("a", tmp_path, 1)], resources={"share": share})
+    with pytest.raises(ConfigError, match=r"resources\.clients_per_process: got"):
+        tiny([client("a", tmp_path, 1)], resources={"clients_per_process": share})

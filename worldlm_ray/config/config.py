@@ -978,7 +978,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "merge.common_fraction": fraction,
     "exchange.fragments": positive,
     "resources.cpus": positive,
-    "resources.share": positive,
+    "resources.clients_per_process": positive,
     "resources.gpus": not_negative,
     "resources.memory_gb": positive,
     "resources.workers": _workers,

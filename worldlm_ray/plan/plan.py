@@ -305,8 +305,8 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
             _check_weights(config.model.initial_from, layout)
     plan = Plan(config=config, root=root, shape=shape, layout=layout)
     for fault in Faults.parse(config.faults, kinds=plan.kinds).all:
-        if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.share > 1:
-            got = f"{fault.kind} {fault.node}, but that client shares a process with others (resources.share)"
+        if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.clients_per_process > 1:
+            got = f"{fault.kind} {fault.node}, but that client shares a process with others (resources.clients_per_process)"
             raise ConfigError("faults", got, "let clients with a process of their own come and go")
     return plan
 
@@ -373,7 +373,7 @@ def _check_fragments(root: NodeSpec, layout: Layout) -> None:
 
 def _check_share(client: NodeSpec, parent: NodeSpec) -> None:
     """Who cannot share a process with others."""
-    settings, key = client.settings, f"{client.key}.resources.share"
+    settings, key = client.settings, f"{client.key}.resources.clients_per_process"
     got = ""
     if deepspeed_config.is_zero(settings):
         got = "a client that DeepSpeed trains has workers of its own"
@@ -385,8 +385,8 @@ def _check_share(client: NodeSpec, parent: NodeSpec) -> None:
         got = "a client whose backbone travels in fragments keeps what has not had its turn"
     elif parent.elastic:
         got = f"clients of {parent.path} come and go one by one (min_clients, max_clients)"
-    if settings.resources.share > 1 and got:
-        raise ConfigError(key, f"{settings.resources.share}, but {got}", "set it to 1 there")
+    if settings.resources.clients_per_process > 1 and got:
+        raise ConfigError(key, f"{settings.resources.clients_per_process}, but {got}", "set it to 1 there")
 
 
 def _check_whose_promise(client: NodeSpec, parent: NodeSpec) -> None:
@@ -415,7 +415,7 @@ def _check_overlap(client: NodeSpec, parent: NodeSpec) -> None:
     others = {
         "exchange.fragments": client.settings.exchange.fragments > 1,
         "merge.common_fraction": bool(client.settings.merge.common_fraction),
-        "resources.share": client.settings.resources.share > 1,
+        "resources.clients_per_process": client.settings.resources.clients_per_process > 1,
         "simulation.train: false": not client.settings.simulation.train,
     }
     for name, is_set in others.items():

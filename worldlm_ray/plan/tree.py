@@ -94,13 +94,15 @@ def parent_path(path: str) -> str | None:
 def processes(root: NodeSpec) -> list[tuple[NodeSpec, ...]]:
     """The clients of a tree by the process that they live in, in the order of the tree.
 
-    Siblings that train alike, with the same resources and placement, share one if `resources.share` says so.
+    Siblings that train alike, with the same resources and placement, share one if `resources.clients_per_process` says so.
     """
     found = list[tuple[NodeSpec, ...]]()
     for inner in root.inner:
         open_: list[NodeSpec] = []
         for child in (child for child in inner.children if child.kind == "client"):
-            if open_ and (len(open_) == open_[0].settings.resources.share or not _may_share(open_[0], child)):
+            if open_ and (
+                len(open_) == open_[0].settings.resources.clients_per_process or not _may_share(open_[0], child)
+            ):
                 found.append(tuple(open_))
                 open_ = []
             open_.append(child)
