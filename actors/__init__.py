@@ -1,4 +1,4 @@
-"""The Ray shell: thin actors around the core of worldlm_ray.
+"""The Ray backend: thin actors around the core of worldlm_ray.
 
 shared.py       the run's clock, and messages whose buffers travel by reference
 inner.py        what a federation and the world have in common: one node state machine, driven by calls

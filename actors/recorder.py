@@ -139,7 +139,7 @@ class RecorderActor:
             samples=samples,
             wall_s=wall_s,
             status=status,
-            shell="ray",
+            backend="ray",
         )
         tracker.close()
         return outcome.summary

@@ -62,7 +62,7 @@ def seconds_per_update(layout: Layout, children: int) -> float:
         began = time.perf_counter()
         node.handle(Pull(child=name, incarnation=1, to=1, started_tokens=100 * seq, now_s=0.0))
         node.handle(Push(sender=name, packed=Packed(packed.header, values), incarnation=1, to=1, now_s=0.0))
-        np.copyto(shared, node.theta)  # a shell puts it into shared memory
+        np.copyto(shared, node.theta)  # a backend puts it into shared memory
         node.use_shared_copy(node.theta, shared)
         times.append(time.perf_counter() - began)
         if number % 50 == 0:

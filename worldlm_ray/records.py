@@ -1,4 +1,4 @@
-"""What happened, as plain frozen values: the only thing that shells hand to tracking.
+"""What happened, as plain frozen values: the only thing that backends hand to tracking.
 
 Nodes are named by their path in the tree, such as `world/europe/italy`. `now_s` is seconds since the run
 started: wall seconds on Ray, virtual seconds in simulation.

@@ -105,16 +105,16 @@ def test_a_budget_of_seconds_trains_from_the_first_round_on(tiny: Callable[..., 
     assert client.learning_rate > 0.5 * plan.root.settings.training.lr
 
 
-def ended(plan: Plan, *, shell: str) -> None:
+def ended(plan: Plan, *, backend: str) -> None:
     plan.run_dir.mkdir()
     save(plan.config, plan.run_dir / "config.yaml")
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams={}, budget=plan.config.budget)
-    finish(plan, tracker, world=plan.initial(), measures={}, samples={}, wall_s=1.0, status="finished", shell=shell)
+    finish(plan, tracker, world=plan.initial(), measures={}, samples={}, wall_s=1.0, status="finished", backend=backend)
     tracker.close()
 
 
 def test_a_run_at_its_full_budget_wants_a_larger_one(plan: Plan) -> None:
-    ended(plan, shell="ray")
+    ended(plan, backend="ray")
     with pytest.raises(RunError, match="full budget"):
         rundir.resume(str(plan.run_dir), [])
     assert rundir.resume(str(plan.run_dir), ["budget.rounds=9"]).config.budget.rounds == 9
@@ -127,7 +127,7 @@ def test_a_run_at_its_full_budget_wants_a_larger_one(plan: Plan) -> None:
 
 
 def test_a_simulation_is_not_continued_on_ray(plan: Plan) -> None:
-    ended(plan, shell="simulate")
+    ended(plan, backend="simulate")
     with pytest.raises(RunError, match="simulation"):
         rundir.resume(str(plan.run_dir), ["budget.rounds=9"])
 

@@ -91,7 +91,7 @@ def test_a_resume_that_cannot_begin_leaves_the_run_as_it_was(
     conf: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     plan = rundir.create(make_plan(from_mapping(json.loads(conf.read_text(encoding="utf-8")))))
-    (plan.run_dir / "summary.json").write_text('{"status": "stopped", "shell": "ray"}', encoding="utf-8")
+    (plan.run_dir / "summary.json").write_text('{"status": "stopped", "backend": "ray"}', encoding="utf-8")
     before = {path.name: path.read_bytes() for path in plan.run_dir.iterdir()}
 
     def train(*_: Any, **__: Any) -> Any:

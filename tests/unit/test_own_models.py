@@ -253,7 +253,7 @@ def test_a_run_that_was_left_early_keeps_what_was_measured_with_its_version(tiny
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams={}, budget=plan.config.budget)
     tracker.record(start(A, loss=5.0, heldout_bytes=300), round_of(A, loss=2.0, now_s=10.0))
     tracker.record(own("world/north", A, loss=3.0, version=2, now_s=11.0))
-    named: dict[str, Any] = {"world": None, "samples": {}, "wall_s": 20.0, "status": "stopped", "shell": "ray"}
+    named: dict[str, Any] = {"world": None, "samples": {}, "wall_s": 20.0, "status": "stopped", "backend": "ray"}
     summary = finish(plan, tracker, measures={}, **named).summary
     tracker.close()
     north = summary["nodes"]["world/north"]

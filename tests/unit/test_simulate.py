@@ -159,10 +159,10 @@ def outcome(tiny: Tiny) -> tuple[Plan, dict[str, Any]]:
 def test_a_run_leaves_its_documented_files(outcome: tuple[Plan, dict[str, Any]]) -> None:
     plan, summary = outcome
     assert json.loads((plan.run_dir / "summary.json").read_text()) == summary
-    keys = {"status", "shell", "run", "method", "seed", "wall_s", "tokens", "params_sha256", "nodes", "budget"}
+    keys = {"status", "backend", "run", "method", "seed", "wall_s", "tokens", "params_sha256", "nodes", "budget"}
     keys |= {"samples_failed", "warnings"}
     assert set(summary) == keys
-    assert summary["shell"] == "simulate"
+    assert summary["backend"] == "simulate"
     assert (summary["status"], summary["run"], summary["method"], summary["seed"]) == ("finished", "tiny", "worldlm", 0)
     assert list(summary["nodes"]) == list(plan.kinds)
     for path, node in summary["nodes"].items():

@@ -1,4 +1,4 @@
-"""What can happen to an inner node, what it may ask of its shell, and what it decides about an update.
+"""What can happen to an inner node, what it may ask of its backend, and what it decides about an update.
 
 event                                  what may come back
 Joined(child, seq)                     Save, Serve, Exchange
@@ -121,9 +121,9 @@ class Serve:
 class Exchange:
     """Push what `Node.begin_exchange` gives to the parent, then pull, and bring the model back as a ParentModel.
 
-    A shell saves the node first, and sends (`Node.send`) what a checkpoint knows (`Node.may_send`).
+    A backend saves the node first, and sends (`Node.send`) what a checkpoint knows (`Node.may_send`).
 
-    The update is not in the command: a shell may move the published model to shared memory first, so that the two
+    The update is not in the command: a backend may move the published model to shared memory first, so that the two
     never stand in private memory together.
     """
 

@@ -1,7 +1,7 @@
 """The state machine of an inner node: one for the world and for every federation, at any depth.
 
-`Node.handle(event)` returns commands for a shell to carry out. A node has no clock, does no input or output and
-knows nothing of Ray: time comes in with the events, and both shells (actors on Ray, the simulator) drive the
+`Node.handle(event)` returns commands for a backend to carry out. A node has no clock, does no input or output and
+knows nothing of Ray: time comes in with the events, and both backends (actors on Ray, the simulator) drive the
 same machine. The world is a node without a parent. Events and commands: worldlm_ray/aggregation/events.py.
 
 Two things stand in memory besides the optimizer's state: the published model, which never changes in place (so
@@ -178,13 +178,13 @@ class Node:
         quotas: Quotas | None = None,
     ) -> None:
         self.incarnation = 1
-        """How often this node has been started: for the shell to set."""
+        """How often this node has been started: for the backend to set."""
         self.liveness = liveness
         self.save_every, self.min_clients = save_every, min_clients
         self.privacy = privacy
         self.quota = None if quotas is None else quotas.own
         self.quotas: dict[str, Quota] = {} if quotas is None else dict(quotas.children)
-        """By child; a shell adds that of one that has come since the plan was made."""
+        """By child; a backend adds that of one that has come since the plan was made."""
         self.contributions = dict(contributions or {})
         """Updates of clients that their ledgers have paid for."""
         self.path, self.aggregation, self.layout = path, aggregation, layout
@@ -419,7 +419,7 @@ class Node:
     def use_shared_copy(self, own: Flat, shared: Flat) -> Flat:
         """Use another buffer with the same values in place of one of the node's own.
 
-        A shell that has put the published model, or the update in flight, into shared memory hands the shared
+        A backend that has put the published model, or the update in flight, into shared memory hands the shared
         copy back here, so that the node does not hold a second one.
 
         Returns:
@@ -1034,7 +1034,9 @@ class Node:
                 )
         for name in _STATE:
             setattr(self, name, meta[name])
-        self.now_s = max(self.now_s, self.began_s or 0.0, meta.get("now_s", 0.0))  # where its shell has written it down
+        self.now_s = max(
+            self.now_s, self.began_s or 0.0, meta.get("now_s", 0.0)
+        )  # where its backend has written it down
         self.ended, self.wants_news = False, meta.get("wants_news", False)
         # A private sum takes only those whom the plan knows: of others nobody says how they are to be clipped.
         mine = {n: c for n, c in meta["children"].items() if self.privacy is None or n in self.children}

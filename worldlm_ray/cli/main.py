@@ -658,7 +658,7 @@ def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> 
     if line := budget_line(summary):
         console.print(line, highlight=False, soft_wrap=True)
     if summary["status"] == "stopped":
-        if summary["shell"] == "ray":
+        if summary["backend"] == "ray":
             said = f"stopped early; continue with:\nworldlm train --resume {pasted(_near(run_dir))}"
         else:
             said = f"stopped early: {pasted(_near(run_dir))} keeps what there is; a simulation is not continued"

@@ -106,7 +106,7 @@ class Client:
         self.loss_sum = 0.0
         """Sum of step losses of the round that is under way (or has just ended)."""
         self.incarnation = 1
-        """How often this client has been started: for the shell to set."""
+        """How often this client has been started: for the backend to set."""
         self.outbox = Outbox()
         """What the parent has not made durable yet."""
         self.seq = self.base_version = 0

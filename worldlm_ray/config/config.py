@@ -282,7 +282,7 @@ class ResourcesConfig:
     """GPUs of a client; of each worker where there are several. 0 trains on the CPU, in a simulation too."""
     workers: Any = 1
     """Processes that train the client's model together, by DeepSpeed; [min, max] takes what the cluster has."""
-    share: int = 1
+    clients_per_process: int = 1
     """Clients per process: so many siblings that are alike take turns at one model, with the cores of one of them."""
     memory_gb: float | None = None
     """Memory of one worker in 10^9 bytes, of its GPU if it has one: `worldlm show` says which clients will not fit.

@@ -1,4 +1,4 @@
-"""Faults on purpose, one line each, the same in both shells: `faults: [20s kill world/europe, ...]`.
+"""Faults on purpose, one line each, the same in both backends: `faults: [20s kill world/europe, ...]`.
 
     20s kill world/europe                   its process dies and is started again
     20s cut world/europe for 10s            no message between it and its parent arrives

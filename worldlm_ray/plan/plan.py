@@ -1,4 +1,4 @@
-"""A checked run: everything that both shells need to know before the first step.
+"""A checked run: everything that both backends need to know before the first step.
 
 `make_plan` does every check that can be made without starting Ray or reading whole texts, so that a broken
 configuration costs a second and one line.

@@ -135,7 +135,7 @@ def _taken(plan: Plan) -> str:
 
 def is_simulated(run_dir: Path) -> bool:
     """Whether the run of a folder is a simulation, which is not continued."""
-    if _mapping(run_dir / SUMMARY).get("shell") == "simulate":
+    if _mapping(run_dir / SUMMARY).get("backend") == "simulate":
         return True
     try:
         with filesystem.refusals(run_dir):

@@ -1,4 +1,4 @@
-"""The end of a run: every model measured on held-out text, summary.json, samples. The same for both shells."""
+"""The end of a run: every model measured on held-out text, summary.json, samples. The same for both backends."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def finish(
     samples: Mapping[str, Sample],
     wall_s: float,
     status: str,
-    shell: str,
+    backend: str,
 ) -> Outcome:
     """Write summary.json.
 
@@ -95,7 +95,7 @@ def finish(
         samples: generated text by client, or why there is none.
         wall_s: seconds of the run, virtual ones in simulation.
         status: `finished`, or `stopped` for a run that was left early.
-        shell: `ray` or `simulate`.
+        backend: `ray` or `simulate`.
     """
     for path, node in tracker.summaries().items():
         measure = measures.get(path)
@@ -126,7 +126,7 @@ def finish(
         staleness=tracker.staleness(),
         extra={
             "status": status,
-            "shell": shell,
+            "backend": backend,
             "budget": spent(plan.config.budget, trained),
             **({"trained": False} if world is None else {}),
             "samples_failed": {path: sample.failure for path, sample in samples.items() if sample.failure},

@@ -1,4 +1,4 @@
-"""The second shell: a whole world in one process, under a virtual clock.
+"""The second backend: a whole world in one process, under a virtual clock.
 
 Training is real; time is not. A queue of events, ordered by virtual time and then by the order in which they
 were scheduled, stands for the machines and the network: a local round takes its tokens over the client's
@@ -245,7 +245,7 @@ class Simulation:
                 samples={},
                 wall_s=self.now_s,
                 status=status,
-                shell="simulate",
+                backend="simulate",
             )
         there = {path: client for path, client in self.clients.items() if path not in self.gone}
         measures = {path: client.report(self._final_tokens) for path, client in there.items()}
@@ -262,7 +262,7 @@ class Simulation:
             samples={path: sampled(client.sample) for path, client in there.items()},
             wall_s=self.now_s,
             status=status,
-            shell="simulate",
+            backend="simulate",
         )
 
     # ---- clients ---------------------------------------------------------------------------------------------

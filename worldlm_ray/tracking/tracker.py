@@ -1,4 +1,4 @@
-"""The single writer of a run folder: what the shells record becomes files that people and tools read.
+"""The single writer of a run folder: what the backends record becomes files that people and tools read.
 
     status.json     the newest snapshot, replaced whole about once a second
     tensorboard/    charts, heat maps, texts: see worldlm_ray/tracking/tensorboard.py
