@@ -306,7 +306,7 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
     plan = Plan(config=config, root=root, shape=shape, layout=layout)
     for fault in Faults.parse(config.faults, kinds=plan.kinds).all:
         if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.clients_per_process > 1:
-            got = f"{fault.kind} {fault.node}, but that client shares a process with others (resources.clients_per_process)"
+            got = f"{fault.kind} {fault.node}, but that client shares a process (resources.clients_per_process)"
             raise ConfigError("faults", got, "let clients with a process of their own come and go")
     return plan
 

@@ -94,7 +94,7 @@ def parent_path(path: str) -> str | None:
 def processes(root: NodeSpec) -> list[tuple[NodeSpec, ...]]:
     """The clients of a tree by the process that they live in, in the order of the tree.
 
-    Siblings that train alike, with the same resources and placement, share one if `resources.clients_per_process` says so.
+    Siblings that train alike, with the same resources and placement, share one: `resources.clients_per_process`.
     """
     found = list[tuple[NodeSpec, ...]]()
     for inner in root.inner:
