@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
-.PHONY: help quickstart test test-fast soak check format bench clean
+.PHONY: help quickstart test test-long test-fast soak check format architecture bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,8 +29,11 @@ $(DEV): $(READY)
 quickstart: $(READY)  ## train the world that ships with the package, on text that this machine holds
 	$(BIN)/worldlm train quickstart
 
-test: $(DEV)  ## all tests, those with Ray too
-	$(BIN)/python -m pytest
+test: $(DEV)  ## unit tests, and those with Ray that take seconds
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: $(DEV)  ## the tests that `make test` leaves out: kills, hosts, clocks, elastic members
+	$(BIN)/python -m pytest -m long
 
 test-fast: $(DEV)  ## unit tests, without Ray, in under a minute
 	$(BIN)/python -m pytest tests/unit
@@ -38,10 +41,14 @@ test-fast: $(DEV)  ## unit tests, without Ray, in under a minute
 soak: $(DEV)  ## mutated messages, faults on purpose and kills, many times as many: takes an hour
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/unit/test_mutations.py tests/unit/test_faults.py tests/ray/test_kills.py
 
-check: $(DEV)  ## lint, format and types
+check: $(DEV)  ## lint, format, types, and whether docs/architecture.md is what the code says
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/draw_architecture.py --check
+
+architecture: $(DEV)  ## draw docs/architecture.md from the code
+	$(BIN)/python docs/draw_architecture.py
 
 format: $(DEV)  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .

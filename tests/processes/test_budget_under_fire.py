@@ -18,7 +18,7 @@ from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 Tiny = Callable[..., Plan]
 KILLS = 20
 

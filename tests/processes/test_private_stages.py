@@ -13,7 +13,7 @@ from worldlm_ray.model.shape import PRESETS
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.training.local import LocalTrainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SHAPE, RECORDS = PRESETS["nano"], 8
 SIZES = [0, 1, 5, 8, 21]

@@ -12,7 +12,7 @@ from worldlm_ray.model.shape import PRESETS
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.trainer import MOMENTS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SHAPE, STEPS = PRESETS["nano"], 50
 

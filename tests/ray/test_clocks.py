@@ -23,7 +23,7 @@ from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.tracking import audit, curves
 from worldlm_ray.tracking.tracker import STATUS
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 WALL = """
 import os, time
 wall, steps = time.time, os.environ["WALL_STEPS"]

@@ -16,7 +16,7 @@ from support.worlds import TINY_MODEL, client
 
 from worldlm_ray.tracking.audit import proofs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 WORLDLM = [sys.executable, "-m", "worldlm_ray"]
 RAYS_OWN = ("SIGTERM received", "raylet", "gcs", "GCS", "logging.cc", "Traceback", "core_worker")
 """What Ray writes where it is disturbed."""

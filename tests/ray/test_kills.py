@@ -22,7 +22,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tracking.audit import proofs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 Tiny = Callable[..., Plan]
 ROUNDS = 8
 

@@ -27,7 +27,7 @@ from worldlm_ray.tracking import audit
 from worldlm_ray.tracking.audit import proofs
 from worldlm_ray.tracking.tracker import read_status
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 Tiny = Callable[..., Plan]
 ROUNDS = 24
 """Of about a second each: whoever joins in the middle has time to start before the others have ended."""

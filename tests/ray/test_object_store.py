@@ -20,7 +20,7 @@ from support.worlds import TINY_MODEL, two_levels
 from worldlm_ray.storage import filesystem
 from worldlm_ray.tracking.audit import proofs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 WORLDLM = [sys.executable, "-m", "worldlm_ray"]
 READ = """
 import sys
