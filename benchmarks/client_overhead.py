@@ -20,7 +20,7 @@ PAIRS, STEPS = 7, 30
 
 
 def bare_loop(client: Client) -> Any:
-    """What somebody would write without us: a model, torch.optim.AdamW, clip, step."""
+    """What a user would write without us: a model, torch.optim.AdamW, clip, step."""
     model = Decoder(client.plan.shape)
     settings = client.training
     decay = [p for p in model.parameters() if p.ndim > 1]

@@ -144,7 +144,7 @@ def python_of(peer: str) -> Path:
     place = Path(__file__).parent / "out" / f"venv-{PINNED[peer]}"
     python = place / "bin" / "python"
     if not (place / "ready").exists():
-        print(f"  (installing {PINNED[peer]} in an environment of its own)", flush=True)
+        print(f"  (installing {PINNED[peer]} in its own environment)", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-qqq", PINNED[peer]], check=True)
         (place / "ready").touch()
@@ -275,6 +275,6 @@ def _table(layers: int) -> list[dict[str, Any]]:
 
 
 def connected(plan: Plan) -> float:
-    """Seconds per update, on a cluster of its own."""
+    """Seconds per update, on its own cluster."""
     with cluster.connected(plan, None):
         return ours(plan)

@@ -1,4 +1,4 @@
-"""Work that arrives of eight clients of whom one is killed every 20 s, against eight left alone, on Ray."""
+"""Work that arrives of eight clients, one of which is killed every 20 s, against eight left alone, on Ray."""
 
 from __future__ import annotations
 

@@ -80,12 +80,12 @@ def _join(plan: Plan) -> dict[str, Any]:
     print(f"join to first accepted update, its first round of 10 steps (2 s of them asleep) and {size_mb:.1f} MB of")
     print(f"model included: {', '.join(f'{s:.1f} s' for s in took_s)}; target: 10 s and the transfer")
     print(f"time between two updates of the others: {before:.2f} s before (median),")
-    print(f"  while somebody joined {statistics.median(during):.2f} s (median), {max(during):.2f} s (longest)")
+    print(f"  while a client joined {statistics.median(during):.2f} s (median), {max(during):.2f} s (longest)")
     return {"took_s": took_s, "before_s": before, "during_s": statistics.median(during), "longest_s": max(during)}
 
 
 def _heard(run_dir: Path, others: list[str]) -> list[tuple[float, float]]:
-    """When an update of one of them was accepted, and how long after its forerunner."""
+    """When an update of one of them was accepted, and how long after the one before."""
     last: dict[str, float] = {}
     found = []
     for line in audit.read(run_dir):

@@ -1,4 +1,4 @@
-"""Can somebody tell who was in the training text? A private and a plain client that read a short text very often."""
+"""Can an observer tell what was in the training text? A private and a plain client read a short text very often."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Seconds from `worldlm train` to the first trained step of five clients, and to everybody's.
 
-A command of its own, as a user gives it, on a cluster that it starts itself. Rounds have one step, and what counts is
+One command, as a user gives it, on a cluster that it starts itself. Rounds have one step, and what counts is
 when the audit trail has the update: a little later than the step itself.
 """
 

@@ -126,7 +126,7 @@ def table(found: dict[str, dict[str, int]]) -> list[str]:
     """Every arrow, with the rule that permits it."""
     layer_of = {room: (number, layer.name) for number, layer in enumerate(layers()) for room in layer.rooms}
     lines = ["## Arrows", "", "A number says how many files of the importing package use the other.", ""]
-    lines += ["| imports | of its own layer | of a layer below |", "|---|---|---|"]
+    lines += ["| package | imports from its layer | imports from layers below |", "|---|---|---|"]
     for room, to in found.items():
         number, _ = layer_of[room]
         beside = [f"`{other}` {count}" for other, count in sorted(to.items()) if layer_of[other][0] == number]

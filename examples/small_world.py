@@ -10,7 +10,7 @@ from worldlm_ray.plan.plan import Plan, make_plan
 
 
 def plan(name: str, run_dir: str | None = None) -> Plan:
-    """A checked plan with a run folder of its own: any program can build one from plain dictionaries."""
+    """A checked plan with its run folder: any program can build one from plain dictionaries."""
     world: dict[str, Any] = {
         "children": [
             {

@@ -1,4 +1,4 @@
-"""A world of two levels under a virtual clock: `cpp` is four times slower, and nobody waits for it.
+"""A world of two levels under a virtual clock: `cpp` is four times slower, and the others do not wait for it.
 
 Usage: python examples/two_levels_simulated.py [RUN_DIR]
 """

@@ -38,7 +38,7 @@ def this_machine() -> str:
 
     Returns:
         A name that no other machine and no other boot has. Empty where the system does not say (Linux alone does): then
-        every process is taken for a machine of its own.
+        every process is taken for a separate machine.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -50,7 +50,7 @@ def this_machine() -> str:
 
 
 def seconds(value: Any) -> float:
-    """A run time that was read from a file: 0 for whatever is not a finite number, or is negative."""
+    """A run time that was read from a file: 0 for what is not a finite number, or is negative."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return max(float(value), 0.0) if known else 0.0
 

@@ -78,7 +78,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def _run(step: Step, out: Path, limit_s: float, dry_run: bool) -> dict[str, Any]:
-    """One step in a process group of its own, which ends with it."""
+    """One step in its own process group, which ends with it."""
     rows = out / f"{step.name}{ROWS}"
     rows.unlink(missing_ok=True)
     if step.missing:

@@ -1,1 +1,1 @@
-"""The same exchange by the frameworks that a user would pick instead; run in virtual environments of their own."""
+"""The same exchange by the frameworks that a user would pick instead; run in their own virtual environments."""

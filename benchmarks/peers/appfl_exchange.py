@@ -1,4 +1,4 @@
-"""APPFL: a gRPC server and its clients on the loopback, exchanging parameters that nobody trains.
+"""APPFL: a gRPC server and its clients on the loopback, exchanging parameters without training.
 
     python appfl_exchange.py server PORT SIZE CLIENTS ROUNDS FOLDER
     python appfl_exchange.py client PORT NAME ROUNDS FOLDER

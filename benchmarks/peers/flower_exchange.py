@@ -1,4 +1,4 @@
-"""Flower: a gRPC server and its clients on the loopback, exchanging parameters that nobody trains.
+"""Flower: a gRPC server and its clients on the loopback, exchanging parameters without training.
 
     python flower_exchange.py server PORT SIZE CLIENTS ROUNDS
     python flower_exchange.py client PORT

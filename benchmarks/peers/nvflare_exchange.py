@@ -1,4 +1,4 @@
-"""NVFlare: FedAvg over NumPy arrays in its simulator, a process per client, exchanging parameters that nobody trains.
+"""NVFlare: FedAvg over NumPy arrays in its simulator, a process per client, exchanging parameters without training.
 
     python nvflare_exchange.py SIZE CLIENTS ROUNDS FOLDER
 

@@ -75,7 +75,7 @@ def drifting(plan: Plan, spec: NodeSpec, **settings: Any) -> Client:
 
 
 def whole_run(plan: Plan, folder: Path, *, make_client: Any = drifting, **changes: Any) -> tuple[Simulation, list[Any]]:
-    """A simulated run to its end in a folder of its own, with changes of its configuration; and its records."""
+    """A simulated run to its end in its own folder, with changes of its configuration; and its records."""
     plan = rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder), **changes)))
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams={}, budget=plan.config.budget)
     records: list[Any] = []

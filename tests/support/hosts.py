@@ -1,4 +1,4 @@
-"""Several hosts on one machine: namespaces with a network, processes, mounts, a name and an sshd of their own each.
+"""Several hosts on one machine: namespaces with a network, processes, mounts, a name and an sshd each.
 
 For `ray up` on real hosts. A host sees this machine's file system, but has its own /tmp, /run, /dev/shm and home; what
 lies below `shared` is the same everywhere, as on NFS. Needs root and the packages iproute2, openssh-server, rsync.
@@ -42,7 +42,7 @@ for path in $KEEP; do
   number=$((number + 1))
 done
 mount -t proc proc /proc
-# Nobody answers questions about names here, and waiting for an answer takes seconds each time.
+# No server answers questions about names here, and waiting for an answer takes seconds each time.
 : > /run/resolv.conf
 mount --bind /run/resolv.conf /etc/resolv.conf
 { echo 127.0.0.1 localhost; for n in 1 2 3 4 5; do echo "$NET.1$n wlm$n"; done; } > /run/hosts

@@ -32,7 +32,7 @@ class Killer(threading.Thread):
         self.accepted = -1
         self.hit = 0
         self.away_s: list[float] = []
-        """For how long nobody lived there, each time."""
+        """How long the node was down, each time."""
         self.looks: list[dict[str, Any]] = []
 
     def look(self, snapshot: dict[str, Any]) -> None:

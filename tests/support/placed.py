@@ -2,7 +2,7 @@
 
     python tests/support/placed.py FOLDER
 
-A program of its own, since a process has one Ray at a time.
+A separate program, since a process has one Ray at a time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
         try:
             for region in REGIONS:
                 cluster.add_node(num_cpus=4, labels={"region": region})
-            cluster.add_node(num_cpus=8)  # where there is most room, and where nobody belongs
+            cluster.add_node(num_cpus=8)  # where there is most room, and where no node belongs
             ray.init(cluster.address, **QUIET)
             summary = Killer(plan, [(2, 0.0, "world/us"), (4, 0.0, "world/eu")]).train()
             regions = {node["NodeID"]: node["Labels"].get("region", "") for node in ray.nodes()}

@@ -2,7 +2,7 @@
 
     python tests/support/resized.py FOLDER
 
-A program of its own, since a process has one Ray at a time. Prints one line of JSON.
+A separate program, since a process has one Ray at a time. Prints one line of JSON.
 """
 
 from __future__ import annotations

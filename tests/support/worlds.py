@@ -46,7 +46,7 @@ def write_text(path: Path, *, seed: int, size: int = 16_000) -> Path:
 
 
 def client(name: str, folder: Path, seed: int, **settings: Any) -> dict[str, Any]:
-    """A client of a configuration, with text of its own."""
+    """A client of a configuration, with its own text."""
     file = write_text(folder / f"{name}.txt", seed=seed)
     return {"client": name, "data": {"files": [str(file)]}, **settings}
 

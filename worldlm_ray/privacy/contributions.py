@@ -14,7 +14,7 @@ from worldlm_ray.privacy.ledger import Ledger
 class Contributions:
     """What the clients directly below one node may contribute, and have contributed.
 
-    Every update that is accepted costs its client one contribution, whatever it weighs. Participation is not a secret
+    Every update that is accepted costs its client one contribution, at any weight. Participation is not a secret
     here, so that nothing is won from chance: the rate is 1.
 
     Args:

@@ -104,7 +104,7 @@ class RecordGradients:
         return loss_B
 
     def _exactly(self) -> torch.autocast:
-        """Norms and sums in fp32, whatever the passes compute in: a rounded norm would be clipped too little."""
+        """Norms and sums in fp32, also where the passes compute in bf16: a rounded norm would be clipped too little."""
         return torch.autocast(next(self.model.parameters()).device.type, enabled=False)
 
     def weights(self, norm_B: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def check_architecture(shape: ModelShape, *, mode: Mode) -> None:
 
 
 def self_test(model: nn.Module, *, vocab_size: int, length: int, mode: Mode) -> None:
-    """Compare the norms of two records with those of their own backward passes.
+    """Compare the norms of two records with those of their separate backward passes.
 
     This finds what no hook can see, such as a weight that is also used as a function's argument: the bound would be
     broken without a word.

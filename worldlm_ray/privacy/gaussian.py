@@ -21,12 +21,12 @@ NEXT_TO_NONE = 1e-100
 
 
 def gaussian_epsilon(noise: float, contributions: int, *, delta: float) -> float:
-    """Epsilon at a delta for somebody who contributed so often, each time under noise of that many clipping norms."""
+    """Epsilon at a delta for a client that contributed so often, each time under noise of that many clipping norms."""
     return composed_epsilon([noise] * contributions, delta=delta)
 
 
 def composed_epsilon(noises: Sequence[float], *, delta: float) -> float:
-    """Epsilon at a delta for somebody who contributed once under each of these noises."""
+    """Epsilon at a delta for a client that contributed once under each of these noises."""
     if not noises:
         return 0.0
     if min(noises) < NEXT_TO_NONE:

@@ -2,9 +2,9 @@
 
     {"node": "world/eu/italy", "run": "...", "round": 3, "noise": 1.1, "rate": 0.02, "steps": 20, "unit": "record", ...}
 
-There is one ledger per text and unit, whoever trains on it: its name is made of both. A charge is never taken back: a
-round that was lost in a crash was paid for all the same. A line that a crash has cut short was not on disk yet, so
-that its round had not begun: it is dropped.
+There is one ledger per text and unit, for every client that trains on it: its name is made of both. A charge is never
+taken back: a round that was lost in a crash was paid for all the same. A line that a crash has cut short was not on
+disk yet, so that its round had not begun: it is dropped.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Ledger:
         """Write a charge, unless the budget forbids it. When this returns True it is on disk.
 
         Args:
-            entry: what is paid for: `noise`, `rate`, `steps` and whatever describes it.
+            entry: what is paid for: `noise`, `rate`, `steps` and what describes it.
             allowed: asked with the history that would result.
 
         Raises:
@@ -141,7 +141,7 @@ def _parsed(path: Path, lines: bytes, earlier: list[dict[str, Any]]) -> Iterator
         if not valid:
             raise PrivacyError(
                 f"{path}, line {number}: was changed after it was written; restore the file from a copy: "
-                "without it nobody knows what was spent"
+                "without it the spending is unknown"
             )
         before = entry["check"]
         yield entry

@@ -1,4 +1,4 @@
-"""Gaussian noise from a generator that nobody can guess."""
+"""Gaussian noise from a generator that cannot be guessed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCK = 1 << 20
 
 
 class Noise:
-    """A stream of its own for every process and every start, seeded by the operating system and never saved.
+    """One stream for every process and every start, seeded by the operating system and never saved.
 
     Noise that a restart draws again, on other records, would cancel out. On the CPU the stream is NumPy's PCG64 with a
     seed of 128 bits: torch's generator there keeps 32 bits of its seed, few enough to be tried one by one.

@@ -10,9 +10,9 @@ A checkpoint is written under a temporary name, flushed to disk and renamed; in 
 renamed, it counts from when its meta.json is there. Loading takes the newest that is whole, falls back to the one
 before if it is not, and says so.
 
-After a node of the cluster was lost, two processes may play one actor for a while. Each has claimed an incarnation of
-its own, by creating a file that nobody else can create. The older one learns of the newer when it saves: before it
-writes, and again before it counts on what it has written. What it wrote in between the newer one has either read or
+After a node of the cluster was lost, two processes may play one actor for a while. Each has claimed its
+incarnation, by creating a file that can be created only once. The older one learns of the newer when it saves: before
+it writes, and again before it counts on what it has written. What it wrote in between the newer one has either read or
 will never read, since checkpoints are ordered by incarnation first.
 """
 

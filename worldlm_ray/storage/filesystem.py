@@ -30,7 +30,7 @@ SEGMENT_BYTES = 1_000_000
 
 
 def place(text: str) -> Path:
-    """The path that somebody wrote down: a local one becomes absolute.
+    """The path that a user wrote down: a local one becomes absolute.
 
     Returns:
         A pathlib.Path, or for `protocol://...` a path of universal_pathlib, which is used like one.
@@ -111,10 +111,10 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def create_exclusively(path: Path) -> None:
-    """Make a file that nobody else can make a second time.
+    """Make a file that no process can make a second time.
 
     Raises:
-        FileExistsError: somebody was faster.
+        FileExistsError: another process was faster.
         OSError: the storage refused.
     """
     if not is_remote(path):
@@ -154,7 +154,7 @@ def create_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it. An object store needs none, and nobody asked for a new bucket."""
+    """Make a folder and those above it. An object store needs none, and a new bucket was not asked for."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
