@@ -15,7 +15,7 @@ import numpy as np
 
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
-from worldlm_ray.config.config import AggregationConfig, ServerOptimizerConfig
+from worldlm_ray.config.federated import AggregationConfig, ServerOptimizerConfig
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.tensors.params import THREADS, Flat, Layout, lerp, make_layout, rough_norm, spread
 

@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 from worldlm_ray import launch
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
 
@@ -42,7 +42,7 @@ def run() -> dict[str, Any]:
             "evaluation": {"every_rounds": 0, "final_tokens": 2048},
             "world": {"children": [*children, slow]},
         }
-        plan = rundir.create(make_plan(config.from_mapping(raw)))
+        plan = rundir.create(make_plan(from_mapping(raw)))
         seen: list[dict[str, Any]] = []
         summary = launch.train(plan, on_progress=seen.append).summary
     clients = {path: node for path, node in summary["nodes"].items() if node["kind"] == "client"}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from worldlm_ray.client.client import Client
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.plan.plan import make_plan
@@ -59,7 +59,7 @@ def run() -> dict[str, Any]:
                 "training": {"local_steps": STEPS},
                 "world": {"children": [{"client": "a", "data": {"corpus": "python_stdlib"}}]},
             }
-            plan = make_plan(config.from_mapping(raw))
+            plan = make_plan(from_mapping(raw))
             client = Client(plan, plan.root.clients[0])
             bare = bare_loop(client)
             model = Model(version=0, progress=0.0, finished=False, tokens=0.0, last_seq=0, values=plan.initial())

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from benchmarks.zero_group import RATE, batches, start
-from worldlm_ray.config.config import TrainingConfig
+from worldlm_ray.config.schema import TrainingConfig
 from worldlm_ray.model.shape import PRESETS
 from worldlm_ray.training.local import LocalTrainer
 

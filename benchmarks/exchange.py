@@ -28,7 +28,7 @@ from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address
 from actors.uplink import Uplink, wait_for
 from actors.world import WorldActor
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome
@@ -104,7 +104,7 @@ def plan_for(folder: str, layers: int = LAYERS[0], preset: str = "125m", **rules
         "aggregation": rules,
         "world": {"children": [{"client": f"c{i}", "data": {"corpus": "python_reference"}} for i in range(CLIENTS)]},
     }
-    return make_plan(config.from_mapping(raw))
+    return make_plan(from_mapping(raw))
 
 
 def ours(plan: Plan) -> float:

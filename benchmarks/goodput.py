@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from worldlm_ray import launch
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.tracking.audit import proofs
@@ -56,7 +56,7 @@ def _train(clients: list[str], seconds: float, faults: list[str]) -> tuple[dict[
             "faults": faults,
             "world": {"children": [{"client": name, "data": {"corpus": "python_reference"}} for name in clients]},
         }
-        plan = rundir.create(make_plan(config.from_mapping(raw)))
+        plan = rundir.create(make_plan(from_mapping(raw)))
         summary = launch.train(plan).summary
         found = proofs(plan.run_dir)
         tokens = plan.round_tokens(plan.root.clients[0])

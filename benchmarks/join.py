@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray import launch
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import membership, rundir
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.tracking import audit
@@ -38,7 +38,7 @@ def run() -> dict[str, Any]:
             "evaluation": {"every_rounds": 0, "final_tokens": 2048},
             "world": {"children": children},
         }
-        return _join(rundir.create(make_plan(config.from_mapping(raw))))
+        return _join(rundir.create(make_plan(from_mapping(raw))))
 
 
 def _join(plan: Plan) -> dict[str, Any]:

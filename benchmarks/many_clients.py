@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from worldlm_ray import launch
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.tracking.audit import proofs, read
@@ -100,7 +100,7 @@ class Watch(threading.Thread):
 
 def measure(folder: Path, clients: int, share: int) -> dict[str, Any]:
     """One run to its end."""
-    plan = rundir.create(make_plan(config.from_mapping(conf(folder, clients, share))))
+    plan = rundir.create(make_plan(from_mapping(conf(folder, clients, share))))
     watch = Watch(plan)
     watch.start()
     began = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray.config.config import DataConfig, PrivacyConfig, TrainingConfig
+from worldlm_ray.config.schema import DataConfig, PrivacyConfig, TrainingConfig
 from worldlm_ray.data import prepare
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import PRESETS

@@ -14,7 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from worldlm_ray import launch
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.tracking.audit import proofs
@@ -60,7 +60,7 @@ def _lose(cluster: Any, nodes: list[Any], folder: Path) -> dict[str, Any]:
         "evaluation": {"every_rounds": 0, "final_tokens": 2048},
         "world": {"children": children},
     }
-    plan = rundir.create(make_plan(config.from_mapping(raw)))
+    plan = rundir.create(make_plan(from_mapping(raw)))
     looks: list[dict[str, Any]] = []
     summaries: list[dict[str, Any]] = []
     thread = threading.Thread(target=lambda: summaries.append(launch.train(plan, on_progress=looks.append).summary))

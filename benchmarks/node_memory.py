@@ -21,7 +21,7 @@ from actors.federation import FederationActor
 from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address
 from actors.world import WorldActor
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import _options
@@ -101,7 +101,7 @@ def plan_for(children: int, folder: str) -> Plan:
         "aggregation": {"buffer_size": children},
         "world": {"aggregation": {"buffer_size": 1}, "children": [{"federation": "f", "children": clients}]},
     }
-    config_ = config.from_mapping(raw)
+    config_ = from_mapping(raw)
     federation = {"federation": "f", "aggregation": {"buffer_size": children}, "children": clients}
     return make_plan(replace(config_, world={"aggregation": {"buffer_size": 1}, "children": [federation]}))
 

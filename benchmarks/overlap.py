@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from worldlm_ray import launch
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
 
@@ -58,6 +58,6 @@ def _busy(overlap: bool) -> dict[str, float]:
             "faults": [f"0s delay world/{name} by {LATE_S}s for 10000s" for name in STEPS_S],
             "world": {"children": children},
         }
-        plan = rundir.create(make_plan(config.from_mapping(raw)))
+        plan = rundir.create(make_plan(from_mapping(raw)))
         nodes = launch.train(plan).summary["nodes"]
     return {path: node["busy_fraction"] for path, node in nodes.items() if node["kind"] == "client"}

@@ -17,7 +17,8 @@ import numpy as np
 from benchmarks import exchange
 from worldlm_ray.aggregation.events import Joined, Pull, Push
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.exchange.messages import Packed, Update, pack
 from worldlm_ray.tensors.params import Layout, frozen, make_layout
 

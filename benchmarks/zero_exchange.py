@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from worldlm_ray import launch
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
 
@@ -30,7 +30,7 @@ def _rounds(preset: str, settings: dict[str, Any], folder: str) -> tuple[float, 
         "data": {"corpus": "docstrings"},
         "world": {"children": [{"client": "one", **settings}]},
     }
-    plan = rundir.create(make_plan(config.from_mapping(raw)))
+    plan = rundir.create(make_plan(from_mapping(raw)))
     snapshots: list[dict[str, Any]] = []
     launch.train(plan, on_progress=snapshots.append)
     node = snapshots[-1]["nodes"]["world/one"]

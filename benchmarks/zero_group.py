@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from worldlm_ray.config.config import PrivacyConfig, TrainingConfig
+from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import PRESETS, ModelShape
 from worldlm_ray.tensors.params import Flat, Layout

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import load
 from worldlm_ray.experiments import scaling
 from worldlm_ray.launch.scale import elastic, scale
 from worldlm_ray.plan import rundir
@@ -24,7 +24,7 @@ STAGE_S = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
 def main() -> None:
     """Train on one, two and one machines."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = config.load("elastic", [f"run_dir={folder}/run"])
+        settings = load("elastic", [f"run_dir={folder}/run"])
         plan = rundir.create(elastic(make_plan(settings)))
         stages, looks = scale(plan, [1, 2, 1], stage_s=STAGE_S, on_phase=print)
         tokens = {spec.path: plan.round_tokens(spec) for spec in plan.root.clients}

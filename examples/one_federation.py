@@ -12,7 +12,8 @@ import math
 import numpy as np
 
 from worldlm_ray.aggregation.node import Node, Push
-from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, StalenessConfig
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig, StalenessConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.tensors.params import make_layout
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
 
@@ -37,4 +37,4 @@ def plan(name: str, run_dir: str | None = None) -> Plan:
         "evaluation": {"tokens": 2048, "final_tokens": 8192},
         "world": world,
     }
-    return rundir.create(make_plan(config.from_mapping(settings)))
+    return rundir.create(make_plan(from_mapping(settings)))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.worlds import TINY_MODEL, two_levels
 
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import plan
 
 
@@ -28,7 +28,7 @@ def tiny(tmp_path: Path) -> Callable[..., plan.Plan]:
             "data": {"cache_dir": str(tmp_path / "cache")},
             "world": {"children": children or two_levels(tmp_path)},
         }
-        return plan.make_plan(config.from_mapping(raw | changes))
+        return plan.make_plan(from_mapping(raw | changes))
 
     return make
 

@@ -2,7 +2,7 @@
 
 Two calls do what the command line does, each on a plan:
 
-    plan = rundir.create(plan.make_plan(config.load("quickstart")))
+    plan = rundir.create(plan.make_plan(load("quickstart")))
     launch.train(plan)          actors on Ray, wall clock
     simulate.simulate(plan)     one process, virtual clock
 

@@ -8,7 +8,8 @@ import torch
 from benchmarks.gpu.card import device, seconds, shape_of
 from benchmarks.gpu.rows import Rows
 from worldlm_ray.aggregation.fold import Fold
-from worldlm_ray.config.config import AggregationConfig, TrainingConfig
+from worldlm_ray.config.federated import AggregationConfig
+from worldlm_ray.config.schema import TrainingConfig
 from worldlm_ray.exchange.compression import encode
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.tensors.params import difference

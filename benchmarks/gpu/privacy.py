@@ -7,7 +7,7 @@ from dataclasses import replace
 from benchmarks.gpu.card import device, seconds, shape_of
 from benchmarks.gpu.rows import Rows
 from benchmarks.zero_group import PRIVATE, RATE, batches, start
-from worldlm_ray.config.config import GradSampleMode, TrainingConfig
+from worldlm_ray.config.schema import GradSampleMode, TrainingConfig
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.private import PrivateTrainer
 

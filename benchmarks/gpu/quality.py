@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.gpu.card import device
 from benchmarks.gpu.rows import Rows
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.experiments.compare import compare
 
 CORPORA = {"code": ("python_stdlib", "cpp_headers"), "prose": ("python_reference", "package_descriptions")}
@@ -36,7 +36,7 @@ def measure(rows: Rows, toy: bool) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for method in METHODS:  # one by one, so that a run that is cut off leaves the others' rows
-            found = compare(config.from_mapping(raw), [method], [0], out=Path(folder) / method)
+            found = compare(from_mapping(raw), [method], [0], out=Path(folder) / method)
             rows.add(f"{method}: mean loss of the clients' own models", mean(_own(found)), "nats per byte")
 
 

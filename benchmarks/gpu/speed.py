@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu.card import device, flops_per_token, peak_flops, seconds, shape_of
 from benchmarks.gpu.rows import Rows
 from benchmarks.zero_group import RATE, batches, start
-from worldlm_ray.config.config import TrainingConfig
+from worldlm_ray.config.schema import TrainingConfig
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.training.local import LocalTrainer

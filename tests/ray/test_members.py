@@ -19,7 +19,7 @@ import ray
 from support.worlds import client, write_text
 
 from worldlm_ray import launch
-from worldlm_ray.config.config import save
+from worldlm_ray.config.loading import save
 from worldlm_ray.errors import ConfigError, DataError, RunError
 from worldlm_ray.plan import membership, rundir
 from worldlm_ray.plan.plan import Plan

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from support.killing import Killer
 from support.worlds import TINY_MODEL, client
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.launch.cluster import HEAD, QUIET
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
         "data": {"cache_dir": str(folder / "cache")},
         "world": {"children": children},
     }
-    plan = rundir.create(make_plan(config.from_mapping(raw)))
+    plan = rundir.create(make_plan(from_mapping(raw)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

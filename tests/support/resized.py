@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 from support.worlds import TINY_MODEL, client
 from worldlm_ray import launch
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.launch.cluster import QUIET
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
         "data": {"cache_dir": str(folder / "cache")},
         "world": {"children": [elastic, client("plain", folder, 2)]},
     }
-    plan = rundir.create(make_plan(config.from_mapping(raw)))
+    plan = rundir.create(make_plan(from_mapping(raw)))
     looks: list[tuple[float, dict[str, Any]]] = []
     ended: list[Any] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from worldlm_ray.config.config import BudgetConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.tensors.params import Layout, make_layout
 

@@ -10,7 +10,7 @@ import pytest
 
 from worldlm_ray.aggregation.attention import OnlineAttention, attend, score, with_prior
 from worldlm_ray.aggregation.staleness import discount
-from worldlm_ray.config.config import AttentionConfig, StalenessConfig
+from worldlm_ray.config.federated import AttentionConfig, StalenessConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.tensors.params import KeyLayer
 

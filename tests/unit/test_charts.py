@@ -10,7 +10,7 @@ from support.worlds import client
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from worldlm_ray.config.config import BudgetConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import (

@@ -15,7 +15,8 @@ from support.worlds import client
 from worldlm_ray.aggregation.events import Answer, Done, Event, Heartbeat, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
-from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig, ResidualsConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.limits import HEADER_BYTES, LARGEST_COUNT, MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.exchange.messages import Packed, Residual, Update, pack, read_header

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from worldlm_ray.client.client import Client
-from worldlm_ray.config.config import save
+from worldlm_ray.config.loading import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Verdict, Welcome

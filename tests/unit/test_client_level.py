@@ -15,7 +15,8 @@ from support.worlds import client
 from worldlm_ray.aggregation.events import Answer, Charge, Joined, Note, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, PrivacyConfig, StalenessConfig
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig, StalenessConfig
+from worldlm_ray.config.schema import BudgetConfig, PrivacyConfig
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.plan.plan import Plan

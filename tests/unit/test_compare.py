@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from worldlm_ray.cli import main as cli
-from worldlm_ray.config.config import BudgetConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments.compare import check_overrides, compare, make_folder
 from worldlm_ray.experiments.comparison_page import page_of

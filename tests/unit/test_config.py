@@ -10,8 +10,8 @@ import pytest
 import yaml
 from support.worlds import TINY_MODEL, write_text
 
-from worldlm_ray.config import config
-from worldlm_ray.config.config import RunConfig
+from worldlm_ray.config.loading import find, from_mapping, load, presets, save, to_mapping
+from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import plan, rundir, tree
 from worldlm_ray.plan.plan import Plan
@@ -41,7 +41,7 @@ def raw(text: str) -> dict[str, Any]:
 def planned(folder: Path, raw: dict[str, Any] | str, overrides: Sequence[str] = ()) -> Plan:
     file = folder / "mine.yaml"
     file.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False))
-    return plan.make_plan(config.load(str(file), overrides))
+    return plan.make_plan(load(str(file), overrides))
 
 
 def problem(folder: Path, raw: dict[str, Any] | str, overrides: Sequence[str] = ()) -> str:
@@ -165,14 +165,14 @@ def test_a_configuration_file_that_is_no_mapping(tmp_path: Path, content: str) -
 @pytest.mark.parametrize(("name", "missing"), [("nowhere.yaml", "no file"), ("quickstrat", "no preset")])
 def test_a_configuration_that_is_not_there(name: str, missing: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.load(name)
+        load(name)
     assert f"there is {missing} '{name}'" in str(caught.value)
     assert caught.value.cure
 
 
 def test_a_preset_with_a_typo_is_suggested() -> None:
     with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
-        config.load("quickstrat")
+        load("quickstrat")
 
 
 @pytest.mark.parametrize("value", [-1, 0])
@@ -520,13 +520,13 @@ def loaded(folder: Path, raw: dict[str, Any]) -> RunConfig:
 
 def test_a_mapping_comes_back_equal(tmp_path: Path, raw: dict[str, Any]) -> None:
     there = loaded(tmp_path, raw)
-    assert config.from_mapping(config.to_mapping(there)) == there
+    assert from_mapping(to_mapping(there)) == there
 
 
 def test_a_saved_configuration_comes_back_equal(tmp_path: Path, raw: dict[str, Any]) -> None:
     there = loaded(tmp_path, raw)
-    config.save(there, tmp_path / "saved.yaml")
-    assert config.load(str(tmp_path / "saved.yaml")) == there
+    save(there, tmp_path / "saved.yaml")
+    assert load(str(tmp_path / "saved.yaml")) == there
 
 
 def test_a_plan_is_the_same_in_another_process(tmp_path: Path, raw: dict[str, Any]) -> None:
@@ -535,18 +535,16 @@ def test_a_plan_is_the_same_in_another_process(tmp_path: Path, raw: dict[str, An
 
 
 def test_a_mapping_is_plain(tmp_path: Path, raw: dict[str, Any]) -> None:
-    assert yaml.safe_load(yaml.safe_dump(config.to_mapping(loaded(tmp_path, raw)))) == config.to_mapping(
-        loaded(tmp_path, raw)
-    )
+    assert yaml.safe_load(yaml.safe_dump(to_mapping(loaded(tmp_path, raw)))) == to_mapping(loaded(tmp_path, raw))
 
 
-@pytest.mark.parametrize("name", list(config.presets()))
+@pytest.mark.parametrize("name", list(presets()))
 def test_every_shipped_preset_is_in_order(name: str, tmp_path: Path) -> None:
-    overrides = [f"data_dir={tmp_path}"] if "data_dir: ???" in config.find(name).read_text() else []
-    made = plan.make_plan(config.load(name, overrides), check_data=False)
+    overrides = [f"data_dir={tmp_path}"] if "data_dir: ???" in find(name).read_text() else []
+    made = plan.make_plan(load(name, overrides), check_data=False)
     assert made.config.name == name
     assert made.root.clients
 
 
 def test_the_quickstart_ships() -> None:
-    assert "quickstart" in config.presets()
+    assert "quickstart" in presets()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worldlm_ray.config.config import DataConfig
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import Dataset, dataset, load_tokenizer, prepare
 from worldlm_ray.data.dataset import BLOCK_CHARS, Block, blocks, split
 from worldlm_ray.errors import ConfigError, DataError

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from support.worlds import client
 
-from worldlm_ray.config.config import DataConfig, ResourcesConfig
+from worldlm_ray.config.schema import DataConfig, ResourcesConfig
 from worldlm_ray.data import check_sources, prepare, read_documents, sources
 from worldlm_ray.data.text import find_sources
 from worldlm_ray.errors import ConfigError, DataError

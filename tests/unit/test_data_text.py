@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from worldlm_ray.config.config import DataConfig
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import check_sources, describe, read_documents
 from worldlm_ray.errors import ConfigError, DataError
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.worlds import client
 
-from worldlm_ray.config.config import TrainingConfig
+from worldlm_ray.config.schema import TrainingConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.reports.describe import describe, misfits

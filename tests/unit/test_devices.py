@@ -12,7 +12,8 @@ from support.worlds import TINY_MODEL, client
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import VirtualClients
-from worldlm_ray.config.config import ResourcesConfig, from_mapping
+from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.config.schema import ResourcesConfig
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.training.local import device_of, threads_of, too_many_cores
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from worldlm_ray import launch
 from worldlm_ray.cli.main import app
-from worldlm_ray.config.config import from_mapping
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError, Interrupted, RunError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from worldlm_ray import huggingface
 from worldlm_ray.cli import main as cli
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config.loading import from_mapping, save, to_mapping
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.experiments.export import _facts, export
@@ -35,9 +35,9 @@ TEXT = "The function of a rïver,\n\n\tand a law."
 
 def run_with(tiny: Callable[..., Plan], **changes: Any) -> Plan:
     """A run whose world has a checkpoint."""
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["data"] |= changes.pop("data", {})
-    plan = rundir.create(make_plan(configuration.from_mapping(raw | changes)))
+    plan = rundir.create(make_plan(from_mapping(raw | changes)))
     theta = initial_parameters(plan.shape, plan.layout, seed=3)
     checkpoint.save(checkpoint.folder(plan.run_dir, "world"), {}, {"theta": theta})
     return plan
@@ -170,8 +170,8 @@ def test_an_export_holds_what_the_run_was_made_with(tiny: Callable[..., Plan], t
 def test_a_run_that_keeps_no_files_exports_the_originals(tiny: Callable[..., Plan], tmp_path: Path) -> None:
     file = worlds.tokenizer(tmp_path / "tok.json")
     plan = run_with(tiny, data={"tokenizer": str(file)})
-    raw = configuration.to_mapping(plan.config) | {"kept": {}}  # as a run of an earlier version
-    configuration.save(configuration.from_mapping(raw), plan.run_dir / "config.yaml")
+    raw = to_mapping(plan.config) | {"kept": {}}  # as a run of an earlier version
+    save(from_mapping(raw), plan.run_dir / "config.yaml")
     export(str(plan.run_dir), "world", tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == file.read_bytes()
 

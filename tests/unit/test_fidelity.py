@@ -11,7 +11,7 @@ import tokenizers
 from support import worlds
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from worldlm_ray.config.config import DataConfig
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import load_tokenizer, prepare
 from worldlm_ray.data.fidelity import lost
 from worldlm_ray.errors import DataError

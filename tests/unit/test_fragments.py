@@ -21,7 +21,8 @@ from test_node import fingerprint, make, of, reason, saved_and_loaded, send
 from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
-from worldlm_ray.config.config import AggregationConfig, ModelConfig, ServerOptimizerConfig
+from worldlm_ray.config.federated import AggregationConfig, ServerOptimizerConfig
+from worldlm_ray.config.schema import ModelConfig
 from worldlm_ray.errors import CheckpointError, ConfigError, MessageError
 from worldlm_ray.exchange.messages import (
     Model,

@@ -23,7 +23,7 @@ import pytest
 import torch
 from support.worlds import TINY_MODEL, client, crowd, two_levels
 
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import plan as plans
 from worldlm_ray.simulation.simulator import simulate
 
@@ -128,7 +128,7 @@ def outcome(name: str, folder: Path) -> dict[str, Any]:
         "world": {"children": children(folder)},
     }
     with patch.object(os, "urandom", entropy()):
-        done = simulate(plans.make_plan(config.from_mapping(raw | changes)))
+        done = simulate(plans.make_plan(from_mapping(raw | changes)))
     nodes = {
         path: {key: node[key] for key in ("loss", "steps", "tokens", "version") if key in node}
         for path, node in done.summary["nodes"].items()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from worldlm_ray import huggingface
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind
@@ -80,9 +80,9 @@ def test_what_is_exported_can_be_a_runs_beginning(tiny: Callable[..., Plan], tmp
     layout = wide.layout([])
     values = initial_parameters(wide, layout, seed=9)
     huggingface.export(values, wide, layout, tmp_path / "model")
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["model"] = {"initial_from": str(tmp_path / "model"), "context": 16, "key_layers": []}
-    plan = make_plan(configuration.from_mapping(raw))
+    plan = make_plan(from_mapping(raw))
     assert plan.shape == wide
     assert plan.initial().tobytes() == values.tobytes()
 
@@ -317,10 +317,10 @@ def test_a_download_that_is_not_whole_is_one_line_of_its_key(
     layout = wide.layout([])
     huggingface.export(initial_parameters(wide, layout, seed=9), wide, layout, tmp_path / "model")
     damage(tmp_path / "model" / "model.safetensors")
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["model"] = {"initial_from": str(tmp_path / "model"), "context": 16, "key_layers": []}
     with pytest.raises(ConfigError, match=rf"^model\.initial_from: .*{problem}"):
-        make_plan(configuration.from_mapping(raw))
+        make_plan(from_mapping(raw))
 
 
 def sharded(folder: Path) -> Path:
@@ -357,24 +357,24 @@ def test_a_size_beside_a_folder_must_be_the_models_own(tiny: Callable[..., Plan]
     wide = ModelShape(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=48, context=16, vocab_size=256)
     layout = wide.layout([])
     huggingface.export(initial_parameters(wide, layout, seed=9), wide, layout, tmp_path / "model")
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     own = {name: getattr(wide, name) for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size")}
     raw["model"] = {"initial_from": str(tmp_path / "model"), "context": 16, "key_layers": [], **own}
-    assert make_plan(configuration.from_mapping(raw)).shape == wide
+    assert make_plan(from_mapping(raw)).shape == wide
     for name in own:
         other = raw | {"model": raw["model"] | {name: 4}}
         with pytest.raises(ConfigError, match=rf"model\.{name}: got 4, but the model of .* has"):
-            make_plan(configuration.from_mapping(other))
+            make_plan(from_mapping(other))
 
 
 def test_a_context_above_what_the_model_was_made_for_is_refused(tiny: Callable[..., Plan], tmp_path: Path) -> None:
     wide = ModelShape(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=48, context=16, vocab_size=256)
     layout = wide.layout([])
     huggingface.export(initial_parameters(wide, layout, seed=9), wide, layout, tmp_path / "model")
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["model"] = {"initial_from": str(tmp_path / "model"), "context": 32, "key_layers": []}
     with pytest.raises(ConfigError, match=r"^model\.context: got 32, but the model of .* for 16 tokens; lower it"):
-        make_plan(configuration.from_mapping(raw))
+        make_plan(from_mapping(raw))
 
 
 def test_a_config_of_a_billion_layers_is_refused_at_once(tmp_path: Path) -> None:
@@ -391,10 +391,10 @@ def test_a_damaged_file_beside_the_model_is_found_before_the_run(
     layout = wide.layout([])
     huggingface.export(initial_parameters(wide, layout, seed=9), wide, layout, tmp_path / "model")
     (tmp_path / "model" / name).write_text("{", encoding="utf-8")
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["model"] = {"initial_from": str(tmp_path / "model"), "context": 16, "key_layers": []}
     with pytest.raises(ConfigError, match=rf"{tmp_path / 'model' / name}: is not JSON"):
-        make_plan(configuration.from_mapping(raw))
+        make_plan(from_mapping(raw))
 
 
 def test_fp64_is_not_said_to_be_quantized(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_a_missing_layer_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_an_error_of_the_key(tiny: Callable[..., Plan], tmp_path: Path) -> None:
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["model"] = {"initial_from": str(tmp_path / "nothing")}
     with pytest.raises(ConfigError, match=r"model\.initial_from"):
-        make_plan(configuration.from_mapping(raw))
+        make_plan(from_mapping(raw))

@@ -12,7 +12,7 @@ import pytest
 from support import worlds
 
 from worldlm_ray import huggingface
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments import evaluate
@@ -25,9 +25,9 @@ from worldlm_ray.reports.describe import describe, tables
 
 def made(tiny: Callable[..., Plan], tokenizer: Path | str, **changes: Any) -> Plan:
     """A new run with a tokenizer of its own."""
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["data"]["tokenizer"] = str(tokenizer)
-    return rundir.create(make_plan(configuration.from_mapping(raw | changes)))
+    return rundir.create(make_plan(from_mapping(raw | changes)))
 
 
 def test_a_run_goes_by_its_copy_of_the_tokenizer(tiny: Callable[..., Plan], tmp_path: Path) -> None:
@@ -83,10 +83,10 @@ def test_a_run_keeps_its_tokenizer_when_it_goes_on(tiny: Callable[..., Plan], tm
 
 def test_the_tokenizer_is_named_once_whatever_names_it(tiny: Callable[..., Plan], tmp_path: Path) -> None:
     file = worlds.tokenizer(tmp_path / "tok.json")
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     for child in raw["world"]["children"]:
         child["data"] = child.get("data", {}) | {"tokenizer": str(file)}
-    plan = rundir.create(make_plan(configuration.from_mapping(raw)))
+    plan = rundir.create(make_plan(from_mapping(raw)))
     assert plan.config.data.tokenizer == str(file)
     assert '"tokenizer"' not in json.dumps(plan.config.world)
     assert plan.root.clients[0].settings.data.tokenizer == str(plan.run_dir / "files" / "tokenizer.json")
@@ -103,10 +103,10 @@ def model_folder(folder: Path, *, vocab_size: int = 300) -> ModelShape:
 
 
 def begun_from(tiny: Callable[..., Plan], folder: Path, **data: Any) -> Plan:
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["model"] = {"initial_from": str(folder), "key_layers": []}
     raw["data"] |= {"tokenizer": None} | data
-    return make_plan(configuration.from_mapping(raw))
+    return make_plan(from_mapping(raw))
 
 
 def test_a_models_own_tokenizer_is_the_runs_unless_another_is_given(tiny: Callable[..., Plan], tmp_path: Path) -> None:
@@ -172,12 +172,12 @@ def test_show_names_the_folder_that_a_run_begins_from(tiny: Callable[..., Plan],
 
 
 def test_an_error_about_a_tokenizer_says_its_cure_once(tiny: Callable[..., Plan], tmp_path: Path) -> None:
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     (tmp_path / "none.json").write_text("{}", encoding="utf-8")
     for name in ("absent.json", "none.json"):
         raw["data"]["tokenizer"] = str(tmp_path / name)
         with pytest.raises(ConfigError) as caught:
-            make_plan(configuration.from_mapping(raw))
+            make_plan(from_mapping(raw))
         assert str(caught.value).count("tokenizer.json or its folder") == 1
 
 
@@ -197,11 +197,11 @@ def test_relative_paths_are_kept_absolute(
     worlds.write_text(Path("a.txt"), seed=1)
     worlds.write_text(Path("b.txt"), seed=2)
     worlds.tokenizer(Path("tok.json"))
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["data"] = {"tokenizer": "tok.json", "files": ["a.txt"], "cache_dir": "cache"}
     raw["world"] = {"children": [{"client": "a"}, {"client": "b", "data": {"files": ["?.txt", "~/none.txt"]}}]}
     raw["world"]["children"].append({"client": "c", "data": {"pool": [{"files": ["b.txt"]}, {"files": ["a.txt"]}]}})
-    plan = rundir.create(make_plan(configuration.from_mapping(raw), check_data=False))
+    plan = rundir.create(make_plan(from_mapping(raw), check_data=False))
     monkeypatch.chdir(there)
     found = rundir.reopen(str(plan.run_dir), check_data=False)
     a, b, c = (client.settings.data for client in found.root.clients)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worldlm_ray.config.config import TrainingConfig
+from worldlm_ray.config.schema import TrainingConfig
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.training.local import LocalTrainer, is_compiled

@@ -19,14 +19,14 @@ from worldlm_ray.aggregation.events import Command, Note, Push
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.node_memory import node_bytes
-from worldlm_ray.config.config import (
+from worldlm_ray.config.federated import (
     AggregationConfig,
     AttentionConfig,
-    BudgetConfig,
     MergeConfig,
     RobustConfig,
     ServerOptimizerConfig,
 )
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import CheckpointError, ConfigError
 from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.plan.plan import Plan

@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 
 from worldlm_ray.aggregation.merge import Merger, Moved, agreement
-from worldlm_ray.config.config import (
-    AggregationConfig,
-    AttentionConfig,
-    MergeConfig,
-    NodeSettings,
-    check_settings,
-    merge_into,
-)
+from worldlm_ray.config.checks import check_settings
+from worldlm_ray.config.federated import AggregationConfig, AttentionConfig, MergeConfig
+from worldlm_ray.config.loading import merge_into
+from worldlm_ray.config.schema import NodeSettings
 from worldlm_ray.config.values import Problems
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model

@@ -15,8 +15,8 @@ from worldlm_ray.aggregation.events import Push
 from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
-from worldlm_ray.config import config as configuration
-from worldlm_ray.config.config import RunConfig
+from worldlm_ray.config.loading import from_mapping, to_mapping
+from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model, Update, pack
 from worldlm_ray.experiments.methods import METHODS, VARIANTS, configure
@@ -181,9 +181,9 @@ def test_a_flat_tree_keeps_what_concerns_the_client(world: RunConfig) -> None:
 
 def alike(world: RunConfig) -> RunConfig:
     """The world with one training for all."""
-    mapping = configuration.to_mapping(world)
+    mapping = to_mapping(world)
     mapping["world"]["children"][0]["children"][1].pop("training")
-    return configuration.from_mapping(mapping)
+    return from_mapping(mapping)
 
 
 def test_centralized_is_one_client_whose_steps_take_everybodys_batch(world: RunConfig) -> None:
@@ -239,7 +239,7 @@ def test_worldlm_is_the_configuration_itself(world: RunConfig) -> None:
     assert before.kinds == after.kinds
     for spec in before.root.walk():
         assert after.node(spec.path).settings.aggregation == spec.settings.aggregation
-    assert configuration.to_mapping(world)["budget"] == configuration.to_mapping(configure(world, "worldlm"))["budget"]
+    assert to_mapping(world)["budget"] == to_mapping(configure(world, "worldlm"))["budget"]
 
 
 PROMISE = {"unit": "record", "noise_multiplier": 2.0, "target_epsilon": 3.0}

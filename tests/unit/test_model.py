@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from worldlm_ray.config.config import ModelConfig, TrainingConfig
+from worldlm_ray.config.schema import ModelConfig, TrainingConfig
 from worldlm_ray.model.decoder import Decoder, Rotary
 from worldlm_ray.model.flat import bind, decayed
 from worldlm_ray.model.initial import initial_parameters

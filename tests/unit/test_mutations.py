@@ -23,8 +23,9 @@ from support.worlds import TINY_MODEL, client
 from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Note, ParentModel, Pull, Push
 from worldlm_ray.aggregation.node import Child, Node
 from worldlm_ray.client.client import Client
-from worldlm_ray.config import config
-from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig, ResidualsConfig
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig, ResidualsConfig
+from worldlm_ray.config.loading import load, save
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import CheckpointError, ConfigErrors, MessageError, WorldLMError
 from worldlm_ray.exchange.limits import MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.exchange.messages import Model, Packed, Residual, Update, pack, unpack_model
@@ -409,13 +410,13 @@ def test_a_mutated_configuration_is_read_or_refused_in_one_line(
         {"federation": "f", "privacy": private, "children": [client("a", tmp_path, 1)]},
         client("b", tmp_path, 2, **sharded),
     ]
-    config.save(tiny(children).config, file)
+    save(tiny(children).config, file)
     text = file.read_text()
     refusals = []
     for _ in range(many(30)):
         file.write_text(mutated_text(text, chance))
         try:
-            make_plan(config.load(str(file)))
+            make_plan(load(str(file)))
         except ConfigErrors as error:  # a line each
             refusals += [str(each) for each in error.each]
         except WorldLMError as error:

@@ -32,15 +32,14 @@ from worldlm_ray.aggregation.events import (
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.config.config import (
+from worldlm_ray.config.federated import (
     AggregationConfig,
     AttentionConfig,
-    BudgetConfig,
-    LivenessConfig,
     MergeConfig,
     ServerOptimizerConfig,
     StalenessConfig,
 )
+from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
 from worldlm_ray.errors import CheckpointError, MessageError
 from worldlm_ray.exchange.messages import Model, Packed, Update, pack
 from worldlm_ray.records import AttentionRecord, MergeRecord, VerdictRecord

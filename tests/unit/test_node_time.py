@@ -10,7 +10,8 @@ import pytest
 
 from worldlm_ray.aggregation.events import Clock, Heartbeat, Joined, Note, Pull, Serve
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.config.config import AggregationConfig, BudgetConfig, LivenessConfig, MergeConfig
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig
+from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
 from worldlm_ray.exchange.messages import pack
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.tensors.params import Layout

@@ -14,7 +14,7 @@ import pytest
 from support.worlds import crowd
 
 from worldlm_ray.client.shared import BufferStore
-from worldlm_ray.config.config import DataConfig
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import dataset, prepare
 from worldlm_ray.errors import DataError
 from worldlm_ray.plan.plan import Plan

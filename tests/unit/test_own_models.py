@@ -15,7 +15,7 @@ from support.worlds import client
 
 from worldlm_ray.client import above
 from worldlm_ray.client.above import SHARE, Turns
-from worldlm_ray.config.config import BudgetConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.experiments.evaluate import evaluate, values
 from worldlm_ray.plan import rundir

@@ -15,7 +15,8 @@ from support.worlds import client, two_levels
 from worldlm_ray.aggregation.events import Command, Exchange, Joined, Note, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
-from worldlm_ray.config.config import AggregationConfig, BudgetConfig, MergeConfig
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import ConfigError, MessageError
 from worldlm_ray.exchange.limits import LARGEST_NORM, MOST_SKIPPED
 from worldlm_ray.exchange.messages import Model, Update, pack

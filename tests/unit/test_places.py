@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from worldlm_ray.cli import main as cli
 from worldlm_ray.client.client import Client
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import load, save
 from worldlm_ray.config.places import told
+from worldlm_ray.config.schema import PrivacyConfig
 from worldlm_ray.errors import ConfigError, DataError, WorldLMError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
@@ -55,7 +56,7 @@ def conf(tmp_path: Path) -> str:
 def lines(conf: str, *overrides: str) -> list[str]:
     """What the user is told."""
     with pytest.raises(WorldLMError) as caught:
-        make_plan(config.load(conf, overrides), check_data=False)
+        make_plan(load(conf, overrides), check_data=False)
     return told(caught.value, conf, overrides)
 
 
@@ -109,14 +110,14 @@ def private(tiny: Any, folder: Path, **privacy: Any) -> Any:
 
 def test_delta_is_weak_from_one_in_n() -> None:
     def said(delta: float, records: int | None, unit: Any = "record") -> str:
-        return weak_delta(config.PrivacyConfig(unit=unit, delta=delta, noise_multiplier=1.0), records)
+        return weak_delta(PrivacyConfig(unit=unit, delta=delta, noise_multiplier=1.0), records)
 
     assert said(0.0099, 100) == ""
     assert said(0.01, 100).startswith("privacy.delta is 0.01, at or above 1 / 100 records")
     assert "such as 1e-03" in said(0.5, 100)
     assert "1 / 3 clients" in said(0.5, 3, "client")
     assert said(0.5, 100, "none") == said(0.5, None) == ""
-    rules = config.PrivacyConfig(unit="record", delta=0.5, noise_multiplier=1.0)
+    rules = PrivacyConfig(unit="record", delta=0.5, noise_multiplier=1.0)
     assert weak_delta(rules, 99, named=False) == (
         "privacy.delta is 0.5, at or above 1 / the number of records: "
         "that allows to publish one of them whole; set it well below"
@@ -125,7 +126,7 @@ def test_delta_is_weak_from_one_in_n() -> None:
 
 def test_a_weak_delta_is_a_warning_of_the_run_and_of_show(tiny: Any, tmp_path: Path) -> None:
     plan = rundir.create(private(tiny, tmp_path, delta=0.5))
-    config.save(plan.config, tmp_path / "conf.yaml")
+    save(plan.config, tmp_path / "conf.yaml")
     shown = CliRunner().invoke(cli.app, ["show", str(tmp_path / "conf.yaml")])
     assert shown.exit_code == 0, shown.output
     assert "WARNING world/a: privacy.delta is 0.5, at or above 1 / " in shown.stderr

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.worlds import write_text
 
-from worldlm_ray.config.config import DataConfig, ResourcesConfig
+from worldlm_ray.config.schema import DataConfig, ResourcesConfig
 from worldlm_ray.errors import Interrupted
 from worldlm_ray.launch import preflight
 from worldlm_ray.launch.watch import Watch

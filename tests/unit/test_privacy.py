@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from worldlm_ray.client.client import Client
-from worldlm_ray.config.config import PrivacyConfig, TrainingConfig
+from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.exchange.messages import Model, pack, read_header

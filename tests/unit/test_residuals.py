@@ -14,7 +14,8 @@ from worldlm_ray.aggregation.events import ParentModel, Pull, Push
 from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.residuals import Pool
-from worldlm_ray.config.config import AggregationConfig, AttentionConfig, BudgetConfig, MergeConfig, ResidualsConfig
+from worldlm_ray.config.federated import AggregationConfig, AttentionConfig, MergeConfig, ResidualsConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import (
     Model,

@@ -11,7 +11,8 @@ from test_node import NAMES, SPLIT, START, make, of, push
 
 from worldlm_ray.aggregation.events import Clock, Heartbeat, Joined, Note
 from worldlm_ray.aggregation.node import patience_s
-from worldlm_ray.config.config import LivenessConfig, RobustConfig, StalenessConfig
+from worldlm_ray.config.federated import RobustConfig, StalenessConfig
+from worldlm_ray.config.schema import LivenessConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord

@@ -18,7 +18,7 @@ from support.worlds import tokenizer, write_text
 from typer.testing import CliRunner
 
 from worldlm_ray.cli import main as cli
-from worldlm_ray.config import config
+from worldlm_ray.config.loading import from_mapping, load, save, to_mapping
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
@@ -55,9 +55,9 @@ def at(plan: Plan, folder: Path | str | None, **changes: object) -> Plan:
 
 def with_tokenizer(tiny: Any, folder: Path) -> Plan:
     """A world whose run keeps a copy of its tokenizer."""
-    raw = config.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["data"]["tokenizer"] = str(tokenizer(folder / "tok.json"))
-    return make_plan(config.from_mapping(raw))
+    return make_plan(from_mapping(raw))
 
 
 def a_file(path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_simulation_cannot_be_continued_even_if_it_left_no_summary(tiny: Any, 
 def test_a_simulation_that_could_not_begin_can_be_given_again(tiny: Any, tmp_path: Path) -> None:
     text, conf, run = tmp_path / "t.txt", tmp_path / "conf.yaml", tmp_path / "run"
     text.write_text("short")
-    config.save(tiny([{"client": "a", "data": {"files": [str(text)]}}]).config, conf)
+    save(tiny([{"client": "a", "data": {"files": [str(text)]}}]).config, conf)
     command = ["simulate", str(conf), "--run-dir", str(run)]
     failed = CliRunner().invoke(cli.app, command)
     assert "train part" in str(failed.exception)
@@ -334,7 +334,7 @@ def test_a_path_is_taken_and_printed_as_it_is(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config.save(tiny(budget={"rounds": 1}, simulation={"train": False}).config, tmp_path / "conf.yaml")
+    save(tiny(budget={"rounds": 1}, simulation={"train": False}).config, tmp_path / "conf.yaml")
     done = CliRunner().invoke(cli.app, ["simulate", "conf.yaml", "--run-dir", name])
     assert done.exit_code == 0, done.output
     assert (tmp_path / name / "summary.json").is_file()
@@ -367,4 +367,4 @@ def test_a_home_folder_that_is_no_ones_is_the_name_of_a_file(tiny: Any) -> None:
     with pytest.raises(ConfigError, match="nobody-of-this-name"):
         tiny([{"client": "a", "data": {"files": [nobody]}}])
     with pytest.raises(ConfigError, match="nobody-of-this-name"):
-        config.load("~nobody-of-this-name/conf.yaml")
+        load("~nobody-of-this-name/conf.yaml")

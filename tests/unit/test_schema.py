@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.worlds import TINY_MODEL
 
-from worldlm_ray.config import config
-from worldlm_ray.config.config import INHERITED, RunConfig
+from worldlm_ray.config.loading import Node, from_mapping, hint_of, load, save, to_yaml
+from worldlm_ray.config.schema import INHERITED, RunConfig
 from worldlm_ray.errors import ConfigError, ConfigErrors, WorldLMError
 from worldlm_ray.plan import membership
 from worldlm_ray.plan.plan import Plan, make_plan, plan_from_mapping
@@ -44,7 +44,7 @@ WORDS = [
 def loaded(folder: Path, text: str, overrides: list[str] | None = None) -> RunConfig:
     file = folder / "mine.yaml"
     file.write_text(text, encoding="utf-8")
-    return config.load(str(file), overrides or [])
+    return load(str(file), overrides or [])
 
 
 def planned(folder: Path, text: str, overrides: list[str] | None = None) -> Plan:
@@ -53,8 +53,8 @@ def planned(folder: Path, text: str, overrides: list[str] | None = None) -> Plan
 
 def again(plan: Plan, folder: Path) -> Plan:
     """The plan from its own config.yaml."""
-    config.save(plan.config, folder / "saved.yaml")
-    return make_plan(config.load(str(folder / "saved.yaml")), check_data=False)
+    save(plan.config, folder / "saved.yaml")
+    return make_plan(load(str(folder / "saved.yaml")), check_data=False)
 
 
 # ---- text as it was written --------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ def test_text_stays_what_was_written(tmp_path: Path, word: str) -> None:
     assert federation["federation"] == federation["children"][0]["client"] == word
     assert federation["data"] == {"files": [word], "order": word, "text_key": word}
     assert federation["children"][0]["privacy"] == {"ledger_dir": word}
-    config.save(found, tmp_path / "saved.yaml")
-    assert config.load(str(tmp_path / "saved.yaml")) == found
+    save(found, tmp_path / "saved.yaml")
+    assert load(str(tmp_path / "saved.yaml")) == found
 
 
 @pytest.mark.parametrize("word", [*WORDS, "a b", "a #b", "a: b", "[x", "{x}", "x=y", "-", "*x", "&x"])
@@ -113,7 +113,7 @@ def test_a_client_that_joins_keeps_its_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given_", [7, True, 1.5, None, [1], {"a": 1}])
 def test_what_a_program_gives_for_text_must_be_text(given_: Any) -> None:
     with pytest.raises(ConfigError, match=r"^name: got .*; expected text"):
-        config.from_mapping({"name": given_, "budget": {"rounds": 1}})
+        from_mapping({"name": given_, "budget": {"rounds": 1}})
 
 
 def test_null_is_no_name(tmp_path: Path) -> None:
@@ -144,23 +144,23 @@ def test_names_that_cannot_be_are_refused_by_name(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("name", ["a/b", "", ".", "..", "-x", "a\tb"])
 def test_a_run_cannot_be_called_everything(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^name: .* cannot be a folder's name"):
-        config.from_mapping({"name": name, "budget": {"rounds": 1}})
+        from_mapping({"name": name, "budget": {"rounds": 1}})
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12))
 def test_any_text_survives_config_yaml(text: str) -> None:
-    there = config.from_mapping(
+    there = from_mapping(
         {"budget": {"rounds": 1}, "run_dir": f"x{text}", "data": {"text_key": f"x{text}"}}, resolved=True
     )
-    raw = yaml.safe_load(config.to_yaml(there))
-    assert config.from_mapping(raw) == there
+    raw = yaml.safe_load(to_yaml(there))
+    assert from_mapping(raw) == there
 
 
 @pytest.mark.parametrize("folder", ["${x}", "\\${x}", "\\\\${x}", "${oc.env:HOME}", "a${", "$x"])
 def test_a_run_folder_is_no_interpolation(tmp_path: Path, folder: str) -> None:
     (tmp_path / "mine.yaml").write_text(HEAD + "world: {children: [{client: a}]}\n")
-    plan = make_plan(config.load(str(tmp_path / "mine.yaml"), run_dir=folder), check_data=False)
+    plan = make_plan(load(str(tmp_path / "mine.yaml"), run_dir=folder), check_data=False)
     assert plan.config.run_dir == folder
     assert plan_from_mapping(plan.to_mapping()) == plan
     assert again(plan, tmp_path) == plan
@@ -221,11 +221,11 @@ def test_what_is_no_whole_number_is_refused(tmp_path: Path, number: str) -> None
 def test_a_budget_on_the_command_line_replaces_another_kind(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "mine.yaml").write_text(HEAD.replace("rounds: 1", "tokens: 500"))
-    budget = config.load(str(tmp_path / "mine.yaml"), ["budget.rounds=2"], say=said.append).budget
+    budget = load(str(tmp_path / "mine.yaml"), ["budget.rounds=2"], say=said.append).budget
     assert (budget.rounds, budget.tokens, budget.seconds) == (2, None, None)
     assert said == ["budget.rounds on the command line takes the place of budget.tokens"]
     with pytest.raises(ConfigError, match=r"tokens and rounds set; .*budget\.tokens=null"):
-        config.load(str(tmp_path / "mine.yaml"), ["budget.rounds=2", "budget.tokens=7"])
+        load(str(tmp_path / "mine.yaml"), ["budget.rounds=2", "budget.tokens=7"])
 
 
 LEAVES = [
@@ -260,7 +260,7 @@ def test_any_value_of_any_key_is_taken_or_refused_in_a_line_each(key: str) -> No
     for value in LEAVES:
         began = time.process_time()
         try:
-            made = make_plan(config.from_mapping(with_value(key, value), resolved=True), check_data=False)
+            made = make_plan(from_mapping(with_value(key, value), resolved=True), check_data=False)
         except WorldLMError as error:
             lines = str(error).splitlines()
             assert any(key in line or key.rsplit(".", 1)[-1] in line for line in lines), (value, lines)
@@ -322,4 +322,4 @@ def test_of_very_many_problems_the_first_ten_are_told(tmp_path: Path) -> None:
 
 def test_every_section_of_a_node_has_a_type() -> None:
     for name in INHERITED:
-        assert is_dataclass(config.hint_of(config.Node, name))
+        assert is_dataclass(hint_of(Node, name))

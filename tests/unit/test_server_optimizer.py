@@ -9,7 +9,7 @@ import pytest
 
 from worldlm_ray.aggregation import server_optimizer
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer, state_buffers
-from worldlm_ray.config.config import ServerOptimizerConfig
+from worldlm_ray.config.federated import ServerOptimizerConfig
 from worldlm_ray.tensors import params
 from worldlm_ray.tensors.params import BLOCK, Flat
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import worlds
 
-from worldlm_ray.config.config import DataConfig
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import load_tokenizer, prepare
 from worldlm_ray.data.special_tokens import byte_characters
 from worldlm_ray.errors import DataError

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from worldlm_ray.aggregation.staleness import discount
-from worldlm_ray.config.config import StalenessConfig, StalenessName
+from worldlm_ray.config.federated import StalenessConfig, StalenessName
 
 
 def s(fn: str, tau: int, *, a: float | None = None, b: float = 4.0) -> float:

@@ -22,7 +22,7 @@ from actors.recorder import RecorderActor
 from actors.shared import Address
 from actors.world import WorldActor
 from worldlm_ray import huggingface
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
@@ -46,9 +46,9 @@ def plan(tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for module in (actors.client, actors.client_pool, actors.inner, actors.recorder):
         monkeypatch.setattr(module, "was_restarted", lambda: False)  # nothing is to begin by itself
         monkeypatch.setattr(module, "settle", lambda clock, *_: clock)
-    raw = configuration.to_mapping(tiny().config)
+    raw = to_mapping(tiny().config)
     raw["data"]["tokenizer"] = str(worlds.tokenizer(tmp_path / "tok.json"))
-    return rundir.create(make_plan(configuration.from_mapping(raw)))
+    return rundir.create(make_plan(from_mapping(raw)))
 
 
 @pytest.fixture
@@ -101,10 +101,10 @@ def test_an_inner_node_that_died_waits_for_the_weights_that_the_run_begins_from(
     shape = ModelShape(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=48, context=16, vocab_size=256)
     layout = shape.layout([])
     huggingface.export(initial_parameters(shape, layout, seed=9), shape, layout, folder)
-    raw = configuration.to_mapping(plan.config) | {"kept": {}, "run_dir": str(tmp_path / "other")}
+    raw = to_mapping(plan.config) | {"kept": {}, "run_dir": str(tmp_path / "other")}
     raw["model"] = {"initial_from": str(folder), "key_layers": []}
     raw["data"] |= {"tokenizer": "bytes"}
-    other = rundir.create(make_plan(configuration.from_mapping(raw)))
+    other = rundir.create(make_plan(from_mapping(raw)))
     away = folder.rename(tmp_path / "elsewhere")
     monkeypatch.setattr(actors.shared, "was_restarted", lambda: False)
     with pytest.raises(ConfigError, match=r"^model\.initial_from: "):

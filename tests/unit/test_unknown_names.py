@@ -12,7 +12,7 @@ from worldlm_ray.aggregation.attention import score
 from worldlm_ray.aggregation.robust_fold import _agreed
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer, default_lr, state_buffers
 from worldlm_ray.aggregation.staleness import discount
-from worldlm_ray.config.config import ServerOptimizerConfig, StalenessConfig
+from worldlm_ray.config.federated import ServerOptimizerConfig, StalenessConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.compression import decode, encode, nbytes
 from worldlm_ray.privacy.accounting import Spend, epsilon

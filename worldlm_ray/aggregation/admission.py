@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from worldlm_ray.aggregation.events import Event, Joined
-from worldlm_ray.config.config import AggregationConfig
+from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.limits import LARGEST_COUNT, LARGEST_NORM, MOST_RESTARTS, MOST_SKIPPED, checked
 from worldlm_ray.exchange.messages import Packed, Update, read_header

@@ -30,7 +30,8 @@ from typing import get_args
 
 import numpy as np
 
-from worldlm_ray.config.config import AttentionConfig, ScoreName, unknown_name
+from worldlm_ray.config.federated import AttentionConfig, ScoreName
+from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.tensors.params import Flat, KeyLayer, add_scaled, inner, squared_norm
 

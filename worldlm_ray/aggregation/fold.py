@@ -23,7 +23,7 @@ import numpy as np
 from worldlm_ray.aggregation.attention import OnlineAttention, log_sum, scores, with_prior
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
-from worldlm_ray.config.config import AggregationConfig
+from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import AggregationError, CheckpointError
 from worldlm_ray.exchange.messages import Update, carried
 from worldlm_ray.tensors.params import Flat, Layout, add_scaled, squared_norm

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from worldlm_ray.aggregation.attention import OnlineAttention, attend, scores, with_prior
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.staleness import discount
-from worldlm_ray.config.config import AggregationConfig
+from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.exchange.messages import Model, Residual, carried
 from worldlm_ray.records import AttentionRecord, MergeRecord
 from worldlm_ray.tensors.params import Flat, Layout, blocks, frozen, lerp

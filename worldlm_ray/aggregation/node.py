@@ -61,14 +61,9 @@ from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
 from worldlm_ray.aggregation.robust_fold import RobustFold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
-from worldlm_ray.config.config import (
-    AggregationConfig,
-    BudgetConfig,
-    LivenessConfig,
-    MergeConfig,
-    Trigger,
-    unknown_name,
-)
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig, Trigger
+from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
+from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
 from worldlm_ray.exchange.compression import lossy, memory
 from worldlm_ray.exchange.limits import header_bytes

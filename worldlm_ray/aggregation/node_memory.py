@@ -6,7 +6,7 @@ The one place that knows them: `worldlm show` and `worldlm size` ask here.
 from __future__ import annotations
 
 from worldlm_ray.aggregation.server_optimizer import state_buffers
-from worldlm_ray.config.config import AggregationConfig
+from worldlm_ray.config.federated import AggregationConfig
 
 WORLD_MODELS = 2
 """Models that the world holds: the published one and the fold."""

@@ -21,7 +21,7 @@ import numpy as np
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
-from worldlm_ray.config.config import AggregationConfig
+from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.privacy.gaussian import composed_epsilon

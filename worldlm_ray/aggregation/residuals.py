@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from worldlm_ray.aggregation.attention import score
-from worldlm_ray.config.config import AttentionConfig, ResidualsConfig
+from worldlm_ray.config.federated import AttentionConfig, ResidualsConfig
 from worldlm_ray.exchange.messages import Residual
 from worldlm_ray.tensors.params import Flat, KeyLayer, frozen
 

@@ -21,7 +21,8 @@ from itertools import chain
 
 import numpy as np
 
-from worldlm_ray.config.config import ServerOptimizerConfig, unknown_name
+from worldlm_ray.config.federated import ServerOptimizerConfig
+from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.tensors.params import BLOCK, Flat, spread
 

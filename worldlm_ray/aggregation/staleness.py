@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from worldlm_ray.config.config import StalenessConfig, unknown_name
+from worldlm_ray.config.federated import StalenessConfig
+from worldlm_ray.config.values import unknown_name
 
 DEFAULT_A = {"constant": 0.0, "polynomial": 0.5, "hinge": 10.0, "exponential": 0.5, "harmonic": 1.0}
 

@@ -21,7 +21,9 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config import loading as configuration
+from worldlm_ray.config.checks import not_negative, positive
+from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError, Interrupted, OutputError, WorldLMError
 from worldlm_ray.reports.progress import Progress, Stop
 from worldlm_ray.reports.terminal import Terminal
@@ -251,8 +253,8 @@ def compare(
     _filled(out, "--out")
     config = _load(conf, overrides or [], None)
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
-    configuration.positive(seeds, "--seeds")
-    configuration.positive(jobs, "--jobs")
+    positive(seeds, "--seeds")
+    positive(jobs, "--jobs")
     folder = Path(f"runs/{config.name}-comparison" if out is None else out).absolute()
     make_folder(folder)
     total, done = len(dict.fromkeys(names)) * seeds, 0
@@ -308,7 +310,7 @@ def scale(
     from worldlm_ray.reports import trail
 
     machines = experiment.parse(nodes)
-    configuration.positive(seconds, "--seconds")
+    positive(seconds, "--seconds")
     plan = rundir.create(experiment.elastic(make_plan(configure(_load(conf, overrides or [], run_dir), method))))
     console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
     progress, ends = Progress(console, errors), "the experiment ends with the stages so far"
@@ -417,7 +419,7 @@ def evaluate(
     from worldlm_ray.experiments.evaluate import evaluate as measure
     from worldlm_ray.experiments.evaluate import table, values
 
-    configuration.positive(tokens, "--tokens")
+    positive(tokens, "--tokens")
     with Progress(errors) as progress:  # stdout is for the result
         measures = measure(run, tokens=tokens, on_phase=progress.phase)
     if as_json:
@@ -441,9 +443,9 @@ def sample(
     """Generate text from a node's model, from its checkpoint."""
     from worldlm_ray.experiments.evaluate import sample as generate
 
-    configuration.positive(tokens, "--tokens")
-    configuration.not_negative(temperature, "--temperature")
-    configuration.not_negative(seed, "--seed")
+    positive(tokens, "--tokens")
+    not_negative(temperature, "--temperature")
+    not_negative(seed, "--seed")
     text = generate(run, node, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed)
     console.print(prompt + text, markup=False, highlight=False, soft_wrap=True)
 
@@ -634,7 +636,7 @@ def _filled(folder: str | None, key: str) -> None:
         raise ConfigError(key, "is empty", "give a folder")
 
 
-def _load(conf: str, overrides: list[str], run_dir: str | None) -> configuration.RunConfig:
+def _load(conf: str, overrides: list[str], run_dir: str | None) -> RunConfig:
     _spoken_of[:] = [(conf, overrides)]
     _filled(run_dir, "--run-dir")
     # The configuration of another run may be the beginning of a new one, which keeps files of its own.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config.loading import find, read
 from worldlm_ray.errors import ConfigError, ConfigErrors, WorldLMError
 
 _NODE = re.compile(r"\bworld((?:\.children\[\d+\])*)(?:\.(?=[a-z_]))?")
@@ -40,8 +40,8 @@ def told(error: WorldLMError, conf: str | None = None, overrides: Sequence[str] 
 
 class _Places:
     def __init__(self, conf: str, overrides: Sequence[str]) -> None:
-        document = configuration.read(conf)
-        self._value, self._lines, self._file = document.value, document.lines, configuration.find(conf).name
+        document = read(conf)
+        self._value, self._lines, self._file = document.value, document.lines, find(conf).name
         self._given = [text.partition("=")[0].strip() for text in overrides]
 
     def line(self, error: ConfigError) -> str:

@@ -257,3 +257,8 @@ def listed(names: Collection[str]) -> str:
     """Names with commas; of very many the first ones."""
     more = len(names) - NAMED
     return ", ".join(names) if more <= 0 else ", ".join(list(names)[:NAMED]) + f" and {more:,} more"
+
+
+def unknown_name(key: str, got: str, known: Collection[str]) -> ConfigError:
+    """The error for a name without a branch: a rule that falls through in silence would compute another one."""
+    return ConfigError(key, f"got {got!r}", one_of(got, sorted(known)))

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray.config.config import DataConfig
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data.corpora import CORPORA
 from worldlm_ray.data.fidelity import check_fidelity
 from worldlm_ray.data.readers import Continued

@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from worldlm_ray.config.config import DataConfig
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data.text import describe, find_sources, read_documents
 from worldlm_ray.data.tokenizer import Tokenizer
 from worldlm_ray.errors import DataError

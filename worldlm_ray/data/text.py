@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from worldlm_ray.config.config import DataConfig, merge_into, positive
+from worldlm_ray.config.checks import positive
+from worldlm_ray.config.loading import merge_into
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data.corpora import CORPORA
 from worldlm_ray.data.readers import EXPECTED, holds_text, read
 from worldlm_ray.data.sources import Found, find

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray.config.config import unknown_name
+from worldlm_ray.config.values import unknown_name
 from worldlm_ray.tensors.params import BLOCK, Flat, spread
 
 CODECS: tuple[str, ...] = ("fp32", "bf16", "int8", "int4")

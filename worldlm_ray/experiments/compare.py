@@ -31,7 +31,8 @@ from typing import Any
 
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.merge import PARENT, RESIDUAL
-from worldlm_ray.config.config import RunConfig, from_mapping, to_mapping, to_yaml
+from worldlm_ray.config.loading import from_mapping, to_mapping, to_yaml
+from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments.comparison_progress import DONE, MEASURING, TRAINING, WAITING, Stand

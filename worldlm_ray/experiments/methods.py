@@ -26,7 +26,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from worldlm_ray.config.config import INHERITED, ModelConfig, RunConfig, from_mapping, one_of, to_mapping
+from worldlm_ray.config.loading import from_mapping, to_mapping
+from worldlm_ray.config.schema import INHERITED, ModelConfig, RunConfig
+from worldlm_ray.config.values import one_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import tree
 from worldlm_ray.plan.tree import NodeSpec

@@ -19,7 +19,8 @@ from typing import get_args
 import numpy as np
 
 from worldlm_ray.aggregation.node_memory import node_bytes
-from worldlm_ray.config.config import AggregationConfig, CodecName, one_of
+from worldlm_ray.config.federated import AggregationConfig, CodecName
+from worldlm_ray.config.values import one_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.reports.tables import amount, duration

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from actors.reserved import give_back, prefix
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config.loading import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.run import World, create, find, plain
@@ -53,7 +53,7 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
             ray.kill(actor)
             give_back(prefix(world.namespace, path))
             raise plain(error) if isinstance(error, RayTaskError) else error from None
-        configuration.save(new.config, new.run_dir / rundir.CONFIG)
+        save(new.config, new.run_dir / rundir.CONFIG)
         ask(world.recorder, "replan", new.to_mapping())
         ask(actor, "start")
         on_phase("training its first round")
@@ -86,7 +86,7 @@ def leave(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = 
         for client in gone:
             ask(world.clients[client], "leave")
         answer([world.clients[client].outcome.remote() for client in gone])
-        configuration.save(new.config, new.run_dir / rundir.CONFIG)
+        save(new.config, new.run_dir / rundir.CONFIG)
 
 
 def _living(plan: Plan) -> _Living:

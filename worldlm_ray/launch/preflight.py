@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from worldlm_ray.config.config import DataConfig, ResourcesConfig
+from worldlm_ray.config.schema import DataConfig, ResourcesConfig
 from worldlm_ray.data.text import check_sources, find_sources
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.launch import cluster

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments.scaling import Stage
 from worldlm_ray.launch import cluster, private
@@ -47,7 +47,7 @@ def elastic(plan: Plan) -> Plan:
 
     open_up(mapping["world"])
     mapping["budget"] = {"seconds": FOREVER_S}
-    return make_plan(configuration.from_mapping(mapping, resolved=True), check_data=False)
+    return make_plan(from_mapping(mapping, resolved=True), check_data=False)
 
 
 def parse(text: str) -> list[int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, replace
 
-from worldlm_ray.config.config import ModelConfig, positive
+from worldlm_ray.config.checks import positive
+from worldlm_ray.config.schema import ModelConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.tensors.params import Layout, make_layout
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray.config.config import RunConfig
+from worldlm_ray.config.schema import RunConfig
 
 
 def absolute(config: RunConfig) -> RunConfig:

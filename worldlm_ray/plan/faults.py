@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from worldlm_ray.config.config import listed
+from worldlm_ray.config.values import listed
 from worldlm_ray.errors import ConfigError
 
 KINDS = ("kill", "cut", "drop", "repeat", "corrupt", "delay", "disk", "leave", "join")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from worldlm_ray.config.config import RunConfig
+from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.data.tokenizer import tokenizer_file
 from worldlm_ray.errors import RunError
 from worldlm_ray.storage import filesystem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from worldlm_ray.config import config as configuration
+from worldlm_ray.config.loading import from_mapping, with_overrides
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import absolute
 from worldlm_ray.plan.plan import Plan, make_plan
@@ -40,7 +40,7 @@ def with_client(plan: Plan, under: str, name: str, *, files: list[str], override
     entry: dict[str, Any] = {"client": name}
     if files:
         entry["data"] = {"files": files}
-    added = configuration.with_overrides(entry, overrides)
+    added = with_overrides(entry, overrides)
     if isinstance(added.get("data"), dict):
         added["data"] = absolute.absolute_data(added["data"])
     return _changed(plan, under, lambda node: node["children"].append(added), what="--under")
@@ -79,7 +79,7 @@ def _changed(plan: Plan, under: str, change: Any, *, what: str, of: NodeSpec | N
             raise ConfigError(what, f"{of.path} is one of several copies", "change the configuration")
         node["children"] = [one for child in node["children"] for one in _one_by_one(child, plan.node(under), of.key)]
     change(node)
-    return make_plan(configuration.from_mapping(mapping, resolved=True), check_data=False)
+    return make_plan(from_mapping(mapping, resolved=True), check_data=False)
 
 
 def _one_by_one(entry: dict[str, Any], parent: NodeSpec, key: str) -> list[dict[str, Any]]:

@@ -18,7 +18,10 @@ import numpy as np
 from worldlm_ray import huggingface
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config.config import RunConfig, from_mapping, listed, positive, to_mapping
+from worldlm_ray.config.checks import positive
+from worldlm_ray.config.loading import from_mapping, to_mapping
+from worldlm_ray.config.schema import RunConfig
+from worldlm_ray.config.values import listed
 from worldlm_ray.data import check_sources, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.initial import initial_parameters

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from worldlm_ray.config.config import BudgetConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.limits import LARGEST_COUNT
 from worldlm_ray.exchange.quota import Quota, Quotas

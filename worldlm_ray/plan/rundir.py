@@ -27,8 +27,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray.config import config as configuration
-from worldlm_ray.config.config import RunConfig
+from worldlm_ray.config.loading import load, save, to_yaml
+from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError, RunError, WorldLMError
 from worldlm_ray.plan import absolute, kept
 from worldlm_ray.plan.plan import Plan, make_plan
@@ -105,7 +105,7 @@ def _with_files(plan: Plan, files: dict[str, bytes]) -> Plan:
 
 def _claimed(plan: Plan, *, simulated: bool) -> bool:
     """Write config.yaml, which claims the folder; False if another run has it, or if files would be overwritten."""
-    text = (SIMULATED if simulated else "") + configuration.to_yaml(plan.config)
+    text = (SIMULATED if simulated else "") + to_yaml(plan.config)
     for _ in range(CLAIM_TRIES):
         with filesystem.refusals(plan.run_dir):
             if (plan.run_dir / CONFIG).exists() or kept.overwritten(plan.config):
@@ -289,7 +289,7 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
     for key in (text.partition("=")[0].strip() for text in overrides or []):
         if key in ("model", "model.initial_from", "kept", "data") or key.rsplit(".", 1)[-1] == "tokenizer":
             raise ConfigError(key, "belongs to what the run began with", "leave it out, or begin a new run")
-    config = configuration.load(str(run_dir / CONFIG), overrides or [], run_dir=str(run_dir))
+    config = load(str(run_dir / CONFIG), overrides or [], run_dir=str(run_dir))
     return make_plan(absolute.absolute(config), check_data=check_data)
 
 
@@ -316,7 +316,7 @@ def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:
             "such as budget.tokens=... or budget.rounds=..."
         )
     if overrides:
-        configuration.save(plan.config, plan.run_dir / CONFIG)
+        save(plan.config, plan.run_dir / CONFIG)
     return plan
 
 

@@ -21,14 +21,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from worldlm_ray.config import values as schema
-from worldlm_ray.config.config import (
-    INHERITED,
-    NODE_KEYS,
-    NodeSettings,
-    RunConfig,
-    check_settings,
-    check_stricter,
-)
+from worldlm_ray.config.checks import check_settings, check_stricter
+from worldlm_ray.config.schema import INHERITED, NODE_KEYS, NodeSettings, RunConfig
 from worldlm_ray.config.values import Problems, one_of
 from worldlm_ray.errors import ConfigError
 

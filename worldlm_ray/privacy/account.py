@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from worldlm_ray.config.config import PrivacyConfig
+from worldlm_ray.config.schema import PrivacyConfig
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.privacy.accounting import Spend, epsilon, noise_for, rounds_left
 from worldlm_ray.privacy.ledger import Ledger

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, get_args
 
-from worldlm_ray.config.config import SMALLEST_PRV_NOISE, AccountantName, unknown_name
+from worldlm_ray.config.schema import SMALLEST_PRV_NOISE, AccountantName
+from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.privacy.gaussian import no_noise
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from worldlm_ray.config.config import PrivacyConfig
+from worldlm_ray.config.schema import PrivacyConfig
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.privacy.accounting import Spend
 from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_noise, most_contributions

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from worldlm_ray.config.config import BudgetConfig
+from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import Interrupted, WorldLMError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import FinalRecord, Measure

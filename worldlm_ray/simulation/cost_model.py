@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.config.config import NodeSettings
+from worldlm_ray.config.schema import NodeSettings
 from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.outbox import Outbox

@@ -56,7 +56,7 @@ from worldlm_ray.aggregation.events import (
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.above import FORWARD, Turns
 from worldlm_ray.client.client import Client
-from worldlm_ray.config.config import DataConfig
+from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import prepare_shards
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Model, Packed, Update, pack

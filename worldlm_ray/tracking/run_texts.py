@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from worldlm_ray.config import config as configuration
-from worldlm_ray.config.config import NodeSettings
+from worldlm_ray.config.loading import to_yaml
+from worldlm_ray.config.schema import NodeSettings
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 
@@ -28,7 +28,7 @@ def introduction(plan: Plan) -> dict[str, str]:
 
 
 def _configuration(plan: Plan) -> str:
-    text = configuration.to_yaml(plan.config)
+    text = to_yaml(plan.config)
     if len(text) > MAX_CONFIGURATION:
         left_out = len(text) - MAX_CONFIGURATION
         text = f"{text[:MAX_CONFIGURATION]}\n# {left_out:,} more characters are in config.yaml of the run folder\n"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worldlm_ray.config.config import NodeSettings, TrainingConfig
+from worldlm_ray.config.schema import NodeSettings, TrainingConfig
 from worldlm_ray.errors import ConfigError
 
 BUCKET_ELEMENTS = 1 << 25

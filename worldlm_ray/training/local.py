@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from worldlm_ray.config.config import ResourcesConfig, TrainingConfig
+from worldlm_ray.config.schema import ResourcesConfig, TrainingConfig
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind, decayed
 from worldlm_ray.model.shape import ModelShape

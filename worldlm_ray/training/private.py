@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from worldlm_ray.config.config import PrivacyConfig, TrainingConfig
+from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, cheaper, check_architecture
 from worldlm_ray.privacy.noise import Noise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from worldlm_ray.config.config import TrainingConfig
+from worldlm_ray.config.schema import TrainingConfig
 
 
 def learning_rate(training: TrainingConfig, progress: float) -> float:

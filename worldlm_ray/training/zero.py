@@ -30,7 +30,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from worldlm_ray.config.config import PrivacyConfig, TrainingConfig
+from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.model.decoder import Decoder, cross_entropy
 from worldlm_ray.model.shape import ModelShape

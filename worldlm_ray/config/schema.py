@@ -1,0 +1,301 @@
+"""Settings of a run and of a node: every default stands here once, with its unit.
+
+The schema is a set of frozen dataclasses. Those of aggregation, merge and exchange stand in `config/federated.py`.
+Settings of a node are inherited by everything below it and may be overridden anywhere: see `worldlm_ray.plan.tree`,
+which resolves the `world:` part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from worldlm_ray.config.federated import AggregationConfig, ExchangeConfig, MergeConfig
+
+PrivacyUnit = Literal["none", "record", "client"]
+AccountantName = Literal["rdp", "prv"]
+OnExhausted = Literal["stop", "pause"]
+GradSampleMode = Literal["auto", "ghost", "hooks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The decoder. A preset gives the shape; any number set here replaces the preset's."""
+
+    preset: str = "nano"
+    key_layers: list[str] = field(
+        default_factory=lambda: ["model.embed_tokens.*", "model.layers.-1.*", "model.norm.*", "lm_head.*"]
+    )
+    """Name patterns of the key layers; `layers.-1` is the last block. Everything else is backbone.
+    An empty list makes the whole model backbone: plain federated averaging."""
+    initial_from: str | None = None
+    """Folder of a Llama-shaped Hugging Face model: its shape and weights, in place of a preset and random weights.
+    A model that computes anything else than a plain Llama is refused, as are quantized weights."""
+    hidden_size: int | None = None
+    """This and the next four replace the preset's; beside `initial_from` they must be the model's own."""
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    intermediate_size: int | None = None
+    context: int | None = None
+    """Tokens per training sequence. With `initial_from`: 512 unless given, or what the model allows if that is less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A client's text: files of its own, or a corpus that every installation holds."""
+
+    files: list[str] = field(default_factory=list)
+    """Files, folders and globs: .txt, .jsonl, .ndjson, .json, all also compressed (.gz, .zst, .bz2, .xz), and .parquet.
+    A folder stands for FOLDER/**/*: links are followed, hidden names left out. What is left out is counted and said."""
+    corpus: str | None = None
+    """Name of a built-in corpus (see worldlm_ray/data/corpora.py); instead of `files`."""
+    text_key: str = "text"
+    """Field or column that holds the text of JSON and .parquet files; `meta.text` names a field of a field."""
+    tokenizer: str | None = None
+    """`bytes`, or a Hugging Face tokenizer.json or its folder. The same for the whole world. Unless given: that of the
+    folder that `model.initial_from` names, or `bytes`. A run keeps a copy, which it goes by from then on."""
+    order: str | None = None
+    """Names the random order in which text is drawn; the client's path unless given. Clients of two runs with the
+    same seed and order see the same batches, wherever they hang in the tree."""
+    pool: list[Any] = field(default_factory=list)
+    """Data sections to train on together, in place of files or a corpus: every step takes `batch_size` sequences of
+    each. Centralized training (`worldlm compare --methods centralized`) is one client with everybody's sections."""
+    shard: str | None = None
+    """`2/4`: only the second of four parts of the text, dealt out block by block, so that the parts are alike."""
+    train_fraction: float = 1.0
+    """Share of the training part that is used, spread evenly over it; the held-out part stays whole."""
+    heldout_fraction: float = 0.05
+    """Share of a client's text that is never trained on."""
+    max_bytes: int | None = None
+    """Use only the first so many bytes of text."""
+    cache_dir: str = "~/.cache/worldlm_ray"
+    """Where token shards are cached, on the machine where the client runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Local training of a client: AdamW, warm-up, cosine decay over the budget."""
+
+    local_steps: int = 50
+    """Optimizer steps per local round (H)."""
+    batch_size: int = 16
+    """Sequences per step."""
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the budget, as a share of `lr`."""
+    warmup_fraction: float = 0.05
+    """Share of the budget over which the learning rate rises from zero."""
+    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    grad_clip: float = 1.0
+    """Largest L2 norm of a step's gradient; 0 switches clipping off."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 on CUDA and fp32 elsewhere."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether `torch.compile` fuses the training step of a plain client without privacy. `auto` is on with CUDA: the
+    first step takes up to a minute more, which a CPU's gain does not pay back (docs/results.md)."""
+    step_delay_s: float = 0.0
+    """Seconds to sleep in every step: makes a client slow on purpose."""
+    accumulation_steps: int = 1
+    """Parts that a step's batch is cut into; their gradients are accumulated, so that activations take less memory."""
+    activation_checkpointing: bool = False
+    """Compute a block's activations again in the backward pass instead of keeping them."""
+    zero_stage: int = 0
+    """What DeepSpeed shards over the client's workers: 1 the optimizer's state, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """ZeRO keeps the optimizer's state, and takes its step, in the host's memory."""
+    offload_parameters: bool = False
+    """ZeRO stage 3 keeps parameters in the host's memory while they are not needed."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further keys of DeepSpeed's own configuration, such as {zero_optimization: {overlap_comm: true}}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourcesConfig:
+    """What a client may use."""
+
+    cpus: int = 1
+    """Cores, and torch threads, of a client; of each worker where there are several. A machine with fewer cores runs
+    as many threads as it has."""
+    gpus: float = 0.0
+    """GPUs of a client; of each worker where there are several. 0 trains on the CPU, in a simulation too."""
+    workers: Any = 1
+    """Processes that train the client's model together, by DeepSpeed; [min, max] takes what the cluster has."""
+    clients_per_process: int = 1
+    """Clients per process: so many siblings that are alike take turns at one model, with the cores of one of them."""
+    memory_gb: float | None = None
+    """Memory of one worker in 10^9 bytes, of its GPU if it has one: `worldlm show` says which clients will not fit.
+    Unless given, that of the machine where `show` runs. Clients that share a process keep as much of their state in
+    memory as this, and the rest in mapped files; without it, all in memory."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        low, high = self.workers if isinstance(self.workers, list) else (self.workers, self.workers)
+        return int(low), int(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Differential privacy of a federation's clients. Below the node that sets it, it may only become stricter."""
+
+    unit: PrivacyUnit = "none"
+    """`record`: DP-SGD in the client; one record is one sequence of `model.context` tokens. `client`: the aggregator
+    clips the whole updates of the clients directly below it and adds noise to their sum."""
+    target_epsilon: float | None = None
+    """Never exceeded: a client stops before the round that would. Gives the noise, too, unless that is set."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise, in multiples of `max_grad_norm`."""
+    delta: float = 1e-5
+    max_grad_norm: float = 1.0
+    """L2 norm to which each record's gradient, or each client's whole update, is clipped."""
+    on_exhausted: OnExhausted = "stop"
+    """`record`: what a client does when one more round would exceed `target_epsilon`. `stop` ends it. `pause` ends its
+    training only: it takes its parent's model from time to time until the run ends, which costs no privacy."""
+    max_updates: int | None = None
+    """`client`: updates that are accepted of one client in the whole run, at most."""
+    accountant: AccountantName = "rdp"
+    """`rdp` is quick and overestimates; `prv` is tighter and takes seconds."""
+    grad_sample_mode: GradSampleMode = "auto"
+    """`hooks` keeps every record's gradient, `ghost` computes norms without; `auto` times both at the start."""
+    report_metrics: bool = False
+    """Report losses, which are computed from the private text and are not covered by epsilon."""
+    ledger_dir: str | None = None
+    """Where ledgers lie; `ledgers/` in the run's folder unless given. Runs on the same text must share one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationConfig:
+    """Speeds that `worldlm simulate` gives a node. They have no effect on Ray."""
+
+    tokens_per_s: float = 20_000.0
+    bandwidth_gbps: float = 1.0
+    """Of the link to the parent, each way, in 10^9 bits per second."""
+    latency_s: float = 0.05
+    speed_spread: float = 0.0
+    """How unlike clients are: each is exp(s z) times as fast as `tokens_per_s`, z normal and drawn by its path."""
+    train: bool = True
+    """False, for the whole world: a cost model in place of the model, for worlds of 100,000 clients. No text is read
+    and nothing learned; staleness, times and bytes are those of the run with training
+    (worldlm_ray/simulation/cost_model.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Where a node's actors may run: labels that a Ray node must carry."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """How much is trained. Exactly one is set."""
+
+    tokens: int | None = None
+    """Tokens of all clients together: fast clients do more of them."""
+    rounds: int | None = None
+    """Local rounds of every client: equal work for all."""
+    seconds: float | None = None
+    """Seconds of training: wall clock on Ray, virtual in simulation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How held-out text is measured."""
+
+    every_rounds: int = 1
+    """Local rounds between two measurements of a client; 0 measures at the start and the end only."""
+    tokens: int = 8_192
+    """Held-out tokens per measurement during training."""
+    final_tokens: int = 32_768
+    """Held-out tokens per measurement at the start and the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When nodes write their state to the run folder."""
+
+    every_s: float = 20.0
+    """Seconds between two checkpoints of a node."""
+    every_updates: int = 4
+    """A node also writes one once a child keeps this many updates for the case that the node dies."""
+    keep: int = 2
+    patience_s: float | None = 60.0
+    """A federation sends its parent only what a checkpoint of its own knows, so that nothing counts twice if it dies;
+    once its storage has refused for so many seconds, it sends without. null waits as long as it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LivenessConfig:
+    """How nodes notice that another has died, or cannot be reached."""
+
+    heartbeat_s: float = 2.0
+    """Seconds between two signs of life from a child to its parent."""
+    k: float = 6.0
+    """A child is given up once it is silent for the median of its gaps and k median absolute deviations ..."""
+    grace_s: float = 30.0
+    """... and for at least so many seconds. Others then wait for it no more; when it speaks again, it is back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """Everything that is inherited down the tree and may be overridden at any node."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. The inherited parts stand for the world's own settings."""
+
+    name: str = "run"
+    seed: int = 0
+    method: str = "worldlm"
+    run_dir: str | None = None
+    """Folder of the run; `runs/NAME` unless given."""
+    data_dir: str | None = None
+    """A folder that data files of this config refer to as ${data_dir}."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    faults: list[str] = field(default_factory=list)
+    """Faults on purpose, to see what a world bears: see worldlm_ray/plan/faults.py."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Files that the run's folder keeps copies of, with their fingerprints: written when the run is made."""
+    world: Any = None
+    """The tree: see worldlm_ray/plan/tree.py."""
+
+
+SMALLEST_PRV_NOISE = 0.1
+"""Below, the `prv` accountant takes minutes and gigabytes; epsilon is in the hundreds there."""
+INHERITED = tuple(f.name for f in fields(NodeSettings))
+NODE_KEYS = (
+    "world",
+    "federation",
+    "client",
+    "copies",
+    "children",
+    "min_clients",
+    "max_clients",
+    *INHERITED,
+)
