@@ -57,8 +57,7 @@ PLAIN: dict[str, Any] = {"layout": LAYOUT, "initial": START, "child_fragments": 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.data())
 def test_fragments_cover_the_backbone_and_cut_no_parameter(sizes: list[int], data: st.DataObject) -> None:
     layout = make_layout([(f"model.layers.{i // 3}.{i}", (size,)) for i, size in enumerate(sizes)], [], layers=10)
-    count = data.draw(st.integers(1, len(sizes)))
-    parts = layout.fragments(count)
+    parts = layout.fragments(count := data.draw(st.integers(1, len(sizes))))
     assert len(parts) == count
     assert [parts[0].start, *(part.stop for part in parts)] == [*(part.start for part in parts), layout.backbone_size]
     assert all(part.start < part.stop for part in parts)

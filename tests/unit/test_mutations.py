@@ -24,7 +24,7 @@ from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Note
 from worldlm_ray.aggregation.node import Child, Node
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig, ResidualsConfig
-from worldlm_ray.config.loading import load, save
+from worldlm_ray.config.loading import load, to_yaml
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import CheckpointError, ConfigErrors, MessageError, WorldLMError
 from worldlm_ray.exchange.limits import MOST_RESTARTS, MOST_SKIPPED
@@ -410,8 +410,7 @@ def test_a_mutated_configuration_is_read_or_refused_in_one_line(
         {"federation": "f", "privacy": private, "children": [client("a", tmp_path, 1)]},
         client("b", tmp_path, 2, **sharded),
     ]
-    save(tiny(children).config, file)
-    text = file.read_text()
+    text = to_yaml(tiny(children).config)
     refusals = []
     for _ in range(many(30)):
         file.write_text(mutated_text(text, chance))

@@ -21,8 +21,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from worldlm_ray.config import loading as configuration
-from worldlm_ray.config.checks import not_negative, positive
+from worldlm_ray.config import checks, loading
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError, Interrupted, OutputError, WorldLMError
 from worldlm_ray.reports.progress import Progress, Stop
@@ -253,8 +252,8 @@ def compare(
     _filled(out, "--out")
     config = _load(conf, overrides or [], None)
     names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
-    positive(seeds, "--seeds")
-    positive(jobs, "--jobs")
+    checks.positive(seeds, "--seeds")
+    checks.positive(jobs, "--jobs")
     folder = Path(f"runs/{config.name}-comparison" if out is None else out).absolute()
     make_folder(folder)
     total, done = len(dict.fromkeys(names)) * seeds, 0
@@ -310,7 +309,7 @@ def scale(
     from worldlm_ray.reports import trail
 
     machines = experiment.parse(nodes)
-    positive(seconds, "--seconds")
+    checks.positive(seconds, "--seconds")
     plan = rundir.create(experiment.elastic(make_plan(configure(_load(conf, overrides or [], run_dir), method))))
     console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
     progress, ends = Progress(console, errors), "the experiment ends with the stages so far"
@@ -401,9 +400,8 @@ def size(
 @app.command()
 def presets() -> None:
     """List the configurations that ship with the package."""
-    for name, path in configuration.presets().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        console.print(f"{name:16} {first}", highlight=False)
+    for name, path in loading.presets().items():
+        console.print(f"{name:16} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}", highlight=False)
 
 
 @app.command()
@@ -419,7 +417,7 @@ def evaluate(
     from worldlm_ray.experiments.evaluate import evaluate as measure
     from worldlm_ray.experiments.evaluate import table, values
 
-    positive(tokens, "--tokens")
+    checks.positive(tokens, "--tokens")
     with Progress(errors) as progress:  # stdout is for the result
         measures = measure(run, tokens=tokens, on_phase=progress.phase)
     if as_json:
@@ -443,9 +441,9 @@ def sample(
     """Generate text from a node's model, from its checkpoint."""
     from worldlm_ray.experiments.evaluate import sample as generate
 
-    positive(tokens, "--tokens")
-    not_negative(temperature, "--temperature")
-    not_negative(seed, "--seed")
+    checks.positive(tokens, "--tokens")
+    checks.not_negative(temperature, "--temperature")
+    checks.not_negative(seed, "--seed")
     text = generate(run, node, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed)
     console.print(prompt + text, markup=False, highlight=False, soft_wrap=True)
 
@@ -640,7 +638,7 @@ def _load(conf: str, overrides: list[str], run_dir: str | None) -> RunConfig:
     _spoken_of[:] = [(conf, overrides)]
     _filled(run_dir, "--run-dir")
     # The configuration of another run may be the beginning of a new one, which keeps files of its own.
-    return replace(configuration.load(conf, overrides, run_dir=run_dir, say=_note), kept={})
+    return replace(loading.load(conf, overrides, run_dir=run_dir, say=_note), kept={})
 
 
 def _note(text: str) -> None:

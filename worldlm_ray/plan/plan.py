@@ -18,15 +18,14 @@ import numpy as np
 from worldlm_ray import huggingface
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config.checks import positive
 from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.config.values import listed
 from worldlm_ray.data import check_sources, load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.initial import initial_parameters
-from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
-from worldlm_ray.plan import kept, tree
+from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.plan import initial_model, kept, tree
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.plan.quotas import check_max_share, quotas
 from worldlm_ray.plan.tree import NodeSpec
@@ -119,7 +118,7 @@ class Plan:
     def base(self) -> huggingface.Declared | None:
         """What the model that the run begins from declares; None of a run that begins from random weights."""
         folder = self.config.model.initial_from
-        return None if folder is None else _declared(self.config, folder)
+        return None if folder is None else initial_model.declared(self.config, folder)
 
     def initial(self) -> Flat:
         """The run's initial parameters: every node computes or reads the same ones.
@@ -143,7 +142,7 @@ class Plan:
             ConfigError: they are damaged, or hold a number that is not finite.
         """
         if self.config.model.initial_from is not None and self.root.settings.simulation.train:
-            _check_weights(self.config.model.initial_from, self.layout, numbers=True)
+            initial_model.check_weights(self.config.model.initial_from, self.layout, numbers=True)
 
     def check_memory(self) -> None:
         """Refuse a model whose parameters alone are more than this machine's memory.
@@ -253,7 +252,7 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         ConfigError: one problem, by its dotted key.
     """
     kept.check(config)
-    root = tree.build(replace(config, data=replace(config.data, tokenizer=_tokenizer(config))))
+    root = tree.build(replace(config, data=replace(config.data, tokenizer=initial_model.tokenizer_of(config))))
     nodes = root.one_of_each()
     clients = [node for node in nodes if node.kind == "client"]
     tokenizers = {client.settings.data.tokenizer: client.key for client in clients}
@@ -268,7 +267,7 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         vocab_size = load_tokenizer(next(iter(tokenizers))).vocab_size
     except DataError as error:
         raise ConfigError("data.tokenizer", str(error)) from error
-    shape = _shape(config, vocab_size)
+    shape = initial_model.shape_of(config, vocab_size)
     layout = shape.layout(config.model.key_layers)
     for node in nodes:
         if layout.backbone_size == 0 and "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
@@ -304,8 +303,8 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
         for client in clients:
             check_sources(client.settings.data, f"{client.key}.data")
         if config.model.initial_from is not None:
-            _check_side_files(config.model.initial_from)
-            _check_weights(config.model.initial_from, layout)
+            initial_model.check_side_files(config.model.initial_from)
+            initial_model.check_weights(config.model.initial_from, layout)
     plan = Plan(config=config, root=root, shape=shape, layout=layout)
     for fault in Faults.parse(config.faults, kinds=plan.kinds).all:
         if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.clients_per_process > 1:
@@ -456,91 +455,6 @@ def _check_private(client: NodeSpec, config: RunConfig) -> None:
     if training.activation_checkpointing:
         got = "true: layers that are computed twice hide their per-record gradients"
         raise ConfigError(f"{key}.training.activation_checkpointing", got, "switch it off for private clients")
-
-
-def _shape(config: RunConfig, vocab_size: int) -> ModelShape:
-    """The model's shape: a preset with the config's numbers, or that of a model on disk."""
-    model = config.model
-    if model.initial_from is None:
-        return resolve_shape(model, vocab_size=vocab_size)
-    if model.context is not None:
-        positive(model.context, "model.context")
-    declared = _declared(config, model.initial_from)
-    folder, found = expanded(model.initial_from), declared.shape
-    if found.context > declared.max_positions:
-        got = f"got {found.context}, but the model of {folder} was made for {declared.max_positions:,} tokens"
-        raise ConfigError("model.context", got, "lower it")
-    for name in SIZES:
-        given, theirs = getattr(model, name), getattr(found, name)
-        if given not in (None, theirs):
-            got = f"got {given}, but the model of {folder} has {theirs}"
-            raise ConfigError(f"model.{name}", got, "remove it, or set it to null")
-    if config.data.tokenizer is None and vocab_size == BYTES:
-        _check_bytes(folder, found.vocab_size)
-    if found.vocab_size < vocab_size:
-        raise ConfigError(
-            "model.initial_from",
-            f"the model knows {found.vocab_size} tokens, the tokenizer makes {vocab_size}",
-            "set data.tokenizer to the model's own tokenizer.json",
-        )
-    return found
-
-
-def _declared(config: RunConfig, folder: str) -> huggingface.Declared:
-    """What the model that a run begins from declares: by the run's copy, if it keeps one."""
-    file = kept.place(config, kept.MODEL_CONFIG) or expanded(folder) / kept.MODEL_CONFIG
-    try:
-        return huggingface.read_declared(file, context=config.model.context)
-    except DataError as error:
-        raise ConfigError("model.initial_from", str(error)) from error
-
-
-BYTES = 256
-"""Tokens of a tokenizer that takes every byte for one."""
-BYTE_MODEL = BYTES + 128
-"""A model that knows more tokens than bytes and some special ones was made for another tokenizer."""
-
-
-def _tokenizer(config: RunConfig) -> str | None:
-    """The tokenizer in force where no node names another: the run's copy, the one that is given, or the model's."""
-    copy = kept.place(config, kept.TOKENIZER)
-    if copy is not None or config.data.tokenizer is not None:
-        return str(copy or config.data.tokenizer)
-    if config.model.initial_from is not None:
-        own = expanded(config.model.initial_from) / kept.TOKENIZER
-        return str(own) if own.is_file() else "bytes"
-    return None
-
-
-def _check_bytes(folder: Path, vocab_size: int) -> None:
-    """Refuse to take a model's text for bytes, unless it may well have been made for them."""
-    others = [
-        name for name in ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt") if (folder / name).exists()
-    ]
-    if vocab_size <= BYTE_MODEL and not others:
-        return
-    got = f"is not given, and {folder} holds no tokenizer.json" + (f", only {others[0]}" if others else "")
-    cure = "give the model's own as a tokenizer.json, or `bytes` to train it on bytes all the same"
-    raise ConfigError("data.tokenizer", f"{got}; its model knows {vocab_size:,} tokens", cure)
-
-
-def _check_weights(folder: str, layout: Layout, *, numbers: bool = False) -> None:
-    """Look through the weights that the run begins from: the headers, and the numbers if that is asked for."""
-    try:
-        huggingface.check_weights(expanded(folder), layout, numbers=numbers)
-    except DataError as error:
-        raise ConfigError("model.initial_from", str(error)) from error
-
-
-def _check_side_files(folder: str) -> None:
-    """Refuse a damaged file that an export of the run would need: found only then, it would be too late."""
-    for name in (kept.GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json"):
-        file = expanded(folder) / name
-        try:
-            if file.is_file():
-                huggingface.read_object(file)
-        except DataError as error:
-            raise ConfigError("model.initial_from", str(error)) from error
 
 
 def plan_from_mapping(mapping: dict[str, Any]) -> Plan:
