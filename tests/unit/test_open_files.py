@@ -15,7 +15,7 @@ from support.worlds import crowd
 
 from worldlm_ray.client.shared import BufferStore
 from worldlm_ray.config.schema import DataConfig
-from worldlm_ray.data import dataset, prepare
+from worldlm_ray.data import cache, prepare
 from worldlm_ray.errors import DataError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.simulation.simulator import simulate
@@ -106,7 +106,7 @@ def test_an_error_names_the_limit_not_the_folder(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(open_files, "limit", lambda: 256)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "_replacing", refuse)
+        patch.setattr(cache, "_replacing", refuse)
         with pytest.raises(DataError, match=r"may hold 256 files open: raise the limit with `ulimit -n") as caught:
             prepare(config, context=8, key="data")
         assert "space" not in str(caught.value)

@@ -5,13 +5,17 @@ corpora.py     real text that every installation of this package already holds
 tokenizer.py   bytes, or a Hugging Face tokenizer.json
 special_tokens.py  which of its tokens no text may write, and which one ends a text
 fidelity.py    how much of a text its tokenizer loses
-dataset.py     documents -> memory-mapped train and held-out tokens -> batches
+split.py       documents -> blocks, and which of them are held out
+cache.py       blocks -> memory-mapped train and held-out tokens
+dataset.py     tokens -> batches
+preparation.py a data section -> its dataset
 """
 
 from __future__ import annotations
 
 from worldlm_ray.data.corpora import CORPORA, Corpus
-from worldlm_ray.data.dataset import Dataset, prepare, prepare_shards
+from worldlm_ray.data.dataset import Dataset
+from worldlm_ray.data.preparation import prepare, prepare_shards
 from worldlm_ray.data.text import check_sources, describe, read_documents
 from worldlm_ray.data.tokenizer import Tokenizer, load_tokenizer
 

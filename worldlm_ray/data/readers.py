@@ -15,23 +15,18 @@ Every failure is a `DataError` that names the file and the line, record or row.
 
 from __future__ import annotations
 
-import bz2
 import difflib
-import gzip
-import importlib
 import io
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from worldlm_ray.data.opening import damage_named, decompressed, numbered_lines
 from worldlm_ray.errors import DataError
-from worldlm_ray.storage import open_files
 
 FORMATS = (".txt", ".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -126,7 +121,7 @@ def is_record(value: Any, text_key: str) -> bool:
 
 
 def _has_characters(path: Path) -> bool:
-    with _damage(path), _decompressed(path) as handle:
+    with damage_named(path), decompressed(path) as handle:
         return any(chunk.strip(b"\xef\xbb\xbf \t\r\n") for chunk in iter(lambda: handle.read(1 << 16), b""))
 
 
@@ -136,103 +131,9 @@ def _unless_blank(text: str) -> Iterator[str]:
 
 
 def _refuse_pointer(path: Path) -> None:
-    with _damage(path), path.open("rb") as handle:
+    with damage_named(path), path.open("rb") as handle:
         if handle.read(len(LFS_POINTER)) == LFS_POINTER:
             raise DataError(f"{path}: is a pointer of git-lfs, not the text itself; run `git lfs pull` in its folder")
-
-
-# ---- opening -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Iterator[tuple[int, str]]]:
-    """Numbered lines of a text file that may be compressed. Every failure names the file."""
-    number = 0
-
-    def lines(handle: BinaryIO) -> Iterator[tuple[int, str]]:
-        nonlocal number
-        for number, raw in enumerate(handle, 1):
-            # utf-8-sig drops the mark that some editors write at the start of a file.
-            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-
-    with _damage(path):
-        try:
-            with _decompressed(path) as handle:
-                yield lines(handle)
-        except UnicodeDecodeError as error:
-            problem = f"is not valid UTF-8 (byte {error.start} of the line)"
-            raise DataError(f"{path}:{number}: {problem}; convert the file to UTF-8") from error
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-    ) as error:  # a truncated gzip raises EOFError, a damaged one the others
-        detail = " ".join(str(error).split()) or type(error).__name__
-        cure = "restore or remove the file"
-        if isinstance(error, OSError):
-            cure = open_files.cure(error, cure)
-        raise DataError(f"{path}: cannot be read ({detail}); {cure}") from error
-
-
-@contextmanager
-def _decompressed(path: Path) -> Iterator[BinaryIO]:
-    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    suffix = path.suffix.lower()
-    if suffix in openers:
-        with openers[suffix](path) as handle:
-            yield cast(BinaryIO, handle)
-    elif suffix == ".zst":
-        try:
-            zstandard = importlib.import_module("zstandard")
-        except ImportError as error:
-            raise DataError(f"{path}: reading .zst needs zstandard; pip install zstandard") from error
-        try:
-            with path.open("rb") as raw, io.BufferedReader(_ZstReader(raw, zstandard)) as handle:
-                yield cast(BinaryIO, handle)
-        except zstandard.ZstdError as error:
-            raise DataError(f"{path}: cannot be read ({error}); restore or remove the file") from error
-    else:
-        with path.open("rb") as handle:
-            yield handle
-
-
-class _ZstReader(io.RawIOBase):
-    """Decompresses all frames of a file. zstandard's own takes a file that was cut off for a whole one."""
-
-    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
-        self._raw = raw
-        self._context = zstandard.ZstdDecompressor()
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            compressed = self._raw.read(1 << 17)
-            if not compressed:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("it ends in the middle of a frame")
-                return 0
-            parts = []
-            while compressed:
-                if self._frame is None or self._frame.eof:
-                    self._frame = self._context.decompressobj()
-                parts.append(self._frame.decompress(compressed))
-                compressed = self._frame.unused_data if self._frame.eof else b""
-            self._ready = memoryview(b"".join(parts))
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]  # a view: what a few bytes become may be gigabytes
-        return count
 
 
 # ---- formats -----------------------------------------------------------------------------------------------------
@@ -250,7 +151,7 @@ class Continued(str):
 def _read_txt(path: Path) -> Iterator[str]:
     kind: type[str] = str
     lines: list[str] = []
-    with _open(path) as numbered:
+    with numbered_lines(path) as numbered:
         for _, line in numbered:
             if line.strip():
                 lines.append(line.rstrip("\r\n"))
@@ -262,7 +163,7 @@ def _read_txt(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with _open(path) as numbered:
+    with numbered_lines(path) as numbered:
         for number, line in numbered:
             if line.strip():
                 try:
@@ -279,9 +180,9 @@ def json_values(path: Path) -> Generator[tuple[int, Any]]:
     Raises:
         DataError: it is not JSON.
     """
-    with _damage(path):
+    with damage_named(path):
         try:
-            with _decompressed(path) as handle, io.TextIOWrapper(handle, encoding="utf-8-sig") as text:
+            with decompressed(path) as handle, io.TextIOWrapper(handle, encoding="utf-8-sig") as text:
                 yield from enumerate(_values(path, text), 1)
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: is not valid UTF-8; convert the file to UTF-8") from error
@@ -412,7 +313,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        with _damage(path), pyarrow.parquet.ParquetFile(path) as file:
+        with damage_named(path), pyarrow.parquet.ParquetFile(path) as file:
             yield file
     except pyarrow.ArrowException as error:
         detail = str(error).splitlines()[0]

@@ -1,0 +1,265 @@
+"""Tokens of a client on disk: each text is tokenized once and cached under a key of its content, in
+
+    CACHE_DIR/<fingerprint>/train.bin, heldout.bin, meta.json
+
+Every file is replaced atomically, `meta.json` last. Processes that prepare the same text at the same time do
+the work twice, but never disturb each other. The key stands for the content, so all of them write the
+same bytes, and a file that is replaced while it is mapped lives on until it is unmapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from worldlm_ray.config.schema import DataConfig
+from worldlm_ray.data.corpora import CORPORA
+from worldlm_ray.data.split import BLANK, Block, Cells, apart, blocks, deal
+from worldlm_ray.data.text import read_documents, shard_of
+from worldlm_ray.data.tokenizer import Tokenizer, Tokens
+from worldlm_ray.errors import DataError
+from worldlm_ray.storage import open_files
+
+FORMAT = 1
+"""Part of every cache key: raise it when the corpora, the split or the files change."""
+
+SETTLED_NS = 2_000_000_000
+"""A file that was changed longer ago than this is known by its time and size."""
+
+
+def source_of(config: DataConfig, paths: list[Path]) -> list[str]:
+    """What the text is, for `fingerprint_of`: versions of a corpus, or the suffix and the digest of each file.
+
+    The place of a file and the rest of its name do not count.
+    """
+    if config.corpus is not None:
+        return [CORPORA[config.corpus].versions()]
+    return [f"{''.join(path.suffixes[-2:]).lower()}:{_text_digest(path)}" for path in paths]
+
+
+def _text_digest(path: Path) -> str:
+    """Digest of a text. The clients of one process that share a text read it once."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
+    if time.time_ns() - state.st_mtime_ns < SETTLED_NS:
+        return _digest(path)  # it may be changed again within the resolution of its time
+    return _digest_as_of(path, state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+@lru_cache(1024)
+def _digest_as_of(path: Path, *_: int) -> str:
+    return _digest(path)
+
+
+def fingerprint_of(config: DataConfig, source: list[str], tokenizer: Tokenizer) -> str:
+    """Key of the content: it changes with the text, the tokenizer and the split."""
+    content = {
+        "format": FORMAT,
+        "source": source,
+        "text_key": config.text_key,
+        "max_bytes": config.max_bytes,
+        "heldout_fraction": config.heldout_fraction,
+        "shard": config.shard,
+        "train_fraction": config.train_fraction,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "blake2b").hexdigest()[:32]
+    except OSError as error:
+        cure = open_files.cure(error, "restore or remove the file")
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {cure}") from error
+
+
+# ---- writing and mapping -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """What meta.json says of one part."""
+
+    tokens: int
+    bytes: int
+    digest: str
+
+
+class _Writer:
+    """Appends blocks to one part. Text is written as it comes: it need not fit into memory."""
+
+    def __init__(self, handle: BinaryIO, tokenizer: Tokenizer) -> None:
+        self._handle = handle
+        self._tokenizer = tokenizer
+        self._hash = hashlib.blake2b()
+        self._last = -1
+        self.tokens = 0
+        self.bytes = 0
+
+    def add(self, block: Block, *, index: int) -> None:
+        follows, text, ends = self._last == index - 1, block.text, block.ends
+        if self.tokens and not (block.continues and follows):
+            text = BLANK + text
+            ends = tuple(at + len(BLANK) for at in ends)
+            if not (block.goes_on and follows):
+                ends = (0, *ends)
+        for encoded in _encoded(text, ends, self._tokenizer):
+            raw = encoded.tobytes()
+            self._handle.write(raw)
+            self._hash.update(raw)
+            self.tokens += len(encoded)
+        self._last = index
+        self.bytes += len(text.encode())
+
+    def part(self) -> Part:
+        return Part(tokens=self.tokens, bytes=self.bytes, digest=self._hash.hexdigest()[:32])
+
+
+def _encoded(text: str, ends: Sequence[int], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Tokens of a text. Where others begin in it, the end-of-text token stands in place of the blank line."""
+    if tokenizer.end is None:
+        yield tokenizer.encode(text)
+        return
+    end, start = np.array([tokenizer.end], tokenizer.dtype), 0
+    for at in ends:
+        if at:
+            yield tokenizer.encode(text[start:at])
+        yield end
+        start = at + len(BLANK)
+    yield tokenizer.encode(text[start:])
+
+
+class _Cut:
+    """A client's two parts while they are written."""
+
+    def __init__(self, folder: Path, config: DataConfig, tokenizer: Tokenizer, files: ExitStack) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._train, self._heldout = (
+            _Writer(files.enter_context(_replacing(folder / f"{part}.bin")), tokenizer) for part in ("train", "heldout")
+        )
+        self._cells, self._fraction = Cells(config.heldout_fraction), config.train_fraction
+        self._index = 0
+
+    def add(self, block: Block) -> None:
+        self._write(self._cells.add(block))
+
+    def end(self) -> dict[str, Part]:
+        self._write(self._cells.rest())
+        return {"train": self._train.part(), "heldout": self._heldout.part()}
+
+    def _write(self, blocks: list[tuple[Block, bool]]) -> None:
+        for block, is_heldout in blocks:
+            index = self._index
+            if is_heldout:
+                self._heldout.add(block, index=index)
+            elif int((index + 1) * self._fraction) > int(index * self._fraction):
+                self._train.add(block, index=index)
+            self._index += 1
+
+
+def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) -> dict[Path, dict[str, Part]]:
+    """Read a text once, and write the files of each section.
+
+    Args:
+        configs: data sections by the folder of their files. They differ in `shard` alone.
+        tokenizer: of the text.
+        key: dotted key of the section, for messages.
+
+    Returns:
+        By folder: what meta.json says of the parts `train` and `heldout`.
+
+    Raises:
+        DataError: the text is damaged, or the cache cannot be written.
+    """
+    first = next(iter(configs.values()))
+    documents = read_documents(first, key)
+    folder = next(iter(configs))
+    try:
+        with ExitStack() as files:
+            cuts = {folder: _Cut(folder, config, tokenizer, files) for folder, config in configs.items()}
+            if len(cuts) == 1:
+                for block in deal(blocks(documents), first):
+                    cuts[folder].add(block)
+            else:
+                _deal_out(blocks(documents), configs, cuts)
+            parts = {folder: cut.end() for folder, cut in cuts.items()}
+        for folder in configs:
+            with _replacing(folder / "meta.json") as meta_file:
+                meta_file.write(json.dumps({name: vars(part) for name, part in parts[folder].items()}).encode())
+    except OSError as error:
+        problem = f"cannot write the token cache in {folder} ({error.strerror})"
+        cure = open_files.cure(error, "set it to a folder with space that you may write")
+        raise DataError(f"{key}.cache_dir: {problem}; {cure}") from error
+    return parts
+
+
+def _deal_out(stream: Iterable[Block], configs: dict[Path, DataConfig], cuts: dict[Path, _Cut]) -> None:
+    """Give every block to those whose part it belongs to: as `deal` for each of them."""
+    takers: dict[int, dict[int, list[_Cut]]] = {}
+    for folder, config in configs.items():
+        assert config.shard is not None
+        shard, shards = shard_of(config.shard)
+        takers.setdefault(shards, {}).setdefault(shard - 1, []).append(cuts[folder])
+    for index, block in enumerate(stream):
+        for shards, theirs in takers.items():
+            for cut in theirs.get(index % shards, ()):
+                cut.add(apart(block) if shards > 1 else block)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is complete and on disk, or not at all."""
+    # delete=False: on success the file is renamed away from its temporary name. It keeps mode 0600, since only its
+    # client may read a text. A process that is killed here leaves a .tmp- file, which is never read.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as handle:
+        try:
+            yield cast(BinaryIO, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+            os.replace(handle.name, path)
+        except BaseException:
+            os.unlink(handle.name)
+            raise
+
+
+def cached(folder: Path) -> dict[str, Part] | None:
+    """What the cache holds, or None if it is missing or damaged in any way."""
+    try:
+        meta: Any = json.loads((folder / "meta.json").read_bytes())
+        parts = {name: Part(**meta[name]) for name in ("train", "heldout")}
+        for name, part in parts.items():
+            if _digest(folder / f"{name}.bin") != part.digest:
+                return None
+    except (OSError, DataError, ValueError, KeyError, TypeError):
+        return None
+    return parts
+
+
+def mapped(path: Path, dtype: np.dtype[Any]) -> Tokens:
+    """The tokens of one part, memory-mapped.
+
+    Raises:
+        DataError: the file cannot be mapped.
+    """
+    try:
+        with path.open("rb") as file:
+            return open_files.mapped(file, dtype)
+    except OSError as error:
+        problem = f"cannot be mapped ({error.strerror})"
+        cure = open_files.cure(error, "remove it, so that it is made again")
+        raise DataError(f"{path}: {problem}; {cure}") from error
