@@ -1,4 +1,4 @@
-"""Checks that types alone cannot make: the bounds of each number, and what the settings of one node mean together."""
+"""Checks of single values that types alone cannot make. What several mean together: `worldlm_ray/plan/checks.py`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from worldlm_ray.config.schema import SMALLEST_PRV_NOISE, BudgetConfig, NodeSettings, PrivacyConfig, RunConfig
+from worldlm_ray.config.schema import BudgetConfig, NodeSettings, RunConfig
 from worldlm_ray.config.values import Problems
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.storage.filesystem import expanded
 
 
 def check_run(config: RunConfig, problems: Problems) -> None:
@@ -52,23 +51,15 @@ def check_bounds(of: Any, bounds: Mapping[str, Callable[[float, str], None]], at
                 check(value, f"{at}{key}")
 
 
-def check_settings(settings: NodeSettings, key: str, problems: Problems, *, complete: bool = True) -> None:
-    """Checks of one node's inherited settings.
+def check_settings(settings: NodeSettings, key: str, problems: Problems) -> None:
+    """Check the bounds of one node's inherited settings.
 
     Args:
         settings: the settings in force at the node.
         key: dotted key of the node, for messages; empty at top level.
         problems: takes what is wrong.
-        complete: False where a value could not be read, and its default stands here.
     """
-    at = f"{key}." if key else ""
-    before = len(problems.found)
-    check_bounds(settings, BOUNDS, at, problems)
-    if len(problems.found) > before or not complete:
-        return  # what several values mean together is checked once each of them can be
-    for check in (_common, _robust, _privacy):
-        with problems.kept():
-            check(settings, at)
+    check_bounds(settings, BOUNDS, f"{key}." if key else "", problems)
 
 
 def positive(value: float, key: str) -> None:
@@ -137,94 +128,6 @@ def _follows(value: float | str, key: str) -> None:
 def _zero_stage(value: int, key: str) -> None:
     if value not in (0, 1, 2, 3):
         raise ConfigError(key, f"got {value}", "there are ZeRO stages 0 to 3")
-
-
-def _common(settings: NodeSettings, at: str) -> None:
-    """Whether a client can train its parent's model beside its own."""
-    share, batch, key = settings.merge.common_fraction, settings.training.batch_size, f"{at}merge.common_fraction"
-    if not share:
-        return
-    if settings.merge.client != "adaptive":
-        got = f"got {share}, but merge.client is {settings.merge.client}"
-        raise ConfigError(key, got, "set merge.client to adaptive, or this to 0: others never leave their parent")
-    if settings.merge.common_rows(batch) == batch:
-        got = f"{share} of {batch} sequences leaves none for the client's own model"
-        raise ConfigError(key, got, "lower it, or raise training.batch_size")
-    if settings.privacy.unit == "record":
-        got = f"got {share}, but privacy.unit is record, whose noise is for one model"
-        raise ConfigError(key, got, "set it to 0 at clients that promise privacy of records")
-    if settings.training.zero_stage or settings.resources.worker_range[1] > 1:
-        got = f"got {share}, but the client has DeepSpeed's workers, which hold one model"
-        raise ConfigError(key, got, "set it to 0 at clients with several workers or a zero_stage")
-
-
-def _robust(settings: NodeSettings, at: str) -> None:
-    aggregation, key = settings.aggregation, f"{at}aggregation"
-    robust = aggregation.robust
-    if robust.rule == "none":
-        return
-    if aggregation.trigger == "goal_achieved" and aggregation.buffer_size < 3:
-        got = f"{robust.rule} of {aggregation.buffer_size} updates trusts them all"
-        raise ConfigError(
-            f"{key}.robust.rule", got, "set aggregation.buffer_size to 3 or more, or trigger: synchronous"
-        )
-    if aggregation.residuals.per_round:
-        got = f"{robust.rule} does not score key layers, by which residuals are found"
-        raise ConfigError(f"{key}.robust.rule", got, "set aggregation.residuals.per_round to 0")
-
-
-def _privacy(settings: NodeSettings, at: str) -> None:
-    privacy, key = settings.privacy, f"{at}privacy"
-    if privacy.ledger_dir is not None and not expanded(privacy.ledger_dir).is_absolute():
-        got = f"{privacy.ledger_dir!r} would be another folder, and an empty ledger, for whoever starts elsewhere"
-        raise ConfigError(f"{key}.ledger_dir", got, "give an absolute path")
-    if privacy.max_updates is not None and privacy.unit != "client":
-        got = f"is set, but privacy.unit is {privacy.unit}"
-        raise ConfigError(f"{key}.max_updates", got, "only unit client counts updates: remove it")
-    noise = privacy.noise_multiplier
-    if noise is not None and noise < SMALLEST_PRV_NOISE and (privacy.unit, privacy.accountant) == ("record", "prv"):
-        got = f"got {noise:g}, for which accountant prv takes minutes and gigabytes"
-        raise ConfigError(f"{key}.noise_multiplier", got, f"give {SMALLEST_PRV_NOISE:g} or more, or use accountant rdp")
-    if privacy.on_exhausted == "pause" and privacy.unit != "record":
-        got = f"pause, but privacy.unit is {privacy.unit}: only a client that keeps its own budget can pause"
-        raise ConfigError(f"{key}.on_exhausted", got, "remove it, or set privacy.unit to record")
-    chosen = privacy.target_epsilon is not None or privacy.noise_multiplier is not None
-    if privacy.unit != "none" and not chosen:
-        raise ConfigError(key, "neither target_epsilon nor noise_multiplier is set", "set one of them, or both")
-    if privacy.unit == "none" and chosen:
-        name = "target_epsilon" if privacy.target_epsilon is not None else "noise_multiplier"
-        raise ConfigError(f"{key}.{name}", "is set, but privacy.unit is none", "set privacy.unit to record or client")
-
-
-def check_stricter(child: PrivacyConfig, parent: PrivacyConfig, key: str) -> None:
-    """A node below one that promises privacy may promise more, never less.
-
-    Args:
-        child: in force at the node.
-        parent: in force at its parent.
-        key: dotted key of the node's privacy section, for messages.
-
-    Raises:
-        ConfigError: names the value that would weaken the parent's promise.
-    """
-    if parent.unit == "none":
-        return
-    weaker = {
-        "unit": child.unit != parent.unit,
-        "target_epsilon": parent.target_epsilon is not None
-        and (child.target_epsilon is None or child.target_epsilon > parent.target_epsilon),
-        "noise_multiplier": parent.noise_multiplier is not None
-        and (child.noise_multiplier is None or child.noise_multiplier < parent.noise_multiplier),
-        "delta": child.delta > parent.delta,
-        "max_updates": parent.max_updates is not None
-        and (child.max_updates is None or child.max_updates > parent.max_updates),
-        "report_metrics": child.report_metrics and not parent.report_metrics,
-        "ledger_dir": child.ledger_dir != parent.ledger_dir,
-    }
-    for name, is_weaker in weaker.items():
-        if is_weaker:
-            promised, got = getattr(parent, name), getattr(child, name)
-            raise ConfigError(f"{key}.{name}", f"{got} weakens the promise of the node above, {promised}", "remove it")
 
 
 def _workers(workers: Any, key: str) -> None:

@@ -19,22 +19,21 @@ from worldlm_ray import huggingface
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config.loading import from_mapping, to_mapping
-from worldlm_ray.config.schema import RunConfig
+from worldlm_ray.config.schema import NodeSettings, RunConfig
 from worldlm_ray.config.values import listed
-from worldlm_ray.data import check_sources, load_tokenizer
+from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.plan import initial_model, kept, tree
+from worldlm_ray.plan import checks, initial_model, kept, tree
 from worldlm_ray.plan.faults import Faults
-from worldlm_ray.plan.quotas import check_max_share, quotas
+from worldlm_ray.plan.quotas import quotas
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.tensors.params import Flat, Layout, frozen
-from worldlm_ray.training import deepspeed_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +55,36 @@ class Plan:
         """Every node by path, parents first."""
         return {node.path: node for node in self.root.walk()}
 
+    @cached_property
+    def distinct(self) -> list[NodeSpec]:
+        """Every node, parents first; of those that are copies of each other, the first."""
+        return self.root.one_of_each()
+
+    @cached_property
+    def distinct_inner(self) -> list[NodeSpec]:
+        """The `distinct` nodes that aggregate."""
+        return [node for node in self.distinct if node.kind != "client"]
+
+    @cached_property
+    def distinct_clients(self) -> list[tuple[NodeSpec, NodeSpec]]:
+        """Parent and client, for each of the `distinct` clients."""
+        return [(self.specs[node.path.rsplit("/", 1)[0]], node) for node in self.distinct if node.kind == "client"]
+
+    @cached_property
+    def settings_in_force(self) -> list[tuple[str, NodeSettings]]:
+        """Settings at the top of the configuration and at every `distinct` node, each with the prefix of its keys."""
+        return [("", tree.base_settings(self.config)), *((f"{node.key}.", node.settings) for node in self.distinct)]
+
+    def parent(self, spec: NodeSpec) -> NodeSpec | None:
+        """The node above; None of the world."""
+        path = tree.parent_path(spec.path)
+        return None if path is None else self.specs[path]
+
     @property
     def warnings(self) -> list[str]:
         """What an operator should know before the run begins, and what no text needs to be read for."""
         found = []
-        for node in self.root.one_of_each():
+        for node in self.distinct:
             clients = [child for child in node.children if child.kind == "client"]
             if clients and node.settings.privacy.unit == "client":
                 found.append((node.path, weak_delta(node.settings.privacy, len(clients))))
@@ -251,76 +275,28 @@ def make_plan(config: RunConfig, *, check_data: bool = True) -> Plan:
     Raises:
         ConfigError: one problem, by its dotted key.
     """
-    kept.check(config)
-    root = tree.build(replace(config, data=replace(config.data, tokenizer=initial_model.tokenizer_of(config))))
-    nodes = root.one_of_each()
-    clients = [node for node in nodes if node.kind == "client"]
-    tokenizers = {client.settings.data.tokenizer: client.key for client in clients}
-    if len(tokenizers) != 1:
-        first, second = list(tokenizers)[:2]
-        raise ConfigError(
-            f"{tokenizers[second]}.data.tokenizer",
-            f"{second!r} differs from {first!r} of {tokenizers[first]}",
-            "one world has one vocabulary: set data.tokenizer once, at the top",
-        )
-    try:
-        vocab_size = load_tokenizer(next(iter(tokenizers))).vocab_size
-    except DataError as error:
-        raise ConfigError("data.tokenizer", str(error)) from error
-    shape = initial_model.shape_of(config, vocab_size)
-    layout = shape.layout(config.model.key_layers)
-    for node in nodes:
-        if layout.backbone_size == 0 and "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
-            got = "adaptive, but every layer is a key layer: there is no backbone to judge by"
-            raise ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
-    _check_fragments(root, layout)
-    for node in nodes:
-        if node.kind != "client" and node.settings.privacy.unit == "client":
-            _check_client_level(node, config)
-    for node in nodes:
-        for child in {child.key: child for child in reversed(node.children)}.values():
-            if child.kind == "client":
-                _check_whose_promise(child, node)
-                _check_share(child, node)
-                _check_overlap(child, node)
-    for client in clients:
-        deepspeed_config.check(client.settings, parameters=layout.size, key=client.key)
-        if client.settings.privacy.unit == "record":
-            _check_private(client, config)
-    for node in nodes:
-        privacy = node.settings.privacy
-        if privacy.unit != "none" and privacy.ledger_dir is None and "://" in (config.run_dir or ""):
-            raise ConfigError(
-                f"{node.key}.privacy.ledger_dir",
-                "an object store cannot lock a ledger against a second writer",
-                "give a folder on a file system",
-            )
-    for node in nodes:
-        _check_cost_model(node, root)
-        if node.kind != "client":
-            check_max_share(node)
-    if check_data and root.settings.simulation.train:
-        for client in clients:
-            check_sources(client.settings.data, f"{client.key}.data")
-        if config.model.initial_from is not None:
-            initial_model.check_side_files(config.model.initial_from)
-            initial_model.check_weights(config.model.initial_from, layout)
-    plan = Plan(config=config, root=root, shape=shape, layout=layout)
-    for fault in Faults.parse(config.faults, kinds=plan.kinds).all:
-        if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.clients_per_process > 1:
-            got = f"{fault.kind} {fault.node}, but that client shares a process (resources.clients_per_process)"
-            raise ConfigError("faults", got, "let clients with a process of their own come and go")
+    plan = assembled(config)
+    checks.check(plan, checks.RULES)
+    if check_data and plan.root.settings.simulation.train:
+        checks.check(plan, checks.DATA_RULES)
     return plan
 
 
-def _check_cost_model(node: NodeSpec, root: NodeSpec) -> None:
-    train, privacy = node.settings.simulation.train, node.settings.privacy
-    if train != root.settings.simulation.train:
-        got = f"{str(train).lower()}, and {str(not train).lower()} at the world"
-        raise ConfigError(f"{node.key}.simulation.train", got, "a world trains or does not: set it once, at the top")
-    if not train and privacy.unit != "none":
-        got = f"{privacy.unit}, but simulation.train is false: without text and updates nothing is spent"
-        raise ConfigError(f"{node.key}.privacy.unit", got, "leave privacy out of a simulation without training")
+def assembled(config: RunConfig) -> Plan:
+    """The plan of a configuration, before its rules are checked.
+
+    Raises:
+        ConfigError: the tree is none, or the tokenizer or the model's shape cannot be read.
+        RunError: a copy that the run keeps has changed.
+    """
+    kept.check(config)
+    root = tree.build(replace(config, data=replace(config.data, tokenizer=initial_model.tokenizer_of(config))))
+    try:
+        vocab_size = load_tokenizer(root.clients[0].settings.data.tokenizer).vocab_size
+    except DataError as error:
+        raise ConfigError("data.tokenizer", str(error)) from error
+    shape = initial_model.shape_of(config, vocab_size)
+    return Plan(config=config, root=root, shape=shape, layout=shape.layout(config.model.key_layers))
 
 
 def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPrivacy:
@@ -336,125 +312,6 @@ def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPriva
         # From the operating system and never saved: noise that a restart draws again cancels out.
         generator=np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little"))),
     )
-
-
-def _check_fragments(root: NodeSpec, layout: Layout) -> None:
-    """What an exchange of one fragment at a time cannot be combined with."""
-    in_parts = [node for node in root.walk() if node.kind != "world" and node.settings.exchange.fragments > 1]
-    for node in in_parts:
-        try:
-            layout.fragments(node.settings.exchange.fragments)
-        except ValueError as error:
-            got = f"got {node.settings.exchange.fragments}, but {error}"
-            raise ConfigError(f"{node.key}.exchange.fragments", got, "give a smaller number") from error
-        if not node.settings.simulation.train:
-            got = "more than one, but simulation.train is false, whose clients count whole models"
-            raise ConfigError(f"{node.key}.exchange.fragments", got, "set it to 1")
-        for below in node.walk():
-            kind = "client" if below.kind == "client" else "federation"
-            if getattr(below.settings.merge, kind) == "adaptive":
-                got = f"adaptive judges by the whole backbone, of which {node.path} exchanges a fragment at a time"
-                cure = f"give a number, or set exchange.fragments of {node.path} to 1"
-                raise ConfigError(f"{below.key}.merge.{kind}", got, cure)
-    for parent in root.inner:
-        numbers = {child.settings.exchange.fragments: child for child in parent.children}
-        if len(numbers) > 1:
-            first, second = list(numbers.items())[:2]
-            got = f"{second[0]} differs from the {first[0]} of {first[1].path}"
-            raise ConfigError(f"{second[1].key}.exchange.fragments", got, "give all children of a node the same")
-        [(number, child)] = numbers.items()
-        if number > 1 and parent.settings.privacy.unit == "client":
-            got = f"{number} fragments, but client-level noise of {parent.path} is made for whole updates"
-            raise ConfigError(f"{child.key}.exchange.fragments", got, "set it to 1")
-        if number > 1 and parent.settings.aggregation.robust.rule != "none":
-            rule = parent.settings.aggregation.robust.rule
-            got = f"{number} fragments, of which {rule} would find the agreement of those few that came"
-            cure = f"set it to 1, or aggregation.robust.rule of {parent.path} to none"
-            raise ConfigError(f"{child.key}.exchange.fragments", got, cure)
-
-
-def _check_share(client: NodeSpec, parent: NodeSpec) -> None:
-    """Who cannot share a process with others."""
-    settings, key = client.settings, f"{client.key}.resources.clients_per_process"
-    got = ""
-    if deepspeed_config.is_zero(settings):
-        got = "a client that DeepSpeed trains has workers of its own"
-    elif settings.privacy.unit == "record":
-        got = "a client that trains with differential privacy has a trainer with noise of its own"
-    elif settings.merge.common_fraction:
-        got = "a client that trains its parent's model beside its own (merge.common_fraction) holds two"
-    elif settings.exchange.fragments > 1:
-        got = "a client whose backbone travels in fragments keeps what has not had its turn"
-    elif parent.elastic:
-        got = f"clients of {parent.path} come and go one by one (min_clients, max_clients)"
-    if settings.resources.clients_per_process > 1 and got:
-        raise ConfigError(key, f"{settings.resources.clients_per_process}, but {got}", "set it to 1 there")
-
-
-def _check_whose_promise(client: NodeSpec, parent: NodeSpec) -> None:
-    """Privacy of whole clients is kept by the aggregator above them: a client cannot promise it to itself."""
-    own, above = client.settings.privacy, parent.settings.privacy
-    if own.unit != "client":
-        return
-    if above.unit != "client":
-        got = f"client, but nothing above keeps it: {parent.path} promises {above.unit}"
-        raise ConfigError(f"{client.key}.privacy.unit", got, f"set the privacy section at {parent.key}")
-    if own != above:
-        got = f"differs from that of {parent.path}, which clips and counts for all of its clients alike"
-        raise ConfigError(f"{client.key}.privacy", got, f"set it at {parent.key}, or give the client a federation")
-
-
-def _check_overlap(client: NodeSpec, parent: NodeSpec) -> None:
-    """Who can train while it exchanges."""
-    if not client.settings.exchange.overlap:
-        return
-    if parent.settings.aggregation.trigger == "synchronous":
-        got = f"true, but {parent.path} is synchronous: its clients wait for each other's updates"
-        raise ConfigError(f"{client.key}.exchange.overlap", got, "set it to false there, or another trigger")
-    if deepspeed_config.is_zero(client.settings):
-        got = "true, but a client that DeepSpeed trains gets its model a layer at a time, between two rounds"
-        raise ConfigError(f"{client.key}.exchange.overlap", got, "set it to false at this client")
-    others = {
-        "exchange.fragments": client.settings.exchange.fragments > 1,
-        "merge.common_fraction": bool(client.settings.merge.common_fraction),
-        "resources.clients_per_process": client.settings.resources.clients_per_process > 1,
-        "simulation.train: false": not client.settings.simulation.train,
-    }
-    for name, is_set in others.items():
-        if is_set:
-            got = f"true, but the client has {name}, whose rounds begin from what the parent has sent"
-            raise ConfigError(f"{client.key}.exchange.overlap", got, f"set it to false, or do without {name}")
-
-
-def _check_client_level(node: NodeSpec, config: RunConfig) -> None:
-    """What noise on whole updates cannot be combined with."""
-    if node.settings.aggregation.max_update_norm is not None:
-        got = "whether an update is refused would tell its norm, which no noise covers"
-        raise ConfigError(f"{node.key}.aggregation.max_update_norm", got, "remove it: updates are clipped anyway")
-    if node.settings.aggregation.residuals.per_round:
-        got = "residuals are single clients' key layers, which no noise covers"
-        raise ConfigError(f"{node.key}.aggregation.residuals.per_round", got, "set it to 0 under client-level privacy")
-    if node.settings.aggregation.robust.rule != "none":
-        got = f"{node.settings.aggregation.robust.rule} is no sum, for which the noise is made"
-        raise ConfigError(f"{node.key}.aggregation.robust.rule", got, "set it to none under client-level privacy")
-    privacy = node.settings.privacy
-    if privacy.noise_multiplier is None and privacy.max_updates is None and config.budget.seconds is not None:
-        got = "is not set, and a budget of seconds does not say how many updates there will be"
-        raise ConfigError(f"{node.key}.privacy.noise_multiplier", got, "set it, or privacy.max_updates")
-
-
-def _check_private(client: NodeSpec, config: RunConfig) -> None:
-    """What DP-SGD cannot be combined with."""
-    training, key = client.settings.training, client.key
-    if client.settings.privacy.noise_multiplier is None and config.budget.seconds is not None:
-        got = "is not set, and a budget of seconds does not say how many steps there will be"
-        raise ConfigError(f"{key}.privacy.noise_multiplier", got, "set it, or give the budget in rounds or tokens")
-    if client.settings.data.pool:
-        got = "a pool draws from several texts in every step, whose ledgers differ"
-        raise ConfigError(f"{key}.data.pool", got, "give a private client one text")
-    if training.activation_checkpointing:
-        got = "true: layers that are computed twice hide their per-record gradients"
-        raise ConfigError(f"{key}.training.activation_checkpointing", got, "switch it off for private clients")
 
 
 def plan_from_mapping(mapping: dict[str, Any]) -> Plan:

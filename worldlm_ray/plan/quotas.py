@@ -1,4 +1,4 @@
-"""What the plan lets every child of a node claim (see worldlm_ray/exchange/quota.py), and weigh.
+"""What the plan lets every child of a node claim (see worldlm_ray/exchange/quota.py).
 
     client        tokens of one update    those of one local round: an update is one round, or less of it
                   begun and not arrived   the same: rounds are begun one by one, overlapping or not
@@ -13,11 +13,9 @@ away and however often it was started again. Its rounds begun may be counted lat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from worldlm_ray.config.schema import BudgetConfig
-from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.limits import LARGEST_COUNT
 from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.plan.tree import NodeSpec
@@ -59,29 +57,6 @@ def quota(spec: NodeSpec, round_tokens: Callable[[NodeSpec], int], budget: Budge
         started_tokens=min(2 * below, LARGEST_COUNT),
         residuals=spec.settings.aggregation.residuals.per_round,
     )
-
-
-def check_max_share(node: NodeSpec) -> None:
-    """What a cap on the weight of one child cannot be combined with.
-
-    Raises:
-        ConfigError: at an inner node whose aggregations have too few children, or do not weigh them.
-    """
-    rules, key = node.settings.aggregation, f"{node.key}.aggregation.max_share"
-    share = rules.max_share
-    if share == 1.0:
-        return
-    private = node.settings.privacy.unit == "client"
-    if private or rules.robust.rule != "none":
-        what = "client-level privacy" if private else f"aggregation.robust.rule {rules.robust.rule}"
-        raise ConfigError(key, f"got {share:g}, but {what} gives all children one weight", "set it to 1 here")
-    fewest = {"goal_achieved": rules.buffer_size, "time_up": rules.quorum}.get(rules.trigger, len(node.children))
-    fewest = min(fewest, len(node.children))
-    if fewest * share < 1.0:
-        children = f"{fewest} children" if fewest > 1 else "one child"
-        got = f"got {share:g}, but an aggregation of {node.path} may have {children}, with {1 / fewest:.3g} each"
-        setting = {"goal_achieved": "raise buffer_size, or ", "time_up": "raise quorum, or "}.get(rules.trigger, "")
-        raise ConfigError(key, got, f"{setting}set it to {math.ceil(1000 / fewest) / 1000:g} or more here")
 
 
 def offered_residuals(parent: NodeSpec) -> int:

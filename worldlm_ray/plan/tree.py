@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from worldlm_ray.config import values as schema
-from worldlm_ray.config.checks import check_settings, check_stricter
+from worldlm_ray.config.checks import check_settings
 from worldlm_ray.config.schema import INHERITED, NODE_KEYS, NodeSettings, RunConfig
 from worldlm_ray.config.values import Problems, one_of
 from worldlm_ray.errors import ConfigError
@@ -110,6 +110,11 @@ def _may_share(one: NodeSpec, other: NodeSpec) -> bool:
     return a.training == b.training and a.resources == b.resources and a.placement == b.placement
 
 
+def base_settings(config: RunConfig) -> NodeSettings:
+    """What the tree inherits from the top of a configuration."""
+    return NodeSettings(**{name: getattr(config, name) for name in INHERITED})
+
+
 def build(config: RunConfig) -> NodeSpec:
     """Resolve the tree of a configuration.
 
@@ -119,7 +124,7 @@ def build(config: RunConfig) -> NodeSpec:
         ConfigErrors: several of them.
     """
     problems = Problems()
-    base = NodeSettings(**{name: getattr(config, name) for name in INHERITED})
+    base = base_settings(config)
     check_settings(base, "", problems)
     if not isinstance(config.world, dict) or not config.world:
         problems.add(ConfigError("world", "the tree is missing", "write world: {children: [...]}"))
@@ -187,21 +192,16 @@ class _Found:
     problems: Problems
     above: frozenset[tuple[str, str]]
     """Key below the node, and problem, of settings that nodes above have: those are not told again."""
-    complete: bool = True
-    """False below a node of which a value could not be read."""
 
-    def settings(self, settings: NodeSettings, key: str, *, complete: bool) -> _Found:
-        """Check a node's settings; returns what its children should not tell again.
-
-        `complete` is False where a value could not be read: then only single values are checked.
-        """
-        own, complete = Problems(), complete and self.complete
-        check_settings(settings, key, own, complete=complete)
+    def settings(self, settings: NodeSettings, key: str) -> _Found:
+        """Check a node's settings; returns what its children should not tell again."""
+        own = Problems()
+        check_settings(settings, key, own)
         named = {(error.key.removeprefix(f"{key}."), error.problem): error for error in own.found}
         for known, error in named.items():
             if known not in self.above:
                 self.problems.add(error)
-        return _Found(self.problems, self.above | named.keys(), complete)
+        return _Found(self.problems, self.above | named.keys())
 
 
 def _entry(raw: dict[str, Any], called: tuple[Kind, str], key: str, inherited: NodeSettings, found: _Found) -> _Entry:
@@ -218,12 +218,8 @@ def _entry(raw: dict[str, Any], called: tuple[Kind, str], key: str, inherited: N
     ):
         # A node's own source replaces an inherited one: files here must not add up with a corpus from above.
         overrides["data"] = {"files": [], "corpus": None, "pool": [], **overrides["data"]}
-    before = len(problems.found)
     settings = schema.merged(inherited, overrides, prefix=key, problems=problems)
-    below = found.settings(settings, key, complete=len(problems.found) == before)
-    if len(problems.found) == before:
-        with problems.kept():
-            check_stricter(settings.privacy, inherited.privacy, f"{key}.privacy")
+    below = found.settings(settings, key)
     children, limits, copies = raw.get("children"), dict[str, int](), None
     with problems.kept():
         limits = _limits(raw, called, key)

@@ -1,0 +1,322 @@
+"""What the settings of a run mean together: every check that needs more than one value is a rule of one list.
+
+A rule is a function from a plan to the errors that it finds. Its docstring says the reason. `check` runs all of them
+and raises the first error. Bounds of single values stand in `config/checks.py`, the form of the tree in `plan/tree.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from worldlm_ray.data import check_sources
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.plan import fragment_checks, initial_model, privacy_checks
+from worldlm_ray.plan.faults import Faults
+from worldlm_ray.training import deepspeed_config
+
+if TYPE_CHECKING:
+    from worldlm_ray.plan.plan import Plan
+    from worldlm_ray.plan.tree import NodeSpec
+
+Rule = Callable[["Plan"], Iterable[ConfigError]]
+
+
+def check(plan: Plan, rules: Iterable[Rule]) -> None:
+    """Run rules on a plan.
+
+    Raises:
+        ConfigError: the first error that a rule finds.
+    """
+    for rule in rules:
+        for error in rule(plan):
+            raise error
+
+
+def _raised_by(check: Callable[..., object], *arguments: Any, **named: Any) -> Iterable[ConfigError]:
+    """The error that a check raises, as a rule gives it."""
+    try:
+        check(*arguments, **named)
+    except ConfigError as error:
+        return error.each
+    return ()
+
+
+# ---- the parent's model beside the client's own ------------------------------------------------------------------
+
+
+def common_of_adaptive_clients(plan: Plan) -> Iterable[ConfigError]:
+    """Only a client that may keep its own model has two to train."""
+    for at, settings in plan.settings_in_force:
+        fraction, merge = settings.merge.common_fraction, settings.merge.client
+        if fraction and merge != "adaptive":
+            got = f"got {fraction}, but merge.client is {merge}"
+            cure = "set merge.client to adaptive, or this to 0: others never leave their parent"
+            yield ConfigError(f"{at}merge.common_fraction", got, cure)
+
+
+def common_leaves_rows(plan: Plan) -> Iterable[ConfigError]:
+    """The rows of a batch are shared out: the client's own model needs at least one."""
+    for at, settings in plan.settings_in_force:
+        fraction, batch = settings.merge.common_fraction, settings.training.batch_size
+        if fraction and settings.merge.common_rows(batch) == batch:
+            got = f"{fraction} of {batch} sequences leaves none for the client's own model"
+            yield ConfigError(f"{at}merge.common_fraction", got, "lower it, or raise training.batch_size")
+
+
+def common_without_noise(plan: Plan) -> Iterable[ConfigError]:
+    """The noise of DP-SGD is made for the gradient of one model: a second one would spend as much again."""
+    for at, settings in plan.settings_in_force:
+        fraction = settings.merge.common_fraction
+        if fraction and settings.privacy.unit == "record":
+            got = f"got {fraction}, but privacy.unit is record, whose noise is for one model"
+            cure = "set it to 0 at clients that promise privacy of records"
+            yield ConfigError(f"{at}merge.common_fraction", got, cure)
+
+
+def common_in_one_process(plan: Plan) -> Iterable[ConfigError]:
+    """DeepSpeed's engine shards the parameters of one model."""
+    for at, settings in plan.settings_in_force:
+        fraction = settings.merge.common_fraction
+        if fraction and (settings.training.zero_stage or settings.resources.worker_range[1] > 1):
+            got = f"got {fraction}, but the client has DeepSpeed's workers, which hold one model"
+            cure = "set it to 0 at clients with several workers or a zero_stage"
+            yield ConfigError(f"{at}merge.common_fraction", got, cure)
+
+
+# ---- robust rules, caps, key layers ------------------------------------------------------------------------------
+
+
+def robust_needs_three(plan: Plan) -> Iterable[ConfigError]:
+    """The median of one or two values is their mean."""
+    for at, settings in plan.settings_in_force:
+        rules = settings.aggregation
+        if rules.robust.rule != "none" and rules.trigger == "goal_achieved" and rules.buffer_size < 3:
+            got = f"{rules.robust.rule} of {rules.buffer_size} updates trusts them all"
+            cure = "set aggregation.buffer_size to 3 or more, or trigger: synchronous"
+            yield ConfigError(f"{at}aggregation.robust.rule", got, cure)
+
+
+def robust_without_residuals(plan: Plan) -> Iterable[ConfigError]:
+    """A residual is a key layer with a low score; coordinate-wise rules give no scores."""
+    for at, settings in plan.settings_in_force:
+        rules = settings.aggregation
+        if rules.robust.rule != "none" and rules.residuals.per_round:
+            got = f"{rules.robust.rule} does not score key layers, by which residuals are found"
+            yield ConfigError(f"{at}aggregation.robust.rule", got, "set aggregation.residuals.per_round to 0")
+
+
+def backbone_to_judge_by(plan: Plan) -> Iterable[ConfigError]:
+    """An adaptive merge takes the cosine of two backbones: a backbone of length 0 has no direction."""
+    for node in plan.distinct if plan.layout.backbone_size == 0 else []:
+        if "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
+            got = "adaptive, but every layer is a key layer: there is no backbone to judge by"
+            yield ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
+
+
+def capped_weights(plan: Plan) -> Iterable[ConfigError]:
+    """A cap on the share of one child's weight needs children with weights."""
+    for node in plan.distinct_inner:
+        rules, unit = node.settings.aggregation, node.settings.privacy.unit
+        if rules.max_share < 1.0 and (unit == "client" or rules.robust.rule != "none"):
+            what = "client-level privacy" if unit == "client" else f"aggregation.robust.rule {rules.robust.rule}"
+            got = f"got {rules.max_share:g}, but {what} gives all children one weight"
+            yield ConfigError(f"{node.key}.aggregation.max_share", got, "set it to 1 here")
+
+
+def caps_that_add_up(plan: Plan) -> Iterable[ConfigError]:
+    """Shares of n children, each at most s, add up to 1 only if n * s is 1 or more."""
+    for node in plan.distinct_inner:
+        rules, children = node.settings.aggregation, len(node.children)
+        fewest = {"goal_achieved": rules.buffer_size, "time_up": rules.quorum}.get(rules.trigger, children)
+        fewest = min(fewest, children)
+        if fewest * rules.max_share < 1.0:
+            may = f"{fewest} children" if fewest > 1 else "one child"
+            got = f"got {rules.max_share:g}, but an aggregation of {node.path} may have {may}"
+            raising = {"goal_achieved": "raise buffer_size, or ", "time_up": "raise quorum, or "}
+            cure = f"{raising.get(rules.trigger, '')}set it to {math.ceil(1000 / fewest) / 1000:g} or more here"
+            yield ConfigError(f"{node.key}.aggregation.max_share", f"{got}, with {1 / fewest:.3g} each", cure)
+
+
+# ---- clients that share a process --------------------------------------------------------------------------------
+
+
+def _sharing(plan: Plan) -> Iterable[tuple[NodeSpec, NodeSpec, str, int]]:
+    """Parent and client of each kind of client that shares a process, with the key and the number of its setting."""
+    for parent, client in plan.distinct_clients:
+        number = client.settings.resources.clients_per_process
+        if number > 1:
+            yield parent, client, f"{client.key}.resources.clients_per_process", number
+
+
+def shared_without_workers(plan: Plan) -> Iterable[ConfigError]:
+    """A client that DeepSpeed trains fills several processes."""
+    for _, client, key, number in _sharing(plan):
+        if deepspeed_config.is_zero(client.settings):
+            yield ConfigError(
+                key, f"{number}, but a client that DeepSpeed trains has workers of its own", "set it to 1 there"
+            )
+
+
+def shared_without_noise(plan: Plan) -> Iterable[ConfigError]:
+    """The noise of DP-SGD belongs to one client's trainer."""
+    for _, client, key, number in _sharing(plan):
+        if client.settings.privacy.unit == "record":
+            got = f"{number}, but a client that trains with differential privacy has a trainer with noise of its own"
+            yield ConfigError(key, got, "set it to 1 there")
+
+
+def shared_with_one_model(plan: Plan) -> Iterable[ConfigError]:
+    """Clients of a process take turns at one model and one optimizer."""
+    for _, client, key, number in _sharing(plan):
+        if client.settings.merge.common_fraction:
+            what = "a client that trains its parent's model beside its own (merge.common_fraction) holds two"
+            yield ConfigError(key, f"{number}, but {what}", "set it to 1 there")
+
+
+def shared_with_whole_updates(plan: Plan) -> Iterable[ConfigError]:
+    """What has not travelled yet would have to be kept for each client."""
+    for _, client, key, number in _sharing(plan):
+        if client.settings.exchange.fragments > 1:
+            got = f"{number}, but a client whose backbone travels in fragments keeps what has not had its turn"
+            yield ConfigError(key, got, "set it to 1 there")
+
+
+def shared_without_changes(plan: Plan) -> Iterable[ConfigError]:
+    """A process ends with all of its clients."""
+    for parent, _, key, number in _sharing(plan):
+        if parent.elastic:
+            got = f"{number}, but clients of {parent.path} come and go one by one (min_clients, max_clients)"
+            yield ConfigError(key, got, "set it to 1 there")
+
+
+# ---- clients that train while they exchange ----------------------------------------------------------------------
+
+
+def _overlapping(plan: Plan) -> Iterable[tuple[NodeSpec, NodeSpec, str]]:
+    """Parent and client of each kind of client that overlaps, with the key of the setting."""
+    for parent, client in plan.distinct_clients:
+        if client.settings.exchange.overlap:
+            yield parent, client, f"{client.key}.exchange.overlap"
+
+
+def overlap_without_waiting(plan: Plan) -> Iterable[ConfigError]:
+    """A synchronous round ends when the last update is there: nothing is left to overlap."""
+    for parent, _, key in _overlapping(plan):
+        if parent.settings.aggregation.trigger == "synchronous":
+            got = f"true, but {parent.path} is synchronous: its clients wait for each other's updates"
+            yield ConfigError(key, got, "set it to false there, or another trigger")
+
+
+def overlap_of_whole_models(plan: Plan) -> Iterable[ConfigError]:
+    """DeepSpeed's workers hold a layer at a time, and take a new model between two rounds only."""
+    for _, client, key in _overlapping(plan):
+        if deepspeed_config.is_zero(client.settings):
+            got = "true, but a client that DeepSpeed trains gets its model a layer at a time, between two rounds"
+            yield ConfigError(key, got, "set it to false at this client")
+
+
+def overlap_from_own_model(plan: Plan) -> Iterable[ConfigError]:
+    """An overlapping round begins from the client's own model, before its parent's is there."""
+    for _, client, key in _overlapping(plan):
+        settings = client.settings
+        others = {
+            "exchange.fragments": settings.exchange.fragments > 1,
+            "merge.common_fraction": bool(settings.merge.common_fraction),
+            "resources.clients_per_process": settings.resources.clients_per_process > 1,
+            "simulation.train: false": not settings.simulation.train,
+        }
+        for name in (name for name, is_set in others.items() if is_set):
+            got = f"true, but the client has {name}, whose rounds begin from what the parent has sent"
+            yield ConfigError(key, got, f"set it to false, or do without {name}")
+
+
+# ---- the rest ----------------------------------------------------------------------------------------------------
+
+
+def one_vocabulary(plan: Plan) -> Iterable[ConfigError]:
+    """Models are added up element by element: the rows of an embedding must mean the same tokens everywhere."""
+    tokenizers = {client.settings.data.tokenizer: client.key for _, client in plan.distinct_clients}
+    if len(tokenizers) > 1:
+        first, second = list(tokenizers)[:2]
+        got = f"{second!r} differs from {first!r} of {tokenizers[first]}"
+        cure = "one world has one vocabulary: set data.tokenizer once, at the top"
+        yield ConfigError(f"{tokenizers[second]}.data.tokenizer", got, cure)
+
+
+def batches_for_workers(plan: Plan) -> Iterable[ConfigError]:
+    """DeepSpeed shares a batch out equally, and each of its settings needs a ZeRO stage."""
+    for _, client in plan.distinct_clients:
+        yield from _raised_by(deepspeed_config.check, client.settings, parameters=plan.layout.size, key=client.key)
+
+
+def all_train_or_none(plan: Plan) -> Iterable[ConfigError]:
+    """The cost model stands for the model of the whole world: its buffers do not fit those of a trained one."""
+    for node in plan.distinct:
+        train, ours = node.settings.simulation.train, plan.root.settings.simulation.train
+        if train != ours:
+            got = f"{str(train).lower()}, and {str(ours).lower()} at the world"
+            cure = "a world trains or does not: set it once, at the top"
+            yield ConfigError(f"{node.key}.simulation.train", got, cure)
+
+
+def known_faults(plan: Plan) -> Iterable[ConfigError]:
+    """A fault happens to a node that is there, and a client leaves and joins in turn."""
+    return _raised_by(Faults.parse, plan.config.faults, kinds=plan.kinds)
+
+
+def faults_of_single_clients(plan: Plan) -> Iterable[ConfigError]:
+    """A process ends with all of its clients."""
+    for fault in plan.faults.all:
+        if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.clients_per_process > 1:
+            got = f"{fault.kind} {fault.node}, but that client shares a process (resources.clients_per_process)"
+            yield ConfigError("faults", got, "let clients with a process of their own come and go")
+
+
+# ---- what lies on this machine -----------------------------------------------------------------------------------
+
+
+def readable_texts(plan: Plan) -> Iterable[ConfigError]:
+    """A client's text must be there before the run begins."""
+    for _, client in plan.distinct_clients:
+        yield from _raised_by(check_sources, client.settings.data, f"{client.key}.data")
+
+
+def whole_model_folder(plan: Plan) -> Iterable[ConfigError]:
+    """An export needs the files beside the weights: one that is damaged must be found before training, not after."""
+    folder = plan.config.model.initial_from
+    if folder is not None:
+        yield from _raised_by(initial_model.check_side_files, folder)
+        yield from _raised_by(initial_model.check_weights, folder, plan.layout)
+
+
+RULES: tuple[Rule, ...] = (
+    common_of_adaptive_clients,
+    common_leaves_rows,
+    common_without_noise,
+    common_in_one_process,
+    robust_needs_three,
+    robust_without_residuals,
+    one_vocabulary,
+    backbone_to_judge_by,
+    *fragment_checks.RULES,
+    *privacy_checks.RULES,
+    shared_without_workers,
+    shared_without_noise,
+    shared_with_one_model,
+    shared_with_whole_updates,
+    shared_without_changes,
+    overlap_without_waiting,
+    overlap_of_whole_models,
+    overlap_from_own_model,
+    batches_for_workers,
+    all_train_or_none,
+    capped_weights,
+    caps_that_add_up,
+    known_faults,
+    faults_of_single_clients,
+)
+"""Every rule that needs no file of this machine, in the order in which they are checked."""
+DATA_RULES: tuple[Rule, ...] = (readable_texts, whole_model_folder)
+"""Rules about files that need not be on this machine."""
