@@ -18,8 +18,7 @@ from worldlm_ray.reports.outcome import Sample, finish
 from worldlm_ray.run_clock import Anchor, RunClock
 from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.tracking.run_texts import introduction
-from worldlm_ray.tracking.tracker import STATUS_EVERY_S, STATUS_SHARE, Tracker
+from worldlm_ray.tracking.tracker import STATUS_EVERY_S, STATUS_SHARE, Tracker, open_tracker
 
 
 class RecorderActor:
@@ -65,13 +64,7 @@ class RecorderActor:
             with filesystem.refusals(self._place):
                 if was_restarted():  # nodes may have joined or left since it was made
                     self.plan = rundir.reopen(str(self.plan.run_dir), check_data=False)
-                return Tracker(
-                    self.plan.run_dir,
-                    kinds=self.plan.kinds,
-                    hparams=self.plan.hparams(),
-                    budget=self.plan.config.budget,
-                    texts=introduction(self.plan),
-                )
+                return open_tracker(self.plan)
         except OSError as error:
             raise RunError(f"cannot write to {self.plan.run_dir}: {error}; free the storage") from error
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from worldlm_ray import launch
 from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.plan import membership, rundir
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.tracking import audit
@@ -90,7 +91,7 @@ def _heard(run_dir: Path, others: list[str]) -> list[tuple[float, float]]:
     found = []
     for line in audit.read(run_dir):
         path = f"{line['node']}/{line.get('sender')}"
-        if path in others and line["verdict"] == audit.ACCEPTED:
+        if path in others and line["verdict"] == ACCEPTED:
             if path in last:
                 found.append((line["now_s"], line["now_s"] - last[path]))
             last[path] = line["now_s"]

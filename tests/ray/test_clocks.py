@@ -19,9 +19,9 @@ from worldlm_ray import launch
 from worldlm_ray.launch import run as running
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.rundir import STATUS
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.tracking import audit, curves
-from worldlm_ray.tracking.tracker import STATUS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 WALL = """

@@ -12,7 +12,7 @@ import pytest
 from worldlm_ray import launch
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.tracking.tracker import read_status
+from worldlm_ray.tracking.status import read_status
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]

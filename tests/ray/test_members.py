@@ -25,7 +25,7 @@ from worldlm_ray.plan import membership, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tracking import audit
 from worldlm_ray.tracking.audit import proofs
-from worldlm_ray.tracking.tracker import read_status
+from worldlm_ray.tracking.status import read_status
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 Tiny = Callable[..., Plan]

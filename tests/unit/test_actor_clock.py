@@ -12,8 +12,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 import actors.shared
 from actors.shared import RECORDER, settle
+from worldlm_ray.plan.rundir import STATUS
 from worldlm_ray.run_clock import Anchor, RunClock, Stamp
-from worldlm_ray.tracking.tracker import STATUS
 
 
 class Cluster:

@@ -28,7 +28,7 @@ def values(folder: Path) -> list[float | None]:
 
 def test_a_line_holds_one_value(tmp_path: Path) -> None:
     found = Curves(tmp_path)
-    found.add("world/a", {"loss": 2.5, "epsilon": None}, now_s=1.23456, tokens=100)
+    found.scalars("world/a", "client", {"loss": 2.5, "epsilon": None}, now_s=1.23456, tokens=100)
     found.flush()
     [line] = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line) == {"now_s": 1.235, "tokens": 100, "node": "world/a", "name": "loss", "value": 2.5}
@@ -36,19 +36,19 @@ def test_a_line_holds_one_value(tmp_path: Path) -> None:
 
 def test_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
     found = Curves(tmp_path)
-    found.add("world/a", {"loss": math.nan, "perplexity": math.inf}, now_s=0.0, tokens=0)
+    found.scalars("world/a", "client", {"loss": math.nan, "perplexity": math.inf}, now_s=0.0, tokens=0)
     found.flush()
     assert values(tmp_path) == [None, None]
 
 
 def test_a_resumed_run_appends_after_a_line_that_a_kill_tore(tmp_path: Path) -> None:
     first = Curves(tmp_path)
-    first.add("world", {"version": 1}, now_s=1.0, tokens=0)
+    first.scalars("world", "world", {"version": 1}, now_s=1.0, tokens=0)
     first.flush()
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"now_s": 1.5, "tok')
     second = Curves(tmp_path)
-    second.add("world", {"version": 2}, now_s=2.0, tokens=0)
+    second.scalars("world", "world", {"version": 2}, now_s=2.0, tokens=0)
     second.flush()
     assert values(tmp_path) == [1, 2]
 
@@ -56,7 +56,7 @@ def test_a_resumed_run_appends_after_a_line_that_a_kill_tore(tmp_path: Path) -> 
 def test_lines_are_written_now_and_then(tmp_path: Path) -> None:
     clock = Clock()
     found = Curves(tmp_path, clock=clock)
-    found.add("world", {"version": 1}, now_s=1.0, tokens=0)
+    found.scalars("world", "world", {"version": 1}, now_s=1.0, tokens=0)
     found.flush_if_due()
     assert not (tmp_path / "metrics.jsonl").exists()
     clock.now += curves.EVERY_S
@@ -69,7 +69,7 @@ def test_lines_wait_while_the_disk_refuses_them(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "metrics.jsonl").mkdir()
     found = Curves(tmp_path)
     for version in range(5):
-        found.add("world", {"version": version}, now_s=0.0, tokens=0)
+        found.scalars("world", "world", {"version": version}, now_s=0.0, tokens=0)
         found.flush()
     assert "cannot write" in found.trouble
     (tmp_path / "metrics.jsonl").rmdir()

@@ -24,7 +24,8 @@ from worldlm_ray.reports.outcome import Outcome, combine, sampled
 from worldlm_ray.reports.progress import Progress
 from worldlm_ray.reports.tables import final_table
 from worldlm_ray.simulation.simulator import simulate
-from worldlm_ray.tracking.run_state import WARNINGS, RunState
+from worldlm_ray.tracking.run_state import RunState
+from worldlm_ray.tracking.run_warnings import WARNINGS
 from worldlm_ray.training.sampling import sample
 
 Tiny = Callable[..., Plan]
@@ -97,11 +98,11 @@ def test_the_first_refusal_of_a_kind_is_a_warning(endless: Any) -> None:
     state = RunState(KINDS, budget=endless)
     for seq, kind in enumerate(["accepted", "stale", "duplicate", "not_finite", "not_finite", "malformed"], 1):
         state.apply(verdict(kind, seq))
-    assert [(each["node"], each["now_s"]) for each in state.warnings] == [("world/a", 4.0), ("world/a", 6.0)]
+    assert [(each["node"], each["now_s"]) for each in state.warnings.kept] == [("world/a", 4.0), ("world/a", 6.0)]
     again = RunState(KINDS, budget=endless)
     again.restore(json.loads(json.dumps(state.snapshot())), [vars(verdict("not_finite", 4))])
     again.apply(verdict("not_finite", 7))
-    assert again.warnings == state.warnings, "a run that is continued has said it before"
+    assert again.warnings.kept == state.warnings.kept, "a run that is continued has said it before"
 
 
 def test_a_client_has_diverged_until_an_update_is_accepted_again(endless: Any) -> None:
@@ -122,7 +123,7 @@ def test_warnings_are_kept_once_and_not_without_end(endless: Any) -> None:
     for number in range(WARNINGS + 5):
         for _ in range(2):
             state.apply(LifeRecord(node="world/a", now_s=1.0, event="warning", detail=f"trouble {number}"))
-    assert len(state.warnings) == WARNINGS
+    assert len(state.warnings.kept) == WARNINGS
     console = Console(file=io.StringIO(), width=20)
     progress = Progress(console)
     for _ in range(3):

@@ -24,7 +24,8 @@ from worldlm_ray.errors import ConfigError, Interrupted, RunError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.liveness import liveness
-from worldlm_ray.tracking.tracker import Tracker, has_ended, read_status, record_failure
+from worldlm_ray.tracking.status import has_ended, read_status, record_failure
+from worldlm_ray.tracking.tracker import Tracker
 
 Result = Any
 

@@ -15,9 +15,11 @@ import pytest
 from worldlm_ray import run_clock
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.rundir import STATUS, SUMMARY
 from worldlm_ray.reports.liveness import liveness
 from worldlm_ray.run_clock import Stamp
-from worldlm_ray.tracking.tracker import STATUS, SUMMARY, Tracker, read_status
+from worldlm_ray.tracking.status import read_status
+from worldlm_ray.tracking.tracker import Tracker
 
 
 @pytest.fixture

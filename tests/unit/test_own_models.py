@@ -20,13 +20,14 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.experiments.evaluate import evaluate, values
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.rundir import SUMMARY
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record, RoundRecord, StartRecord
 from worldlm_ray.reports.outcome import finish
 from worldlm_ray.reports.tables import final_table, live_table
 from worldlm_ray.simulation.simulator import Simulation, simulate
-from worldlm_ray.tracking import tracker as tracking
 from worldlm_ray.tracking.run_state import RunState
-from worldlm_ray.tracking.tracker import Tracker, read_status
+from worldlm_ray.tracking.status import read_status
+from worldlm_ray.tracking.tracker import Tracker
 
 Tiny = Callable[..., Plan]
 A, B = "world/north/a", "world/north/b"
@@ -212,7 +213,7 @@ def test_every_place_says_what_evaluate_says_of_the_same_checkpoints(tiny: Tiny,
     outcome = simulate(plan)
     truth = values(evaluate(str(plan.run_dir), tokens=plan.config.evaluation.final_tokens))
     status = read_status(plan.run_dir)
-    summary = json.loads((plan.run_dir / tracking.SUMMARY).read_text())
+    summary = json.loads((plan.run_dir / SUMMARY).read_text())
     assert set(truth) == set(KINDS)
     for path, expected in truth.items():
         for place in (status, summary, outcome.summary):

@@ -22,7 +22,7 @@ from worldlm_ray.records import LifeRecord, MergeRecord, RoundRecord
 from worldlm_ray.reports import spending
 from worldlm_ray.reports.tables import live_table
 from worldlm_ray.tracking.audit import proofs
-from worldlm_ray.tracking.tracker import read_status
+from worldlm_ray.tracking.status import read_status
 
 Tiny = Callable[..., Plan]
 ROUNDS = 30

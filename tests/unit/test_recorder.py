@@ -15,9 +15,9 @@ from actors.recorder import RecorderActor
 from worldlm_ray.errors import CheckpointError, RunError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.rundir import STATUS
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tracking.tracker import STATUS
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import pytest
 from worldlm_ray import run_clock
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.rundir import STATUS
 from worldlm_ray.run_clock import Anchor, RunClock, Stamp, seconds
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tracking.tracker import STATUS
 
 HERE, THERE = "here boot-1", "there boot-9"
 

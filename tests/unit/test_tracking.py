@@ -20,6 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import RunError
+from worldlm_ray.plan.rundir import STATUS
 from worldlm_ray.records import (
     AggregationRecord,
     AttentionRecord,
@@ -37,8 +38,10 @@ from worldlm_ray.records import (
 from worldlm_ray.tracking import audit, charts, curves, tensorboard
 from worldlm_ray.tracking import tracker as tracking
 from worldlm_ray.tracking.charts import charts_of
+from worldlm_ray.tracking.status import read_status
+from worldlm_ray.tracking.summary import Summary, write_summary
 from worldlm_ray.tracking.tensorboard import Board, EventFiles, layout
-from worldlm_ray.tracking.tracker import STATUS, Tracker, read_status, write_summary
+from worldlm_ray.tracking.tracker import Tracker
 
 ITALY, FRANCE, JAPAN = "world/europe/italy", "world/europe/france", "world/japan"
 KINDS = {"world": "world", "world/europe": "federation", ITALY: "client", FRANCE: "client", JAPAN: "client"}
@@ -689,8 +692,7 @@ def test_summary_holds_every_node_and_is_whole(tmp_path: Path) -> None:
     run = tracker(tmp_path)
     run.record(start(ITALY), round_of(ITALY, tokens=100, loss=4.0), verdict("italy", tau=3))
     run.close()
-    write_summary(
-        tmp_path,
+    quick = Summary(
         run="quick",
         method="fedavg",
         seed=7,
@@ -701,6 +703,7 @@ def test_summary_holds_every_node_and_is_whole(tmp_path: Path) -> None:
         staleness=run.staleness(),
         extra={"seed": 8, "note": [math.nan]},
     )
+    write_summary(tmp_path, quick)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["nodes"]) == list(KINDS)
     assert (summary["run"], summary["method"], summary["seed"], summary["note"]) == (

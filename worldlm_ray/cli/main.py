@@ -176,7 +176,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
 
     plan = rundir.create(make_plan(_load(conf, overrides or [], run_dir)), simulated=True)
     from worldlm_ray.simulation.simulator import simulate as run
-    from worldlm_ray.tracking.tracker import record_failure
+    from worldlm_ray.tracking.status import record_failure
     from worldlm_ray.training.local import too_many_cores
 
     console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
@@ -592,7 +592,7 @@ def status(
     from worldlm_ray.plan import rundir
     from worldlm_ray.reports.liveness import liveness
     from worldlm_ray.reports.tables import live_table
-    from worldlm_ray.tracking.tracker import has_ended, read_status
+    from worldlm_ray.tracking.status import has_ended, read_status
 
     folder = rundir.find(run)
     if as_json:

@@ -45,7 +45,7 @@ from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tensors.params import Flat
-from worldlm_ray.tracking.tracker import read_status
+from worldlm_ray.tracking.status import read_status
 from worldlm_ray.training.local import LocalTrainer, device_of
 
 MEASURES, CURVE, COMMANDS = "measures.json", "curve.json", "commands.txt"

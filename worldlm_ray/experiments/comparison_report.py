@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.text import Text
 
+from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.experiments.comparison_page import page_of
 from worldlm_ray.experiments.verdict import against_local, by_method, client_means, equal_work, verdict
 from worldlm_ray.reports.tables import amount
@@ -367,7 +368,7 @@ def _staleness(figure: Figure, runs: list[dict[str, Any]], out: Path) -> None:
         for run in runs:
             if run["method"] == method:
                 for line in audit.read(out / "runs" / f"{method}-{run['seed']}"):
-                    if line.get("verdict") == audit.ACCEPTED:
+                    if line.get("verdict") == ACCEPTED:
                         counts[line["tau"]] += 1
         total = counts.total()
         taus = sorted(counts)

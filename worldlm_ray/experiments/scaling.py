@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.reports.tables import amount
 from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.tracking import audit
@@ -183,6 +184,6 @@ def _accepted(run_dir: Path) -> list[dict[str, Any]]:
     """Accepted updates by time, each once: what a restart undoes is accepted again."""
     first: dict[tuple[str, str, int], dict[str, Any]] = {}
     for line in audit.read(run_dir):
-        if line.get("verdict") == audit.ACCEPTED:
+        if line.get("verdict") == ACCEPTED:
             first.setdefault((line["node"], line["sender"], line["seq"]), line)
     return sorted(first.values(), key=lambda line: line["now_s"])

@@ -16,7 +16,7 @@ from worldlm_ray.launch.run import World, create, find, plain
 from worldlm_ray.launch.watch import answer, ask
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.tracking.run_state import DIVERGED, FINISHED
+from worldlm_ray.tracking.node_state import DIVERGED, FINISHED
 
 POLL_S = 0.2
 PLACED_S = 10.0

@@ -33,7 +33,7 @@ from worldlm_ray.reports.progress import MEASURING, SAVING, TRAINING
 from worldlm_ray.reports.tables import MANY
 from worldlm_ray.run_clock import Anchor, RunClock, this_machine
 from worldlm_ray.storage.paths import pasted
-from worldlm_ray.tracking.tracker import record_failure
+from worldlm_ray.tracking.status import record_failure
 from worldlm_ray.training.deepspeed_config import is_zero
 from worldlm_ray.training.local import too_many_cores
 

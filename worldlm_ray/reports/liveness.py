@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.errors import RunError
-from worldlm_ray.plan.rundir import is_simulated
+from worldlm_ray.plan.rundir import SUMMARY, is_simulated
 from worldlm_ray.run_clock import Stamp
 from worldlm_ray.storage.paths import pasted
-from worldlm_ray.tracking.tracker import FAILED, SUMMARY, read_status
+from worldlm_ray.tracking.status import FAILED, read_status
 
 ENDED_S = 5.0
 """A run with a summary whose status is older than this has ended."""

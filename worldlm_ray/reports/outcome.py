@@ -12,7 +12,8 @@ from worldlm_ray.errors import Interrupted, WorldLMError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import FinalRecord, Measure
 from worldlm_ray.tensors.params import Flat, params_sha256
-from worldlm_ray.tracking.tracker import Tracker, write_summary
+from worldlm_ray.tracking.summary import Summary, write_summary
+from worldlm_ray.tracking.tracker import Tracker
 
 LONGEST_FAILURE = 200
 """Characters of a reason that an error gives."""
@@ -97,25 +98,13 @@ def finish(
         status: `finished`, or `stopped` for a run that was left early.
         backend: `ray` or `simulate`.
     """
-    for path, node in tracker.summaries().items():
-        measure = measures.get(path)
-        if measure is not None:
-            final = FinalRecord(
-                node=path,
-                now_s=wall_s,
-                version=node.version,
-                loss=measure.loss,
-                perplexity_per_token=measure.perplexity_per_token,
-                heldout_bytes=measure.heldout_bytes,
-            )
-            tracker.record(final)
+    _record_final(tracker, measures, now_s=wall_s)
     open_clients = {client.path for client in plan.root.clients if client.settings.privacy.unit == "none"}
     texts = {path: sample.text for path, sample in samples.items()}
     tracker.samples({path: text for path, text in texts.items() if path in open_clients}, now_s=wall_s)
     nodes = tracker.summaries()
     trained = sum(node.tokens for node in nodes.values() if node.kind == "client")
-    summary = write_summary(
-        plan.run_dir,
+    summary = Summary(
         run=plan.config.name,
         method=plan.config.method,
         seed=plan.config.seed,
@@ -133,4 +122,20 @@ def finish(
             "warnings": tracker.warnings,
         },
     )
-    return Outcome(summary=summary, samples=texts)
+    return Outcome(summary=write_summary(plan.run_dir, summary), samples=texts)
+
+
+def _record_final(tracker: Tracker, measures: Mapping[str, Measure | None], *, now_s: float) -> None:
+    """Record the final quality of every node that has been measured."""
+    for path, node in tracker.summaries().items():
+        measure = measures.get(path)
+        if measure is not None:
+            final = FinalRecord(
+                node=path,
+                now_s=now_s,
+                version=node.version,
+                loss=measure.loss,
+                perplexity_per_token=measure.perplexity_per_token,
+                heldout_bytes=measure.heldout_bytes,
+            )
+            tracker.record(final)

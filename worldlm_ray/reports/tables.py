@@ -13,7 +13,7 @@ from rich.text import Text
 from worldlm_ray.records import perplexity
 from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.tracking.audit import Proof
-from worldlm_ray.tracking.status_fields import KINDS
+from worldlm_ray.tracking.node_state import KINDS
 
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
 PRIVATE = "private"

@@ -71,8 +71,7 @@ from worldlm_ray.simulation.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.storage import checkpoint, open_files
 from worldlm_ray.tensors.params import Flat
 from worldlm_ray.tracking.audit import AuditLog
-from worldlm_ray.tracking.run_texts import introduction
-from worldlm_ray.tracking.tracker import Tracker
+from worldlm_ray.tracking.tracker import Tracker, open_tracker
 
 BITS_PER_GBIT = 1e9
 NOTICED_S = 1.0
@@ -928,13 +927,7 @@ def simulate(
         on_record: called with whatever is recorded.
         should_stop: asked between events; True ends the run early and cleanly.
     """
-    tracker = Tracker(
-        plan.run_dir,
-        kinds=plan.kinds,
-        hparams=plan.hparams(),
-        budget=plan.config.budget,
-        texts=introduction(plan),
-    )
+    tracker = open_tracker(plan)
     train = plan.root.settings.simulation.train
     try:
         simulation = Simulation(

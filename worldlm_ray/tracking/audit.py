@@ -3,7 +3,7 @@
     audit/world.jsonl           one line per update that the world accepted or refused
     audit/world/europe.jsonl    the same of a federation
 
-Besides, one line whenever a node is restarted, with the last seq of every child that its checkpoint knows: what it had
+One more line whenever a node is restarted, with the last seq of every child that its checkpoint knows: what it had
 accepted since is undone by that, and must be accepted again. `proofs` goes through a trail and says whether it was: for
 every edge of the tree, that nothing was lost and nothing applied twice.
 """
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.records import VerdictRecord
 from worldlm_ray.storage import filesystem
 
@@ -25,7 +26,6 @@ FOLDER = "audit"
 OBJECTS_EVERY_S = 2.0
 """Between two writes to an object store."""
 RESTORED = "restored"
-ACCEPTED = "accepted"
 
 
 class AuditLog:

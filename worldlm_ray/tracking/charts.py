@@ -27,7 +27,7 @@ MAX_LINES = 12
 """TensorBoard runs of a world: three worlds in one folder stay below the 40 that are selected by default."""
 MAX_INNER = 8
 """Inner nodes with a line, where not every node can have one."""
-MEAN, BEST, WORST = "all-clients-mean", "all-clients-best", "all-clients-worst"
+SHARED_LINES = MEAN, BEST, WORST = "all-clients-mean", "all-clients-best", "all-clients-worst"
 """Lines of all clients together. Paths of nodes begin with `world`: no node has such a name."""
 CROWD_POINTS = 16
 """The lines of all clients get a point so many times while each client trains a round."""

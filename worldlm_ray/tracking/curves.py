@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.storage import filesystem
+from worldlm_ray.tracking.sinks import RunFacts, Sink
 
 FILE = "metrics.jsonl"
 EVERY_S = 2.0
@@ -35,7 +36,7 @@ KEPT_LINES = 200_000
 """Lines that wait in memory while the storage refuses them, 25 MB or so; newer ones are dropped and counted."""
 
 
-class Curves:
+class Curves(Sink):
     """Appends to the curves of one run.
 
     Args:
@@ -53,11 +54,17 @@ class Curves:
         self.trouble = ""
         """Why lines wait in memory; empty if they do not."""
 
-    def add(self, node: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
-        """Have values of a node written soon.
+    @classmethod
+    def of(cls, run: RunFacts) -> Curves:
+        """The curves of a run, for a tracker."""
+        return cls(run.run_dir, clock=run.clock)
+
+    def scalars(self, node: str, kind: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
+        """Add values of a node, to be written soon.
 
         Args:
             node: its path.
+            kind: not written.
             values: by name; None is left out.
             now_s: run time in seconds.
             tokens: trained so far, by the node or by the clients below it.

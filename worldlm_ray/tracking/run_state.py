@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import RunError
+from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.records import (
     AggregationRecord,
     FinalRecord,
@@ -28,75 +29,18 @@ from worldlm_ray.records import (
     RoundRecord,
     StartRecord,
     VerdictRecord,
-    perplexity,
 )
 from worldlm_ray.run_clock import seconds
+from worldlm_ray.tracking.node_state import DIVERGED, FINISHED, KINDS, NodeState, finite, values_of
+from worldlm_ray.tracking.run_warnings import NOT_FINITE, Warnings
 
-T = TypeVar("T", "NodeState", OwnModelRecord)
-ACCEPTED = "accepted"
+T = TypeVar("T", NodeState, OwnModelRecord)
 SILENT = 3.0
 """A client that ends no round for so many times as long as its last one took does not count as training."""
-MANY, OFTEN = 256, 16
-"""With more clients below it, the speed of an inner node is summed up so often in the time of a round of all."""
-FINISHED, DIVERGED = "finished", "diverged"
-NOT_FINITE = "not_finite"
-ORDINARY = frozenset({"duplicate", "stale", "future_version", "out_of_turn", "too_soon", "privacy_exhausted"})
-"""Refusals that a sound run may have; the first of any other kind is a warning."""
-WARNINGS = 100
-"""So many are kept; the others are counted."""
-KINDS = ("world", "federation", "client")
-
-
-@dataclass(kw_only=True)
-class NodeState:
-    """What is known of one node."""
-
-    kind: str
-    version: int = 0
-    """Aggregations applied; of a client, the parent's version that it took last."""
-    rounds: int = 0
-    steps: int = 0
-    """Of an inner node: the sum over the clients below it. The same for `tokens` and `tokens_per_s`."""
-    tokens: int = 0
-    tokens_aggregated: int = 0
-    """Tokens of the updates that an inner node has aggregated."""
-    heldout_bytes: int = 0
-    """Of an inner node: the sum over the clients below it whose losses may be reported."""
-    loss_start: float | None = None
-    """Nats per byte, as every loss here: of the initial model, with which all nodes begin."""
-    loss: float | None = None
-    """Of the node's own model: a client's on its held-out text, an inner node's on that of all clients below it."""
-    loss_version: int | None = None
-    """Of an inner node: the version that `loss` was measured of; the oldest, where texts were measured at several."""
-    loss_measured_s: float | None = None
-    """Run time of the newest measurement in `loss`."""
-    perplexity_per_token: float | None = None
-    """Of the node's own model; None where a token is a byte. `_values` adds the perplexities per byte."""
-    clients_loss: float | None = None
-    """Of an inner node: the mean over the clients below of their own models' losses, weighted by held-out bytes."""
-    private: bool = False
-    """Whether no losses are reported: by this client, or by any client below."""
-    tau: int | None = None
-    """Staleness of the last update that this node sent."""
-    tau_mean: float | None = None
-    tokens_per_s: float = 0.0
-    round_s: float = 0.0
-    """Of a client: how long its last round took, pull and push included, and the run time at which it ended."""
-    round_at_s: float = 0.0
-    busy_fraction: float = 0.0
-    epsilon: float | None = None
-    accepted: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
-    strangers: dict[str, int] = field(default_factory=dict)
-    """Refusals that an inner node gave to senders that are not its children."""
-    bytes_up: int = 0
-    bytes_down: int = 0
-    state: str = "waiting"
-    """The last event in the node's life, with its run time and what was said about it."""
-    state_at_s: float = 0.0
-    state_detail: str = ""
-    diverged: bool = False
-    """Whether the last update that this node sent was refused since its values are not finite."""
+CLIENTS_SUMMED_ALWAYS = 256
+"""Up to so many clients below it, an inner node's throughput is recomputed at every record."""
+SUMS_PER_ROUND = 16
+"""With more clients, it is recomputed so many times while every client trains a round."""
 
 
 class RunState:
@@ -120,9 +64,7 @@ class RunState:
         self._last_seq: dict[str, int] = {}
         """Highest accepted seq of every sender."""
         self.now_s = 0.0
-        self.warnings: list[dict[str, Any]] = []
-        """What an operator must know, each once, in order: `node`, `now_s`, `text`. WARNINGS of them at most."""
-        self.warnings_left_out = 0
+        self.warnings = Warnings()
         self._budget = budget
         self._clients: dict[str, list[NodeState]] = {}
         self._own_models: dict[str, dict[str, OwnModelRecord]] = {}
@@ -192,7 +134,9 @@ class RunState:
             case FinalRecord():
                 self._final(node, record)
             case VerdictRecord():
-                self._warn_of_refusal(record)
+                sender = self.edge(record.node, record.sender)
+                if sender is not None:
+                    self.warnings.refusal(record, sender=sender, known=self.nodes[sender].refused)
                 self.count(record.node, record.sender, seq=record.seq, tau=record.tau, verdict=record.verdict)
             case AggregationRecord():
                 node.version, node.tokens_aggregated = record.version, record.total_tokens
@@ -208,26 +152,7 @@ class RunState:
             case LifeRecord():
                 node.state, node.state_detail, node.state_at_s = record.event, record.detail, record.now_s
                 if record.event == "warning":
-                    self._warn(record.node, record.detail, now_s=record.now_s)
-
-    def _warn(self, path: str, text: str, *, now_s: float) -> None:
-        """Keep a warning, unless it is known."""
-        if any((known["node"], known["text"]) == (path, text) for known in self.warnings):
-            return
-        if len(self.warnings) < WARNINGS:
-            self.warnings.append({"node": path, "now_s": now_s, "text": text})
-        else:
-            self.warnings_left_out += 1
-
-    def _warn_of_refusal(self, record: VerdictRecord) -> None:
-        """The first refusal of a kind that a sound run does not have."""
-        path, kind = self.edge(record.node, record.sender), record.verdict
-        if path is None or kind == ACCEPTED or kind in ORDINARY or kind in self.nodes[path].refused:
-            return
-        text = f"an update is refused: {kind} ({record.detail})"
-        if kind == NOT_FINITE:
-            text = f"its model has diverged: its updates are refused, {kind} ({record.detail}); lower training.lr"
-        self._warn(path, text, now_s=record.now_s)
+                    self.warnings.add(record.node, record.detail, now_s=record.now_s)
 
     def count(self, receiver: str, sender: str, *, seq: int, tau: int, verdict: str) -> None:
         """Count one verdict. What a restart of the receiver had undone is accepted again, and counts once."""
@@ -269,9 +194,9 @@ class RunState:
             "refused": dict(refused),
             "bytes_up": sum(node.bytes_up for node in nodes),
             "bytes_down": sum(node.bytes_down for node in nodes),
-            "warnings": list(self.warnings),
-            "warnings_left_out": self.warnings_left_out,
-            "nodes": {path: _values(node) for path, node in self.nodes.items()},
+            "warnings": list(self.warnings.kept),
+            "warnings_left_out": self.warnings.left_out,
+            "nodes": {path: values_of(node) for path, node in self.nodes.items()},
         }
         return dict(finite(values))
 
@@ -279,7 +204,7 @@ class RunState:
         """One line per node for summary.json."""
         names = {each.name for each in fields(NodeSummary)}
         return {
-            path: NodeSummary(**{name: value for name, value in _values(node).items() if name in names})
+            path: NodeSummary(**{name: value for name, value in values_of(node).items() if name in names})
             for path, node in self.nodes.items()
         }
 
@@ -289,8 +214,8 @@ class RunState:
         Nodes that have left the tree since then are forgotten; nodes that are new start empty.
         """
         self.now_s = seconds(snapshot.get("now_s"))
-        self.warnings = list(snapshot.get("warnings", []))
-        self.warnings_left_out = snapshot.get("warnings_left_out", 0)
+        self.warnings.kept = list(snapshot.get("warnings", []))
+        self.warnings.left_out = snapshot.get("warnings_left_out", 0)
         counted = {"accepted", "refused", "strangers", "tau_mean", "diverged"}
         kept = {each.name for each in fields(NodeState)} - counted - {"kind"}
         for path, values in snapshot.get("nodes", {}).items():
@@ -379,7 +304,7 @@ class RunState:
             above.steps += steps
             above.tokens += tokens
             self._rounds[inner] += 1
-            if len(clients) <= MANY or self._rounds[inner] % (len(clients) // OFTEN) == 0:
+            if len(clients) <= CLIENTS_SUMMED_ALWAYS or self._rounds[inner] % (len(clients) // SUMS_PER_ROUND) == 0:
                 above.tokens_per_s = self._speed(clients)
 
     def _speed(self, clients: list[NodeState]) -> float:
@@ -415,38 +340,6 @@ class RunState:
         elif budget.seconds:
             share = self.now_s / budget.seconds
         return min(share, 1.0)
-
-
-def _values(node: NodeState) -> dict[str, Any]:
-    """As `asdict`, which takes ten times as long; with the perplexities per byte that the losses stand for.
-
-    A node that has ended with a model of NaN is not simply finished.
-    """
-    state = DIVERGED if node.diverged and node.state == FINISHED else node.state
-    perplexities = {of: None if getattr(node, loss) is None else perplexity(getattr(node, loss)) for of, loss in _OF}
-    return {
-        **vars(node),
-        **perplexities,
-        "refused": dict(node.refused),
-        "strangers": dict(node.strangers),
-        "state": state,
-    }
-
-
-_OF = (
-    ("perplexity_start", "loss_start"),
-    ("perplexity", "loss"),
-    ("clients_perplexity", "clients_loss"),
-)
-
-
-def finite(value: Any) -> Any:
-    """Replace numbers that JSON does not know (NaN, infinities) by None, in containers too."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(texts: list[T], get: Callable[[T], float | None]) -> float | None:

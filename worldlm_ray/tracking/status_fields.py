@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-KINDS = ("world", "federation", "client")
+from worldlm_ray.tracking.node_state import KINDS
 
 
 def _number(value: Any) -> bool:

@@ -38,8 +38,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from worldlm_ray.records import AttentionRecord
 from worldlm_ray.storage import filesystem
 from worldlm_ray.tracking.charts import CATEGORIES, CHARTS, Chart, clean
-
-Scalar = str | int | float | bool
+from worldlm_ray.tracking.sinks import Scalar
 
 FLUSH_EVERY_S = 2.0
 """Longest time that an event stays in memory."""

@@ -15,17 +15,18 @@ nodes write themselves (worldlm_ray/tracking/audit.py); everything else comes fr
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import RunError
+from worldlm_ray.exchange.replies import ACCEPTED
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.rundir import STATUS
 from worldlm_ray.records import (
     AggregationRecord,
     AttentionRecord,
@@ -45,24 +46,24 @@ from worldlm_ray.records import (
 from worldlm_ray.run_clock import Stamp, seconds
 from worldlm_ray.storage import filesystem
 from worldlm_ray.tracking import audit
-from worldlm_ray.tracking.charts import EACH, HISTOGRAM, Crowd, Lines, charts_of, clean
+from worldlm_ray.tracking.charts import HISTOGRAM, Crowd, Lines, clean
 from worldlm_ray.tracking.curves import Curves
-from worldlm_ray.tracking.run_state import ACCEPTED, RunState, finite
-from worldlm_ray.tracking.run_texts import quoted
-from worldlm_ray.tracking.status_fields import wrong_field
-from worldlm_ray.tracking.tensorboard import Board, Scalar
+from worldlm_ray.tracking.run_state import RunState
+from worldlm_ray.tracking.run_texts import introduction, quoted
+from worldlm_ray.tracking.sinks import OpenSink, RunFacts, Scalar
+from worldlm_ray.tracking.status import read_status, replace_json
+from worldlm_ray.tracking.tensorboard_charts import TensorBoardCharts
 
-STATUS, SUMMARY, TENSORBOARD = "status.json", "summary.json", "tensorboard"
-FAILED = "failed"
-"""`status` of a run that has ended with an error; `reason` stands beside it."""
+SINKS: tuple[OpenSink, ...] = (TensorBoardCharts, Curves.of)
+"""What a run draws to, unless its tracker is told otherwise."""
 STATUS_EVERY_S = 1.0
 """Wall seconds between two writes of status.json."""
 STATUS_SHARE = 0.05
 """Share of the time that writing status.json may take: of a very large world it is written less often."""
 MANY_CLIENTS = 512
-"""Of a world with more clients, the charts show every so-many-th client, ..."""
+"""A world with more clients shows a sample of them in its charts."""
 SHOWN_CLIENTS = 64
-"""... about so many of them, and every so-many-th aggregation of the inner nodes."""
+"""Size of that sample, about. Of the inner nodes' aggregations the same fraction is shown."""
 IMAGE_EVERY_S = 2.0
 """Wall seconds between two attention images of the whole run: one costs 50 to 100 ms."""
 IMAGES_AT_END = 16
@@ -78,6 +79,7 @@ class Tracker:
         hparams: settings for the HPARAMS tab, by dotted key.
         budget: what `progress` is measured against.
         texts: Markdown by tag for the TEXT page (`run_texts.introduction`).
+        sinks: what charts are drawn to; each is made when the tracker opens.
         clock: monotonic seconds; it only paces files.
         wall: seconds since 1970.
 
@@ -93,6 +95,7 @@ class Tracker:
         hparams: Mapping[str, Scalar],
         budget: BudgetConfig,
         texts: Mapping[str, str] | None = None,
+        sinks: Sequence[OpenSink] = SINKS,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -110,16 +113,22 @@ class Tracker:
         self._state.restore(status, audit.read(run_dir))
         self._started_at: float = seconds(status.get("started_at")) or wall()
         self._root = next(path for path, kind in kinds.items() if kind == "world")
-        self._curves = Curves(run_dir, clock=clock)
-        self._board = Board(run_dir / TENSORBOARD, root=self._root, started_at=self._started_at)
-        self._charted: set[tuple[str, str]] = set()
-        """Names of the quantities that have a chart already, with the kind of the node."""
-        self._introduce(hparams, texts or {})
         self._lines = Lines(kinds)
+        facts = RunFacts(
+            run_dir=run_dir,
+            root=self._root,
+            lines=self._lines,
+            hparams=hparams,
+            texts=texts or {},
+            started_at=self._started_at,
+            now_s=self._state.now_s,
+            clock=clock,
+        )
+        self._sinks = [open_sink(facts) for open_sink in sinks]
         clients = [path for path, kind in kinds.items() if kind == "client"]
         self._every = max(len(clients) // SHOWN_CLIENTS, 1) if len(clients) > MANY_CLIENTS else 1
         self._hidden = set(clients) - set(clients[:: self._every])
-        """Clients without curves of their own."""
+        """Clients that the charts leave out."""
         self._crowd = Crowd(len(clients))
         self._ended = False
         """Whether models have been measured for the last time."""
@@ -145,7 +154,8 @@ class Tracker:
             self._draw_next()
         if now - self._last_status >= max(STATUS_EVERY_S, self._status_s / STATUS_SHARE):
             self._write_status()
-        self._curves.flush_if_due()
+        for sink in self._sinks:
+            sink.flush_if_due()
 
     def add(self, path: str, kind: str) -> None:
         """A node has joined the tree while the run goes on. One that is known already stays as it is."""
@@ -163,10 +173,11 @@ class Tracker:
         for path, sample in texts.items():
             if path not in self._hidden:
                 name = f"3 samples/{clean(path)}"
-                self._board.text(name, quoted(sample), step=self._state.nodes[path].rounds, now_s=now_s)
+                for sink in self._sinks:
+                    sink.text(name, quoted(sample), step=self._state.nodes[path].rounds, now_s=now_s)
 
     def warn(self, warning: str) -> None:
-        """Have `trouble` of the snapshot say what the machines of the run suffer from; an empty text ends it."""
+        """Show in `trouble` of the snapshot what is wrong with the run's machines. An empty text ends it."""
         self._warning = warning
         self._write_status()
 
@@ -174,7 +185,7 @@ class Tracker:
         """Everything that is known, ready for JSON: totals of the run, `trouble` with its files, `nodes` by path."""
         return {
             "run": self.run_dir.name,
-            "trouble": self._trouble or self._board.trouble or self._curves.trouble or self._warning,
+            "trouble": next(filter(None, (self._trouble, *(sink.trouble for sink in self._sinks))), self._warning),
             "started_at": self._started_at,
             "updated_at": self._wall(),
             "updated": asdict(Stamp.now()),
@@ -183,8 +194,8 @@ class Tracker:
 
     @property
     def warnings(self) -> list[dict[str, Any]]:
-        """What an operator must know: see `RunState.warnings`."""
-        return list(self._state.warnings)
+        """What an operator must know: see `Warnings.kept`."""
+        return list(self._state.warnings.kept)
 
     def summaries(self) -> dict[str, NodeSummary]:
         """One line per node for `write_summary`."""
@@ -196,9 +207,9 @@ class Tracker:
 
     def flush(self) -> None:
         """Bring every file up to date."""
-        self._curves.flush()
+        for sink in self._sinks:
+            sink.flush()
         self._write_status()
-        self._board.flush()
 
     def close(self) -> None:
         """Draw what still waits, mark the run as ended in TensorBoard, and close every file."""
@@ -209,26 +220,16 @@ class Tracker:
         for path, node in self._state.nodes.items() if self._ended else ():
             if node.kind != "client":  # once, when all clients below have been measured
                 self._put(path, {"clients_loss": node.clients_loss}, now_s=now_s)
-        self._board.finish(now_s=self._state.now_s)
+        for sink in self._sinks:
+            sink.finish(now_s=self._state.now_s)
         self.flush()
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     # What each record shows, after the state has taken it in.
 
-    def _introduce(self, hparams: Mapping[str, Scalar], texts: Mapping[str, str]) -> None:
-        names = {
-            "loss": "World's own model: loss (nats/byte)",
-            "clients_loss": "Clients' own models: mean loss (nats/byte)",
-            "perplexity": "World's own model: perplexity per byte",
-            "version": "World: version",
-        }
-        metrics = {charts_of(name, "world")[0].tag: shown for name, shown in names.items()}
-        self._board.hparams(hparams, metrics=metrics, run=self.run_dir.name)
-        for name, markdown in texts.items():
-            self._board.text(name, markdown, now_s=self._state.now_s)
-
     def _put(self, path: str, values: Mapping[str, float | None], *, now_s: float) -> None:
-        """Add a point to curves of a node, in charts if it has a line there, and in metrics.jsonl.
+        """Add a point to curves of a node, in every sink.
 
         Args:
             path: of the node.
@@ -236,25 +237,11 @@ class Tracker:
             now_s: run time in seconds.
         """
         node = self._state.nodes[path]
-        self._curves.add(path, values, now_s=now_s, tokens=node.tokens)
-        if path in self._lines:
-            self._draw(path, node.kind, values, now_s=now_s, tokens=node.tokens)
-        elif node.kind == "client" and values.get("loss") is not None:
-            self._draw(self._root, "client", {f"{EACH}/{path}": values["loss"]}, now_s=now_s, tokens=node.tokens)
+        self._draw(path, node.kind, values, now_s=now_s, tokens=node.tokens)
 
     def _draw(self, line: str, kind: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
-        """Add a point to every chart that shows these values."""
-        by_time, by_tokens = dict[str, float | None](), dict[str, float | None]()
-        for name, value in values.items():
-            for chart in charts_of(name, kind) if value is not None else ():
-                (by_tokens if chart.by == "tokens" else by_time)[chart.tag] = value
-        self._board.scalars(line, by_time, now_s=now_s)
-        self._board.scalars(line, by_tokens, now_s=now_s, step=tokens)
-        names = {(name.partition("/")[0], kind) for name, value in values.items() if value is not None}
-        if not names <= self._charted:
-            self._charted |= names
-            tags = (chart.tag for known in self._charted for chart in charts_of(*known))
-            self._board.layout(tags, now_s=now_s)
+        for sink in self._sinks:
+            sink.scalars(line, kind, values, now_s=now_s, tokens=tokens)
 
     def _show(self, record: Record) -> None:
         node, path, now_s = self._state.nodes[record.node], record.node, record.now_s
@@ -339,7 +326,6 @@ class Tracker:
         speeds = [node.tokens_per_s for node in clients if node.rounds]
         for line, values in self._crowd.point(losses, world.clients_loss, speeds).items():
             self._draw(line, "client", values, now_s=now_s, tokens=tokens)
-            self._curves.add(line, values, now_s=now_s, tokens=tokens)
 
     def _show_verdict(self, record: VerdictRecord) -> None:
         edge = self._state.edge(record.node, record.sender)
@@ -373,17 +359,19 @@ class Tracker:
         for child in [child for child in self._new_taus if self._state.above[child][0] == path]:
             taus, counts = self._new_taus.pop(child), self._state.taus[child]
             self._put(child, {"tau": sum(taus) / len(taus)}, now_s=now_s)
-            if child in self._lines:
-                self._board.histogram(child, HISTOGRAM, counts, step=record.version, now_s=now_s)
+            for sink in self._sinks:
+                sink.histogram(child, HISTOGRAM, counts, step=record.version, now_s=now_s)
 
     def _draw_next(self) -> None:
-        self._board.attention(self._images.pop(next(iter(self._images))))
+        record = self._images.pop(next(iter(self._images)))
+        for sink in self._sinks:
+            sink.attention(record)
         self._last_image = self._clock()
 
     def _write_status(self) -> None:
         began = self._clock()
         try:
-            _replace_json(self.run_dir / STATUS, self.snapshot())
+            replace_json(self.run_dir / STATUS, self.snapshot())
             self._trouble = ""
         except OSError as error:
             self._trouble = f"cannot write {self.run_dir / STATUS}: {error}; it waits"
@@ -391,92 +379,16 @@ class Tracker:
         self._status_s = self._last_status - began
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """The newest snapshot of a run, running or not.
+def open_tracker(plan: Plan) -> Tracker:
+    """The tracker of a run, with the settings, the texts and the sinks that its plan asks for.
 
     Raises:
-        RunError: there is no run in this folder, or its status cannot be read.
+        OSError: the storage refused.
     """
-    path = run_dir / STATUS
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"there is no run in {str(run_dir)!r}: it has no {STATUS}; give a run's folder") from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{str(path)!r} is not valid JSON ({error}); resume the run to write it again") from error
-    if not isinstance(status, dict):
-        raise RunError(f"{str(path)!r} holds a {type(status).__name__}, not a mapping; resume the run to mend it")
-    if wrong := wrong_field(status):
-        raise RunError(f"{str(path)!r} is no status of a run: {wrong}; resume the run to write it again")
-    return status
-
-
-def record_failure(run_dir: Path, reason: str) -> None:
-    """Have status.json say that the run has failed, and of what; without a status.json nothing has begun.
-
-    To be called when no tracker has the folder open any more. A tracker that opens it again takes the words back.
-    """
-    # Storage that refuses must not hide the reason itself, which its caller raises.
-    with suppress(OSError, RunError), filesystem.refusals(run_dir):
-        status = read_status(run_dir)
-        filesystem.replace_text(
-            run_dir / STATUS, json.dumps({**status, "status": FAILED, "reason": reason}, indent=1) + "\n"
-        )
-
-
-def has_ended(run_dir: Path, status: Mapping[str, Any]) -> bool:
-    """Whether a run is over, by its own word: finished, stopped or failed."""
-    return status.get("status") == FAILED or (run_dir / SUMMARY).is_file()
-
-
-def write_summary(
-    run_dir: Path,
-    *,
-    run: str,
-    method: str,
-    seed: int,
-    wall_s: float,
-    tokens: int,
-    params_sha256: str | None,
-    nodes: Mapping[str, NodeSummary],
-    staleness: Mapping[str, float | None] | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write summary.json, all of it or nothing, and return what it holds.
-
-    Args:
-        run_dir: the run folder.
-        run: name of the run.
-        method: name of the method, such as `worldlm` or `fedavg`.
-        seed: the run's seed.
-        wall_s: seconds from start to end; virtual in simulation.
-        tokens: trained by all clients together.
-        params_sha256: fingerprint of the world's final parameters; None where nothing was trained.
-        nodes: by path, in the order to be shown.
-        staleness: mean staleness by path (`Tracker.staleness`); becomes `tau_mean` of the nodes.
-        extra: more values for the top level; they cannot replace the others.
-    """
-    lines = {path: asdict(node) for path, node in nodes.items()}
-    for path, line in lines.items():
-        if staleness is not None:
-            line["tau_mean"] = staleness.get(path)
-    summary: dict[str, Any] = finite(
-        {
-            **(extra or {}),
-            "run": run,
-            "method": method,
-            "seed": seed,
-            "wall_s": wall_s,
-            "tokens": tokens,
-            "params_sha256": params_sha256,
-            "nodes": lines,
-        }
+    return Tracker(
+        plan.run_dir,
+        kinds=plan.kinds,
+        hparams=plan.hparams(),
+        budget=plan.config.budget,
+        texts=introduction(plan),
     )
-    _replace_json(run_dir / SUMMARY, summary, durable=True)
-    return summary
-
-
-def _replace_json(path: Path, value: Any, *, durable: bool = False) -> None:
-    # Indented, for people, as long as people can read it: without, it is written ten times as fast.
-    indent = 1 if len(value["nodes"]) <= MANY_CLIENTS else None
-    filesystem.replace_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n", durable=durable)

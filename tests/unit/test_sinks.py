@@ -1,0 +1,54 @@
+"""What a tracker draws to can be any sink."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from worldlm_ray.config.schema import BudgetConfig
+from worldlm_ray.records import PushRecord, StartRecord
+from worldlm_ray.tracking.sinks import RunFacts, Sink
+from worldlm_ray.tracking.tracker import Tracker
+
+KINDS = {"world": "world", "world/a": "client"}
+
+
+class Kept(Sink):
+    """Keeps what it is told, and shows scalars and texts only."""
+
+    def __init__(self, run: RunFacts) -> None:
+        self.run, self.calls = run, list[tuple[object, ...]]()
+
+    def scalars(self, node: str, kind: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
+        self.calls += [(node, kind, name, value, now_s, tokens) for name, value in values.items()]
+
+    def text(self, name: str, markdown: str, *, step: int, now_s: float) -> None:
+        self.calls.append((name, markdown, step))
+
+    def close(self) -> None:
+        self.calls.append(("closed",))
+
+
+def test_a_tracker_draws_to_the_sinks_that_it_is_given(tmp_path: Path) -> None:
+    opened: list[Kept] = []
+
+    def to_kept(run: RunFacts) -> Sink:
+        opened.append(Kept(run))
+        return opened[-1]
+
+    budget = BudgetConfig(tokens=10)
+    tracker = Tracker(tmp_path, kinds=KINDS, hparams={"seed": 3}, budget=budget, sinks=[to_kept], wall=lambda: 50.0)
+    [sink] = opened
+    assert (sink.run.root, sink.run.hparams, sink.run.started_at, sink.run.now_s) == ("world", {"seed": 3}, 50.0, 0.0)
+    tracker.record(
+        StartRecord(node="world/a", now_s=1.0, loss=None, perplexity_per_token=None, heldout_bytes=0, private=True)
+    )
+    tracker.record(PushRecord(node="world/a", now_s=2.0, bytes=7))
+    assert ("world/a", "client", "bytes_up", 7, 2.0, 0) in sink.calls
+    tracker.samples({"world/a": "words"}, now_s=2.0)
+    assert ("3 samples/world/a", "    words\n", 0) in sink.calls
+    sink.trouble = "the sink's storage is full"
+    assert tracker.snapshot()["trouble"] == "the sink's storage is full"
+    tracker.close()
+    assert sink.calls[-1] == ("closed",)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json"], "no charts but the sink's"

@@ -1,0 +1,84 @@
+"""What a tracker draws to: each sink turns the same points into its own kind of charts.
+
+def to_my_tool(run: RunFacts) -> Sink: ...
+Tracker(run_dir, ..., sinks=[TensorBoardCharts, Curves.of, to_my_tool])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from worldlm_ray.records import AttentionRecord
+from worldlm_ray.tracking.charts import Lines
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a sink is told of its run when the tracker opens it."""
+
+    run_dir: Path
+    root: str
+    """Path of the world."""
+    lines: Lines
+    """Which nodes have a line where not every node can have one. The tracker adds the nodes that join."""
+    hparams: Mapping[str, Scalar]
+    """Settings by dotted key."""
+    texts: Mapping[str, str]
+    """Markdown by tag: the configuration and the tree."""
+    started_at: float
+    """Wall time of the run's first start, seconds since 1970."""
+    now_s: float
+    """Run time in seconds: above 0 where the tracker continues a run."""
+    clock: Callable[[], float]
+    """Monotonic seconds; it only paces files."""
+
+
+class Sink(Protocol):
+    """Writes charts of a run. A sink that inherits from this class leaves out what it does not show.
+
+    A sink never raises because its storage refuses: it keeps what it can in memory, and says why in `trouble`.
+    """
+
+    trouble: str = ""
+    """Why points wait in memory; empty if they do not."""
+
+    def scalars(self, node: str, kind: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
+        """Add a point to curves of a node.
+
+        Args:
+            node: its path, or one of `charts.MEAN`, `BEST`, `WORST` for all clients together.
+            kind: `world`, `federation` or `client`.
+            values: by name, see worldlm_ray/tracking/charts.py; None is left out.
+            now_s: run time in seconds.
+            tokens: trained so far, by the node or by the clients below it.
+        """
+
+    def histogram(self, node: str, name: str, counts: Mapping[int, int], *, step: int, now_s: float) -> None:
+        """Show how often each whole number was seen; the step is a version."""
+
+    def attention(self, record: AttentionRecord) -> None:
+        """Show attention weights."""
+
+    def text(self, name: str, markdown: str, *, step: int, now_s: float) -> None:
+        """Show a text in Markdown; the step is the rounds of its client."""
+
+    def flush_if_due(self) -> None:
+        """Write what waits, if the last time was long enough ago. A sink with a thread does nothing here."""
+
+    def flush(self) -> None:
+        """Return when everything so far is written, or the storage has refused it."""
+
+    def finish(self, *, now_s: float) -> None:
+        """Mark the run as ended; `flush` and `close` follow."""
+
+    def close(self) -> None:
+        """Close the files; nothing can be added after this."""
+
+
+OpenSink = Callable[[RunFacts], Sink]
+"""Makes the sink of a run."""
