@@ -39,7 +39,8 @@ test-fast: $(DEV)  ## unit tests, without Ray, in under a minute
 	$(BIN)/python -m pytest tests/unit
 
 soak: $(DEV)  ## mutated messages, faults on purpose and kills, many times as many: takes an hour
-	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/unit/test_mutations.py tests/unit/test_faults.py tests/ray/test_kills.py
+	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/ray/test_kills.py tests/unit/test_faults.py \
+		tests/unit/test_mutations.py tests/unit/test_mutated_files.py
 
 check: $(DEV)  ## lint, format, types, and whether docs/architecture.md is what the code says
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -34,3 +36,9 @@ def rng() -> np.random.Generator:
 def endless() -> BudgetConfig:
     """A budget that a node never ends by itself."""
     return BudgetConfig(rounds=1_000)
+
+
+@pytest.fixture
+def many(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """How often: the number given, or a hundred times that in a soak."""
+    return lambda number: number * (100 if request.config.getoption("--soak") else 1)
