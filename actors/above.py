@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 
 from actors.shared import Address
 from actors.uplink import Steps
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 PATIENCE_S = 5.0
 """How long a client waits for such a model, at most."""

@@ -48,7 +48,7 @@ from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.trainer import Trainer
 
 T = TypeVar("T")

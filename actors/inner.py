@@ -73,7 +73,7 @@ from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.plan.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
 from worldlm_ray.storage import checkpoint, filesystem
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.audit import AuditLog
 
 

@@ -14,7 +14,7 @@ from worldlm_ray.errors import CheckpointError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 
 class Leaf:

@@ -17,7 +17,7 @@ from worldlm_ray.records import Measure, Record
 from worldlm_ray.reports.outcome import Sample, finish
 from worldlm_ray.run_clock import Anchor, RunClock
 from worldlm_ray.storage import checkpoint, filesystem
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.tracker import STATUS_EVERY_S, STATUS_SHARE, Tracker, open_tracker
 
 

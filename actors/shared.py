@@ -24,7 +24,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import parent_path
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 RECORDER = "recorder"
 """Name of the recorder's actor in the run's namespace."""

@@ -33,7 +33,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.quotas import offered_residuals
 from worldlm_ray.plan.tree import parent_path
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 AGAIN_S = 0.5
 """Between two attempts to find a parent that does not answer; later ones wait longer, up to ..."""

@@ -43,7 +43,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.storage import filesystem
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 
 TRIES = 3

@@ -17,7 +17,8 @@ from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.config.federated import AggregationConfig, ServerOptimizerConfig
 from worldlm_ray.exchange.messages import Update
-from worldlm_ray.tensors.params import THREADS, Flat, Layout, lerp, make_layout, rough_norm, spread
+from worldlm_ray.tensors.buffers import THREADS, Flat, lerp, rough_norm, spread
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 SIZE = 127_000_000
 PAIRS = 15

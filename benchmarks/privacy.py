@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.zero_group import PRIVATE, RATE, batches, in_group, start, training
 from worldlm_ray.model.shape import PRESETS
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.local import LocalTrainer
 
 PAIRS = 7

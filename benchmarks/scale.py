@@ -20,7 +20,8 @@ from worldlm_ray.aggregation.node import Node
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.exchange.messages import Packed, Update, pack
-from worldlm_ray.tensors.params import Layout, frozen, make_layout
+from worldlm_ray.tensors.buffers import frozen
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 CHILDREN = (10, 100, 1_000, 10_000)
 SIZES = {"1.3M parameters (nano)": 1_300_000, "13M parameters": 13_000_000}

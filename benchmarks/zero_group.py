@@ -21,7 +21,8 @@ from torch.multiprocessing.spawn import spawn
 from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import PRESETS, ModelShape
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.deepspeed_config import worker_bytes
 from worldlm_ray.training.trainer import MOMENTS, Batch
 

@@ -15,7 +15,7 @@ from worldlm_ray.aggregation.node import Node, Push
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig, StalenessConfig
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.exchange.messages import Update, pack
-from worldlm_ray.tensors.params import make_layout
+from worldlm_ray.tensors.layout import make_layout
 
 SHAPES = [("backbone.weight", (4, 3)), ("head.weight", (2, 4))]  # the head is the key layer
 TEMPERATURE, STALENESS_EXPONENT = 0.1, 0.5

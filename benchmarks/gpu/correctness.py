@@ -12,7 +12,7 @@ from benchmarks.gpu.rows import Rows
 from benchmarks.zero_group import RATE, batches, start
 from worldlm_ray.config.schema import TrainingConfig
 from worldlm_ray.model.shape import PRESETS
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.trainer import Batch
 

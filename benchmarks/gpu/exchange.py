@@ -12,7 +12,7 @@ from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.config.schema import TrainingConfig
 from worldlm_ray.exchange.compression import encode
 from worldlm_ray.exchange.messages import Update
-from worldlm_ray.tensors.params import difference
+from worldlm_ray.tensors.buffers import difference
 from worldlm_ray.training.local import LocalTrainer
 
 COPIES = 3.0

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.zero_group import PRIVATE, batches, in_group, private, start, training
 from worldlm_ray.model.shape import PRESETS
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.local import LocalTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]

@@ -14,7 +14,7 @@ from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.simulation.simulator import Simulation
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.tracker import Tracker
 from worldlm_ray.training.trainer import Batch, RoundResult
 

@@ -9,7 +9,7 @@ import pytest
 
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.tensors.params import Layout, make_layout
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 KEYS = ["model.embed.*", "head.*"]
 

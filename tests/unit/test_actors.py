@@ -32,7 +32,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import OwnModelRecord, Record, VerdictRecord
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.audit import proofs
 
 

@@ -12,7 +12,7 @@ from worldlm_ray.aggregation.attention import OnlineAttention, attend, score, wi
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.federated import AttentionConfig, StalenessConfig
 from worldlm_ray.errors import AggregationError
-from worldlm_ray.tensors.params import KeyLayer
+from worldlm_ray.tensors.layout import KeyLayer
 
 
 def vec(*values: float) -> npt.NDArray[np.float32]:

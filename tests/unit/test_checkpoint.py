@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 Damage = Callable[[Path], Any]
 

@@ -27,7 +27,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.quotas import ROUNDS_APART
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.simulation.simulator import Simulation
-from worldlm_ray.tensors.params import Layout
+from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.tracking.tracker import Tracker
 
 ROUND = 100

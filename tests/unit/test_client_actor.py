@@ -29,7 +29,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord, Record
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 Tiny = Callable[..., Plan]
 PATH = "world/a"

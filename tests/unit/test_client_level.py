@@ -26,7 +26,8 @@ from worldlm_ray.privacy.gaussian import composed_epsilon, gaussian_epsilon, gau
 from worldlm_ray.records import PrivacyRecord, RoundRecord
 from worldlm_ray.reports import spending
 from worldlm_ray.simulation.simulator import simulate
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 
 Tiny = Callable[..., Plan]
 START = np.array([1.0, 2.0, 3.0, 10.0, 20.0, 30.0, 40.0], np.float32)  # backbone of three, then two key layers

@@ -18,8 +18,8 @@ from worldlm_ray.exchange.compression import CODECS, decode, encode, lossy, memo
 from worldlm_ray.exchange.messages import Packed, Update, pack, read_header, unpack_update
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.simulation.simulator import simulate
-from worldlm_ray.tensors import params
-from worldlm_ray.tensors.params import BLOCK, Flat
+from worldlm_ray.tensors import buffers
+from worldlm_ray.tensors.buffers import BLOCK, Flat
 
 SIZES = [1, 2, 127, 128, 129, 1023, 1024, 1025, BLOCK - 1, BLOCK, BLOCK + 3, 40 * BLOCK + 7]
 LARGEST_ERROR = {"fp32": 0.0, "bf16": 2.0**-8, "int8": 0.5 / 127, "int4": 0.5 / 7}
@@ -81,7 +81,7 @@ def test_what_is_lost_goes_with_the_next_update(codec: str) -> None:
 def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     values = some(40 * BLOCK + 7)
     several = {codec: encode(codec, values).tobytes() for codec in CODECS}
-    monkeypatch.setattr(params, "THREADS", 1)
+    monkeypatch.setattr(buffers, "THREADS", 1)
     assert {codec: encode(codec, values).tobytes() for codec in CODECS} == several
 
 

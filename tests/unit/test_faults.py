@@ -19,7 +19,7 @@ from worldlm_ray.plan.faults import Faults
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, PushRecord, RoundRecord, VerdictRecord
 from worldlm_ray.simulation.simulator import Simulation
-from worldlm_ray.tensors.params import params_sha256
+from worldlm_ray.tensors.buffers import params_sha256
 from worldlm_ray.tracking.audit import proofs
 
 Tiny = Callable[..., Plan]

@@ -41,7 +41,8 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import PullRecord, PushRecord, Record
 from worldlm_ray.reports.describe import describe
 from worldlm_ray.simulation.simulator import simulate
-from worldlm_ray.tensors.params import Flat, Layout, frozen, make_layout, module_of
+from worldlm_ray.tensors.buffers import Flat, frozen
+from worldlm_ray.tensors.layout import Layout, make_layout, module_of
 
 Tiny = Callable[..., Plan]
 SHAPES = [("one.weight", (2,)), ("two.weight", (2,)), ("three.weight", (1,)), ("head.weight", (2,))]

@@ -31,7 +31,7 @@ from worldlm_ray.errors import CheckpointError, ConfigError
 from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import AttentionRecord
-from worldlm_ray.tensors.params import Layout
+from worldlm_ray.tensors.layout import Layout
 
 
 def log(value: float) -> float:

@@ -16,7 +16,8 @@ from worldlm_ray.config.schema import NodeSettings
 from worldlm_ray.config.values import Problems
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
-from worldlm_ray.tensors.params import Flat, make_layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import make_layout
 
 LAYOUT = make_layout([("body.weight", (2,)), ("head.weight", (2,))], ["head.*"], layers=0)
 

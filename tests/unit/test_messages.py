@@ -13,7 +13,7 @@ import pytest
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import SCHEMA, Model, Packed, Update, pack, read_header, unpack_model, unpack_update
-from worldlm_ray.tensors.params import Layout, make_layout
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 REASONS = {"malformed", "wrong_schema", "wrong_layout", "wrong_fragment", "wrong_shape"}
 

@@ -22,7 +22,7 @@ from worldlm_ray.exchange.messages import Model, Update, pack
 from worldlm_ray.experiments.methods import METHODS, VARIANTS, configure
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.describe import describe
-from worldlm_ray.tensors.params import make_layout
+from worldlm_ray.tensors.layout import make_layout
 
 SHAPES = [("body.weight", (2,)), ("head.weight", (2,))]
 

@@ -18,7 +18,7 @@ from worldlm_ray.model.flat import bind, decayed
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import PRESETS, ModelShape, resolve_shape
 from worldlm_ray.records import perplexity
-from worldlm_ray.tensors.params import Layout
+from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.local import Batch, LocalTrainer
 from worldlm_ray.training.schedule import learning_rate
 

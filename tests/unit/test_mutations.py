@@ -28,7 +28,8 @@ from worldlm_ray.exchange.messages import Model, Packed, Residual, Update, pack,
 from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 
 REASONS = {
     "malformed",

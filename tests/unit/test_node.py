@@ -44,7 +44,8 @@ from worldlm_ray.errors import CheckpointError, MessageError
 from worldlm_ray.exchange.messages import Model, Packed, Update, pack
 from worldlm_ray.records import AttentionRecord, MergeRecord, VerdictRecord
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.params import Flat, Layout, make_layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 C = TypeVar("C")
 SHAPES = [("model.embed.weight", (2,)), ("body.weight", (3,)), ("head.weight", (2,))]

@@ -14,7 +14,7 @@ from worldlm_ray.config.federated import AggregationConfig, MergeConfig
 from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
 from worldlm_ray.exchange.messages import pack
 from worldlm_ray.records import LifeRecord
-from worldlm_ray.tensors.params import Layout
+from worldlm_ray.tensors.layout import Layout
 
 
 def a_world(layout: Layout, *, seconds: float = 100.0) -> Node:

@@ -17,7 +17,7 @@ from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.experiments.methods import configure
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.records import MergeRecord
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 Tiny = Callable[..., Plan]
 OVERLAP = {"overlap": True}

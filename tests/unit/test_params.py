@@ -9,19 +9,9 @@ import pytest
 
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.tensors import params
-from worldlm_ray.tensors.params import (
-    BLOCK,
-    Layout,
-    add_scaled,
-    blocks,
-    frozen,
-    inner,
-    lerp,
-    make_layout,
-    params_sha256,
-    squared_norm,
-)
+from worldlm_ray.tensors import buffers
+from worldlm_ray.tensors.buffers import BLOCK, add_scaled, blocks, frozen, inner, lerp, params_sha256, squared_norm
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 SHAPES = [
     ("embed.weight", (4, 2)),
@@ -177,7 +167,7 @@ def test_arithmetic_is_the_same_whatever_the_block(rng: np.random.Generator, mon
         return summed.tobytes(), mixed.tobytes()
 
     whole = run()
-    monkeypatch.setattr(params, "BLOCK", 1_001)
+    monkeypatch.setattr(buffers, "BLOCK", 1_001)
     assert run() == whole
 
 

@@ -24,7 +24,8 @@ from worldlm_ray.exchange.parent import Gate, check_model
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.simulation.simulator import Simulation
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.tracking.tracker import Tracker
 
 

@@ -27,7 +27,8 @@ from worldlm_ray.exchange.messages import (
     unpack_model,
     unpack_update,
 )
-from worldlm_ray.tensors.params import Flat, make_layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import make_layout
 
 SHAPES = [("body.weight", (1,)), ("neck.weight", (2,)), ("head.weight", (2,))]
 LAYOUT = make_layout(SHAPES, ["neck.*", "head.*"], layers=0)

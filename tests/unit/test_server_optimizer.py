@@ -10,8 +10,8 @@ import pytest
 from worldlm_ray.aggregation import server_optimizer
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer, state_buffers
 from worldlm_ray.config.federated import ServerOptimizerConfig
-from worldlm_ray.tensors import params
-from worldlm_ray.tensors.params import BLOCK, Flat
+from worldlm_ray.tensors import buffers
+from worldlm_ray.tensors.buffers import BLOCK, Flat
 
 RULES = ("sgd", "nesterov", "adam")
 
@@ -104,7 +104,7 @@ def test_bits_do_not_depend_on_where_blocks_end(
 
     whole = run()
     for block in (1_000, BLOCK - 1):
-        monkeypatch.setattr(params, "BLOCK", block)
+        monkeypatch.setattr(buffers, "BLOCK", block)
         monkeypatch.setattr(server_optimizer, "BLOCK", block)
         for one, other in zip(whole, run(), strict=True):
             assert one.tobytes() == other.tobytes()

@@ -16,7 +16,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, MergeRecord, NodeSummary, Record, RoundRecord, VerdictRecord
 from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.params import params_sha256
+from worldlm_ray.tensors.buffers import params_sha256
 from worldlm_ray.tracking import audit
 
 Tiny = Callable[..., Plan]

@@ -16,7 +16,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import processes
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 Tiny = Callable[..., Plan]
 

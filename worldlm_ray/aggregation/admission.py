@@ -12,7 +12,7 @@ from worldlm_ray.exchange.limits import LARGEST_COUNT, LARGEST_NORM, MOST_RESTAR
 from worldlm_ray.exchange.messages import Packed, Update, read_header
 from worldlm_ray.exchange.quota import Quota
 from worldlm_ray.exchange.replies import ACCEPTED, Verdict
-from worldlm_ray.tensors.params import rough_norm
+from worldlm_ray.tensors.buffers import rough_norm
 
 TRAINED = ("stale", "not_finite", "norm_exceeded", "too_soon", "privacy_exhausted")
 """Refusals of an update that was trained and will not come again: its tokens are spent."""

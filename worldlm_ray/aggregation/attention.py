@@ -33,7 +33,8 @@ import numpy as np
 from worldlm_ray.config.federated import AttentionConfig, ScoreName
 from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import AggregationError
-from worldlm_ray.tensors.params import Flat, KeyLayer, add_scaled, inner, squared_norm
+from worldlm_ray.tensors.buffers import Flat, add_scaled, inner, squared_norm
+from worldlm_ray.tensors.layout import KeyLayer
 
 
 def score(name: ScoreName, query: Flat, candidate: Flat, origin: Flat) -> float:

@@ -29,7 +29,7 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.outbox import fields, revived
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 _KEPT = "kept."
 _ROUNDING = 1e-9

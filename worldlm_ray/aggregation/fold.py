@@ -26,7 +26,8 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import AggregationError, CheckpointError
 from worldlm_ray.exchange.messages import Update, carried
-from worldlm_ray.tensors.params import Flat, Layout, add_scaled, squared_norm
+from worldlm_ray.tensors.buffers import Flat, add_scaled, squared_norm
+from worldlm_ray.tensors.layout import Layout
 
 OWN = "(own)"
 """The node itself, among the candidates of attention."""

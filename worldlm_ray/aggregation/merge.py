@@ -35,7 +35,8 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.exchange.messages import Model, Residual, carried
 from worldlm_ray.records import AttentionRecord, MergeRecord
-from worldlm_ray.tensors.params import Flat, Layout, blocks, frozen, lerp
+from worldlm_ray.tensors.buffers import Flat, blocks, frozen, lerp
+from worldlm_ray.tensors.layout import Layout
 
 PARENT = "(parent)"
 """The parent, among the candidates of attention."""

@@ -73,7 +73,8 @@ from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.records import AggregationRecord, AttentionRecord, LifeRecord, PrivacyRecord, VerdictRecord
-from worldlm_ray.tensors.params import Flat, Layout, difference, frozen
+from worldlm_ray.tensors.buffers import Flat, difference, frozen
+from worldlm_ray.tensors.layout import Layout
 
 GAPS = 16
 """Signs of life by which a child's rhythm is known."""

@@ -25,7 +25,8 @@ from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.privacy.gaussian import composed_epsilon
-from worldlm_ray.tensors.params import Flat, Layout, add_scaled, blocks, squared_norm
+from worldlm_ray.tensors.buffers import Flat, add_scaled, blocks, squared_norm
+from worldlm_ray.tensors.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any
 from worldlm_ray.aggregation.attention import score
 from worldlm_ray.config.federated import AttentionConfig, ResidualsConfig
 from worldlm_ray.exchange.messages import Residual
-from worldlm_ray.tensors.params import Flat, KeyLayer, frozen
+from worldlm_ray.tensors.buffers import Flat, frozen
+from worldlm_ray.tensors.layout import KeyLayer
 
 NO_RESIDUALS: dict[str, Any] = {"held": [], "found": [], "fits": {}}
 """State of an empty pool."""

@@ -23,7 +23,7 @@ from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
-from worldlm_ray.tensors.params import Flat, add_scaled, blocks
+from worldlm_ray.tensors.buffers import Flat, add_scaled, blocks
 
 _CHILD = "of."
 

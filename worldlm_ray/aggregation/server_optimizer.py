@@ -24,7 +24,7 @@ import numpy as np
 from worldlm_ray.config.federated import ServerOptimizerConfig
 from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.tensors.params import BLOCK, Flat, spread
+from worldlm_ray.tensors.buffers import BLOCK, Flat, spread
 
 _BUFFERS = {
     "sgd": (),

@@ -34,7 +34,7 @@ from worldlm_ray.privacy.account import Account, ledger_folder, weak_delta
 from worldlm_ray.privacy.ledger import Ledger
 from worldlm_ray.records import Measure, OwnModelRecord, ProgressRecord, Record, RoundRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.common import Common
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample

@@ -23,7 +23,7 @@ from worldlm_ray.data import prepare_shards
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.storage import open_files
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 

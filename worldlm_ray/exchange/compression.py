@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from worldlm_ray.config.values import unknown_name
-from worldlm_ray.tensors.params import BLOCK, Flat, spread
+from worldlm_ray.tensors.buffers import BLOCK, Flat, spread
 
 CODECS: tuple[str, ...] = ("fp32", "bf16", "int8", "int4")
 Bytes = npt.NDArray[np.uint8]
 
 _BLOCKS = {"int8": 1024, "int4": 128}
-"""Elements that share a scale. Both divide params.BLOCK, so that a thread's part begins with a block."""
+"""Elements that share a scale. Both divide buffers.BLOCK, so that a thread's part begins with a block."""
 _LEVELS = {"int8": 127, "int4": 7}
 
 

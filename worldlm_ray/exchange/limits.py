@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from worldlm_ray.errors import MessageError
-from worldlm_ray.tensors.params import Layout
+from worldlm_ray.tensors.layout import Layout
 
 LARGEST_NORM = 1e15
 """Of an update or a model: its square, and sums of it over tokens and children, stay far inside fp32."""

@@ -32,7 +32,8 @@ from worldlm_ray.exchange.limits import (
     header_bytes,
     shown,
 )
-from worldlm_ray.tensors.params import Flat, Layout, rough_norm
+from worldlm_ray.tensors.buffers import Flat, rough_norm
+from worldlm_ray.tensors.layout import Layout
 
 SCHEMA = 6
 """Version of the message schema; a receiver refuses any other."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.replies import ACCEPTED, Verdict
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 _ARRAY = "outbox."
 TRIES = 10

@@ -10,7 +10,8 @@ from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.limits import LARGEST_NORM, MOST_SKIPPED
 from worldlm_ray.exchange.messages import Model, carried
 from worldlm_ray.records import LifeRecord
-from worldlm_ray.tensors.params import Flat, Layout, rough_norm, squared_norm
+from worldlm_ray.tensors.buffers import Flat, rough_norm, squared_norm
+from worldlm_ray.tensors.layout import Layout
 
 
 def check_seqs(model: Model, *, seq: int) -> None:

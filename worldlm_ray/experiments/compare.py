@@ -44,7 +44,7 @@ from worldlm_ray.records import AggregationRecord, AttentionRecord, MergeRecord,
 from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.storage.paths import pasted
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.status import read_status
 from worldlm_ray.training.local import LocalTrainer, device_of
 

@@ -20,7 +20,7 @@ from worldlm_ray.reports.outcome import combine
 from worldlm_ray.reports.tables import NOTHING
 from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.node_state import finite
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.sampling import sample as generate

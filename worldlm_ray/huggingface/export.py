@@ -13,7 +13,8 @@ from worldlm_ray.huggingface.declared import CONFIG
 from worldlm_ray.huggingface.side_files import NAMES, side_files
 from worldlm_ray.huggingface.weights import WEIGHTS
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 
 CARD = "README.md"
 MARK = "<!-- model card of worldlm export -->"

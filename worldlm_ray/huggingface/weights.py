@@ -16,7 +16,8 @@ import numpy as np
 
 from worldlm_ray.errors import DataError
 from worldlm_ray.huggingface.declared import CONFIG, read_object, refuse_pointer
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from worldlm_ray.tensors.params import Layout
+from worldlm_ray.tensors.layout import Layout
 
 
 def bind(model: nn.Module, layout: Layout, flat: Tensor, gradient: Tensor | None = None) -> None:

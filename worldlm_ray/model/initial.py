@@ -8,7 +8,8 @@ import numpy as np
 
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.seeds import derive
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 
 
 def initial_parameters(shape: ModelShape, layout: Layout, *, seed: int) -> Flat:

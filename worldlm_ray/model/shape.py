@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from worldlm_ray.config.checks import positive
 from worldlm_ray.config.schema import ModelConfig
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.tensors.params import Layout, make_layout
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 MOST_LAYERS = 10_000
 """Names of more layers alone would take minutes to list."""

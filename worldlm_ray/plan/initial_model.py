@@ -11,7 +11,7 @@ from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
 from worldlm_ray.plan import kept
 from worldlm_ray.storage.filesystem import expanded
-from worldlm_ray.tensors.params import Layout
+from worldlm_ray.tensors.layout import Layout
 
 BYTES = 256
 """Tokens of a tokenizer that takes every byte for one."""

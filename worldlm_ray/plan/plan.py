@@ -33,7 +33,8 @@ from worldlm_ray.privacy.account import ledger_folder, weak_delta
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
-from worldlm_ray.tensors.params import Flat, Layout, frozen
+from worldlm_ray.tensors.buffers import Flat, frozen
+from worldlm_ray.tensors.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import Interrupted, WorldLMError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import FinalRecord, Measure
-from worldlm_ray.tensors.params import Flat, params_sha256
+from worldlm_ray.tensors.buffers import Flat, params_sha256
 from worldlm_ray.tracking.summary import Summary, write_summary
 from worldlm_ray.tracking.tracker import Tracker
 

@@ -24,7 +24,8 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.contributions import Contributions
 from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord
-from worldlm_ray.tensors.params import Flat, Layout, frozen, make_layout
+from worldlm_ray.tensors.buffers import Flat, frozen
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 LAYOUT = make_layout([("cost", (4,))], [], layers=1)
 """What stands for the model."""

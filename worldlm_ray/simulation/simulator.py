@@ -69,7 +69,7 @@ from worldlm_ray.reports.outcome import Outcome, combine, finish, sampled
 from worldlm_ray.seeds import derive
 from worldlm_ray.simulation.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.storage import checkpoint, open_files
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.audit import AuditLog
 from worldlm_ray.tracking.tracker import Tracker, open_tracker
 

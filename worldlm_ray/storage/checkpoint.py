@@ -35,7 +35,7 @@ from safetensors.numpy import load_file
 
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.storage import filesystem
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 FORMAT = 4
 _INCARNATIONS, _META = "incarnations", "meta.json"

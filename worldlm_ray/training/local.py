@@ -19,7 +19,8 @@ from worldlm_ray.config.schema import ResourcesConfig, TrainingConfig
 from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind, decayed
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.tensors.params import Flat, Layout
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.deepspeed_config import is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.trainer import Batch, RoundResult

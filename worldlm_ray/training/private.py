@@ -18,7 +18,7 @@ from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, cheaper, check_architecture
 from worldlm_ray.privacy.noise import Noise
-from worldlm_ray.tensors.params import Layout
+from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.local import LocalTrainer, on_device
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray.tensors.params import Flat
+from worldlm_ray.tensors.buffers import Flat
 
 Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """Token ids and targets, [batch, context] each."""

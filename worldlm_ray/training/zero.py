@@ -34,7 +34,8 @@ from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.model.decoder import Decoder, cross_entropy
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.tensors.params import Entry, Flat, Layout, module_of
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Entry, Layout, module_of
 from worldlm_ray.training.deepspeed_config import deepspeed_config, is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.trainer import MOMENTS, Batch
