@@ -46,8 +46,7 @@ from worldlm_ray.tensors.layout import Layout, make_layout, module_of
 
 Tiny = Callable[..., Plan]
 SHAPES = [("one.weight", (2,)), ("two.weight", (2,)), ("three.weight", (1,)), ("head.weight", (2,))]
-LAYOUT = make_layout(SHAPES, ["head.*"], layers=0)
-"""[one 2, two 2, three 1 | head 2]: in two fragments [one | two, three]"""
+LAYOUT = make_layout(SHAPES, ["head.*"], layers=0)  # in two fragments: [one | two, three]
 START = np.array([1, 2, 3, 4, 5, 10, 20], np.float32)
 PLAIN: dict[str, Any] = {"layout": LAYOUT, "initial": START, "child_fragments": 2}
 

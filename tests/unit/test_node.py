@@ -51,9 +51,8 @@ C = TypeVar("C")
 SHAPES = [("model.embed.weight", (2,)), ("body.weight", (3,)), ("head.weight", (2,))]
 LAYOUT = make_layout(SHAPES, ["model.embed.*", "head.*"], layers=0)
 """[body 3 | embed 2, head 2]"""
-SPLIT = LAYOUT.backbone_size
 START = np.array([1, 2, 3, 10, 20, 30, 40], np.float32)
-NAMES = ("a", "b", "c")
+SPLIT, NAMES = LAYOUT.backbone_size, ("a", "b", "c")
 UNIFORM = AttentionConfig(score="uniform")
 FEDBUFF = StalenessConfig(fn="polynomial")
 UNIT_SGD = ServerOptimizerConfig(lr=1.0)

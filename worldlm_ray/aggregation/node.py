@@ -1,8 +1,7 @@
 """The state machine of an inner node: one for the world and for every federation, at any depth.
 
-`Node.handle(event)` returns commands for a backend to carry out. A node has no clock, does no input or output and
-knows nothing of Ray: time comes in with the events, and both backends (actors on Ray, the simulator) drive the
-same machine. The world is a node without a parent. Events and commands: worldlm_ray/aggregation/events.py.
+`Node.handle(event)` returns commands for a backend. A node has no clock, does no input or output and knows nothing
+of Ray. Time comes in with the events. The world is a node without a parent. See worldlm_ray/aggregation/events.py.
 
 Two things stand in memory besides the optimizer's state: the published model, which never changes in place (so
 children, a push in flight and a checkpoint can share it), and one buffer into which updates are folded as they

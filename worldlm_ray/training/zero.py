@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -35,34 +34,15 @@ from worldlm_ray.errors import PrivacyError
 from worldlm_ray.model.decoder import Decoder, cross_entropy
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.tensors.layout import Entry, Layout, module_of
+from worldlm_ray.tensors.layout import Entry, Layout
 from worldlm_ray.training.deepspeed_config import deepspeed_config, is_bf16
 from worldlm_ray.training.sampling import generate
+from worldlm_ray.training.spans import spans
 from worldlm_ray.training.trainer import MOMENTS, Batch
 
 if TYPE_CHECKING:
     from worldlm_ray.privacy.dp_sgd import RecordGradients
     from worldlm_ray.privacy.noise import Noise
-
-
-@dataclass(frozen=True)
-class Span:
-    """The parameters of one module, which lie next to each other in the flat buffer."""
-
-    name: str
-    entries: tuple[Entry, ...]
-
-    @property
-    def where(self) -> slice:
-        """Their part of the flat buffer."""
-        last = self.entries[-1]
-        return slice(self.entries[0].offset, last.offset + last.size)
-
-
-def spans(layout: Layout) -> list[Span]:
-    """The layout a layer at a time: embeddings, every block, the norm, the head."""
-    grouped = groupby(layout.entries, key=lambda entry: module_of(entry.name))
-    return [Span(name, tuple(entries)) for name, entries in grouped]
 
 
 class _Private:
