@@ -15,7 +15,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 def test_a_range_of_workers_leaves_the_others_their_cores_and_grows_with_the_cluster(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, resized.__file__, str(tmp_path)], capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, "-m", "support.resized", str(tmp_path)],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])

@@ -55,6 +55,7 @@ def wait_for_tokens(run: Path, tokens: int) -> None:
     pytest.fail("the run did not get going")
 
 
+@pytest.mark.long
 def test_a_run_survives_kill_9_of_its_driver(conf: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     with log.open("w", encoding="utf-8") as stream:

@@ -18,6 +18,7 @@ def test_the_example_on_ray_runs(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_example_that_grows_and_shrinks_runs() -> None:

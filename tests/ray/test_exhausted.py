@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 Tiny = Callable[..., Plan]
 
 
+@pytest.mark.long
 def test_a_paused_client_follows_until_the_run_ends(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     privacy = {"unit": "record", "noise_multiplier": 1.0, "target_epsilon": 2.0, "on_exhausted": "pause"}
     children = [

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Tiny = Callable[..., Plan]
 
 
+@pytest.mark.long
 def test_they_are_measured_during_the_run_and_kept_after_a_stop(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     training = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.02}
     plan = tiny(training=training, budget={"rounds": 500})

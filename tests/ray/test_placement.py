@@ -16,8 +16,8 @@ TESTS = Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_actors_live_where_their_labels_say(tmp_path: Path) -> None:
-    command = [sys.executable, str(TESTS / "support" / "placed.py"), str(tmp_path)]
-    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "support.placed", str(tmp_path)]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray speaks there, too
     found = json.loads(line)

@@ -55,6 +55,7 @@ def test_synchronous_mode_gives_the_bits_of_clients_with_a_process_each(
         assert real["nodes"][path]["steps"] == node["steps"], path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous"])
 def test_a_host_that_is_killed_costs_nothing(cluster: None, tiny: Tiny, tmp_path: Path, trigger: str) -> None:
     rounds, copies = 4, 30
@@ -76,6 +77,7 @@ def test_a_host_that_is_killed_costs_nothing(cluster: None, tiny: Tiny, tmp_path
     check(plan, Killer(plan, [(2 * copies, 0.0, "world/north/phone-01")]).train())
 
 
+@pytest.mark.long
 def test_clients_of_a_host_stop_and_go_on(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     settings = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.05}
     plan = in_folder(

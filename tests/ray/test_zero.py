@@ -58,6 +58,7 @@ class KillWorker:
         self.killed_at_s = snapshot["now_s"] + 0.7
 
 
+@pytest.mark.long
 def test_stages_2_and_3_beside_a_plain_client_outlive_a_killed_worker(
     cluster: None, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_stages_2_and_3_beside_a_plain_client_outlive_a_killed_worker(
     assert sorted(x["seq"] for x in lines if x["sender"] == "two") == list(range(1, 9))
 
 
+@pytest.mark.long
 def test_a_client_whose_worker_was_killed_ends_with_the_same_bits(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     children = [client("sharded", tmp_path, 1, training={"zero_stage": 1, "step_delay_s": 0.3}, **TWO)]
     plan = tiny(children, budget={"rounds": 4}, checkpoint={"every_s": 0.0})

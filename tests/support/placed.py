@@ -1,6 +1,6 @@
 """Train a small world on pretended machines with labels, and print on which of them each actor lived: JSON.
 
-    python tests/support/placed.py FOLDER
+    PYTHONPATH=tests python -m support.placed FOLDER
 
 A separate program, since a process has one Ray at a time.
 """

@@ -1,6 +1,6 @@
 """Train a client whose workers may be one or two beside a plain one, add a machine in the middle, say what came of it.
 
-    python tests/support/resized.py FOLDER
+    PYTHONPATH=tests python -m support.resized FOLDER
 
 A separate program, since a process has one Ray at a time. Prints one line of JSON.
 """
