@@ -160,6 +160,24 @@ def compare(
     _same_configuration(config, out)
     _note(command, out)
     wanted = [(method, seed) for seed in seeds for method in methods]
+    _run_all(config, wanted, out, jobs=jobs, on_done=on_done, on_progress=on_progress)
+    found = [_read(out, method, seed) for method, seed in wanted]
+    rows = [{"method": entry["method"], "seed": entry["seed"], **row} for entry in found for row in entry["clients"]]
+    results = {"about": _about(config, out), "rows": rows, "runs": found}
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return rows
+
+
+def _run_all(
+    config: RunConfig,
+    wanted: Sequence[tuple[str, int]],
+    out: Path,
+    *,
+    jobs: int,
+    on_done: Callable[[str, int, float], None],
+    on_progress: Callable[[list[Stand]], None],
+) -> None:
+    """Run every method with every seed that is wanted, so many at a time, each in its own process."""
     mapping = to_mapping(config)
     # Fresh processes: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -176,11 +194,6 @@ def compare(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the first failure is shown now, not after all others
             raise
-    found = [_read(out, method, seed) for method, seed in wanted]
-    rows = [{"method": entry["method"], "seed": entry["seed"], **row} for entry in found for row in entry["clients"]]
-    results = {"about": _about(config, out), "rows": rows, "runs": found}
-    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return rows
 
 
 def _stand(out: Path, method: str, seed: int, *, since: float) -> Stand:

@@ -99,8 +99,8 @@ def save(
         arrays: flat buffers.
         incarnation: the writer's.
         keep: checkpoints to keep, this one included.
-        changing: names of buffers that must not change before they are written: they come first, and then ...
-        on_steady: ... is called, while the rest is still being written.
+        changing: names of buffers that must not change before they are written. They come first.
+        on_steady: called when those are written, while the rest is still being written.
 
     Returns:
         The folder of the new checkpoint.
@@ -120,18 +120,7 @@ def save(
             if filesystem.is_remote(place):
                 temporary = final  # nothing can be renamed there: a checkpoint counts when its meta.json is there
             filesystem.make_folder(temporary)
-            file = temporary / "arrays.safetensors"
-            in_order = sorted(arrays, key=lambda name: name not in changing)
-            first = sum(name in changing for name in in_order)
-            size, digest = _write_arrays(file, {n: arrays[n] for n in in_order}, first=first, on_steady=on_steady)
-            manifest = {
-                "format": FORMAT,
-                "bytes": size,
-                "sha256": digest,
-                "meta": dict(meta),
-                "meta_sha256": _sha256_of(meta),
-            }
-            filesystem.replace_text(temporary / _META, json.dumps(manifest), durable=True)
+            _write(temporary, meta, arrays, changing=changing, on_steady=on_steady)
             if temporary is not final:
                 temporary.rename(final)
             filesystem.flush_folder(place)
@@ -148,6 +137,32 @@ def save(
     for _, stale in old[: max(len(old) + 1 - keep, 0)]:
         filesystem.remove_tree(stale)
     return final
+
+
+def _write(
+    folder: Path,
+    meta: Mapping[str, Any],
+    arrays: Mapping[str, Flat],
+    *,
+    changing: Collection[str],
+    on_steady: Callable[[], None],
+) -> None:
+    """Write the two files of a checkpoint: the arrays, and then meta.json, which says that they are whole."""
+    in_order = sorted(arrays, key=lambda name: name not in changing)
+    size, digest = _write_arrays(
+        folder / "arrays.safetensors",
+        {name: arrays[name] for name in in_order},
+        first=sum(name in changing for name in in_order),
+        on_steady=on_steady,
+    )
+    manifest = {
+        "format": FORMAT,
+        "bytes": size,
+        "sha256": digest,
+        "meta": dict(meta),
+        "meta_sha256": _sha256_of(meta),
+    }
+    filesystem.replace_text(folder / _META, json.dumps(manifest), durable=True)
 
 
 def load(place: Path, *, warn: Callable[[str], None] = lambda _: None) -> tuple[dict[str, Any], dict[str, Flat]] | None:
