@@ -22,16 +22,16 @@ import numpy as np
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.node import require_fragments
 from worldlm_ray.data import Dataset, prepare
-from worldlm_ray.errors import CheckpointError, ConfigError, PrivacyError
+from worldlm_ray.errors import CheckpointError, PrivacyError
 from worldlm_ray.exchange.compression import lossy, memory
 from worldlm_ray.exchange.messages import Model, Update, carried, fragment_of
 from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
 from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.replies import Verdict, Welcome
+from worldlm_ray.plan.accounts import open_account
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
-from worldlm_ray.privacy.account import Account, ledger_folder, weak_delta
-from worldlm_ray.privacy.ledger import Ledger
+from worldlm_ray.privacy.account import Account, weak_delta
 from worldlm_ray.records import Measure, OwnModelRecord, ProgressRecord, Record, RoundRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
 from worldlm_ray.tensors.buffers import Flat
@@ -48,6 +48,7 @@ class Client:
     Args:
         plan: the run.
         spec: this client's node.
+        initial: the run's initial parameters [layout.size]; not copied, must not change. Computed or read unless given.
         dataset: its text; read and cached on this machine unless given.
         make_trainer: makes what trains the model, given the client's account; one in this process unless given.
     """
@@ -57,6 +58,7 @@ class Client:
         plan: Plan,
         spec: NodeSpec,
         *,
+        initial: Flat | None = None,
         dataset: Dataset | None = None,
         make_trainer: Callable[[Account | None], Trainer] | None = None,
     ) -> None:
@@ -73,7 +75,7 @@ class Client:
             records = self.dataset.records(context=self.context)
             self.warning = weak_delta(spec.settings.privacy, records, named=self.reports)
         self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
-        initial = plan.initial()
+        initial = plan.initial() if initial is None else initial
         self.base = np.array(initial)
         """The merged model that the current local round began from; of each fragment, the model as it was when that was
         last sent, moved with the parent since. What differs from it has not been sent. Where a round begins ahead of an
@@ -105,14 +107,12 @@ class Client:
         self.steps = self.tokens = 0
         self.loss_sum = 0.0
         """Sum of step losses of the round that is under way (or has just ended)."""
-        self.incarnation = 1
-        """How often this client has been started: for the backend to set."""
+        self.incarnation = self.base_incarnation = 1
+        """How often this client has been started (for the backend to set); the same of its parent, at the last pull."""
         self.outbox = Outbox()
         """What the parent has not made durable yet."""
         self.seq = self.base_version = 0
-        self.base_incarnation = 1
-        self.progress = 0.0
-        self.learning_rate = 0.0
+        self.progress = self.learning_rate = 0.0
         self.began = False
         """Whether a round is under way: begun and not yet turned into an update."""
         self.start_over = False
@@ -738,32 +738,6 @@ class Client:
         left = self.training.local_steps - self.step
         if self.began and left and not self.account.charge(self.round + 1, steps=left):
             self.began, self.step = False, 0
-
-
-def open_account(plan: Plan, spec: NodeSpec, dataset: Dataset) -> Account | None:
-    """What a client may spend of its text's privacy; None of a client that makes no promise about records.
-
-    Raises:
-        ConfigError: the text has fewer records than a step takes.
-        PrivacyError: no noise keeps the planned rounds within the budget, or the ledger is damaged.
-    """
-    privacy, training = spec.settings.privacy, spec.settings.training
-    if privacy.unit != "record":
-        return None
-    records = dataset.records(context=plan.shape.context)
-    if records < training.batch_size:
-        got = f"{training.batch_size} of {records} records ({plan.shape.context + 1} tokens each)"
-        raise ConfigError(f"{spec.key}.training.batch_size", got, "lower it, or give the client more text")
-    return Account(
-        privacy,
-        Ledger(ledger_folder(privacy, plan.run_dir), unit=privacy.unit, text=dataset.fingerprint),
-        rate=training.batch_size / records,
-        steps=training.local_steps,
-        rounds=plan.planned_rounds(spec),
-        node=spec.path,
-        run=plan.config.name,
-        key=f"{spec.key}.privacy",
-    )
 
 
 _STATE = (

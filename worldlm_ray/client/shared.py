@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -28,19 +27,6 @@ from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 
 STEP = "step"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedPlan(Plan):
-    """A plan whose initial parameters are made once for all clients of a process."""
-
-    @cached_property
-    def _initial(self) -> Flat:
-        return super().initial()
-
-    def initial(self) -> Flat:
-        """The run's initial parameters."""
-        return self._initial
 
 
 class BufferStore:
@@ -207,7 +193,7 @@ class VirtualClients:
     """
 
     def __init__(self, plan: Plan, specs: Sequence[NodeSpec], *, limit_bytes: int | None = None) -> None:
-        self.plan = SharedPlan(**{name: getattr(plan, name) for name in ("config", "root", "shape", "layout")})
+        self.plan = plan
         open_files.raise_limit()
         self.specs = {spec.path: spec for spec in specs}
         first = specs[0].settings
@@ -216,6 +202,11 @@ class VirtualClients:
         self.shelf = BufferStore(limit_bytes)
         self.shared = SharedTrainer(trainer, self.shelf)
         self._origin: Flat | None = None
+
+    @cached_property
+    def initial(self) -> Flat:
+        """The run's initial parameters, the same for all clients."""
+        return self.plan.initial()
 
     def prepare(self) -> None:
         """Cut the texts of all clients at once: a text that they share out is read once."""
@@ -228,7 +219,8 @@ class VirtualClients:
 
     def make(self, path: str) -> Client:
         """A client of this process; like any other for who drives it, but only one may be driven at a time."""
-        client = Client(self.plan, self.specs[path], make_trainer=lambda account: self.shared.seat())
+        spec = self.specs[path]
+        client = Client(self.plan, spec, initial=self.initial, make_trainer=lambda account: self.shared.seat())
         if self._origin is None:
             self._origin = client.merger.origin
         client.merger.origin = self._origin  # never changed: one for all

@@ -45,9 +45,10 @@ def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda 
     kept.check_originals(plan.config)
     inner = {spec.path: theta(plan, spec) for spec in plan.root.inner}
     found: dict[str, list[Measure]] = {path: [] for path in plan.kinds}
+    initial = plan.initial()
     for spec in plan.root.clients:
         on_phase(f"measuring on the text of {spec.path}")
-        client = Client(plan, spec, make_trainer=partial(_trainer, plan, spec))
+        client = Client(plan, spec, initial=initial, make_trainer=partial(_trainer, plan, spec))
         if not client.reports:
             continue
         found[spec.path].append(client.measure(tokens, parameters=theta(plan, spec)))

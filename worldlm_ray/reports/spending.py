@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from worldlm_ray.client.client import open_account
 from worldlm_ray.data import prepare
+from worldlm_ray.plan.accounts import open_account
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import ledger_folder, weak_delta

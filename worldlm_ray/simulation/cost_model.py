@@ -82,6 +82,8 @@ class CostClient:
     Args:
         plan: the run.
         spec: this client's node.
+        initial: the model that stands for all models; of no use to a client without a model.
+        dataset: there is no text.
     """
 
     __slots__ = (
@@ -106,7 +108,7 @@ class CostClient:
     wanted_fragment = None
     left_out = ()
 
-    def __init__(self, plan: Plan, spec: NodeSpec, *, dataset: None = None) -> None:
+    def __init__(self, plan: Plan, spec: NodeSpec, *, initial: Flat, dataset: None = None) -> None:
         self.plan, self.spec, self.dataset = plan, spec, dataset
         self.round_tokens = plan.round_tokens(spec)
         self.outbox = Outbox() if plan.config.faults else _NOTHING_KEPT

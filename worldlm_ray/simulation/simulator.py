@@ -124,13 +124,13 @@ class Simulation:
     ) -> None:
         self.plan, self.tracker = plan, tracker
         self.on_event, self.on_record, self.should_stop = on_event, on_record, should_stop
-        self.make_client, self.faults = make_client, plan.faults
         self.now_s = 0.0
         self._queue: list[tuple[float, int, bool, Callable[[], None]]] = []
         self._beside = 0
         """Entries of the queue that go on for ever: signs of life and looks at the clock."""
         self._order = count()
-        self.initial = plan.initial()
+        self.faults, self.initial = plan.faults, plan.initial()
+        self._make_client: Callable[..., Any] = lambda s, **more: make_client(plan, s, initial=self.initial, **more)
         self.specs = {spec.path: spec for spec in plan.root.walk()}
         self.contributions = {s.path: plan.contributions(s) for s in plan.root.inner}
         self.nodes: dict[str, Node] = {
@@ -138,7 +138,7 @@ class Simulation:
         }
         open_files.raise_limit()
         _cut_texts(plan)
-        self.clients = {spec.path: make_client(plan, spec) for spec in plan.root.clients}
+        self.clients = {spec.path: self._make_client(spec) for spec in plan.root.clients}
         self.speeds = {spec.path: self._speed(spec) for spec in plan.root.clients}
         """Tokens per second of every client."""
         every_s = AUDIT_EVERY_S if isinstance(plan, CostPlan) else 0.0
@@ -849,7 +849,7 @@ class Simulation:
         self._words.pop(path, None)
         self._catching_up.add(path)
         if path in self.clients:
-            client = self.clients[path] = self.make_client(self.plan, spec, dataset=self.clients[path].dataset)
+            client = self.clients[path] = self._make_client(spec, dataset=self.clients[path].dataset)
             client.incarnation = life
             if found is not None:
                 client.restore(*found)
