@@ -66,7 +66,7 @@ from worldlm_ray.aggregation.events import (
 from worldlm_ray.aggregation.node import Covered
 from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, WorldLMError
 from worldlm_ray.exchange.limits import checked
-from worldlm_ray.exchange.messages import Model, Packed, pack
+from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import plan_from_mapping
@@ -100,8 +100,6 @@ class InnerActor(GracefulShutdown):
         self._verdict: Verdict | None = None
         self._pulls: dict[str, asyncio.Future[Carried]] = {}
         self._published: tuple[Flat, Any] | None = None
-        self._parts: dict[int, tuple[Flat, Any]] = {}
-        """The same of fragments of the published model, as far as children have asked for them."""
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._saving: asyncio.Task[None] | None = None
         self._next_save: asyncio.Task[None] | None = None
@@ -158,10 +156,8 @@ class InnerActor(GracefulShutdown):
         self._save_if_due()
         return verdict
 
-    async def pull(
-        self, child: str, incarnation: int, to: int, started_tokens: int, fragment: int | None = None
-    ) -> Carried:
-        """Give the model, or the fragment of it that it wants, to a child, as soon as the child may go on."""
+    async def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Carried:
+        """Give the model to a child, as soon as the child may go on."""
         await self._started.wait()
         if checked("child", child, str) not in self.node.children:
             raise MessageError("unknown_sender", f"{self.spec.path} has no child {child!r}")
@@ -173,7 +169,6 @@ class InnerActor(GracefulShutdown):
             incarnation=incarnation,
             to=to,
             started_tokens=started_tokens,
-            fragment=fragment,
             now_s=now_s,
         )
         await self._handle(wish)
@@ -348,7 +343,7 @@ class InnerActor(GracefulShutdown):
                 future = self._pulls.pop(command.child, None)
                 if future is not None and not future.done():
                     header = pack(command.model, self.plan.layout).header
-                    future.set_result((header, [self._share(command.model)]))
+                    future.set_result((header, [self._publish()]))
             elif isinstance(command, Save):
                 if self._saving is None or self._saving.done():
                     self._save()  # else it is asked for again if the one under way does not do
@@ -396,17 +391,6 @@ class InnerActor(GracefulShutdown):
             # Blocking is right here: the object is on this machine already, and no event may come in between.
             self._published = (self.node.use_shared_copy(values, ray.get(ref)), ref)
         return self._published[1]
-
-    def _share(self, model: Model) -> Any:
-        """The reference of what a child gets: a fragment is an object of its own, so that it alone is fetched."""
-        if model.fragments == 1:
-            return self._publish()
-        cuts = self.node.cuts
-        self._parts = {number: held for number, held in self._parts.items() if held[0] is cuts.get(number)}
-        if model.fragment not in self._parts:
-            ref = ray.put(model.values)
-            self._parts[model.fragment] = (self.node.use_shared_copy(model.values, ray.get(ref)), ref)
-        return self._parts[model.fragment][1]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._guard(work))

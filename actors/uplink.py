@@ -72,11 +72,6 @@ class Child(Protocol):
         """Tokens of all local rounds begun below."""
         ...
 
-    @property
-    def wanted_fragment(self) -> int | None:
-        """Which part of the backbone to pull; None for all of it."""
-        ...
-
     def welcomed(self, welcome: Welcome) -> None:
         """The parent is there, perhaps again."""
         ...
@@ -254,7 +249,7 @@ class Uplink:
             raise MessageError("malformed", f"the answer to a pull is no header and one buffer: {error}") from error
 
     def _ask(self) -> Steps[Carried]:
-        found: Carried = yield from self._call("pull", self._child.started_tokens, self._child.wanted_fragment)
+        found: Carried = yield from self._call("pull", self._child.started_tokens)
         return found
 
     def _call(self, method: str, *arguments: Any) -> Steps[Any]:

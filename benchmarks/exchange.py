@@ -58,7 +58,7 @@ class Idle:
         plan = plan_from_mapping(address.mapping)
         self.name, self.layout = plan.node(address.path).name, plan.layout
         self.incarnation, self.seq, self.outbox = 1, 0, Outbox()
-        self.started_tokens, self.wanted_fragment = 0, None
+        self.started_tokens = 0
         self.uplink = Uplink(address, plan, self, tell=lambda record: None)
         self.values = np.full(plan.layout.size, 1e-6, np.float32)
 

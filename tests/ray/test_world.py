@@ -37,13 +37,13 @@ ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.7, "c
 RESIDUALS = {"residuals": {"per_round": 2, "threshold": 0.99, "max_age": 2}}
 
 
-FRAGMENTS = {"fragments": 2, "codec": "int8"}
+INT8 = {"codec": "int8"}
 
 
 @pytest.mark.parametrize(
     ("merge", "rules", "exchanged"),
-    [({}, {}, {}), (ADAPTIVE, RESIDUALS, {}), ({"client": 0.5}, RESIDUALS, FRAGMENTS)],
-    ids=["plain", "adaptive", "fragments"],
+    [({}, {}, {}), (ADAPTIVE, RESIDUALS, {}), ({"client": 0.5}, RESIDUALS, INT8)],
+    ids=["plain", "adaptive", "int8"],
 )
 def test_synchronous_mode_gives_the_same_bits_in_both_shells(
     cluster: None, tiny: Tiny, tmp_path: Path, merge: dict[str, Any], rules: dict[str, Any], exchanged: dict[str, Any]

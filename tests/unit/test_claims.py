@@ -326,7 +326,6 @@ def test_a_header_has_room_for_as_many_residuals_as_the_sender_may_pass_on(node:
         ("codec", "fp32" * 100),
         ("residuals", [[[[[[]]]]]]),
         ("residuals", [{}] * 9),
-        ("fragment", 2**53),
         ("epsilon", 1.0),
         ("metrics", {}),
     ],
@@ -344,7 +343,7 @@ ODD: list[Any] = [None, True, -1, 2**53, 1.5, "1", [1], {}, b"1", float("nan"), 
 
 
 @pytest.mark.parametrize("value", ODD, ids=repr)
-@pytest.mark.parametrize("name", ["child", "incarnation", "to", "seq", "started_tokens", "fragment"])
+@pytest.mark.parametrize("name", ["child", "incarnation", "to", "seq", "started_tokens"])
 def test_what_a_call_brings_beside_a_message_is_checked(node: Node, name: str, value: Any) -> None:
     given: dict[str, Any] = {"child": "a", "now_s": 1.0}
     events: dict[str, Callable[[dict[str, Any]], Event]] = {
@@ -353,11 +352,10 @@ def test_what_a_call_brings_beside_a_message_is_checked(node: Node, name: str, v
         "to": lambda fields: Heartbeat(**fields),
         "seq": lambda fields: Joined(**fields),
         "started_tokens": lambda fields: Pull(**fields),
-        "fragment": lambda fields: Pull(**fields, started_tokens=1),
     }
     before = node.state()[0]
-    if (name, value) in (("child", "1"), ("fragment", None), ("incarnation", 2**53)):
-        return  # a name that nobody has, the whole model, and what is refused by another name
+    if (name, value) in (("child", "1"), ("incarnation", 2**53)):
+        return  # a name that no child has, and what is refused by another name
     with pytest.raises(MessageError, match=r"^malformed: "):
         node.handle(events[name](given | {name: value}))
     assert node.state()[0] == before

@@ -126,7 +126,7 @@ class Parent:
         found = self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=0.0))
         return next(command.verdict for command in found if isinstance(command, Answer))
 
-    def pull(self, child: str, incarnation: int, to: int, started_tokens: int, fragment: int | None) -> Any:
+    def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Any:
         event = Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=0.0)
         [served] = [command for command in self._handle(event) if isinstance(command, Serve)]
         header = pack(served.model, self.plan.layout).header

@@ -148,13 +148,8 @@ def test_random_faults_lose_nothing_and_apply_nothing_twice(
 ) -> None:
     scripts = SCRIPTS * (25 if request.config.getoption("--soak") else 1)
     aggregation = {"trigger": trigger, "time_up_s": 2.5}
-    counts = (1,) if overlap else (1, 2)
-    plans = [
-        world(tiny, aggregation=aggregation, liveness=IMPATIENT, exchange={"fragments": count, "overlap": overlap})
-        for count in counts
-    ]
+    plan = world(tiny, aggregation=aggregation, liveness=IMPATIENT, exchange={"overlap": overlap})
     for seed in range(scripts):
-        plan = plans[seed % len(plans)]
         script = a_script(seed, plan)
         simulation, records = run(plan, tmp_path / str(seed), script)
         check(simulation, records, f"{trigger}, overlap {overlap}, script {seed}: {script}")
@@ -170,12 +165,9 @@ def test_the_same_script_gives_the_same_bits(tiny: Tiny, tmp_path: Path, overlap
         assert first.now_s == again.now_s
 
 
-@pytest.mark.parametrize("fragments", [1, 3])
 @pytest.mark.parametrize("victim", ["world", "world/north", "world/north/a"])
-def test_a_synchronous_world_ends_with_the_same_bits_whoever_dies(
-    tiny: Tiny, tmp_path: Path, victim: str, fragments: int
-) -> None:
-    plan = world(tiny, "synchronous", checkpoint={"every_s": 0.0}, exchange={"fragments": fragments})
+def test_a_synchronous_world_ends_with_the_same_bits_whoever_dies(tiny: Tiny, tmp_path: Path, victim: str) -> None:
+    plan = world(tiny, "synchronous", checkpoint={"every_s": 0.0})
     calm, _ = run(plan, tmp_path / "calm", [])
     for number, at_s in enumerate([0.5, 3.3, 5.02]):
         faulty, _ = run(plan, tmp_path / f"faulty-{number}", [f"{at_s}s kill {victim} for 2s"])

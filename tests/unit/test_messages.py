@@ -15,7 +15,7 @@ from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import SCHEMA, Model, Packed, Update, pack, read_header, unpack_model, unpack_update
 from worldlm_ray.tensors.layout import Layout, make_layout
 
-REASONS = {"malformed", "wrong_schema", "wrong_layout", "wrong_fragment", "wrong_shape"}
+REASONS = {"malformed", "wrong_schema", "wrong_layout", "wrong_shape"}
 
 
 def update(layout: Layout, **changes: Any) -> Update:

@@ -39,7 +39,6 @@ REASONS = {
     "wrong_origin",
     "wrong_schema",
     "wrong_layout",
-    "wrong_fragment",
     "wrong_shape",
     "unknown_sender",
     "duplicate",
@@ -193,7 +192,7 @@ def test_mutated_update_messages_change_nothing_beyond_their_allowance(
 
 
 def a_call(chance: random.Random) -> dict[str, Any]:
-    fields: dict[str, Any] = {"child": "a", "incarnation": 1, "to": 1, "seq": 0, "started_tokens": 5, "fragment": None}
+    fields: dict[str, Any] = {"child": "a", "incarnation": 1, "to": 1, "seq": 0, "started_tokens": 5}
     for name in chance.sample(sorted(fields), chance.choice([0, 1, 1, 2])):
         fields[name] = chance.choice(LIES + ODD)
     return fields
@@ -204,7 +203,7 @@ def test_mutated_call_messages_change_nothing_beyond_their_allowance(
 ) -> None:
     chance, node, seen = random.Random(1), a_node(layout), Counter[str]()
     kinds = {
-        Pull: ("incarnation", "to", "started_tokens", "fragment"),
+        Pull: ("incarnation", "to", "started_tokens"),
         Joined: ("incarnation", "seq"),
         Heartbeat: ("incarnation", "to"),
         Done: ("incarnation", "to"),

@@ -73,8 +73,6 @@ def make(
     awaited: Iterable[str] = (),
     liveness: LivenessConfig | None = None,
     codec: str = "fp32",
-    fragments: int = 1,
-    child_fragments: int = 1,
     **rules: Any,
 ) -> Node:
     rules = {"attention": UNIFORM, "server_optimizer": UNIT_SGD} | rules
@@ -90,8 +88,6 @@ def make(
         budget=budget or BudgetConfig(rounds=1_000),
         liveness=liveness,
         codec=codec,
-        fragments=fragments,
-        child_fragments=child_fragments,
     )
 
 
@@ -419,7 +415,7 @@ def busy() -> Node:
     push(node, "a", 4, base=2, change=0.25)
     node.handle(Left(child="gone", now_s=0.5))
     assert (node.version, node.exchanging, node.refused) == (2, True, {})
-    assert "fold.first.0" in node.state()[1]
+    assert "fold.first" in node.state()[1]
     return node
 
 

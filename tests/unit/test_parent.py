@@ -72,42 +72,12 @@ def test_the_step_is_measured_in_multiples_of_the_own_model(layout: Layout) -> N
     check_model(model, layout, seq=0, own=None, max_step=0.499)  # a newcomer has nothing of its own
 
 
-def test_of_a_fragment_only_what_it_carries_is_compared(layout: Layout) -> None:
-    own = np.arange(1, layout.size + 1, dtype=np.float32)
-    cut = layout.fragments(1)
-    assert len(cut) == 1
-    far = own.copy()
-    far[: layout.backbone_size] += 1e6
-    with pytest.raises(MessageError, match="step_exceeded"):
-        check_model(a_model(far), layout, seq=0, own=own, max_step=1.0)
-
-
 def test_a_model_that_could_not_be_read_keeps_no_refusal_quiet(layout: Layout) -> None:
     own = np.arange(1, layout.size + 1, dtype=np.float32)
     gate = Gate("world/f", layout, max_step=0.5)
     models = [None, a_model(3.0 * own), a_model(3.0 * own), None, a_model(3.0 * own), a_model(own), a_model(3.0 * own)]
     said = [gate.refusal(model, seq=0, own=own, now_s=0.0) is not None for model in models]
     assert said == [False, True, False, False, False, False, True]
-
-
-def test_only_the_fragment_that_was_asked_for_is_taken(plan: Plan) -> None:
-    layout = plan.layout
-    gate = Gate("world/f", layout, max_step=None, fragments=2)
-    taken = {}
-    for fragment, fragments in ((0, 1), (0, 2), (1, 2)):
-        part = layout.fragments(fragments)[fragment]
-        values = np.zeros(part.stop - part.start + layout.key_size, np.float32)
-        model = a_model(values, fragment=fragment, fragments=fragments)
-        for wanted in (None, 0, 1):
-            gate.refusal(model, seq=0, own=None, now_s=0.0, fragment=wanted)
-            taken[fragment, fragments, wanted] = not gate.shut
-    assert [case for case, is_taken in taken.items() if is_taken] == [
-        (0, 1, None),
-        (0, 1, 0),
-        (0, 1, 1),
-        (0, 2, 0),
-        (1, 2, 1),
-    ]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
@@ -163,21 +133,6 @@ def test_a_client_goes_on_with_its_own_model(one: Client, plan: Plan, kind: str)
     assert one.base_version == 7
 
 
-def half_of(plan: Plan) -> Model:
-    """A fragment, where the whole is asked for."""
-    part = plan.layout.fragments(2)[0]
-    values = np.zeros(part.stop - part.start + plan.layout.key_size, np.float32)
-    return a_model(values, version=3, fragment=0, fragments=2)
-
-
-def test_a_newcomer_refuses_a_part_of_a_model(plan: Plan) -> None:
-    one = Client(plan, plan.root.clients[0])
-    [said] = warnings(one.begin(half_of(plan), now_s=0.0))
-    assert "wrong_fragment: got fragment 0 of 2, asked for the whole" in said
-    assert one.began
-    assert one.base_version == 0
-
-
 def test_a_client_that_has_diverged_waits_for_a_model_that_can_be_taken(one: Client, plan: Plan) -> None:
     one.start_over = True
     one.begin(a_model(np.full(plan.layout.size, np.inf, np.float32)), now_s=1.0)
@@ -208,17 +163,6 @@ def test_an_exchange_that_brings_a_broken_model_in_mid_round_changes_nothing(
     one.train()
     change = one.trainer.read() - base
     assert np.allclose(one.update().values, change), "key layers, too, are measured from what was pushed"
-
-
-def test_key_layers_of_fragments_are_sent_once_whatever_the_parent_brings(tiny: Callable[..., Plan]) -> None:
-    plan = tiny(exchange={"fragments": 2}, budget={"rounds": 9})
-    one, split = Client(plan, plan.root.clients[0]), plan.layout.backbone_size
-    one.begin(a_model(plan.initial(), version=0), now_s=0.0)
-    for number in range(3):
-        before = one.trainer.read()[split:]
-        one.train()
-        assert np.allclose(one.update().values[-plan.layout.key_size :], one.trainer.read()[split:] - before)
-        one.begin(None, now_s=float(number))
 
 
 # ---- a federation ----------------------------------------------------------------------------------------------------
@@ -300,16 +244,6 @@ def test_children_of_a_newcomer_whose_parent_is_broken_are_served_all_the_same(l
     assert [command.model.version for command in commands if isinstance(command, Serve)] == [0]
 
 
-@pytest.mark.parametrize("merge", [1.0, "adaptive"])
-def test_a_federation_refuses_a_part_of_a_model(plan: Plan, merge: Any) -> None:
-    node = a_federation(plan.layout, federation=merge)
-    node.wants_news = True
-    [said] = warnings(noted(node.handle(ParentModel(model=half_of(plan), now_s=2.0))))
-    assert "wrong_fragment" in said
-    assert (node.version, node.base_version) == (0, 0)
-    assert node.merger.heard is None or node.merger.heard.size == plan.layout.size
-
-
 def test_a_federation_counts_on_from_what_the_parent_of_a_refused_model_knows(layout: Layout) -> None:
     node = a_federation(layout)
     far = node.theta * np.float32(3.0)
@@ -336,8 +270,8 @@ def test_a_parent_that_says_it_has_aggregated_no_tokens_leaves_the_own_key_layer
 class Broken(Node):
     """A world that gives NaN to its children, always."""
 
-    def model(self, child: str, fragment: int | None = None) -> Model:
-        given = super().model(child, fragment)
+    def model(self, child: str) -> Model:
+        given = super().model(child)
         return replace(given, values=np.full_like(given.values, np.nan), version=max(given.version, 1))
 
 

@@ -12,7 +12,7 @@ from support.worlds import TINY_MODEL
 
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import checks, fragment_checks, privacy_checks
+from worldlm_ray.plan import checks, privacy_checks
 from worldlm_ray.plan.checks import Rule
 from worldlm_ray.plan.plan import Plan, assembled, make_plan
 
@@ -62,7 +62,6 @@ ADAPTIVE = {"client": "adaptive", "common_fraction": 0.25}
 MEDIAN = {"robust": {"rule": "median"}}
 ZERO = {"training": {"zero_stage": 1}}
 OVERLAP = {"exchange": {"overlap": True}}
-PARTS = {"exchange": {"fragments": 2}}
 ALL_KEYS = TINY_MODEL | {"key_layers": ["*"]}
 CASES = [
     Case(
@@ -79,19 +78,6 @@ CASES = [
     ),
     Case(checks.one_vocabulary, "world.children[1].data.tokenizer", alice={"data": {"tokenizer": "bytes"}}),
     Case(checks.backbone_to_judge_by, "world.merge", {"model": ALL_KEYS, "merge": {"client": "adaptive"}}),
-    Case(fragment_checks.enough_parameters, f"{FED}.exchange.fragments", {"exchange": {"fragments": 1_000}}),
-    Case(fragment_checks.fragments_of_a_model, f"{FED}.exchange.fragments", {"simulation": {"train": False}} | PARTS),
-    Case(
-        fragment_checks.adaptive_on_the_whole, f"{ALICE}.merge.client", PARTS, alice={"merge": {"client": "adaptive"}}
-    ),
-    Case(fragment_checks.one_number_per_parent, f"{FED}.children[1].exchange.fragments", alice=PARTS),
-    Case(fragment_checks.noise_for_whole_updates, f"{ALICE}.exchange.fragments", PARTS, fed={"privacy": CLIENT}),
-    Case(
-        fragment_checks.robust_on_all_children,
-        f"{ALICE}.exchange.fragments",
-        PARTS,
-        fed={"aggregation": {"trigger": "synchronous", "robust": {"rule": "median"}}},
-    ),
     Case(privacy_checks.absolute_ledger, "privacy.ledger_dir", {"privacy": {"ledger_dir": "here"}}),
     Case(
         privacy_checks.counted_updates, f"{ALICE}.privacy.max_updates", alice={"privacy": RECORD | {"max_updates": 3}}
@@ -168,7 +154,6 @@ CASES = [
     Case(checks.shared_without_workers, f"{ALICE}.resources.clients_per_process", alice=SHARED | ZERO),
     Case(checks.shared_without_noise, f"{ALICE}.resources.clients_per_process", alice=SHARED | {"privacy": RECORD}),
     Case(checks.shared_with_one_model, f"{ALICE}.resources.clients_per_process", alice=SHARED | {"merge": ADAPTIVE}),
-    Case(checks.shared_with_whole_updates, f"{ALICE}.resources.clients_per_process", PARTS, fed=SHARED),
     Case(checks.shared_without_changes, f"{ALICE}.resources.clients_per_process", fed={"min_clients": 1} | SHARED),
     Case(
         checks.overlap_without_waiting,

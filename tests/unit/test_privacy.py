@@ -158,7 +158,7 @@ def test_what_leaves_a_private_client(tiny: Tiny, tmp_path: Path) -> None:
     one.train()
     header = read_header(pack(one.update(), plan.layout).header)
     assert header["tokens"] == one.round_tokens
-    numbers = {"seq", "base_version", "base_incarnation", "tokens", "started_tokens", "fragment", "fragments"}
+    numbers = {"seq", "base_version", "base_incarnation", "tokens", "started_tokens"}
     assert set(header) == {"schema", "kind", "layout", "sender", "codec", "residuals"} | numbers
 
 

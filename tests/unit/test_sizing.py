@@ -48,9 +48,6 @@ def test_what_serves_more_children() -> None:
     assert limit == "its network"
     assert most_children(dataclasses.replace(WISH, codec="int4"), MACHINE)[0] > few
     assert most_children(dataclasses.replace(WISH, round_s=1_000.0), MACHINE)[0] > 8 * few
-    parts = dataclasses.replace(WISH, fragments=4)
-    assert most_children(parts, MACHINE)[0] > 3 * few
-    assert tiers(parts, MACHINE)[-1].link == pytest.approx(tiers(WISH, MACHINE)[-1].link / 4)
     fast = dataclasses.replace(MACHINE, link_bytes_per_s=100e9)
     assert most_children(WISH, fast)[1] == "its memory's speed"
     calm = dataclasses.replace(WISH, clients=few, fan_out=few)
@@ -69,7 +66,6 @@ def test_memory_of_a_node_does_not_grow_with_clients_nor_depth() -> None:
         ({"clients": 0}, "clients"),
         ({"round_s": -1.0}, "round_s"),
         ({"fan_out": 1}, "fan_out"),
-        ({"fragments": 0}, "fragments"),
         ({"codec": "int5"}, "codec"),
     ],
 )

@@ -46,8 +46,6 @@ def check_plain(event: Event) -> None:
         if name in _PLAIN:
             jumps = name == "incarnation" and isinstance(event, Joined)  # has a limit and a name of its own
             checked(name, value, _PLAIN[name], most=math.inf if jumps else LARGEST_COUNT)
-    if getattr(event, "fragment", None) is not None:
-        checked("fragment", event.fragment, int)  # type: ignore[union-attr]
 
 
 def check_incarnation(child: str, incarnation: int, *, known: int) -> None:

@@ -54,7 +54,7 @@ class CappedFold(Fold):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._kept: list[_Kept] = []
-        self._divisors: dict[int, float] = {}
+        self._divisor = 0.0
         self._own: list[float] | None = None
         """The node's own logits, once they are settled."""
 
@@ -78,31 +78,27 @@ class CappedFold(Fold):
             logits = self._logits(theta, absent)
         for kept, mine in zip(self._kept, logits, strict=True):
             update = kept.update
-            weight = update.tokens * kept.discount * factors[update.fragment, update.sender]
+            weight = update.tokens * kept.discount * factors[update.sender]
             self.fold(update, weight, mine, clipped=self.clipping(update))
-            carried = self.carried[update.fragment]
-            carried[update.sender] = carried.get(update.sender, 0) + update.tokens
+            self.claimed[update.sender] = self.claimed.get(update.sender, 0) + update.tokens
         return super().finish(theta, optimizer, absent=absent)
 
-    def divisor(self, number: int) -> float:
+    @property
+    def divisor(self) -> float:
         """See `Fold.divisor`."""
-        return self._divisors[number]
+        return self._divisor
 
-    def _factors(self) -> dict[tuple[int, str], float]:
-        """By how much each child's weight in each fragment is cut; and the divisors."""
-        tokens: dict[int, dict[str, int]] = defaultdict(dict)
+    def _factors(self) -> dict[str, float]:
+        """By how much each child's weight is cut; and the divisor."""
+        claimed: dict[str, int] = defaultdict(int)
         for kept in self._kept:
-            mine, sender = tokens[kept.update.fragment], kept.update.sender
-            mine[sender] = mine.get(sender, 0) + kept.update.tokens
-        found: dict[tuple[int, str], float] = {}
-        for number, claimed in tokens.items():
-            before = [math.log(count) for count in claimed.values()]
-            after, own = capped(before, self.rules.max_share)
-            factors = [math.exp(now - was) for now, was in zip(after, before, strict=True)]
-            pairs = zip(claimed.values(), factors, strict=True)
-            self._divisors[number] = math.fsum(count * factor for count, factor in pairs) + math.exp(own)
-            found |= {(number, name): factor for name, factor in zip(claimed, factors, strict=True)}
-        return found
+            claimed[kept.update.sender] += kept.update.tokens
+        before = [math.log(count) for count in claimed.values()]
+        after, own = capped(before, self.rules.max_share)
+        factors = [math.exp(now - was) for now, was in zip(after, before, strict=True)]
+        pairs = zip(claimed.values(), factors, strict=True)
+        self._divisor = math.fsum(count * factor for count, factor in pairs) + math.exp(own)
+        return dict(zip(claimed, factors, strict=True))
 
     def _logits(self, theta: Flat, absent: Sequence[Sequence[float]]) -> list[list[float]]:
         """Logits of every update's key layers, cut so that no child has too much of the softmax."""

@@ -53,8 +53,6 @@ class Pull(ChildMessage):
     """A child asks for the model; `started_tokens` counts its local rounds including the one it is about to begin."""
 
     started_tokens: int
-    fragment: int | None = None
-    """Which part of the backbone the child wants, of the children's `exchange.fragments`; None for all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,6 @@
 A change is measured from the parent's model that the child began with. A child that has been away for some versions
 is therefore blended as it would stand now, and does not take back what its siblings have done meanwhile.
 
-With `exchange.fragments` above 1 an update carries one part of the backbone. Each part has a sum and tokens of its own,
-is aggregated over the updates that carried it, and stays as it is where none did; key layers come with every update.
-
 A node's memory therefore does not grow with its number of children, and when the fold is finished the same buffer
 *is* the next model.
 """
@@ -25,13 +22,13 @@ from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import AggregationError, CheckpointError
-from worldlm_ray.exchange.messages import Update, carried
+from worldlm_ray.exchange.messages import Update
 from worldlm_ray.tensors.buffers import Flat, add_scaled, squared_norm
 from worldlm_ray.tensors.layout import Layout
 
 OWN = "(own)"
 """The node itself, among the candidates of attention."""
-_FIRST, _SUM = "first.", "sum."
+_FIRST, _SUM = "first", "sum"
 
 
 class Fold:
@@ -45,7 +42,6 @@ class Fold:
         origin: the run's initial key layers.
         first_s: when the first update arrived.
         buffer: to fold into, instead of a new one; its contents do not matter. Fresh memory costs as much as a copy.
-        fragments: parts of the backbone, of which an update carries one.
     """
 
     kind = "plain"
@@ -58,28 +54,26 @@ class Fold:
         origin: Flat,
         first_s: float,
         buffer: Flat | None = None,
-        fragments: int = 1,
     ) -> None:
         self.layout, self.rules, self.origin, self.first_s = layout, rules, origin, first_s
-        self.parts = layout.fragments(fragments)
         self.flat = np.empty(layout.size, np.float32) if buffer is None else buffer
         self.flat[layout.backbone_size :] = 0.0
-        self._first: dict[int, tuple[Flat, float]] = {}
-        """Of each fragment: its first update and that one's weight, as long as it is the only one. It is in `flat` only
-        when the next pass, for the second or for the next model, has read it."""
-        self.carried: list[dict[str, int]] = [{} for _ in self.parts]
-        """Of each fragment: undiscounted weight by child."""
+        self._first: tuple[Flat, float] | None = None
+        """The backbone of the first update and its weight, as long as it is the only one. It is in `flat` only when the
+        next pass, for the second or for the next model, has read it."""
+        self.claimed: dict[str, int] = {}
+        """Undiscounted weight by child."""
         self.attention = OnlineAttention(layout.key_layers, self.flat[layout.backbone_size :])
         self.fits: list[list[float]] = []
         """Scores of the updates' key layers against the node's own, by the temperature."""
         self.tokens = 0
-        """Undiscounted weight of all updates, whatever they carried."""
+        """Undiscounted weight of all updates."""
         self.contributors: list[str] = []
         self.shares: dict[str, float] = {}
         """Weight of every child's work in the sum; after `finish`, in the mean."""
 
     def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
-        """Fold an update in: one pass over each of its parts.
+        """Fold an update in: one pass over its backbone, and one over its key layers.
 
         Args:
             update: a child's update.
@@ -114,26 +108,26 @@ class Fold:
             logits: of its key layers.
             clipped: by how much it is shortened.
         """
-        part, backbone, _ = carried(update, self.layout)
-        number = update.fragment
-        if not self.carried[number]:
-            self._first[number] = (backbone, weight * clipped)
+        split = self.layout.backbone_size
+        backbone = update.values[:split]
+        if not self.claimed:
+            self._first = (backbone, weight * clipped)
         else:
-            add_scaled(self.flat[part], backbone, weight * clipped, first=self._first.pop(number, None))
+            add_scaled(self.flat[:split], backbone, weight * clipped, first=self._first)
+            self._first = None
         if self.layout.key_layers:
             self.attention.fold(update.sender, self._key_change(update, clipped), logits)
         self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
 
     def _key_change(self, update: Update, clipped: float) -> Flat:
-        change = carried(update, self.layout)[2]
+        change = update.values[self.layout.backbone_size :]
         return change if clipped == 1.0 else np.float32(clipped) * change
 
     def count(self, update: Update) -> None:
         """Note who is in the sum, with what."""
         self.tokens += update.tokens
         self.contributors.append(update.sender)
-        mine = self.carried[update.fragment]
-        mine[update.sender] = mine.get(update.sender, 0) + update.tokens
+        self.claimed[update.sender] = self.claimed.get(update.sender, 0) + update.tokens
 
     def clipping(self, update: Update) -> float:
         """By how much an update is shortened: 1 unless it goes too far."""
@@ -172,32 +166,25 @@ class Fold:
             weights = self.attention.weights()
             keys = self.attention.result()
             keys += own
-        if len(self.parts) > 1:
-            self.shares = {}  # adaptive nodes ask for them, and those exchange the whole backbone
-        norms = []
-        for number, part in enumerate(self.parts):
-            if not self.carried[number]:
-                self.flat[part] = theta[part]
-                continue
-            # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
-            scale = 1.0 / self.divisor(number)
-            if self.rules.server_optimizer.lr is None:
-                scale *= self.present(len(absent), number)
-            self.shares = {name: weight * scale for name, weight in self.shares.items()}
-            first = self._first.get(number)
-            norms.append(optimizer.apply(self.flat[part], theta[part], scale=scale, first=first, number=number))
-        return self.flat, math.hypot(*norms), weights
+        # Dividing by the undiscounted weight lets stale updates shorten the step (FedBuff, algorithm 1).
+        scale = 1.0 / self.divisor
+        if self.rules.server_optimizer.lr is None:
+            scale *= self.present(len(absent))
+        self.shares = {name: weight * scale for name, weight in self.shares.items()}
+        norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale, first=self._first)
+        return self.flat, norm, weights
 
-    def divisor(self, number: int) -> float:
-        """What the sum of a fragment is divided by: the undiscounted weight of all updates that carried it."""
-        return sum(self.carried[number].values())
+    @property
+    def divisor(self) -> float:
+        """What the sum is divided by: the undiscounted weight of all updates."""
+        return sum(self.claimed.values())
 
-    def present(self, absent: int, number: int = 0) -> float:
-        """Share of the children that are in this aggregation with a fragment.
+    def present(self, absent: int) -> float:
+        """Share of the children that are in this aggregation.
 
         Updates that come one by one would otherwise add up to a step as many times too long.
         """
-        return len(self.carried[number]) / (len(set(self.contributors)) + absent)
+        return len(self.claimed) / (len(self.claimed) + absent)
 
     def _own_logits(self, own: Flat, absent: Sequence[Sequence[float]]) -> list[float]:
         """The weight of those absent (and of the node itself, where that was asked for) for each key layer."""
@@ -221,8 +208,8 @@ class Fold:
             "contributors": list(self.contributors),
             "shares": dict(self.shares),
             "first_s": self.first_s,
-            "carried": [dict(tokens) for tokens in self.carried],
-            "first_weights": {str(number): weight for number, (_, weight) in self._first.items()},
+            "claimed": dict(self.claimed),
+            "first_weight": None if self._first is None else self._first[1],
             "maximum": list(attention.maximum),
             "total": list(attention.total),
             "names": list(attention.names),
@@ -231,13 +218,13 @@ class Fold:
 
     def arrays(self) -> dict[str, Flat]:
         """The buffers."""
-        found = {f"{_FIRST}{number}": values for number, (values, _) in self._first.items()}
-        found |= {
-            f"{_SUM}{number}": self.flat[part]
-            for number, part in enumerate(self.parts)
-            if self.carried[number] and number not in self._first
-        }
-        return found | {"keys": self.flat[self.layout.backbone_size :]}
+        split = self.layout.backbone_size
+        found = {"keys": self.flat[split:]}
+        if self._first is not None:
+            found[_FIRST] = self._first[0]
+        elif self.claimed:
+            found[_SUM] = self.flat[:split]
+        return found
 
     def _kind_rules(self) -> dict[str, Any]:
         """The settings on which the kind depends, by key."""
@@ -266,13 +253,12 @@ class Fold:
             CheckpointError: they are of another kind of fold.
         """
         self._require_kind(saved)
-        self.carried = [dict(tokens) for tokens in saved["carried"]]
-        weights = saved["first_weights"]
-        self._first = {int(number): (arrays[f"{_FIRST}{number}"], weight) for number, weight in weights.items()}
-        self.flat[self.layout.backbone_size :] = arrays["keys"]
-        for number, part in enumerate(self.parts):
-            if f"{_SUM}{number}" in arrays:
-                self.flat[part] = arrays[f"{_SUM}{number}"]
+        split, weight = self.layout.backbone_size, saved["first_weight"]
+        self.claimed = dict(saved["claimed"])
+        self._first = None if weight is None else (arrays[_FIRST], weight)
+        self.flat[split:] = arrays["keys"]
+        if _SUM in arrays:
+            self.flat[:split] = arrays[_SUM]
         self.tokens, self.contributors = saved["tokens"], list(saved["contributors"])
         self.fits, self.shares = [list(fit) for fit in saved["fits"]], dict(saved["shares"])
         self.first_s = saved["first_s"]

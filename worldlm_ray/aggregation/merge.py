@@ -33,7 +33,7 @@ from worldlm_ray.aggregation.attention import OnlineAttention, attend, scores, w
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.federated import AggregationConfig
-from worldlm_ray.exchange.messages import Model, Residual, carried
+from worldlm_ray.exchange.messages import Model, Residual
 from worldlm_ray.records import AttentionRecord, MergeRecord
 from worldlm_ray.tensors.buffers import Flat, blocks, frozen, lerp
 from worldlm_ray.tensors.layout import Layout
@@ -121,10 +121,8 @@ class Merger:
         record = MergeRecord(node=self.path, now_s=now_s, version=model.version, m=float(m), agreement=cosine)
         return float(m), record
 
-    def backbone(
-        self, m: float, theta: Flat, anchor: Flat, model: Model, *, out: Flat, exact: bool = False
-    ) -> Flat | None:
-        """Merge the backbones of whole buffers with the fragment that came, or with all of them, into `out`.
+    def backbone(self, m: float, theta: Flat, anchor: Flat, model: Model, *, out: Flat) -> Flat | None:
+        """Merge the backbones of whole buffers into `out`.
 
         Args:
             m: what `judge` said.
@@ -132,15 +130,12 @@ class Merger:
             anchor: the same as it was when it was last pushed.
             model: the parent's.
             out: the merged model; its backbone is overwritten.
-            exact: take the parent's values without a rounding wherever nothing has happened since the push. (An anchor
-                that is `theta` says so of all.)
 
         Returns:
             The new anchor, whole; None where it is the merged model itself.
         """
-        part, parent, _ = carried(model, self.layout)
-        for rest in (slice(0, part.start), slice(part.stop, self.layout.backbone_size)):
-            out[rest] = theta[rest]
+        part = slice(0, self.layout.backbone_size)
+        parent = model.values[part]
         if anchor is theta:
             lerp(theta[part], parent, m, out=out[part])
             return None
@@ -148,8 +143,6 @@ class Merger:
         lerp(anchor[part], parent, m, out=moved[part])
         np.subtract(moved[part], anchor[part], out=out[part])
         np.add(out[part], theta[part], out=out[part])
-        if exact:
-            np.copyto(out[part], moved[part], where=anchor[part] == theta[part])
         return moved
 
     def keys(
@@ -180,7 +173,7 @@ class Merger:
         keys[:] = 0.0
         if own_tokens <= 0.0 and model.tokens <= 0.0:
             own_tokens = 1.0  # neither has aggregated anything: the node keeps its own
-        candidates = [(OWN, own, own_tokens), (PARENT, carried(model, layout)[2], model.tokens)]
+        candidates = [(OWN, own, own_tokens), (PARENT, model.values[part], model.tokens)]
         blend = attend(self.rules.attention, layout.key_layers, own, candidates, self.origin, out=keys)
         for residual in model.residuals:
             self._fold_residual(blend, residual, own)

@@ -66,7 +66,7 @@ from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
 from worldlm_ray.exchange.compression import lossy, memory
 from worldlm_ray.exchange.limits import header_bytes
-from worldlm_ray.exchange.messages import Model, Update, carried, fragment_of, unpack_update
+from worldlm_ray.exchange.messages import Model, Update, unpack_update
 from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
 from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.quota import Quota, Quotas
@@ -145,8 +145,6 @@ class Node:
         min_clients: of these, so many must have joined before any of them is served.
         liveness: when a silent child is given up; None for never.
         codec: how updates travel to the parent.
-        fragments: parts of the backbone that travel in turn between this node and its parent ...
-        child_fragments: ... and between its children and this node.
         quotas: what the node and its children may claim; no limits without.
     """
 
@@ -168,8 +166,6 @@ class Node:
         min_clients: int = 0,
         liveness: LivenessConfig | None = None,
         codec: str = "fp32",
-        fragments: int = 1,
-        child_fragments: int = 1,
         quotas: Quotas | None = None,
     ) -> None:
         self.incarnation = 1
@@ -185,9 +181,7 @@ class Node:
         self.path, self.aggregation, self.layout = path, aggregation, layout
         self.budget, self.has_parent = budget, has_parent
         self.synchronous = aggregation.trigger == "synchronous"
-        self.fragments, self.child_fragments = fragments, child_fragments
-        parts = layout.fragments(child_fragments)
-        self.optimizer = ServerOptimizer(aggregation.server_optimizer, layout.backbone_size, parts)
+        self.optimizer = ServerOptimizer(aggregation.server_optimizer, layout.backbone_size)
         self.merger = Merger(
             path=path,
             layout=layout,
@@ -196,7 +190,7 @@ class Node:
             agreement=merge.agreement,
             initial=initial,
         )
-        self.gate = Gate(path, layout, max_step=merge.max_model_step, fragments=fragments)
+        self.gate = Gate(path, layout, max_step=merge.max_model_step)
         """Which models of the parent it takes."""
         self.residuals = Pool(
             path=path,
@@ -208,8 +202,7 @@ class Node:
         self.theta = frozen(initial)
         """The published model. Never changed in place."""
         self.anchor = self.theta
-        """The model as it was last pushed, moved with the parent since: where the backbone's next update begins. Of
-        each fragment it is as that was last pushed."""
+        """The model as it was last pushed, moved with the parent since: where the backbone's next update begins."""
         self.parent_keys = self.merger.origin
         """What its key layers are measured from: the parent's, as this node last heard them. Where its model has been
         refused since, this node's own, as they were last pushed."""
@@ -261,10 +254,8 @@ class Node:
         self._lent = True
         """Whether somebody may still read the buffer in which the model lies."""
         self._held: dict[str, tuple[Update, int]] = {}
-        self._waiting: dict[str, tuple[int, int | None]] = {}
-        """Children that wait for the model: their started tokens, and the fragment that they want."""
-        self.cuts: dict[int, Flat] = {}
-        """[fragment | key layers] of the published model, as far as they have been asked for."""
+        self._waiting: dict[str, int] = {}
+        """Children that wait for the model: their started tokens."""
 
     # ---- events ----------------------------------------------------------------------------------------------
 
@@ -299,11 +290,8 @@ class Node:
         elif isinstance(event, Pull):
             if event.child not in self.children:
                 raise MessageError("unknown_sender", f"{self.path} has no child {event.child!r}")
-            if event.fragment is not None and not 0 <= event.fragment < self.child_fragments:
-                got = f"there is no fragment {event.fragment} of {self.child_fragments}"
-                raise MessageError("wrong_fragment", got)
             self.began_s = event.now_s if self.began_s is None else self.began_s
-            self._waiting[event.child] = (event.started_tokens, event.fragment)
+            self._waiting[event.child] = event.started_tokens
         elif isinstance(event, ParentModel):
             commands += self._merge(event)
         elif isinstance(event, Joined):
@@ -433,7 +421,6 @@ class Node:
             if self._sent is not None and own.base is self._sent and own is not shared:
                 self._spare.append(own.base)
             self._sent = None
-        self.cuts = {number: view if cut is own else cut for number, cut in self.cuts.items()}
         self.outbox.use_shared_copy(own, view)
         return view
 
@@ -447,9 +434,6 @@ class Node:
             if update.sender != event.sender:
                 raise MessageError("unknown_sender", f"{event.sender!r} sent an update of {update.sender!r}")
             self._check(event.sender, event.incarnation, to=event.to)
-            if update.fragments != self.child_fragments:
-                got = f"got one of {update.fragments} fragments, expected one of {self.child_fragments}"
-                raise MessageError("wrong_fragment", f"{got}: give all children of {self.path} one exchange.fragments")
             check_residuals(update, self.path, quota)
             verdict = self._judge(update)
         except MessageError as error:
@@ -576,14 +560,13 @@ class Node:
             self._fold = self._new_fold(now_s)
         fit = self.children[update.sender].fit = self._fold.add(update, tau, self.theta)
         if self.residuals.on and self.privacy is None:  # a residual is one client's key layer: no noise would cover it
-            keys = self.theta[self.layout.backbone_size :] + carried(update, self.layout)[2]
+            keys = self.theta[self.layout.backbone_size :] + update.values[self.layout.backbone_size :]
             self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
     def _new_fold(self, first_s: float) -> Fold:
         named: dict[str, Any] = {"origin": self.merger.origin, "first_s": first_s, "buffer": self._buffer()}
         if self.privacy is not None:
             return PrivateFold(self.layout, self.aggregation, self.privacy, **named)
-        named["fragments"] = self.child_fragments
         kind = Fold if self.aggregation.max_share == 1.0 else CappedFold
         if self.aggregation.robust.rule != "none":
             kind = RobustFold
@@ -640,7 +623,7 @@ class Node:
         flat, norm, weights = fold.finish(self.theta, self.optimizer, absent=absent)
         if self._made is not None and not self._lent and (not self.has_parent or self.anchor is not self.theta):
             self._spare.append(self._made)  # several updates came before any child pulled
-        self.theta, self._made, self._lent, self.cuts = frozen(flat), flat, False, {}
+        self.theta, self._made, self._lent = frozen(flat), flat, False
         for name, share in fold.shares.items():
             if name in self.children:
                 self.children[name].share += share * self.optimizer.rate
@@ -730,16 +713,11 @@ class Node:
         if self.in_flight is not None:
             return self.in_flight
         self.is_sent = False
-        split, number = self.layout.backbone_size, fragment_of(self.seq + 1, self.fragments)
-        part = self.layout.fragments(self.fragments)[number]
-        size = part.stop - part.start
-        if self.fragments == 1:
-            self._sent = values = self._buffer()
-        else:
-            values = np.empty(size + self.layout.key_size, np.float32)
-        difference(self.theta[part], self.anchor[part], out=values[:size])
-        np.subtract(self.theta[split:], self.parent_keys, out=values[size:])
-        values = lossy(self.codec, values, None if self.lost is None else self.lost[part])
+        split = self.layout.backbone_size
+        self._sent = values = self._buffer()
+        difference(self.theta[:split], self.anchor[:split], out=values[:split])
+        np.subtract(self.theta[split:], self.parent_keys, out=values[split:])
+        values = lossy(self.codec, values, self.lost)
         self.seq += 1
         most = self.unpushed_tokens if self.quota is None else self.quota.update_tokens
         tokens = min(self.unpushed_tokens, most)
@@ -752,11 +730,9 @@ class Node:
             values=frozen(values),
             residuals=self.residuals.rise(),
             codec=self.codec,
-            fragment=number,
-            fragments=self.fragments,
             base_incarnation=self.base_incarnation,
         )
-        self._begin_fragment(number)
+        self.anchor = self.theta  # the next update measures from here
         for child in self.children.values():
             child.pushed, child.share = child.pushed + child.share, 0.0
         self.unpushed_aggregations, self.unpushed_tokens = 0, self.unpushed_tokens - tokens
@@ -780,26 +756,6 @@ class Node:
         self.outbox.add(update)
         return update
 
-    def _begin_fragment(self, number: int) -> None:
-        """What there is of a fragment, and of the key layers, is in an update: the next one measures from here."""
-        if self.fragments == 1:
-            self.anchor = self.theta
-            return
-        anchor = self.anchor.copy()  # others may still read the one before
-        for part in (self.layout.fragments(self.fragments)[number], slice(self.layout.backbone_size, None)):
-            anchor[part] = self.theta[part]
-        self.anchor = frozen(anchor)
-
-    @property
-    def wanted_fragment(self) -> int | None:
-        """What to ask the parent for: the fragment that was pushed last; None, the whole, where nothing new is known.
-
-        A fragment is pulled right after its push, as in Streaming DiLoCo, so that it is never older than need be.
-        """
-        if self.fragments == 1 or self.wants_news or not self.base_version:
-            return None
-        return fragment_of(self.seq, self.fragments)
-
     def _merge(self, event: ParentModel) -> list[Command]:
         """Move to the parent and keep whatever the children did meanwhile.
 
@@ -807,8 +763,7 @@ class Node:
         next aggregation. What was pushed is measured from, as always.
         """
         own = None if self.wants_news and self.version == 0 else self.theta
-        wanted = self.wanted_fragment
-        doubt = self.gate.refusal(event.model, seq=self.seq, own=own, now_s=event.now_s, fragment=wanted)
+        doubt = self.gate.refusal(event.model, seq=self.seq, own=own, now_s=event.now_s)
         notes: list[Command] = [] if doubt is None else [Note(record=doubt)]
         model, pushed = event.model, self.in_flight
         waited, self.wants_news, self.in_flight = self.wants_news, False, None
@@ -818,11 +773,10 @@ class Node:
             if pushed is not None:  # the next update must not carry the same change of the key layers again
                 self.parent_keys = frozen(self.anchor[self.layout.backbone_size :].copy())
             return notes
-        _, _, parent_keys = carried(model, self.layout)
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation, self.finished = model.incarnation, model.finished
         self.outbox.durable(model.durable_seq)
-        self.parent_keys = frozen(parent_keys.copy())
+        self.parent_keys = frozen(model.values[self.layout.backbone_size :].copy())
         if model.version == 0:
             return notes  # the parent has aggregated nothing yet: it has nothing to say
         if waited and self.version == 0:
@@ -831,13 +785,13 @@ class Node:
         moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
         m, judged = self.merger.judge(model, moved, now_s=event.now_s)
         merged = self._buffer()
-        anchor = self.merger.backbone(m, self.theta, self.anchor, model, out=merged, exact=self.fragments > 1)
+        anchor = self.merger.backbone(m, self.theta, self.anchor, model, out=merged)
         record = self.merger.keys(
             m, self.theta, self.anchor, model, own_tokens=self.mean_tokens, now_s=event.now_s, out=merged
         )
         for child in self.children.values():
             child.pushed *= 1.0 - m + m * model.share
-        self.theta, self._made, self._lent, self.cuts = frozen(merged), merged, False, {}
+        self.theta, self._made, self._lent = frozen(merged), merged, False
         self.anchor = self.theta if anchor is None else frozen(anchor)
         notes.append(Note(record=judged))
         if record is not None:
@@ -849,8 +803,6 @@ class Node:
         forgotten = range(self.seq + 1, last_seq + 1)
         if not forgotten:
             return []
-        for seq in forgotten[-self.fragments :] if self.fragments > 1 else ():
-            self._begin_fragment(fragment_of(seq, self.fragments))  # in an update of an earlier life of this node
         self.seq = last_seq
         # They were sent without a checkpoint.
         said = f"has forgotten {len(forgotten)} of its updates: what its children send again counts twice above it"
@@ -862,7 +814,7 @@ class Node:
         values = self._buffer()
         np.copyto(values, model.values)
         self.theta = self.anchor = frozen(values)
-        self._made, self._lent, self.cuts = values, False, {}
+        self._made, self._lent = values, False
         self.version = 1
 
     # ---- the children ----------------------------------------------------------------------------------------
@@ -890,22 +842,19 @@ class Node:
 
     def _serve(self, name: str, now_s: float) -> list[Command]:
         doubts: list[Command] = []
-        child, (started, fragment) = self.children[name], self._waiting.pop(name)
+        child, started = self.children[name], self._waiting.pop(name)
         if not self.has_parent and not self.synchronous:
             # In synchronous mode this is settled once per version instead, so that all children hear the same.
             self._spend(now_s)
         if not self.finished:
             doubts = self._count_started(name, started, now_s)
-        model = self.model(name, fragment)
+        model = self.model(name)
         child.share = child.pushed = 0.0
         return [*doubts, Serve(child=name, model=model)]
 
-    def model(self, child: str, fragment: int | None = None) -> Model:
-        """The published model, or one fragment of it, as this child would get it."""
-        if fragment is None or self.child_fragments == 1:
-            self._lent, values, number, count = True, self.theta, 0, 1
-        else:
-            values, number, count = self._cut(fragment), fragment, self.child_fragments
+    def model(self, child: str) -> Model:
+        """The published model, as this child would get it."""
+        self._lent = True
         known = self.children.get(child, Child())
         return Model(
             version=self.version,
@@ -917,18 +866,8 @@ class Node:
             incarnation=self.incarnation,
             durable_seq=known.durable_seq,
             residuals=self.residuals.offer(child),
-            values=values,
-            fragment=number,
-            fragments=count,
+            values=self.theta,
         )
-
-    def _cut(self, fragment: int) -> Flat:
-        """[fragment | key layers] of the published model, in a buffer that its children share."""
-        if fragment not in self.cuts:
-            part = self.layout.fragments(self.child_fragments)[fragment]
-            both = (self.theta[part], self.theta[self.layout.backbone_size :])
-            self.cuts[fragment] = frozen(np.concatenate(both))
-        return self.cuts[fragment]
 
     def _spend(self, now_s: float) -> None:
         """The world alone: how much of the budget is spent, and whether new rounds may begin."""
@@ -967,8 +906,7 @@ class Node:
         for child in meta["children"].values():
             # All that is read back is durable, and the time in which nobody listened is no silence.
             del child["durable_seq"], child["heard_s"], child["gaps"], child["gone"]
-        meta["layout"], meta["optimizer_steps"] = self.layout.hash, list(self.optimizer.steps)
-        meta["fragments"] = [self.fragments, self.child_fragments]
+        meta["layout"], meta["optimizer_steps"] = self.layout.hash, self.optimizer.steps
         meta["arrived"] = dict(self.arrived)
         meta["contributions"], meta["wants_news"] = dict(self.contributions), self.wants_news
         if self._fold is not None:
@@ -991,7 +929,7 @@ class Node:
     @staticmethod
     def changes(name: str) -> bool:
         """Whether a buffer of the state changes in place."""
-        if name.startswith(("fold.first.", "fold.kept.")):  # updates as they came
+        if name == "fold.first" or name.startswith("fold.kept."):  # updates as they came
             return False
         return name == "lost" or name.startswith(("fold.", "optimizer."))
 
@@ -1019,8 +957,6 @@ class Node:
         """
         if meta["layout"] != self.layout.hash:
             raise CheckpointError(f"{self.path}: the checkpoint is of another model or another choice of key layers")
-        for got, known in zip((self.fragments, self.child_fragments), meta["fragments"], strict=True):
-            require_fragments(self.path, got, known)
         for name, count in meta["contributions"].items():
             if self.privacy is not None and self.contributions.get(name, count) < count:
                 raise PrivacyError(
@@ -1044,14 +980,14 @@ class Node:
         self.finished = False
         if self.budget.tokens is not None and not self.has_parent:
             self._spend(0.0)
-        self.theta, self.cuts = frozen(arrays["theta"]), {}
+        self.theta = frozen(arrays["theta"])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.theta
         self.parent_keys = frozen(arrays.get("parent_keys", self.parent_keys))
         if self.lost is not None and "lost" in arrays:
             self.lost[:] = arrays["lost"]
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = frozen(arrays["heard"])
-        self.optimizer.steps = list(meta["optimizer_steps"])
+        self.optimizer.steps = meta["optimizer_steps"]
         for name in self.optimizer.buffers:
             self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
         self.residuals.restore(meta.get("residuals", NO_RESIDUALS), arrays)
@@ -1076,16 +1012,6 @@ class Node:
             if name not in self.children:
                 continue
             self._held[name] = (revived(entry["update"], arrays[f"held.{name}"]), entry["tau"])
-
-
-def require_fragments(path: str, got: int, known: int) -> None:
-    """Refuse to go on in other fragments: updates on their way would be lost.
-
-    Raises:
-        CheckpointError: the checkpoint was written with another number.
-    """
-    if got != known:
-        raise CheckpointError(f"{path}: exchange.fragments is {got}, but the checkpoint was written with {known}")
 
 
 def patience_s(gaps: Sequence[float], rules: LivenessConfig) -> float:

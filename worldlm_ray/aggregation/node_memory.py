@@ -23,7 +23,6 @@ def node_bytes(
     is_world: bool,
     adaptive: bool = False,
     codec: str = "fp32",
-    child_fragments: int = 1,
 ) -> int:
     """Bytes of the buffers that an inner node holds at most.
 
@@ -35,14 +34,12 @@ def node_bytes(
         is_world: whether the node has no parent.
         adaptive: whether it judges its parent's model, and so keeps the last one.
         codec: how its updates travel; all but fp32 keep the error that they made.
-        child_fragments: fragments in which its children exchange.
     """
     model, backbone_bytes = 4 * (backbone + keys), 4 * backbone
     found = (WORLD_MODELS if is_world else FEDERATION_MODELS) * model
     found += model * (not is_world and adaptive)
     found += backbone_bytes * (not is_world and codec != "fp32")
     found += backbone_bytes * len(state_buffers(rules.server_optimizer))
-    found += model * (child_fragments > 1)
     if rules.robust.rule != "none":
         found += model * children  # a median needs every child's update until the aggregation is made
     elif rules.max_share < 1.0:  # so does a cap; of `time_up` more are kept if a child pushes more than once

@@ -16,7 +16,7 @@ updated in place, a cache-sized block at a time; nothing as large as the model i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 
 import numpy as np
@@ -63,14 +63,13 @@ class ServerOptimizer:
     Args:
         config: which rule, and its numbers.
         size: elements of the backbone.
-        parts: those of it that are aggregated each for itself; the whole unless given.
     """
 
-    def __init__(self, config: ServerOptimizerConfig, size: int, parts: Sequence[slice] | None = None) -> None:
-        self.config, self.parts = config, parts or (slice(0, size),)
+    def __init__(self, config: ServerOptimizerConfig, size: int) -> None:
+        self.config = config
         self.lr = default_lr(config) if config.lr is None else config.lr
-        self.steps = [0] * len(self.parts)
-        """Aggregations applied so far, of each part."""
+        self.steps = 0
+        """Aggregations applied so far."""
         self.buffers: dict[str, Flat] = {name: np.zeros(size, np.float32) for name in state_buffers(config)}
 
     @property
@@ -91,23 +90,20 @@ class ServerOptimizer:
         *,
         scale: float = 1.0,
         first: tuple[Flat, float] | None = None,
-        number: int = 0,
     ) -> float:
-        """Turn a mean update into the new backbone, or into one part of it: afterwards `update` is theta's successor.
+        """Turn a mean update into the new backbone: afterwards `update` is theta's successor.
 
         Args:
             update: the sum of weighted updates; overwritten with the new values.
             theta: the values now; not changed.
             scale: makes the sum a mean: one over the undiscounted weight.
             first: the only update of the sum and its weight, instead of what is in `update`.
-            number: which part; the state of the others stays.
 
         Returns:
             L2 norm of the step taken, for the record: to five digits or so.
         """
-        self.steps[number] += 1
-        held = {name: buffer[self.parts[number]] for name, buffer in self.buffers.items()}
-        is_last = self.steps[number] % self.config.delay == 0
+        self.steps += 1
+        is_last = self.steps % self.config.delay == 0
         """Of `delay` aggregations."""
 
         def work(parts: Iterable[slice]) -> list[float]:
@@ -118,7 +114,7 @@ class ServerOptimizer:
                     step *= np.float32(scale)
                 else:
                     np.multiply(first[0][part], np.float32(first[1] * scale), out=step)
-                state = {name: buffer[part] for name, buffer in held.items()}
+                state = {name: buffer[part] for name, buffer in self.buffers.items()}
                 self._step(step, state, temporary[: part.stop - part.start], is_last=is_last)
                 squared.append(float(np.dot(step, step)))
                 np.add(theta[part], step, out=step)

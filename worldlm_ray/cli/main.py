@@ -366,7 +366,6 @@ def size(
     round_s: Annotated[float, typer.Option(help="seconds of training between two exchanges of a client")] = 600.0,
     push_every: Annotated[int, typer.Option(help="aggregations between two exchanges of a federation")] = 1,
     codec: Annotated[str, typer.Option(help="of updates: fp32, bf16, int8 or int4")] = "fp32",
-    fragments: Annotated[int, typer.Option(help="parts of the model, one of which travels with each exchange")] = 1,
     link_gbit: Annotated[float, typer.Option(help="network of every machine, Gbit/s", min=1e-6)] = 10.0,
     copy_gb_per_s: Annotated[
         float | None, typer.Option(help="memory speed; without it this machine's", min=0.1)
@@ -385,7 +384,6 @@ def size(
         round_s=round_s,
         push_every=push_every,
         codec=codec,
-        fragments=fragments,
     )
     copied = sizing.measure_copy() if copy_gb_per_s is None else 1e9 * copy_gb_per_s
     machine = sizing.Machine(copy_bytes_per_s=copied, link_bytes_per_s=1e9 / 8 * link_gbit)

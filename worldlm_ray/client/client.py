@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray.aggregation.merge import Merger, Moved
-from worldlm_ray.aggregation.node import require_fragments
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import CheckpointError, PrivacyError
 from worldlm_ray.exchange.compression import lossy, memory
-from worldlm_ray.exchange.messages import Model, Update, carried, fragment_of
+from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
 from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.replies import Verdict, Welcome
@@ -77,9 +76,8 @@ class Client:
         self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
         initial = plan.initial() if initial is None else initial
         self.base = np.array(initial)
-        """The merged model that the current local round began from; of each fragment, the model as it was when that was
-        last sent, moved with the parent since. What differs from it has not been sent. Where a round begins ahead of an
-        exchange: the model that was pushed, moved with the parent since."""
+        """The merged model that the current local round began from. Where a round begins ahead of an exchange: the
+        model that was pushed, moved with the parent since."""
         self.in_flight: Update | None = None
         """The update of an exchange that a round has begun ahead of; None once it has come back."""
         self.trainer.write(self.base)
@@ -98,7 +96,7 @@ class Client:
             agreement=spec.settings.merge.agreement,
             initial=initial,
         )
-        self.gate = Gate(spec.path, plan.layout, max_step=spec.settings.merge.max_model_step, fragments=self.fragments)
+        self.gate = Gate(spec.path, plan.layout, max_step=spec.settings.merge.max_model_step)
         """Which models of the parent it takes."""
         self.round = 0
         """Finished local rounds."""
@@ -117,8 +115,6 @@ class Client:
         """Whether a round is under way: begun and not yet turned into an update."""
         self.start_over = False
         """Whether the next pull replaces the model and the optimizer's state."""
-        self.is_behind = False
-        """Whether the parent knows rounds that this client has lost: the next pull brings all fragments."""
         self.paused = False
         """Whether it trains no more, since its privacy budget is spent, and only follows its parent."""
         self.followed: float | None = None
@@ -225,37 +221,12 @@ class Client:
         """
         missed = welcome.last_seq - self.seq
         if missed > 0:
-            self._have_sent(welcome.last_seq)
             self.round += missed - self.is_whole  # one that only waited for its exchange is counted already
-            self.seq, self.began, self.step, self.is_behind = welcome.last_seq, False, 0, True
+            self.seq, self.began, self.step = welcome.last_seq, False, 0
             self.in_flight = None
             self.steps = self.round * self.training.local_steps
             self.tokens = self.round * self.round_tokens
         self.outbox.durable(welcome.durable_seq)
-
-    @property
-    def fragments(self) -> int:
-        """Parts of the backbone that travel in turn."""
-        return self.spec.settings.exchange.fragments
-
-    @property
-    def wanted_fragment(self) -> int | None:
-        """What to ask the parent for: the fragment that was pushed last; None, the whole model, where that will not do.
-
-        A fragment is pulled right after its push, as in Streaming DiLoCo, so that it is never older than need be.
-        """
-        whole = self.fragments == 1 or self.round == 0 or self.start_over or self.is_behind or self.paused
-        return None if whole else fragment_of(self.seq, self.fragments)
-
-    def _have_sent(self, seq: int) -> None:
-        """An earlier life has sent updates up to this one: what they carried is not to be sent again."""
-        if self.fragments == 1:
-            return
-        own = self.trainer.read()
-        missed = range(self.seq + 1, seq + 1)[-self.fragments :]
-        for number in {fragment_of(one, self.fragments) for one in missed}:
-            part = self.plan.layout.fragments(self.fragments)[number]
-            self.base[part] = own[part]
 
     def answered(self, verdict: Verdict) -> None:
         """The parent's word about an update. A model that has diverged is given up for the parent's."""
@@ -283,8 +254,6 @@ class Client:
         if taken is None:
             self._keep_own()
             return records
-        if taken.last_seq > self.seq:
-            self._have_sent(taken.last_seq)
         records += self._take(taken, now_s=now_s)
         self._start()
         return records
@@ -293,20 +262,18 @@ class Client:
         """The parent's model, unless it is refused, and what tracking is told of that."""
         newcomer = self.start_over or self.round == 0
         own = None if newcomer or self.gate.max_step is None else self.trainer.read()
-        record = self.gate.refusal(model, seq=self.seq, own=own, now_s=now_s, fragment=self.wanted_fragment)
+        record = self.gate.refusal(model, seq=self.seq, own=own, now_s=now_s)
         return (None if self.gate.shut else model), [] if record is None else [record]
 
     def _keep_own(self) -> None:
         """Begin a round from the client's own model, of which all that an update could carry is in an update."""
         pushed, self.in_flight = self.in_flight, None
         trained, split = self.common.trainer if self.common.active else self.trainer, self.plan.layout.backbone_size
-        if self.fragments == 1 and pushed is None:
+        if pushed is None:
             trained.read(self.base)
         # An update carries all key layers. The next one must not carry the same change of them again.
-        self.parent_keys[:] = (self.base if self.fragments == 1 else trained.read())[split:]
-        behind = self.is_behind
+        self.parent_keys[:] = self.base[split:]
         self._start()
-        self.is_behind = behind
 
     def begin_ahead(self) -> None:
         """Begin a local round from the client's own model, while its last update is in flight.
@@ -344,7 +311,6 @@ class Client:
 
     def _start(self) -> None:
         self.step, self.loss_sum, self.began, self._stretch_steps = 0, 0.0, True, 0
-        self.is_behind = False
 
     def _give_up(self) -> None:
         """Drop the round under way, as if it had not begun."""
@@ -368,7 +334,7 @@ class Client:
                 self.start_over = False
         elif model.version > 0:
             records = self._blend(model, pushed, now_s=now_s)
-        elif self.fragments == 1 and pushed is None:
+        elif pushed is None:
             self.trainer.read(self.base)
         self._heard(model)
         # Where noise is added above, what a client sees in its own model is covered by none.
@@ -406,7 +372,7 @@ class Client:
 
     def _heard(self, model: Model) -> None:
         """What a client remembers of the parent's model that it took."""
-        self.parent_keys[:] = carried(model, self.plan.layout)[2]
+        self.parent_keys[:] = model.values[self.plan.layout.backbone_size :]
         self.base_version, self.progress = model.version, model.progress
         self.base_incarnation = model.incarnation
         self.outbox.durable(model.durable_seq)
@@ -427,13 +393,13 @@ class Client:
         # Before the first step after a push there is no progress to keep: the plain rule, to the bit.
         ahead = pushed is not None and self.began and self.step > 0
         keys_from = own
-        if self.fragments == 1 and not ahead:
+        if not ahead:
             merged = self.base
             self.merger.backbone(m, own, own, model, out=merged)
         else:
             merged = np.empty_like(own)
-            keys_from = self.base if ahead else own
-            anchor = self.merger.backbone(m, own, self.base, model, out=merged, exact=not ahead)
+            keys_from = self.base
+            anchor = self.merger.backbone(m, own, self.base, model, out=merged)
             assert anchor is not None, "the base is a buffer of its own"
             self.base = anchor
         return [judged, *self._merge_keys(m, own, keys_from, model, now_s=now_s, merged=merged)]
@@ -511,19 +477,13 @@ class Client:
 
     def update(self) -> Update:
         """The finished round as an update; the round is over."""
-        layout, split = self.plan.layout, self.plan.layout.backbone_size
-        number = fragment_of(self.seq + 1, self.fragments)
-        part = layout.fragments(self.fragments)[number]
+        split = self.plan.layout.backbone_size
         trained = self.common.trainer if self.common.active else self.trainer
-        values, size = trained.read(), part.stop - part.start
-        if self.fragments > 1:
-            own, values = values, np.concatenate((values[part], values[split:]))
-        values[:size] -= self.base[part]
-        values[size:] -= self.parent_keys
-        if self.fragments > 1:
-            self.base[part] = own[part]
+        values = trained.read()
+        values[:split] -= self.base[:split]
+        values[split:] -= self.parent_keys
         codec = self.spec.settings.exchange.codec
-        values = lossy(codec, values, None if self.lost is None else self.lost[part])
+        values = lossy(codec, values, self.lost)
         self.seq += 1
         self.began = False
         update = Update(
@@ -534,8 +494,6 @@ class Client:
             started_tokens=self.round * self.round_tokens,
             values=values,
             codec=codec,
-            fragment=number,
-            fragments=self.fragments,
             base_incarnation=self.base_incarnation,
         )
         self.outbox.add(update)
@@ -669,7 +627,7 @@ class Client:
         Buffers that training or the next pull change in place are copied.
         """
         meta = {name: getattr(self, name) for name in _STATE}
-        meta["layout"], meta["fragments"] = self.plan.layout.hash, self.fragments
+        meta["layout"] = self.plan.layout.hash
         meta["followed"] = self.followed
         meta["charges"] = 0 if self.account is None else len(self.account.ledger.entries())
         arrays = {"theta": self.trainer.read(), "base": self.base.copy(), "parent_keys": self.parent_keys.copy()}
@@ -697,7 +655,6 @@ class Client:
             raise CheckpointError(
                 f"{self.spec.path}: the checkpoint is of another model or another choice of key layers"
             )
-        require_fragments(self.spec.path, self.fragments, meta["fragments"])
         for name in _STATE:
             setattr(self, name, meta[name])
         self.followed = meta.get("followed")
@@ -753,5 +710,4 @@ _STATE = (
     "learning_rate",
     "began",
     "start_over",
-    "is_behind",
 )

@@ -183,7 +183,6 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "merge.agreement": _cosine,
     "merge.max_model_step": positive,
     "merge.common_fraction": fraction,
-    "exchange.fragments": positive,
     "resources.cpus": positive,
     "resources.clients_per_process": positive,
     "resources.gpus": not_negative,

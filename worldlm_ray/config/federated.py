@@ -141,9 +141,6 @@ class ExchangeConfig:
     codec: CodecName = "fp32"
     """`bf16` takes half of the bytes, `int8` a quarter, `int4` an eighth. What rounding loses goes with the next
     update."""
-    fragments: int = 1
-    """Parts of the backbone that travel in turn, one with each exchange, up and down; key layers travel with each.
-    Children of one node have equally many. Not with `merge: adaptive`, robust rules or client-level privacy."""
     overlap: bool = False
     """A client begins its next local round right after a push, and takes the parent's model when it is there; what was
     trained meanwhile is kept. For clients under asynchronous parents; inner nodes work so anyway."""

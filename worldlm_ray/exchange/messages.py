@@ -6,10 +6,6 @@ anything uses it.
 
     Update (up)    what the child changed: its backbone since it began, its key layers against the parent's then
     Model (down)   the model of the parent
-
-With `exchange.fragments` above 1 either holds one fragment of the backbone and all key layers: which one follows from
-the child's seq, so that whoever is restarted, and whatever is sent again, agrees. A child that knows nothing yet gets
-the whole model, which is fragment 0 of 1.
 """
 
 from __future__ import annotations
@@ -35,7 +31,7 @@ from worldlm_ray.exchange.limits import (
 from worldlm_ray.tensors.buffers import Flat, rough_norm
 from worldlm_ray.tensors.layout import Layout
 
-SCHEMA = 6
+SCHEMA = 7
 """Version of the message schema; a receiver refuses any other."""
 
 
@@ -75,15 +71,11 @@ class Update:
     started_tokens: int
     """Tokens of all local rounds that were begun below this child since the run began."""
     values: Flat
-    """[change of the backbone's fragment | change of the key layers]."""
+    """[change of the backbone | change of the key layers]."""
     residuals: tuple[Residual, ...] = ()
     """What fitted nobody below the sender."""
     codec: str = "fp32"
     """How the values travel: one of compression.CODECS."""
-    fragment: int = 0
-    """Which part of the backbone is here: `fragment_of(seq, fragments)` ..."""
-    fragments: int = 1
-    """... of so many."""
     base_incarnation: int = 1
     """The parent's when it gave the base version. Versions of an earlier life of the parent may never come again."""
 
@@ -103,7 +95,7 @@ class Model:
     last_seq: int
     """Highest seq that the parent has accepted from this child."""
     values: Flat
-    """[the backbone's fragment | key layers], read-only."""
+    """[backbone | key layers], read-only."""
     residuals: tuple[Residual, ...] = ()
     """What may fit the child."""
     share: float = 0.0
@@ -113,10 +105,6 @@ class Model:
     """The parent's."""
     durable_seq: int = 0
     """Highest seq of this child that the parent's checkpoints cover."""
-    fragment: int = 0
-    """Which part of the backbone is here ..."""
-    fragments: int = 1
-    """... of so many; 1 of the whole model."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +131,6 @@ _UPDATE = {
     "tokens": int,
     "started_tokens": int,
     "codec": str,
-    "fragment": int,
-    "fragments": int,
     "base_incarnation": int,
 }
 _MODEL = {
@@ -156,21 +142,7 @@ _MODEL = {
     "share": float,
     "incarnation": int,
     "durable_seq": int,
-    "fragment": int,
-    "fragments": int,
 }
-
-
-def fragment_of(seq: int, fragments: int) -> int:
-    """Which fragment an exchange carries: all in turn."""
-    return seq % fragments
-
-
-def carried(message: Update | Model, layout: Layout) -> tuple[slice, Flat, Flat]:
-    """What a message carries: where in the backbone its fragment lies, the fragment's values, and the key layers'."""
-    part = layout.fragments(message.fragments)[message.fragment]
-    size = part.stop - part.start
-    return part, message.values[:size], message.values[size:]
 
 
 def pack(message: Update | Model, layout: Layout) -> Packed:
@@ -204,8 +176,7 @@ def unpack_update(packed: Packed, layout: Layout, *, residuals: int = 0) -> Upda
         residuals: how many of them the sender may pass on.
 
     Raises:
-        MessageError: malformed, header_too_large, wrong_schema, wrong_layout, wrong_fragment, wrong_shape or
-            not_finite.
+        MessageError: malformed, header_too_large, wrong_schema, wrong_layout, wrong_shape or not_finite.
     """
     return Update(**_checked(packed, layout, "update", _UPDATE, residuals))
 
@@ -258,34 +229,18 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type],
         text = f"got layout {shown(got)}, expected {layout.hash}: use one model config everywhere"
         raise MessageError("wrong_layout", text)
     codec = checked("codec", fields.get("codec", "fp32"), str)
-    size = _elements(fields, layout)
-    _check_shape(packed.values, codec, size)
+    _check_shape(packed.values, codec, layout.size)
     residuals = checked("residuals", fields.get("residuals"), list, longest=most_residuals)
     fields["residuals"] = tuple(_residual(each, layout) for each in residuals)
     for name, kind_ in schema.items():
         fields[name] = checked(name, fields.get(name), kind_, most=_MOST.get(name, LARGEST_COUNT))
     if unknown := set(fields) - set(schema) - {"residuals"}:
         raise MessageError("malformed", f"unknown fields {shown(sorted(unknown))}")
-    return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, size)}
+    return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, layout.size)}
 
 
 _MOST = {"progress": 1.0, "share": LARGEST_SHARE}
 """Fields whose largest value is another one than that of all counts."""
-
-
-def _elements(fields: dict[str, Any], layout: Layout) -> int:
-    """Elements of a message's buffer, after a look at which fragment it says that it carries."""
-    fragment, fragments = (checked(name, fields.get(name), int) for name in ("fragment", "fragments"))
-    try:
-        part = layout.fragments(fragments)[fragment]
-    except (ValueError, IndexError) as error:
-        raise MessageError("wrong_fragment", f"there is no fragment {fragment} of {fragments}") from error
-    if "seq" in fields:
-        seq = checked("seq", fields["seq"], int)
-        if fragment != fragment_of(seq, fragments):
-            expected = fragment_of(seq, fragments)
-            raise MessageError("wrong_fragment", f"got fragment {fragment} with seq {seq}, expected {expected}")
-    return int(part.stop - part.start) + layout.key_size
 
 
 def _check_shape(values: Any, codec: str, size: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.limits import LARGEST_NORM, MOST_SKIPPED
-from worldlm_ray.exchange.messages import Model, carried
+from worldlm_ray.exchange.messages import Model
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.tensors.buffers import Flat, rough_norm, squared_norm
 from worldlm_ray.tensors.layout import Layout
@@ -25,24 +25,6 @@ def check_seqs(model: Model, *, seq: int) -> None:
     if model.durable_seq > model.last_seq:
         got = f"its checkpoints cover seq {model.durable_seq}, and {model.last_seq} is the last one that it knows"
         raise MessageError("implausible_seq", got)
-
-
-def check_fragment(model: Model, *, fragment: int | None, fragments: int) -> None:
-    """Refuse another part of the backbone than was asked for. The whole always is enough.
-
-    Args:
-        model: the parent's.
-        fragment: what the child asked for; None for the whole.
-        fragments: parts in which the child exchanges.
-
-    Raises:
-        MessageError: wrong_fragment.
-    """
-    if model.fragments == 1 or (model.fragment, model.fragments) == (fragment, fragments):
-        return
-    asked = "the whole" if fragment is None else f"fragment {fragment} of {fragments}"
-    got = f"got fragment {model.fragment} of {model.fragments}, asked for {asked}"
-    raise MessageError("wrong_fragment", got)
 
 
 def check_model(model: Model, layout: Layout, *, seq: int, own: Flat | None, max_step: float | None) -> None:
@@ -65,8 +47,9 @@ def check_model(model: Model, layout: Layout, *, seq: int, own: Flat | None, max
         raise MessageError("not_finite", got)
     if max_step is None or own is None:
         return
-    part, backbone, keys = carried(model, layout)
-    mine, own_keys = own[part], own[layout.backbone_size :]
+    split = layout.backbone_size
+    backbone, keys = model.values[:split], model.values[split:]
+    mine, own_keys = own[:split], own[split:]
     steps = [math.sqrt(squared_norm(backbone, mine) + squared_norm(keys, own_keys))]
     layers = {layer.name: own_keys[layer.start : layer.stop] for layer in layout.key_layers}
     steps += [math.sqrt(squared_norm(residual.values, layers[residual.layer])) for residual in model.residuals]
@@ -83,11 +66,10 @@ class Gate:
         path: of the child.
         layout: the model's layout.
         max_step: see `check_model`; None for any.
-        fragments: parts of the backbone in which the child exchanges.
     """
 
-    def __init__(self, path: str, layout: Layout, *, max_step: float | None, fragments: int = 1) -> None:
-        self.path, self.layout, self.max_step, self.fragments = path, layout, max_step, fragments
+    def __init__(self, path: str, layout: Layout, *, max_step: float | None) -> None:
+        self.path, self.layout, self.max_step = path, layout, max_step
         self.shut = False
         """Whether the last model was refused."""
         self.last_seq = 0
@@ -95,9 +77,7 @@ class Gate:
         self._has_said = False
         """Whether it has told of the refusal, since it last took a model."""
 
-    def refusal(
-        self, model: Model | None, *, seq: int, own: Flat | None, now_s: float, fragment: int | None = None
-    ) -> LifeRecord | None:
+    def refusal(self, model: Model | None, *, seq: int, own: Flat | None, now_s: float) -> LifeRecord | None:
         """Look at a model; afterwards `shut` says whether it is refused.
 
         Args:
@@ -105,7 +85,6 @@ class Gate:
             seq: as for `check_model`.
             own: as for `check_model`.
             now_s: run time, for the record.
-            fragment: what the child asked for; None for the whole.
 
         Returns:
             A warning that names the parent, for the first of several refused models; else None.
@@ -116,7 +95,6 @@ class Gate:
         try:
             check_seqs(model, seq=seq)
             self.last_seq = model.last_seq
-            check_fragment(model, fragment=fragment, fragments=self.fragments)
             check_model(model, self.layout, seq=seq, own=own, max_step=self.max_step)
         except MessageError as error:
             said = f"refuses the model of its parent {self.path.rpartition('/')[0]} ({error}) and goes on with its own"

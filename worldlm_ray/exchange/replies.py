@@ -16,7 +16,7 @@ class Verdict:
     """What a node decided about an update, and why."""
 
     reason: str
-    """`accepted`, or: malformed, header_too_large, wrong_schema, wrong_layout, wrong_fragment, wrong_shape,
+    """`accepted`, or: malformed, header_too_large, wrong_schema, wrong_layout, wrong_shape,
     wrong_origin, unknown_sender, superseded, restarted, duplicate, implausible_seq, too_many_tokens, out_of_turn,
     too_soon, future_version, stale, not_finite, norm_exceeded, privacy_exhausted."""
     seq: int

@@ -258,7 +258,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"exchange.codec": "bf16"},
     "int8": {"exchange.codec": "int8"},
     "int4": {"exchange.codec": "int4"},
-    "fragments": {"exchange.fragments": 4},
     "overlap": {"exchange.overlap": True},
     "personal": {"aggregation.attention.personal": True},
 }

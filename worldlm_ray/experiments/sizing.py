@@ -61,13 +61,11 @@ class Wish:
     push_every: int = 1
     """Aggregations between two exchanges of a federation."""
     codec: str = "fp32"
-    fragments: int = 1
-    """Parts of the model that travel in turn. An aggregator's work is counted as for whole models."""
 
     @property
     def moved_bytes(self) -> float:
         """Bytes of one exchange, up and down."""
-        return (nbytes(self.codec, self.parameters) + 4 * self.parameters) / self.fragments
+        return nbytes(self.codec, self.parameters) + 4 * self.parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ def tiers(wish: Wish, machine: Machine) -> list[Tier]:
     Raises:
         ConfigError: a number is not positive, or an aggregator shall have fewer than two children.
     """
-    for name in ("clients", "parameters", "round_s", "push_every", "fragments"):
+    for name in ("clients", "parameters", "round_s", "push_every"):
         if getattr(wish, name) <= 0:
             raise ConfigError(name, f"got {getattr(wish, name)}", "give a number above 0")
     known = get_args(CodecName)
@@ -148,7 +146,6 @@ def tiers(wish: Wish, machine: Machine) -> list[Tier]:
                     children=math.ceil(children),
                     is_world=is_world,
                     codec=wish.codec,
-                    child_fragments=wish.fragments,
                 ),
             )
         )
@@ -189,9 +186,8 @@ def table(wish: Wish, machine: Machine, found: Sequence[Tier]) -> FittingTable:
             style=above,
         )
     most, limit = most_children(wish, machine)
-    parts = f", one of {wish.fragments} fragments at a time" if wish.fragments > 1 else ""
     shown.caption = (
         f"a copy {machine.copy_bytes_per_s / 1e9:.1f} GB/s, a link {8e-9 * machine.link_bytes_per_s:g} Gbit/s, "
-        f"{wish.codec} upwards{parts}; one federation serves {most:,} such clients, limited by {limit}"
+        f"{wish.codec} upwards; one federation serves {most:,} such clients, limited by {limit}"
     )
     return shown

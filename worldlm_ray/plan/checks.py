@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from worldlm_ray.data import check_sources
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import fragment_checks, initial_model, privacy_checks
+from worldlm_ray.plan import initial_model, privacy_checks
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.training import deepspeed_config
 
@@ -175,14 +175,6 @@ def shared_with_one_model(plan: Plan) -> Iterable[ConfigError]:
             yield ConfigError(key, f"{number}, but {what}", "set it to 1 there")
 
 
-def shared_with_whole_updates(plan: Plan) -> Iterable[ConfigError]:
-    """What has not travelled yet would have to be kept for each client."""
-    for _, client, key, number in _sharing(plan):
-        if client.settings.exchange.fragments > 1:
-            got = f"{number}, but a client whose backbone travels in fragments keeps what has not had its turn"
-            yield ConfigError(key, got, "set it to 1 there")
-
-
 def shared_without_changes(plan: Plan) -> Iterable[ConfigError]:
     """A process ends with all of its clients."""
     for parent, _, key, number in _sharing(plan):
@@ -222,7 +214,6 @@ def overlap_from_own_model(plan: Plan) -> Iterable[ConfigError]:
     for _, client, key in _overlapping(plan):
         settings = client.settings
         others = {
-            "exchange.fragments": settings.exchange.fragments > 1,
             "merge.common_fraction": bool(settings.merge.common_fraction),
             "resources.clients_per_process": settings.resources.clients_per_process > 1,
             "simulation.train: false": not settings.simulation.train,
@@ -300,12 +291,10 @@ RULES: tuple[Rule, ...] = (
     robust_without_residuals,
     one_vocabulary,
     backbone_to_judge_by,
-    *fragment_checks.RULES,
     *privacy_checks.RULES,
     shared_without_workers,
     shared_without_noise,
     shared_with_one_model,
-    shared_with_whole_updates,
     shared_without_changes,
     overlap_without_waiting,
     overlap_of_whole_models,

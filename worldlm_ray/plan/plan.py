@@ -221,8 +221,6 @@ class Plan:
             min_clients=spec.min_clients or 0,
             liveness=self.config.liveness,
             codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
-            fragments=spec.settings.exchange.fragments if spec.kind != "world" else 1,
-            child_fragments=spec.children[0].settings.exchange.fragments,
             quotas=quotas(spec, self.round_tokens, self.config.budget),
         )
 

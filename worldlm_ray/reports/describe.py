@@ -12,7 +12,6 @@ from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.data.text import find_sources
 from worldlm_ray.exchange.compression import nbytes
-from worldlm_ray.exchange.messages import fragment_of
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.reports.tables import amount
@@ -105,29 +104,15 @@ def crossings(plan: Plan) -> list[dict[str, Any]]:
                     "from": dict(child.settings.placement.labels),
                     "to": dict(parent.settings.placement.labels),
                     "exchanges": exchanges,
-                    "bytes_up": None if exchanges is None else _bytes_up(plan, child, exchanges),
-                    "bytes_down": None if exchanges is None else _bytes_down(plan, child, exchanges),
+                    "bytes_up": None if exchanges is None else exchanges * _push_bytes(plan, child),
+                    "bytes_down": None if exchanges is None else exchanges * plan.layout.nbytes,
                 }
             )
     return found
 
 
-def _bytes_up(plan: Plan, spec: NodeSpec, exchanges: int) -> int:
-    sizes = _sizes(plan, spec, spec.settings.exchange.codec)
-    return sum(sizes[fragment_of(seq, len(sizes))] for seq in range(1, exchanges + 1))
-
-
-def _bytes_down(plan: Plan, spec: NodeSpec, exchanges: int) -> int:
-    """The first pull brings the whole model; a client makes it before its first push, a federation after it."""
-    sizes, first = _sizes(plan, spec, "fp32"), 1 if spec.kind == "client" else 2
-    later = sum(sizes[fragment_of(seq, len(sizes))] for seq in range(first, first + exchanges - 1))
-    return later + (plan.layout.nbytes if exchanges else 0)
-
-
-def _sizes(plan: Plan, spec: NodeSpec, codec: str) -> list[int]:
-    """Bytes of an exchange one way, for every fragment."""
-    parts = plan.layout.fragments(spec.settings.exchange.fragments)
-    return [nbytes(codec, part.stop - part.start + plan.layout.key_size) for part in parts]
+def _push_bytes(plan: Plan, spec: NodeSpec) -> int:
+    return nbytes(spec.settings.exchange.codec, plan.layout.size)
 
 
 def _exchanges(plan: Plan, spec: NodeSpec) -> int | None:
@@ -151,9 +136,8 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     codec = settings.exchange.codec
     exchange = {
         "codec": codec,
-        "fragments": settings.exchange.fragments,
-        "bytes_per_push": max(_sizes(plan, spec, codec)),
-        "bytes_per_pull": max(_sizes(plan, spec, "fp32")),
+        "bytes_per_push": _push_bytes(plan, spec),
+        "bytes_per_pull": size,
     }
     push = {} if spec.kind == "world" else exchange
     if spec.kind == "client":
@@ -184,7 +168,6 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         is_world=spec.kind == "world",
         adaptive=settings.merge.federation == "adaptive",
         codec=codec,
-        child_fragments=spec.children[0].settings.exchange.fragments,
     )
     return {
         "kind": spec.kind,
@@ -268,7 +251,7 @@ def tables(facts: Mapping[str, Any]) -> Iterator[FittingTable]:
         moved = [f"{amount(node[f'bytes_per_{way}'])}B" if "codec" in node else "" for way in ("push", "pull")]
         tree.add_row(indent, node["kind"], *moved, f"{amount(node['memory_bytes'])}B", _what(node))
     tree.caption = (
-        "push, pull: bytes of an update and of what is pulled after it, of the largest fragment; "
+        "push, pull: bytes of an update and of the model that is pulled after it; "
         "memory: parameter-sized buffers, without activations and the interpreter"
     )
     if any("copies" in node for node in facts["nodes"].values()):

@@ -105,7 +105,6 @@ class CostClient:
     measure_is_due = may_pause = overlaps = False
     in_flight = None
     last_word = ""
-    wanted_fragment = None
     left_out = ()
 
     def __init__(self, plan: Plan, spec: NodeSpec, *, initial: Flat, dataset: None = None) -> None:

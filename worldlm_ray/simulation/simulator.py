@@ -279,8 +279,8 @@ class Simulation:
     def _asking(self, path: str) -> Callable[[dict[str, Any]], Pull]:
         """A pull, as it is when it is sent."""
         node, name = self.clients.get(path) or self.nodes[path], self.specs[path].name
-        started, fragment = node.started_tokens, node.wanted_fragment
-        return lambda lives: Pull(child=name, started_tokens=started, fragment=fragment, **lives)
+        started = node.started_tokens
+        return lambda lives: Pull(child=name, started_tokens=started, **lives)
 
     def _receiver(self, path: str) -> Callable[[Model], None]:
         return lambda model: self._receive(path, model)

@@ -37,7 +37,7 @@ from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.storage import filesystem
 from worldlm_ray.tensors.buffers import Flat
 
-FORMAT = 4
+FORMAT = 5
 _INCARNATIONS, _META = "incarnations", "meta.json"
 _NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -81,24 +80,6 @@ class Layout:
         digest.update(f"|{self.backbone_size}|{[layer.name for layer in self.key_layers]}".encode())
         return digest.hexdigest()[:16]
 
-    @cached_property
-    def _cuts(self) -> dict[int, tuple[slice, ...]]:
-        return {}
-
-    def fragments(self, count: int) -> tuple[slice, ...]:
-        """The backbone in so many contiguous parts, which travel in turn.
-
-        Source: Streaming DiLoCo, arXiv 2501.18512, section 2.2. Each cut is the border of two modules (a transformer
-        block is one) that lies nearest to where equal parts would end; of two parameters where that leaves a smaller
-        largest part, which few and large modules do.
-
-        Raises:
-            ValueError: there are fewer parameters.
-        """
-        if count not in self._cuts:
-            self._cuts[count] = _cut(self, count)
-        return self._cuts[count]
-
     def views(self, flat: Flat) -> dict[str, npt.NDArray[np.float32]]:
         """The buffer as named tensors, without a copy."""
         return {e.name: flat[e.offset : e.offset + e.size].reshape(e.shape) for e in self.entries}
@@ -159,41 +140,3 @@ def _key_layers(entries: Iterable[Entry], backbone_size: int, keys: set[str]) ->
         stop = entry.offset + entry.size - backbone_size
     if group is not None:
         yield KeyLayer(group, start, stop)
-
-
-UNEVEN = 1.25
-"""The largest fragment in multiples of an even one, up to which modules stay whole."""
-
-
-def _cut(layout: Layout, count: int) -> tuple[slice, ...]:
-    size = layout.backbone_size
-    backbone = [entry for entry in layout.entries if entry.offset + entry.size <= size and entry.size]
-    ends = [entry.offset + entry.size for entry in backbone]
-    if count == 1:
-        return (slice(0, size),)
-    if not 1 <= count <= len(ends):
-        raise ValueError(f"the backbone has {len(ends)} parameters")
-    modules = [module_of(entry.name) for entry in backbone]
-    pairs = zip(ends, modules, [*modules[1:], None], strict=True)
-    borders = [end for end, module, following in pairs if module != following]
-    if len(borders) >= count:
-        whole = _nearest(borders, size, count)
-        if _largest(whole) * count <= UNEVEN * size:
-            return whole
-        return min(whole, _nearest(ends, size, count), key=_largest)
-    return _nearest(ends, size, count)
-
-
-def _largest(parts: Sequence[slice]) -> int:
-    return max(int(part.stop - part.start) for part in parts)
-
-
-def _nearest(borders: Sequence[int], size: int, count: int) -> tuple[slice, ...]:
-    """Cut at the borders that lie nearest to where equal parts would end; no part is empty."""
-    cuts, first = [0], 0
-    for number in range(1, count):
-        left = range(first, len(borders) - (count - number))
-        chosen = min(left, key=lambda index: abs(borders[index] * count - number * size))
-        cuts.append(borders[chosen])
-        first = chosen + 1
-    return tuple(slice(start, stop) for start, stop in pairwise([*cuts, size]))
