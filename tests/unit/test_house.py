@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,11 @@ def imports(path: Path) -> set[str]:
 
 def private_parts_of_ray(path: Path) -> set[str]:
     """Modules and names of Ray's with an underscore in front that a file uses."""
+    text = path.read_text(encoding="utf-8")
+    if not re.search(r"\bray\b.*\._", text):
+        return set()
     found = {name for name in imports(path) if re.match(r"ray(\.\w+)*\._", name)}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Attribute) and re.match(r"ray(\.\w+)*\._[a-z]", ast.unparse(node)):
             found.add(ast.unparse(node))
     return found
@@ -85,6 +89,7 @@ def measures() -> Iterator[tuple[str, str, str, int]]:
             yield kind, place, name, size
 
 
+@lru_cache
 def sizes() -> dict[str, int]:
     """What is larger than it may be, as `kind path name`, and how large it is."""
     return {f"{kind} {place} {name}".rstrip(): size for kind, place, name, size in measures() if size > MOST[kind]}
