@@ -3,8 +3,6 @@
 Ray Train sizes such a group by what the machines have in all: it knows what other runs of Ray Train have asked its
 coordinator for, and nothing of actors. Left alone it would wait for ever for cores that the world's plain clients
 hold. So these are asked for at the coordinator, too, before Ray Train asks for its workers.
-
-The coordinator is not a public interface of Ray; its release is pinned in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -16,12 +14,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    ResourceRequestPriority,
-    get_or_create_autoscaling_coordinator,
-)
 
 from worldlm_ray.errors import WorldLMError
+from worldlm_ray.launch.private.coordinator import Coordinator
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec, parent_path, processes
@@ -65,26 +60,19 @@ def room_for_others(plan: Plan, namespace: str) -> Iterator[None]:
         plan: the run; who has joined or left since is read again from its folder.
         namespace: of the run, which all its clients with workers share.
     """
-    coordinator, ended = get_or_create_autoscaling_coordinator(), threading.Event()
+    coordinator, ended = Coordinator(), threading.Event()
 
-    def ask(root: NodeSpec) -> Any:
-        wanted = taken(root)
-        return coordinator.request_resources.remote(
-            requester_id=f"{namespace}-others",
-            resources=[resources for resources, _ in wanted],
-            label_selectors=[labels for _, labels in wanted],
-            expire_after_s=FORGOTTEN_S,
-            priority=ResourceRequestPriority.HIGH,  # as Ray Train's own: whoever came first is served first
-        )
+    def reserve(root: NodeSpec) -> Any:
+        return coordinator.reserve(f"{namespace}-others", taken(root), expire_after_s=FORGOTTEN_S)
 
     def renew() -> None:
         root = plan.root
         while not ended.wait(RENEW_S):
             with suppress(WorldLMError, OSError):  # the storage may be away
                 root = rundir.reopen(str(plan.run_dir), check_data=False).root
-            ask(root)
+            reserve(root)
 
-    ray.get(ask(plan.root))
+    ray.get(reserve(plan.root))
     threading.Thread(target=renew, daemon=True).start()
     try:
         yield

@@ -26,19 +26,17 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.worker_group import worker_group
+from ray.train.torch import TorchConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.client import ClientActor
 from actors.graceful_shutdown import stay_to_the_end
-from actors.reserved import give_back, prefix
 from actors.reserved_capacity import room_for_others
 from actors.shared import Address, end_process
 from actors.zero_worker import LEAVE, Task, work
 from worldlm_ray.errors import RunError
+from worldlm_ray.launch.private import train
+from worldlm_ray.launch.private.reservations import give_back, prefix
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
@@ -374,12 +372,11 @@ class ZeroTrainer:
         self._group, _ = self._desk.wait_for_group(lost)
 
 
-class _Reservations(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Part of Ray Train's controller: has its placement groups carry names (see actors/reserved.py).
+class _Reservations(train.Callbacks):
+    """Part of Ray Train's controller: has its placement groups carry names (see launch/private/reservations.py).
 
-    Ray Train has no setting for it; the release of Ray is pinned in pyproject.toml. The controller may outlive its
-    client, see the workers die, and reserve room for others after everything had been given back. So it looks after
-    each reservation whether its client still lives: if it does, whoever ends the client will find the reservation.
+    The controller may outlive its client, see the workers die, and reserve room for others after all reservations had
+    been given back. So it checks after each reservation that its client lives: the end of the client removes it then.
 
     Args:
         namespace: of the run.
@@ -399,7 +396,7 @@ class _Reservations(ControllerCallback, WorkerGroupCallback):  # type: ignore[mi
         """The next placement group that is made is this group's."""
         self._made += 1
         name = f"{prefix(self._namespace, self._path)}{self._token}-{self._made}"
-        worker_group.placement_group = partial(self._reserve, name=name)
+        train.reserve_by(partial(self._reserve, name=name))
 
     def _reserve(self, *arguments: Any, **named: Any) -> PlacementGroup:
         group = placement_group(*arguments, **named)
@@ -417,14 +414,6 @@ class _Reservations(ControllerCallback, WorkerGroupCallback):  # type: ignore[mi
                 time.sleep(LOOK_S)
             except (ValueError, RayActorError):
                 return False
-
-
-class _TorchTrainer(TorchTrainer):  # type: ignore[misc]
-    """Without the process in which Ray Train waits for its controller's death, and which may wait for ever."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        made: list[Any] = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 class ZeroClientActor(ClientActor):
@@ -464,7 +453,7 @@ class ZeroClientActor(ClientActor):
             path, filesystem = self._storage()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                trainer = _TorchTrainer(
+                trainer = train.Trainer(
                     work,
                     train_loop_config=config,
                     torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),

@@ -117,7 +117,7 @@ def test_the_layers_are_those_of_the_contributing_guide() -> None:
                 assert ranks[other] <= ranks[module], f"{file.name} of {module} imports {other}, which lies above it"
 
 
-SHARED_BY_ACTORS = {"above", "inner", "leaf", "shared", "uplink", "graceful_shutdown", "reserved_capacity", "reserved"}
+SHARED_BY_ACTORS = {"above", "inner", "leaf", "shared", "uplink", "graceful_shutdown", "reserved_capacity"}
 
 
 def test_an_actor_module_imports_only_what_actors_share() -> None:
@@ -129,3 +129,13 @@ def test_an_actor_module_imports_only_what_actors_share() -> None:
                 others.add((path.stem, (node.module or "").removeprefix("actors.")))
     others = {(who, what) for who, what in others if what not in SHARED_BY_ACTORS}
     assert others == {("zero_client", "client"), ("zero_client", "zero_worker")}
+
+
+def test_an_actor_knows_of_the_launcher_only_the_private_parts_of_ray() -> None:
+    used = set()
+    for path in (PACKAGE.parent / "actors").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("worldlm_ray.launch"):
+                used.add(node.module)
+    assert used
+    assert all(module.startswith("worldlm_ray.launch.private") for module in used), used

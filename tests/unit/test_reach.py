@@ -18,6 +18,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from worldlm_ray.errors import Interrupted, RunError
 from worldlm_ray.launch import reach
+from worldlm_ray.launch.private import VERSION, check_version
 from worldlm_ray.launch.reach import Unreachable
 
 
@@ -156,13 +157,13 @@ def test_another_service_of_grpc_is_no_head() -> None:
 
 
 def test_auto_without_a_cluster_and_with_a_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(_: str) -> str:
+    def none() -> str:
         raise ConnectionError("Could not find any running Ray instance")
 
-    monkeypatch.setattr(reach.services, "canonicalize_bootstrap_address_or_die", none)
+    monkeypatch.setattr(reach.head, "local_address", none)
     assert "no cluster was started on this machine" in refused("auto")
     dead = f"127.0.0.1:{free_port()}"
-    monkeypatch.setattr(reach.services, "canonicalize_bootstrap_address_or_die", lambda _: dead)
+    monkeypatch.setattr(reach.head, "local_address", lambda: dead)
     assert f"at {dead}: connection refused" in refused("auto")
 
 
@@ -181,3 +182,9 @@ def test_the_error_of_rays_own_connection_becomes_one_line() -> None:
     assert str(reach.explain("h:1", error)).endswith("started with: Ray: 2.60.0 Python: 3.12.1")
     assert "RAY_AUTH_MODE=token" in str(reach.explain("h:1", RuntimeError("Authentication failed")))
     assert isinstance(reach.explain("h:1", error), RunError)
+
+
+def test_another_minor_version_of_ray_is_refused_with_the_command_that_cures_it() -> None:
+    check_version(f"{VERSION}.9")
+    with pytest.raises(RunError, match=f"Ray 2.61.0 is installed.*pip install .*{VERSION}"):
+        check_version("2.61.0")

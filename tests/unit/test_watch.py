@@ -9,7 +9,7 @@ import pytest
 
 import worldlm_ray.launch.watch
 from worldlm_ray.errors import Interrupted
-from worldlm_ray.launch.private import ActorState, Death
+from worldlm_ray.launch.private.state import ActorState, Death
 from worldlm_ray.launch.watch import AGAIN_S, LOOK_S, WAITING_S, Monitor, Watch, memory_warning
 
 KILLED = (

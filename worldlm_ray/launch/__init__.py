@@ -8,7 +8,7 @@ not its own the run goes on, and `worldlm train --resume` finds it.
     cluster     connect to Ray or start it; what fits
     reach       whether a cluster answers at an address, within seconds
     watch       what is said while a run waits, and how it is interrupted
-    private     what Ray offers inside itself only
+    private/    Ray's private interfaces
     cluster_file  a description for `ray up`, checked
     preflight   what machines must have: looked at before a run begins
     run         the life of a run: create or find the actors, watch, measure

@@ -16,7 +16,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from worldlm_ray.errors import RunError, WorldLMError
-from worldlm_ray.launch import private, reach
+from worldlm_ray.launch import reach
+from worldlm_ray.launch.private import session
 from worldlm_ray.plan import tree
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
@@ -59,7 +60,7 @@ def connected(plan: Plan, address: str | None, should_stop: Callable[[], bool] =
                 store = max(OBJECT_STORE_FLOOR_BYTES, 3 * nodes * plan.layout.nbytes)
                 # Ray prints a warning when it starts more processes than the machine has cores. Here they are wanted.
                 tuned = {"worker_maximum_startup_concurrency": max(os.cpu_count() or 1, processes)}
-                with private.starting():
+                with session.starting():
                     ray.init(
                         "local",
                         num_cpus=cpus,
@@ -76,7 +77,7 @@ def connected(plan: Plan, address: str | None, should_stop: Callable[[], bool] =
             raise RunError(f"cannot start Ray on this machine: {first_line(error)}") from error
     try:
         check_fits(plan)
-        with private.silent():
+        with session.silent():
             yield
     finally:
         ray.shutdown()
@@ -91,7 +92,7 @@ def attach(address: str, should_stop: Callable[[], bool] = lambda: False) -> Non
     """
     found = reach.reach(address, should_stop)
     try:
-        with private.starting():
+        with session.starting():
             ray.init(found, **QUIET)
     except Exception as error:
         raise reach.explain(address, error) from error

@@ -10,8 +10,6 @@ import ipaddress
 import socket
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +75,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check_schema(raw: dict[str, Any]) -> None:
-    # Ray's autoscaler takes a second to import, and speaks while it works.
-    from ray.autoscaler._private.util import prepare_config, validate_config
+    from worldlm_ray.launch.private import autoscaler  # takes a second to import
 
     try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            validate_config(prepare_config(raw))
+        autoscaler.validate(raw)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.absolute_path) or "the top"
         raise ConfigError(where, error.message, "see the files in cluster/") from error

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.reserved import give_back, prefix
 from worldlm_ray.config.loading import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
+from worldlm_ray.launch.private.reservations import give_back, prefix
 from worldlm_ray.launch.run import World, create, find, plain
 from worldlm_ray.launch.watch import answer, ask
 from worldlm_ray.plan import rundir

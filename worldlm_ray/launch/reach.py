@@ -15,11 +15,9 @@ from urllib.parse import urlsplit
 
 import grpc
 import ray
-from ray._private import services
-from ray._private.gcs_utils import create_gcs_channel
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from worldlm_ray.errors import Interrupted, RunError
+from worldlm_ray.launch.private import head
 
 CONNECT_S = 4.0
 """Time for a TCP connection."""
@@ -101,7 +99,7 @@ def explain(address: str, error: BaseException) -> Unreachable:
 def _look(address: str) -> str:
     if address == AUTO:
         try:
-            return _look(services.canonicalize_bootstrap_address_or_die(AUTO))
+            return _look(head.local_address())
         except ConnectionError as error:
             here = os.environ.get("RAY_ADDRESS")
             where = f"RAY_ADDRESS is {here}" if here else "no cluster was started on this machine"
@@ -154,20 +152,13 @@ def _uses_tls() -> bool:
 def _ask_head(address: str, target: str) -> None:
     """Ask the head's global control service whether it lives, and which version it is."""
     try:
-        channel = create_gcs_channel(target)
-    except Exception as error:
-        raise explain(address, error) from error
-    try:
-        service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        reply = service.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=HEALTH_S)
+        version = head.version(target, HEALTH_S)
     except grpc.RpcError as error:
         raise Unreachable(address, _refusal(error)) from error
     except Exception as error:  # the interceptor that adds the token raises what it likes
         raise explain(address, error) from error
-    finally:
-        channel.close()
-    if reply.ray_version and reply.ray_version != ray.__version__:
-        got = f"it runs Ray {reply.ray_version}, this process Ray {ray.__version__}"
+    if version and version != ray.__version__:
+        got = f"it runs Ray {version}, this process Ray {ray.__version__}"
         raise Unreachable(address, f"{got}; install the same version on both sides")
 
 

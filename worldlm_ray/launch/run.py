@@ -17,11 +17,11 @@ from actors.client import ClientActor
 from actors.client_pool import ClientPoolActor
 from actors.federation import FederationActor
 from actors.recorder import RecorderActor
-from actors.reserved import give_back, prefix
 from actors.shared import RECORDER, Address, settle
 from actors.world import WorldActor
 from worldlm_ray.errors import Interrupted, RunError, WorldLMError
 from worldlm_ray.launch import cluster, hosts, preflight
+from worldlm_ray.launch.private.reservations import give_back, prefix
 from worldlm_ray.launch.watch import Monitor, Watch, ask
 from worldlm_ray.plan import rundir, tree
 from worldlm_ray.plan.faults import Fault

@@ -19,7 +19,8 @@ import ray
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments.scaling import Stage
-from worldlm_ray.launch import cluster, private
+from worldlm_ray.launch import cluster
+from worldlm_ray.launch.private import session
 from worldlm_ray.launch.run import Progress, train
 from worldlm_ray.plan.plan import Plan, make_plan
 
@@ -95,7 +96,7 @@ def scale(
     cores = sum(cluster.workers(spec) * cluster.each(spec)["CPU"] for spec in plan.root.clients)
     share = math.ceil(cores / max(machines))
     stages: list[Stage] = []
-    with warnings.catch_warnings(), private.starting(), private.silent():
+    with warnings.catch_warnings(), session.starting(), session.silent():
         warnings.simplefilter("ignore")
         on_phase(f"starting a cluster; {share:g} cores by name on each machine, for {len(plan.root.clients)} clients")
         pretended = Cluster(

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from worldlm_ray.errors import Interrupted
-from worldlm_ray.launch import private
+from worldlm_ray.launch.private import state
 
 POLL_S = 0.5
 """How often is looked whether an answer has come, or the user wants to leave."""
@@ -113,8 +113,8 @@ class Monitor:
     """
 
     watch: Watch
-    deaths: Callable[[], Sequence[private.Death]] = private.deaths
-    actors: Callable[[str], Mapping[str, private.ActorState]] = private.actors
+    deaths: Callable[[], Sequence[state.Death]] = state.deaths
+    actors: Callable[[str], Mapping[str, state.ActorState]] = state.actors
     clock: Callable[[], float] = time.monotonic
     namespace: str = ""
     on_trouble: Callable[[str], None] = _nothing
@@ -179,7 +179,7 @@ class Monitor:
                 self.watch.on_phase(self._waits_for(waiting, known, found))
 
     def _waits_for(
-        self, waiting: Mapping[str, str], known: Mapping[str, private.ActorState], found: Sequence[private.Death]
+        self, waiting: Mapping[str, str], known: Mapping[str, state.ActorState], found: Sequence[state.Death]
     ) -> str:
         named = [f"{path} ({_state(known.get(name))})" for path, name in list(waiting.items())[:NAMED]]
         more = f" and {len(waiting) - NAMED} more" if len(waiting) > NAMED else ""
@@ -187,7 +187,7 @@ class Monitor:
         return f"waiting for {len(waiting)} of {self.total} nodes: {', '.join(named)}{more}{died}"
 
 
-def memory_warning(killed: Sequence[private.Death]) -> str:
+def memory_warning(killed: Sequence[state.Death]) -> str:
     """What Ray's memory monitor does, in one line."""
     detail, number = killed[-1].detail, len(killed)
     used, limit = MEMORY.search(detail), THRESHOLD.search(detail)
@@ -198,7 +198,7 @@ def memory_warning(killed: Sequence[private.Death]) -> str:
     return f"Ray ends actors for want of memory ({where}), {number} so far; {CURE}"
 
 
-def _state(actor: private.ActorState | None) -> str:
+def _state(actor: state.ActorState | None) -> str:
     if actor is None:
         return "unknown to Ray"
     restarts = f", started again {actor.restarts} times" if actor.restarts else ""

@@ -1,56 +1,17 @@
-"""What Ray offers inside itself only. It moves between minor versions: everything of that kind stands here.
+"""What Ray's head knows: processes that died, and actors.
 
-Written for Ray 2.60, which the package asks for. Where another version lacks something, the run goes on without it.
+The public state API (`ray.util.state`) needs the dashboard, which a local run does not start.
 """
 
 from __future__ import annotations
 
-import functools
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private import services, state, utils, worker
+from ray._private import state
 from ray.core.generated import common_pb2, gcs_pb2
-
-
-@contextmanager
-def starting() -> Iterator[None]:
-    """While Ray starts: it takes no signal handler of this process, and its processes get no signal of ours.
-
-    A scheduler or `timeout` sends SIGTERM to the whole process group. The run needs Ray to write its checkpoints then,
-    so Ray's processes have groups of their own. They still end with this process (PR_SET_PDEATHSIG).
-    """
-    popen, setter = services.ConsolePopen, utils.set_sigterm_handler
-    services.ConsolePopen = functools.partial(popen, process_group=0)
-    utils.set_sigterm_handler = lambda _: None
-    try:
-        yield
-    finally:
-        services.ConsolePopen, utils.set_sigterm_handler = popen, setter
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                # Ray's C++ code has put a handler that prints a stack below Python's: this puts ours in its place.
-                handler = signal.getsignal(number)
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """While this process is connected: what Ray's daemons report does not appear on the terminal.
-
-    It tells of actors that are started again, which is their ordinary life here; `deaths` says what matters.
-    """
-    printer = worker.print_to_stdstream
-    worker.print_to_stdstream = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = printer
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What groups of workers have reserved on the cluster, and how it is given back after a death.
 
-Ray keeps a placement group until its maker's job has ended, and Ray Train's own cleaner, a process that outlives the
-maker, asks the dashboard who lives: without one it never gives anything back, and stays itself. So every placement
-group gets a name that begins with its client's, by which others find what a dead life has left.
+Ray keeps a placement group until the job that made it has ended. Ray Train's own cleaner, a process that outlives that
+job, asks the dashboard who lives. Without a dashboard it never gives anything back, and never ends. So the name of
+every placement group begins with its client's, and others find what a dead client has left.
+
+Ray's public table gives the id of a placement group as text. Only a private type makes a handle of it.
 """
 
 from __future__ import annotations
