@@ -31,7 +31,7 @@ from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.tracking import curves
 from worldlm_ray.tracking.audit import proofs
 from worldlm_ray.tracking.charts import BEST, MEAN, WORST
-from worldlm_ray.tracking.tracker import MANY_CLIENTS, SHOWN_CLIENTS
+from worldlm_ray.tracking.drawing import MANY_CLIENTS, SHOWN_CLIENTS
 
 Tiny = Callable[..., Plan]
 

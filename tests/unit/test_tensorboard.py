@@ -37,8 +37,7 @@ from worldlm_ray.records import (
     PullRecord,
     PushRecord,
 )
-from worldlm_ray.tracking import charts, curves
-from worldlm_ray.tracking import tracker as tracking
+from worldlm_ray.tracking import charts, curves, drawing
 from worldlm_ray.tracking.charts import charts_of
 from worldlm_ray.tracking.tensorboard import Board, layout
 from worldlm_ray.tracking.tracker import Tracker
@@ -108,7 +107,7 @@ def test_attention_images_are_few_and_every_node_has_its_turn(tmp_path: Path) ->
     run.record(attention(version=1))
     for version in (2, 3):
         run.record(attention(version=version), attention("world", version=version))
-    clock.now += tracking.IMAGE_EVERY_S
+    clock.now += drawing.IMAGE_EVERY_S
     run.record(LifeRecord(node="world", now_s=20.0, event="running"))
     run.close()
     name = "each node, blends its children"

@@ -10,7 +10,7 @@ the file is a row of objects, `metrics.0000-MARK.jsonl` and so on.
     pandas.read_json("runs/NAME/metrics.jsonl", lines=True).pivot_table(index="now_s", columns="node", values="value")
 
 Of a world with very many clients there are lines for a sample of them, as there are charts
-(worldlm_ray/tracking/tracker.py).
+(worldlm_ray/tracking/drawing.py).
 """
 
 from __future__ import annotations

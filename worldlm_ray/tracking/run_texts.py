@@ -1,6 +1,6 @@
 """What TensorBoard's TEXT page says of a run, as Markdown: its configuration and its tree.
 
-Samples of the clients' models come beside it when they are made (worldlm_ray/tracking/tracker.py).
+Samples of the clients' models come beside it when they are made (worldlm_ray/tracking/drawing.py).
 """
 
 from __future__ import annotations
