@@ -7,7 +7,7 @@ world.py        the root
 leaf.py         what every leaf is, in a process of its own or not: its state and its words
 client.py       a leaf with a process of its own: pulls, trains, pushes
 host.py         many leaves in one process
-uplink.py       a child's side of the link to its parent, whoever the child is
+drivers.py      who takes the steps of the protocol: a thread that waits, or an event loop
 zero_client.py  a leaf whose model several workers train
 zero_worker.py  one of these workers, inside Ray Train
 others.py       what the other leaves take of the machines, for the number of these workers

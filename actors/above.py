@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from ray.exceptions import RayError
 
+from actors.drivers import References
 from actors.shared import Address
-from actors.uplink import Steps
 from worldlm_ray.tensors.buffers import Flat
 
 PATIENCE_S = 5.0
 """How long a client waits for such a model, at most."""
 
 
-def published(address: Address, path: str) -> Steps[tuple[int, Flat] | None]:
+def published(address: Address, path: str) -> References[tuple[int, Flat] | None]:
     """The version and the values of the published model of a node above; None if there is none to be had now.
 
     Args:

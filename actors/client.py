@@ -8,7 +8,7 @@ Threads of one client, and what they share:
     disk        writes a checkpoint of a state that life has copied
     calls       Ray's: stop, leave, measure, sample
 
-`_link` is held while the exchange changes what the client knows of it, and while a state is copied: a checkpoint has an
+`_lock` is held while the exchange changes what the client knows of it, and while a state is copied: a checkpoint has an
 update in its outbox or the parent's word about it, never half of both.
 """
 
@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import ray
 
 from actors.above import PATIENCE_S, published
+from actors.drivers import carried, send_heartbeat, wait_for
 from actors.graceful_shutdown import GracefulShutdown
 from actors.leaf import Leaf
 from actors.shared import (
@@ -41,12 +42,12 @@ from actors.shared import (
     settle,
     was_restarted,
 )
-from actors.uplink import Steps, Stopped, wait_for
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.privacy.account import Account
+from worldlm_ray.protocol.child import Steps, Stopped
 from worldlm_ray.records import Measure
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.trainer import Trainer
@@ -70,7 +71,7 @@ class ClientActor(GracefulShutdown, Leaf):
         self._ended = threading.Event()
         self._outcome: str | Exception = ""
         self._model = threading.Lock()  # calls come on other threads
-        self._link = threading.Lock()
+        self._lock = threading.Lock()
         """Held by whoever changes or copies what the client knows of its exchange."""
         self._exchange: Future[Model | None] | None = None
         """The exchange under way beside the training; gives the parent's model if that was asked for."""
@@ -284,8 +285,8 @@ class ClientActor(GracefulShutdown, Leaf):
         return None if exchange is None else exchange.result()
 
     def _deliver(self, update: Update) -> None:
-        with self._link:
-            shared = self.uplink.share(update)
+        with self._lock:
+            shared = self.link.share(update)
             self.client.use_shared_copy(update.values, shared)
         update = replace(update, values=shared)  # the client's own buffer goes
         # The work is done and deserves to arrive, even if the client is told to stop meanwhile.
@@ -296,7 +297,7 @@ class ClientActor(GracefulShutdown, Leaf):
                 stopped_at.append(self.clock.now_s())
             return bool(stopped_at) and self.clock.now_s() - stopped_at[0] > ARRIVAL_S
 
-        wait_for(self.uplink.push(update), enough, lock=self._link)
+        wait_for(carried(self.uplink.push(update), self.link), enough, lock=self._lock)
 
     def _look_above(self) -> None:
         """Measure a node above, when that is due; without its model soon there is no measurement."""
@@ -334,7 +335,7 @@ class ClientActor(GracefulShutdown, Leaf):
         followed_s = self.clock.now_s()
         while not self._stop.wait(self.plan.config.liveness.heartbeat_s):
             try:
-                if not self._wait(self.uplink.beat()):
+                if not self._wait(self.uplink.check()):
                     self._wait(self.uplink.join())
                     self._wait(self.uplink.done())
                 if self.client.paused and self.clock.now_s() - followed_s >= self._pace_s:
@@ -356,10 +357,10 @@ class ClientActor(GracefulShutdown, Leaf):
     def _beat(self) -> None:
         """Signs of life to the parent, beside the training."""
         while not self._ended.wait(self.plan.config.liveness.heartbeat_s):
-            self.uplink.send_beat()
+            send_heartbeat(self.uplink, self.link)
 
     def _wait(self, steps: Steps[T]) -> T:
-        return wait_for(steps, self._stop.is_set, lock=self._link)
+        return wait_for(carried(steps, self.link), self._stop.is_set, lock=self._lock)
 
     def _save_if_due(self) -> None:
         """Have a checkpoint written, unless one still is: then it is due again after the next round."""
@@ -370,7 +371,7 @@ class ClientActor(GracefulShutdown, Leaf):
     def _begin_save(self) -> None:
         """Take the state as it is now, and have it written beside: training goes on."""
         self._saved_s = self.clock.now_s()
-        with self._link:
+        with self._lock:
             state = self.client.state()
         self._saving = beside(partial(self._write_beside, *state))
 

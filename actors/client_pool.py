@@ -17,6 +17,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.above import PATIENCE_S, published
+from actors.drivers import carried, settled_in_time
+from actors.drivers import follow as follow_references
 from actors.graceful_shutdown import GracefulShutdown
 from actors.leaf import Leaf
 from actors.shared import (
@@ -29,21 +31,19 @@ from actors.shared import (
     settle,
     was_restarted,
 )
-from actors.uplink import follow as follow_steps
-from actors.uplink import settled_in_time
 from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import VirtualClients
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import plan_from_mapping
+from worldlm_ray.protocol.child import Send, Steps
 from worldlm_ray.records import Measure
 
 AHEAD = 2
 """Clients that have pulled and have not trained yet, at most: a model that waits for its turn grows old."""
 
 T = TypeVar("T")
-follow = partial(follow_steps, wait=settled_in_time)
 
 
 class ClientPoolActor(GracefulShutdown):
@@ -151,15 +151,15 @@ class ClientPoolActor(GracefulShutdown):
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
-            words = {word[0]: word for member in self.members.values() if (word := member.word()) is not None}
-            members = {self.plan.node(path).name: member for path, member in self.members.items()}
-            parent = next((m.uplink.parent for n, m in members.items() if n in words and m.uplink.parent), None)
-            if parent is None:
+            members = {member.spec.name: member for member in self.members.values()}
+            sent = {name: send for name, member in members.items() if (send := member.heartbeat()) is not None}
+            if not sent:
                 continue
+            parent = next(members[name].link.parent for name in sent)
             try:
-                lost: list[str] = await parent.beats.remote(list(words.values()))
-            except Exception:  # noqa: BLE001 - whatever it is: who waits for the parent finds out by a call of its own
-                lost = list(words)
+                lost: list[str] = await parent.heartbeats.remote([send.arguments for send in sent.values()])
+            except Exception:  # noqa: BLE001 - whatever it is: a member that waits finds out by its next call
+                lost = list(sent)
             for name in lost:
                 members[name].join_again()
 
@@ -222,9 +222,11 @@ class _Member(Leaf):
         if self._life_task is not None and (self._may_cancel or self._pushing):
             self._life_task.cancel()
 
-    def word(self) -> tuple[str, int, int] | None:
-        """What a sign of life says; None while there is nobody to say it to."""
-        return self.uplink.word() if self.is_living or self.is_staying else None
+    def heartbeat(self) -> Send | None:
+        """The client's sign of life; None while no parent would hear it."""
+        if not (self.is_living or self.is_staying) or self.link.parent is None:
+            return None
+        return self.uplink.heartbeat()
 
     def join_again(self) -> None:
         """At its end a client stays with its parent: one that died must hear again what it has forgotten."""
@@ -233,8 +235,8 @@ class _Member(Leaf):
 
     async def _join_again(self) -> None:
         try:
-            await follow(self.uplink.join())
-            await follow(self.uplink.done())
+            await self._follow(self.uplink.join())
+            await self._follow(self.uplink.done())
         except SupersededError as error:
             end_process(str(error))
 
@@ -276,7 +278,7 @@ class _Member(Leaf):
     async def _live(self) -> str:
         client, clock = self.client, self.clock
         try:
-            await self._wait(follow(self.uplink.join()))
+            await self._wait(self._follow(self.uplink.join()))
             self._tell(client.progress_record(now_s=clock.now_s()))
             if client.steps == 0:
                 self._say_left_out()
@@ -310,7 +312,7 @@ class _Member(Leaf):
         try:
             model = None
             if not self.client.began:
-                model = await self._wait(follow(self.uplink.pull()))
+                model = await self._wait(self._follow(self.uplink.pull()))
                 if model is not None and model.finished:
                     return None
             return await self.host.with_model(partial(self._train, model))
@@ -331,11 +333,11 @@ class _Member(Leaf):
         return client.update()
 
     async def _push(self, update: Update) -> None:
-        shared = self.uplink.share(update)
+        shared = self.link.share(update)
         self.client.use_shared_copy(update.values, shared)
         self._pushing = True
         try:
-            await follow(self.uplink.push(replace(update, values=shared)))
+            await self._follow(self.uplink.push(replace(update, values=shared)))
         finally:
             self._pushing = False
 
@@ -346,12 +348,12 @@ class _Member(Leaf):
             return
         found = None
         with suppress(TimeoutError):
-            found = await self._wait(asyncio.wait_for(follow_steps(published(self._address, path)), PATIENCE_S))
+            found = await self._wait(asyncio.wait_for(follow_references(published(self._address, path)), PATIENCE_S))
         await self.host.with_model(partial(self._measure_above, path, found))
 
     async def _finish(self) -> str:
         await self._save()
-        await self._wait(follow(self.uplink.done()))
+        await self._wait(self._follow(self.uplink.done()))
         finished = self._life("finished", self.client.last_word)
         self._tell(self.client.progress_record(now_s=self.clock.now_s()), finished)
         self.is_staying = True
@@ -359,9 +361,12 @@ class _Member(Leaf):
 
     async def _say_goodbye(self) -> str:
         await self._save()
-        await self._wait(follow(self.uplink.left()))
+        await self._wait(self._follow(self.uplink.left()))
         self._tell(self._life("left"))
         return "left"
+
+    async def _follow(self, steps: Steps[T]) -> T:
+        return await follow_references(carried(steps, self.link), wait=settled_in_time)
 
     async def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for the parent, unless told to stop."""

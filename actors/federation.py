@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TypeVar
 
+from actors.drivers import carried, follow, link_of, send_heartbeat
 from actors.inner import InnerActor
 from actors.shared import STORAGE_AGAIN_S, Address
-from actors.uplink import Uplink, follow
 from worldlm_ray.aggregation.events import ParentModel
+from worldlm_ray.protocol.child import Steps, Uplink
 from worldlm_ray.records import Record
+
+T = TypeVar("T")
 
 
 class FederationActor(InnerActor):
@@ -24,12 +28,13 @@ class FederationActor(InnerActor):
         """Whether the parent knows that everything below has ended."""
         self._talking = False
         super().__init__(address)
-        self._uplink = Uplink(address, self.plan, self.node, tell=self._record)
+        self._uplink = Uplink(self.plan, address.path, self.node, tell=self._record, now_s=self.clock.now_s)
+        self._link = link_of(address, self.plan, self.node)
 
     def _exchange(self) -> None:
         """Hand the update over to the task that talks to the parent."""
         update = self.node.begin_exchange()
-        self.node.use_shared_copy(update.values, self._uplink.share(update))
+        self.node.use_shared_copy(update.values, self._link.share(update))
         self._work.set()
 
     def _ask_for_news(self) -> None:
@@ -40,22 +45,22 @@ class FederationActor(InnerActor):
         while self.node.is_deserted and not self.node.ended:
             self._work.clear()
             await self._work.wait()
-        await follow(self._uplink.join())
+        await self._follow(self._uplink.join())
         while True:
             if self._told and not self.node.ended:  # somebody below has come back: so does this node
                 self._told = False
-                await follow(self._uplink.join())
+                await self._follow(self._uplink.join())
             if self.node.in_flight is not None or self.node.wants_news:
                 self._talking = True
                 if self.node.in_flight is not None:
                     await self._until_known()
-                    await follow(self._uplink.push(self.node.send()))
-                model = await follow(self._uplink.pull())
+                    await self._follow(self._uplink.push(self.node.send()))
+                model = await self._follow(self._uplink.pull())
                 self._talking = False
                 await self._handle(ParentModel(model=model, now_s=self.clock.now_s()))
             elif self.node.ended and not self._told:
                 self._told = True
-                await follow(self._uplink.done())
+                await self._follow(self._uplink.done())
                 if self._told:
                     self._ended.set()
             else:
@@ -76,7 +81,7 @@ class FederationActor(InnerActor):
     def _beat(self) -> None:
         """A sign of life while an exchange is under way: storage may refuse, and a synchronous parent be long."""
         if self._talking:
-            self._uplink.send_beat()
+            send_heartbeat(self._uplink, self._link)
 
     async def _rest(self) -> None:
         """Until there is something to do, tell the parent now and then that this node lives."""
@@ -84,10 +89,13 @@ class FederationActor(InnerActor):
         try:
             await asyncio.wait_for(self._work.wait(), self.plan.config.liveness.heartbeat_s)
         except TimeoutError:
-            if not await follow(self._uplink.beat()):
-                await follow(self._uplink.join())
+            if not await self._follow(self._uplink.check()):
+                await self._follow(self._uplink.join())
                 if self.node.ended:
-                    await follow(self._uplink.done())
+                    await self._follow(self._uplink.done())
+
+    async def _follow(self, steps: Steps[T]) -> T:
+        return await follow(carried(steps, self._link))
 
     def _finish(self) -> None:
         self._audit.flush()

@@ -187,16 +187,16 @@ class InnerActor(GracefulShutdown):
             raise MessageError("unknown_sender", f"{self.spec.path} has no child {child!r}")
         return self.node.children[child].gone
 
-    async def beat(self, child: str, incarnation: int, to: int) -> None:
+    async def heartbeat(self, child: str, incarnation: int, to: int) -> None:
         """A child lives."""
         await self._started.wait()
         await self._handle(Heartbeat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
 
-    async def beats(self, words: list[tuple[str, int, int]]) -> list[str]:
+    async def heartbeats(self, sent: list[tuple[str, int, int]]) -> list[str]:
         """Children of one process live; returns the names of those that must join (again)."""
         await self._started.wait()
         lost = []
-        for child, incarnation, to in checked("words", words, list, longest=len(self.node.children)):
+        for child, incarnation, to in checked("sent", sent, list, longest=len(self.node.children)):
             try:
                 await self._handle(Heartbeat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
             except MessageError:  # whoever is superseded learns of it when it joins

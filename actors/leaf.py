@@ -6,12 +6,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from actors.drivers import Link, link_of
 from actors.shared import Address, write_checkpoint
-from actors.uplink import Uplink
 from worldlm_ray.client.above import Turns
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.protocol.child import Uplink
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.buffers import Flat
@@ -28,6 +29,7 @@ class Leaf:
 
     client: Client
     uplink: Uplink
+    link: Link
 
     def __init__(self, plan: Plan, address: Address, recorder: Any) -> None:
         self.plan, self.spec = plan, plan.node(address.path)
@@ -53,7 +55,8 @@ class Leaf:
         self.client.incarnation = incarnation
         if found is not None:
             self.client.restore(*found)
-        self.uplink = Uplink(self._address, self.plan, self.client, tell=self._tell)
+        self.uplink = Uplink(self.plan, self.spec.path, self.client, tell=self._tell, now_s=self.clock.now_s)
+        self.link = link_of(self._address, self.plan, self.client)
         self._is_set_up = True
         self._tell(self._life("continued" if found else "started"))
         if self.client.warning:

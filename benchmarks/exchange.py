@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.drivers import RayLink, carried, wait_for
 from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address
-from actors.uplink import Uplink, wait_for
 from actors.world import WorldActor
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.exchange.messages import Update
@@ -34,6 +34,7 @@ from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.launch import cluster
 from worldlm_ray.plan.plan import Plan, make_plan, plan_from_mapping
+from worldlm_ray.protocol.child import Uplink
 from worldlm_ray.run_clock import RunClock
 
 CLIENTS, ROUNDS = 4, 10
@@ -59,7 +60,8 @@ class Idle:
         self.name, self.layout = plan.node(address.path).name, plan.layout
         self.incarnation, self.seq, self.outbox = 1, 0, Outbox()
         self.started_tokens = 0
-        self.uplink = Uplink(address, plan, self, tell=lambda record: None)
+        self.link = RayLink(address, self)
+        self.uplink = Uplink(plan, address.path, self, tell=lambda record: None, now_s=address.clock.now_s)
         self.values = np.full(plan.layout.size, 1e-6, np.float32)
 
     def welcomed(self, welcome: Welcome) -> None:
@@ -72,13 +74,13 @@ class Idle:
 
     def ready(self) -> None:
         """Join the parent."""
-        wait_for(self.uplink.join())
+        wait_for(carried(self.uplink.join(), self.link))
 
     def exchange(self, rounds: int) -> tuple[float, float]:
         """So many times pull and push; returns when it began and ended."""
         began = time.monotonic()
         for _ in range(rounds):
-            model = wait_for(self.uplink.pull())
+            model = wait_for(carried(self.uplink.pull(), self.link))
             assert model is not None
             self.seq += 1
             update = Update(
@@ -90,7 +92,7 @@ class Idle:
                 values=self.values,
             )
             self.outbox.add(update)
-            wait_for(self.uplink.push(update))
+            wait_for(carried(self.uplink.push(update), self.link))
         return began, time.monotonic()
 
 

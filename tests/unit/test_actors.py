@@ -15,10 +15,10 @@ import pytest
 from ray.exceptions import OwnerDiedError, RayTaskError
 from support.worlds import client, write_text
 
+import actors.drivers
 import actors.federation
 import actors.inner
 import actors.shared
-import actors.uplink
 from actors.client_pool import ClientPoolActor
 from actors.federation import FederationActor
 from actors.shared import Address
@@ -99,7 +99,7 @@ class Handle:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     ray = FakeRay()
-    for module in (actors.shared, actors.inner, actors.uplink):
+    for module in (actors.shared, actors.inner, actors.drivers):
         monkeypatch.setattr(module, "ray", ray)
     return ray
 
@@ -355,7 +355,7 @@ class Deaf(Handle):
 def test_clients_of_one_process_ask_again_for_answers_that_never_come(
     fake: FakeRay, tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actors.uplink, "ANSWER_S", 0.3)
+    monkeypatch.setattr(actors.drivers, "ANSWER_S", 0.3)
     phones = client("phone", tmp_path, 1) | {"copies": 3}
     write_text(tmp_path / "phone.txt", seed=1, size=40_000)
     plan = rundir.create(tiny([phones], resources={"clients_per_process": 3}, budget={"rounds": 2}))

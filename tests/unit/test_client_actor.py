@@ -6,27 +6,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from ray.exceptions import RayActorError
+from support.threaded_ray import FakeRay, Ref, Remote
 from support.worlds import client
 
 import actors.client
+import actors.drivers
 import actors.shared
-import actors.uplink
 from actors.client import ClientActor
 from actors.shared import Address
-from actors.uplink import Uplink, wait_for
 from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Left, Pull, Push, Serve
 from worldlm_ray.client import above
 from worldlm_ray.client.client import Client
-from worldlm_ray.exchange.messages import Packed, Update, pack
-from worldlm_ray.exchange.replies import Verdict, Welcome
+from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.records import LifeRecord, OwnModelRecord, Record
+from worldlm_ray.records import LifeRecord, OwnModelRecord
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.buffers import Flat
@@ -36,63 +34,6 @@ PATH = "world/a"
 ROUNDS = 5
 UNHURRIED = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.02}
 """Training that leaves time to close the parent's gate."""
-
-
-class Ref:
-    """An object reference: of a value that is there, or of a call that runs in a thread."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.ready, self.value, self.error = threading.Event(), None, None
-        threading.Thread(target=self._run, args=(call,), daemon=True).start()
-
-    def _run(self, call: Callable[[], Any]) -> None:
-        try:
-            self.value = call()
-        except Exception as error:  # noqa: BLE001 - as Ray: whoever asks for the value gets it
-            self.error = error
-        self.ready.set()
-
-
-class Remote:
-    """An actor's handle: `handle.method.remote(...)`."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.actor, name)
-        return SimpleNamespace(remote=lambda *arguments: Ref(lambda: method(*arguments)))
-
-
-class FakeRay:
-    """The few calls of Ray that a client makes."""
-
-    def __init__(self) -> None:
-        self.actors: dict[str, Any] = {}
-        self.records: list[Record] = []
-        self.actors["recorder"] = SimpleNamespace(record=SimpleNamespace(remote=self.records.extend))
-
-    def put(self, values: Flat) -> Ref:
-        shared = values.copy()
-        shared.flags.writeable = False
-        return Ref(lambda: shared)
-
-    def get(self, ref: Ref) -> Any:
-        assert ref.ready.wait(20.0)
-        if ref.error is not None:
-            raise ref.error
-        return ref.value
-
-    def wait(self, refs: list[Ref], *, timeout: float) -> tuple[list[Ref], list[Ref]]:
-        if not isinstance(refs[0], Ref):
-            raise TypeError("expected a list of references")
-        return (refs, []) if refs[0].ready.wait(timeout) else ([], refs)
-
-    def get_runtime_context(self) -> Any:
-        return SimpleNamespace(was_current_actor_reconstructed=False)
-
-    def get_actor(self, name: str, *, namespace: str) -> Any:
-        return self.actors[name]
 
 
 class Parent:
@@ -139,7 +80,7 @@ class Parent:
         values = self.node.theta
         return self.node.version, [Ref(lambda: values)]
 
-    def beat(self, child: str, incarnation: int, to: int) -> None:
+    def heartbeat(self, child: str, incarnation: int, to: int) -> None:
         self._handle(Heartbeat(child=child, incarnation=incarnation, to=to, now_s=0.0))
 
     def done(self, child: str, incarnation: int, to: int) -> None:
@@ -153,7 +94,7 @@ class Parent:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     ray = FakeRay()
-    for module in (actors.client, actors.shared, actors.uplink):
+    for module in (actors.client, actors.shared, actors.drivers):
         monkeypatch.setattr(module, "ray", ray)
     return ray
 
@@ -192,63 +133,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.002)
-
-
-class Liar:
-    """A parent's handle: every method gives what it was told to, at once."""
-
-    def __init__(self, **answers: Any) -> None:
-        self.answers = {"join": Welcome(incarnation=1, last_seq=0, durable_seq=0)} | answers
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=lambda *arguments: Ref(lambda: self.answers[name]))
-
-
-def uplink_to(fake: FakeRay, plan: Plan, parent: Liar, told: list[Record]) -> Uplink:
-    fake.actors["world"] = parent
-    address = Address(plan.to_mapping(), PATH, RunClock.starting(), "test")
-    return Uplink(address, plan, Client(plan, plan.node(PATH)), tell=told.append)
-
-
-@pytest.mark.parametrize("lie", [None, 7, Welcome(incarnation=-1, last_seq=0, durable_seq=0)])
-def test_a_parent_whose_welcome_is_none_is_asked_again(fake: FakeRay, tiny: Tiny, tmp_path: Path, lie: Any) -> None:
-    parent = Liar(join=lie)
-    steps = uplink_to(fake, a_plan(tiny, tmp_path), parent, []).join()
-    asked = next(steps)
-    assert steps.send(fake.get(asked)) > 0, "it waits before it asks again"
-    parent.answers["join"] = Welcome(incarnation=1, last_seq=0, durable_seq=0)
-    asked = next(steps)
-    with pytest.raises(StopIteration):
-        steps.send(fake.get(asked))
-
-
-@pytest.mark.parametrize("lie", [None, {"durable_seq": "9"}, {"reason": None}])
-def test_a_parent_whose_verdict_is_none_is_joined_again(fake: FakeRay, tiny: Tiny, tmp_path: Path, lie: Any) -> None:
-    fields: dict[str, Any] = {"reason": "accepted", "seq": 1, "base_version": 0, "version": 1, "tau": 0}
-    parent = Liar(push=None if lie is None else Verdict(**(fields | lie)))
-    plan = a_plan(tiny, tmp_path)
-    link = uplink_to(fake, plan, parent, [])
-    values = np.zeros(plan.layout.size, np.float32)
-    update = Update(sender="a", seq=1, base_version=0, tokens=1, started_tokens=1, values=values)
-    wait_for(link.join())
-    steps = link.push(update)
-    joined = steps.send(fake.get(next(steps)))
-    with pytest.raises(StopIteration):
-        steps.send(fake.get(joined))
-
-
-@pytest.mark.parametrize("lie", [None, 5, (b"", []), (b"", [1e9]), (b"", [None]), (b"", "ab"), ("", ["x"], 3)])
-def test_a_pull_that_brings_no_model_is_told_and_ends_nothing(
-    fake: FakeRay, tiny: Tiny, tmp_path: Path, lie: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(actors.uplink, "AGAIN_S", 0.0)
-    told: list[Record] = []
-    link = uplink_to(fake, a_plan(tiny, tmp_path), Liar(pull=lie), told)
-    wait_for(link.join())
-    until_s = time.monotonic() + 20.0
-    assert wait_for(link.pull(), lambda: time.monotonic() > until_s) is None
-    [said] = [record.detail for record in told if isinstance(record, LifeRecord) and record.event == "warning"]
-    assert "refuses the model of its parent world (malformed" in said
 
 
 class SlowStorage:

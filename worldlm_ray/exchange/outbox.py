@@ -55,8 +55,12 @@ class Outbox:
         if verdict.reason not in (ACCEPTED, "duplicate", *_AGAIN):
             self._updates.pop(verdict.seq, None)
 
-    def must_join(self, update: Update, verdict: Verdict) -> bool:
-        """Whether the child has to join its parent anew, and send the update again."""
+    def retry(self, update: Update, verdict: Verdict) -> bool:
+        """Count a refusal of the moment, and give up an update that has arrived damaged too often.
+
+        Returns:
+            Whether the child has to join its parent anew, and send the update again.
+        """
         if verdict.reason == "malformed":  # it was whole when it left: something on the way has damaged it
             self._damaged[update.seq] += 1
             if self._damaged[update.seq] > TRIES:

@@ -490,7 +490,7 @@ class Simulation:
         def answered(verdict: Verdict) -> None:
             node = self.clients.get(child) or self.nodes[child]
             node.answered(verdict)
-            if node.outbox.must_join(update, verdict):
+            if node.outbox.retry(update, verdict):
                 self._at(self.now_s + NOTICED_S, lambda: self._lost(child), of=child)
             elif verdict.reason == "out_of_turn":
                 # Sent again after a restart, while its forerunner waits for its siblings': not before that is through.
