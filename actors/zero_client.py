@@ -184,7 +184,7 @@ class Desk:
             self._changed.notify_all()
 
 
-class ZeroTrainer:
+class ZeroTrainer(Trainer):
     """The trainer of a ZeRO client: asks its workers, and puts new ones where the old had been.
 
     Args:

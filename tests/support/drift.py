@@ -16,10 +16,10 @@ from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.simulation.simulator import Simulation
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.tracker import Tracker
-from worldlm_ray.training.trainer import Batch, RoundResult
+from worldlm_ray.training.trainer import Batch, RoundResult, Trainer
 
 
-class Drift:
+class Drift(Trainer):
     """Every step adds its learning rate to the parameters, with a sign for each client."""
 
     def __init__(self, size: int, sign: float) -> None:

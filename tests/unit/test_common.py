@@ -67,7 +67,7 @@ def test_the_batch_is_shared_by_the_clients_own_model_and_its_parents(plan: Plan
 def test_a_client_that_follows_trains_one_model_with_all_of_its_text(tiny: Callable[..., Plan]) -> None:
     merge = PARTED | {"agreement": -1.0}
     plain, ours = (tiny(budget={"rounds": 4}, merge=merge | {"common_fraction": f}) for f in (0, 0.5))
-    assert parted(ours).common.active is False
+    assert parted(ours).trainer.beside() is None
     states = []
     for each in (plain, ours):
         client = parted(each)
@@ -81,12 +81,12 @@ def test_moments_of_the_common_model_last_while_the_client_is_away(plan: Plan) -
     client.train()
     client.update()
     client.begin(pulled(plan, version=2, seed=2), now_s=0.0)
-    assert client.common.trainer.optimizer_state()["step"][0] == 8.0
+    assert client.trainer.optimizer_state()["common.step"][0] == 8.0
     client.merger.agreement = -1.0  # it agrees with anybody again
     client.train()
     client.update()
     client.begin(pulled(plan, version=3, seed=3), now_s=0.0)
-    assert not client.common.active
+    assert client.trainer.beside() is None
     backbone = slice(0, plan.layout.backbone_size)
     np.testing.assert_array_equal(client.trainer.read()[backbone], pulled(plan, version=3, seed=3).values[backbone])
 

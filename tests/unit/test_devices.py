@@ -16,6 +16,7 @@ from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.config.schema import ResourcesConfig
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.training.local import device_of, threads_of, too_many_cores
+from worldlm_ray.training.making import trainer_of
 
 CORES = 2
 
@@ -34,16 +35,15 @@ def plan_of(folder: Path, **settings: Any) -> Plan:
 
 def test_without_gpus_in_the_settings_a_client_trains_on_the_cpu(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    assert Client(plan, plan.root.clients[0])._plain_trainer().device.type == "cpu"
+    assert Client(plan, plan.root.clients[0]).trainer.device.type == "cpu"  # type: ignore[attr-defined]
     assert VirtualClients(plan, plan.root.clients).shared.trainer.device.type == "cpu"  # type: ignore[attr-defined]
 
 
 def test_a_private_client_does_too(tmp_path: Path) -> None:
     privacy = {"unit": "record", "noise_multiplier": 1.0}
     plan = plan_of(tmp_path, privacy=privacy, data={"files": [str(tmp_path / "a.txt")], "cache_dir": str(tmp_path)})
-    made = Client(plan, plan.root.clients[0])
-    made.account = type("Paid", (), {"noise": 1.0})()  # type: ignore[assignment]
-    assert made._trainer().device.type == "cpu"  # type: ignore[attr-defined]
+    made = trainer_of(plan.shape, plan.layout, plan.root.clients[0].settings, noise=1.0)
+    assert made.device.type == "cpu"  # type: ignore[attr-defined]
 
 
 def test_only_a_setting_above_zero_takes_a_gpu() -> None:

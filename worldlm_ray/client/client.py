@@ -34,8 +34,7 @@ from worldlm_ray.privacy.account import Account, weak_delta
 from worldlm_ray.records import Measure, OwnModelRecord, ProgressRecord, Record, RoundRecord, StartRecord, perplexity
 from worldlm_ray.seeds import derive
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.training.common import Common
-from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
+from worldlm_ray.training.making import trainer_of
 from worldlm_ray.training.sampling import sample
 from worldlm_ray.training.schedule import learning_rate
 from worldlm_ray.training.trainer import Batch, Trainer
@@ -73,7 +72,7 @@ class Client:
         if self.account is not None:
             records = self.dataset.records(context=self.context)
             self.warning = weak_delta(spec.settings.privacy, records, named=self.reports)
-        self.trainer = make_trainer(self.account) if make_trainer else self._trainer()
+        self.trainer = make_trainer(self.account) if make_trainer else self._make_trainer()
         initial = plan.initial() if initial is None else initial
         self.base = np.array(initial)
         """The merged model that the current local round began from. Where a round begins ahead of an exchange: the
@@ -81,8 +80,6 @@ class Client:
         self.in_flight: Update | None = None
         """The update of an exchange that a round has begun ahead of; None once it has come back."""
         self.trainer.write(self.base)
-        self.common = Common(self._plain_trainer, rows=spec.settings.merge.common_rows(self.training.batch_size))
-        """The parent's model, trained beside the client's own once they have parted, if that is asked for."""
         self.parent_keys = self.base[plan.layout.backbone_size :].copy()
         """What an update's key layers are measured from: the parent's, as this client last heard them. Where its
         model has been refused since, the client's own, as they were last sent."""
@@ -122,26 +119,9 @@ class Client:
         self._stretch_steps = 0
         """Steps that this process has done of the round."""
 
-    def _plain_trainer(self) -> LocalTrainer:
-        resources = self.spec.settings.resources
-        device, threads = device_of(resources), threads_of(resources)
-        return LocalTrainer(self.plan.shape, self.plan.layout, self.training, threads=threads, device=device)
-
-    def _trainer(self) -> Trainer:
-        if self.account is None:
-            return self._plain_trainer()
-        from worldlm_ray.training.private import PrivateTrainer  # Opacus takes seconds to import
-
-        shape, layout, settings = self.plan.shape, self.plan.layout, self.spec.settings
-        return PrivateTrainer(
-            shape,
-            layout,
-            self.training,
-            settings.privacy,
-            noise=self.account.noise,
-            threads=threads_of(settings.resources),
-            device=device_of(settings.resources),
-        )
+    def _make_trainer(self) -> Trainer:
+        noise = None if self.account is None else self.account.noise
+        return trainer_of(self.plan.shape, self.plan.layout, self.spec.settings, noise=noise)
 
     # ---- the cycle -------------------------------------------------------------------------------------------
 
@@ -268,12 +248,21 @@ class Client:
     def _keep_own(self) -> None:
         """Begin a round from the client's own model, of which all that an update could carry is in an update."""
         pushed, self.in_flight = self.in_flight, None
-        trained, split = self.common.trainer if self.common.active else self.trainer, self.plan.layout.backbone_size
         if pushed is None:
-            trained.read(self.base)
+            self._read_pushed(self.base)
         # An update carries all key layers. The next one must not carry the same change of them again.
-        self.parent_keys[:] = self.base[split:]
+        self.parent_keys[:] = self.base[self.plan.layout.backbone_size :]
         self._start()
+
+    def _read_pushed(self, out: Flat | None = None) -> Flat:
+        """The model whose change is pushed: a copy, into `out` if given."""
+        beside = self.trainer.beside()
+        if beside is None:
+            return self.trainer.read(out)
+        if out is None:
+            return beside
+        np.copyto(out, beside)
+        return out
 
     def begin_ahead(self) -> None:
         """Begin a local round from the client's own model, while its last update is in flight.
@@ -328,7 +317,6 @@ class Client:
             self.merger.judge(model, None, now_s=now_s)
             self.base[:] = model.values
             self.trainer.write(self.base)
-            self.common.end()
             if self.start_over:
                 self.trainer.forget()
                 self.start_over = False
@@ -379,17 +367,15 @@ class Client:
         self.seq = max(self.seq, model.last_seq)
 
     def _blend(self, model: Model, pushed: Update | None, *, now_s: float) -> list[Record]:
-        """Move to the parent's model, or keep the client's own and train the parent's beside it."""
+        """Move to the parent's model, or keep the client's own and train the parent's beside it, if so configured."""
         own = self.trainer.read()
         moved = Moved(now=own, since=self.base) if pushed is None else Moved(now=self.base, change=pushed.values)
-        if self.common.active:
-            moved = Moved(now=own, change=self.common.trainer.read() - self.base)
+        if (beside := self.trainer.beside()) is not None:
+            moved = Moved(now=own, change=beside - self.base)
         m, judged = self.merger.judge(model, moved, now_s=now_s)
-        if self.common.rows and m == 0.0:
-            self.common.begin(model.values, self.trainer.optimizer_state())
+        if m == 0.0 and self.trainer.train_beside(model.values):
             self.base[:] = model.values
             return [judged]
-        self.common.end()
         # Before the first step after a push there is no progress to keep: the plain rule, to the bit.
         ahead = pushed is not None and self.began and self.step > 0
         keys_from = own
@@ -427,8 +413,7 @@ class Client:
         def rate(step: int) -> float:
             return self._rate(first + step)
 
-        result = self.trainer.run(self.common.own(self._batches(first)), rate, should_stop=should_stop)
-        common_s = self.common.train(islice(self._batches(first), result.steps), rate)
+        result = self.trainer.run(self._batches(first), rate, should_stop=should_stop)
         self._stretch_steps += result.steps
         self.step += result.steps
         self.steps += result.steps
@@ -439,7 +424,7 @@ class Client:
         self.learning_rate = result.learning_rate
         if self.step == settings.local_steps:
             self.round += 1
-        return result.train_s + common_s
+        return result.train_s
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """The batches of the round from a step on; a private client's are drawn anew every time, and by chance."""
@@ -478,8 +463,7 @@ class Client:
     def update(self) -> Update:
         """The finished round as an update; the round is over."""
         split = self.plan.layout.backbone_size
-        trained = self.common.trainer if self.common.active else self.trainer
-        values = trained.read()
+        values = self._read_pushed()
         values[:split] -= self.base[:split]
         values[split:] -= self.parent_keys
         codec = self.spec.settings.exchange.codec
@@ -636,7 +620,6 @@ class Client:
         if self.lost is not None:
             arrays["lost"] = self.lost.copy()
         arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
-        arrays |= self.common.state()
         meta["outbox"], kept = self.outbox.state()
         arrays |= kept
         if self.in_flight is not None:
@@ -671,7 +654,6 @@ class Client:
         if self.merger.heard is not None and "heard" in arrays:
             self.merger.heard = arrays["heard"]
         self.trainer.write(arrays["theta"])
-        self.common.restore(arrays)
         self.outbox.restore(meta["outbox"], arrays)
         self.outbox.limit_tokens(self.round_tokens)
         if "in_flight" in meta:

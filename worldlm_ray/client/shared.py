@@ -23,7 +23,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.storage import open_files
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
+from worldlm_ray.training.making import plain_trainer
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 
 STEP = "step"
@@ -95,7 +95,7 @@ class SharedTrainer:
         return self._sitting is seat
 
 
-class Slot:
+class Slot(Trainer):
     """The trainer of one client among many: see worldlm_ray/training/trainer.py for what its methods do."""
 
     def __init__(self, shared: SharedTrainer) -> None:
@@ -196,11 +196,8 @@ class VirtualClients:
         self.plan = plan
         open_files.raise_limit()
         self.specs = {spec.path: spec for spec in specs}
-        first = specs[0].settings
-        device, threads = device_of(first.resources), threads_of(first.resources)
-        trainer = LocalTrainer(plan.shape, plan.layout, first.training, threads=threads, device=device)
         self.shelf = BufferStore(limit_bytes)
-        self.shared = SharedTrainer(trainer, self.shelf)
+        self.shared = SharedTrainer(plain_trainer(plan.shape, plan.layout, specs[0].settings), self.shelf)
         self._origin: Flat | None = None
 
     @cached_property

@@ -22,7 +22,8 @@ from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.node_state import finite
-from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
+from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.making import plain_trainer
 from worldlm_ray.training.sampling import sample as generate
 
 
@@ -71,8 +72,7 @@ def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float,
 
 def _trainer(plan: Plan, spec: NodeSpec, _: Account | None = None) -> LocalTrainer:
     """Something that holds a model; nothing is trained here, whatever the client may spend."""
-    device, threads = device_of(spec.settings.resources), threads_of(spec.settings.resources)
-    return LocalTrainer(plan.shape, plan.layout, spec.settings.training, threads=threads, device=device)
+    return plain_trainer(plan.shape, plan.layout, spec.settings)
 
 
 def theta(plan: Plan, spec: NodeSpec) -> Flat:

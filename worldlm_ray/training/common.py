@@ -11,71 +11,108 @@ text and ties them by a penalty. Here they share the batch, and part only when t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
+
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.training.trainer import Batch, Trainer
+from worldlm_ray.training.trainer import Batch, RoundResult, Trainer
+
+_PREFIX = "common."
+_THETA = "theta"
 
 
-class Common:
-    """A second model with its optimizer.
+class CommonTrainer(Trainer):
+    """The trainer of the client's own model, and beside it one of the common model.
 
     Args:
-        make_trainer: makes what holds the model, once there is one.
-        rows: sequences of every batch that it is trained on; 0 for no such model.
+        own: trains the client's own model.
+        make_common: makes what trains the common one, once there is one.
+        rows: sequences of every batch that the common model is trained on while there is one.
     """
 
-    def __init__(self, make_trainer: Callable[[], Trainer], *, rows: int) -> None:
-        self._make_trainer, self.rows = make_trainer, rows
-        self.active = False
-        """Whether the client keeps its own model, so that this one is trained beside it."""
+    def __init__(self, own: Trainer, make_common: Callable[[], Trainer], *, rows: int) -> None:
+        self.own, self._make_common, self.rows = own, make_common, rows
+        self.is_apart = False
+        """Whether the client keeps its own model, so that the common one is trained beside it."""
 
     @cached_property
-    def trainer(self) -> Trainer:
-        """What holds the model."""
-        return self._make_trainer()
+    def common(self) -> Trainer:
+        """What trains the common model."""
+        return self._make_common()
 
-    def begin(self, pulled: Flat, moments: dict[str, Flat]) -> None:
-        """Train the pulled model in the round that begins.
+    def beside(self) -> Flat | None:
+        """A copy of the common model; None while there is one model."""
+        return self.common.read() if self.is_apart else None
 
-        Args:
-            pulled: the parent's model.
-            moments: those of the client's own optimizer, of use when the two have only just parted.
-        """
-        if not self.active:
-            self.trainer.forget()
-            self.trainer.load_optimizer_state(moments)
-        self.active = True
-        self.trainer.write(pulled)
+    def train_beside(self, values: Flat) -> bool:
+        """Train the parent's model in the round that begins; when the two have only just parted, with own moments."""
+        if not self.is_apart:
+            self.common.forget()
+            self.common.load_optimizer_state(self.own.optimizer_state())
+        self.is_apart = True
+        self.common.write(values)
+        return True
 
-    def end(self) -> None:
-        """The client follows its parent: there is one model again."""
-        self.active = False
+    def read(self, out: Flat | None = None) -> Flat:
+        """The client's own parameters: a copy, into `out` if given."""
+        return self.own.read(out)
 
-    def own(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        """What is left of the batches for the client's own model."""
-        return ((x[self.rows :], y[self.rows :]) for x, y in batches) if self.active else batches
+    def write(self, values: Flat) -> None:
+        """Set the parameters. The client follows its parent: there is one model again."""
+        self.is_apart = False
+        self.own.write(values)
 
-    def train(self, batches: Iterable[Batch], rate: Callable[[int], float]) -> float:
-        """Take as many steps as there are batches, if it is trained at all; returns the seconds that it took."""
-        if not self.active:
-            return 0.0
-        return self.trainer.run(((x[: self.rows], y[: self.rows]) for x, y in batches), rate).train_s
+    def run(
+        self,
+        batches: Iterable[Batch],
+        rate: Callable[[int], float],
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> RoundResult:
+        """Take one optimizer step per batch; while there are two models, each takes it with its rows."""
+        if not self.is_apart:
+            return self.own.run(batches, rate, should_stop=should_stop)
+        for_common: list[Batch] = []
 
-    def state(self) -> dict[str, Flat]:
-        """What a restart needs."""
-        if not self.active:
-            return {}
-        moments = {f"common.optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
-        return {"common.theta": self.trainer.read(), **moments}
+        def for_own() -> Iterator[Batch]:
+            for x, y in batches:
+                for_common.append((x[: self.rows].copy(), y[: self.rows].copy()))
+                yield x[self.rows :], y[self.rows :]
 
-    def restore(self, arrays: dict[str, Flat]) -> None:
-        """Become what `state` described."""
-        self.active = self.rows > 0 and "common.theta" in arrays
-        if self.active:
-            prefix = "common.optimizer."
-            self.trainer.write(arrays["common.theta"])
-            self.trainer.load_optimizer_state(
-                {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
-            )
+        result = self.own.run(for_own(), rate, should_stop=should_stop)
+        train_s = self.common.run(for_common[: result.steps], rate).train_s  # one more may have been drawn
+        return replace(result, train_s=result.train_s + train_s)
+
+    def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
+        """Summed loss in nats and number of tokens, of the client's own model or of other parameters."""
+        return self.own.evaluate(batches, parameters=parameters)
+
+    def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
+        """Token ids that continue a prompt, by the client's own model."""
+        return self.own.sample(prompt, tokens=tokens, temperature=temperature, seed=seed)
+
+    def optimizer_state(self) -> dict[str, Flat]:
+        """That of the client's own optimizer and, while there are two models, the common model and its optimizer's."""
+        state = self.own.optimizer_state()
+        if self.is_apart:
+            common = {_THETA: self.common.read(), **self.common.optimizer_state()}
+            state |= {f"{_PREFIX}{name}": values for name, values in common.items()}
+        return state
+
+    def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
+        """Restore what `optimizer_state` gave."""
+        self.own.load_optimizer_state({n: values for n, values in saved.items() if not n.startswith(_PREFIX)})
+        common = {n.removeprefix(_PREFIX): values for n, values in saved.items() if n.startswith(_PREFIX)}
+        self.is_apart = bool(common)
+        if common:
+            self.common.write(common.pop(_THETA))
+            self.common.load_optimizer_state(common)
+
+    def forget(self) -> None:
+        """Drop the moments and the step count, and the common model."""
+        self.is_apart = False
+        self.own.forget()

@@ -23,7 +23,7 @@ from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.deepspeed_config import is_bf16
 from worldlm_ray.training.sampling import generate
-from worldlm_ray.training.trainer import Batch, RoundResult
+from worldlm_ray.training.trainer import Batch, RoundResult, Trainer
 
 
 def device_of(resources: ResourcesConfig) -> str | None:
@@ -65,7 +65,7 @@ def too_many_cores(wanted: Mapping[str, ResourcesConfig]) -> str:
     return f"{over[0]}{more} for {most} cores (resources.cpus), this machine has {cores()}: so many threads are used"
 
 
-class LocalTrainer:
+class LocalTrainer(Trainer):
     """A model on one device with its optimizer; its parameters are the flat buffer `flat`.
 
     Args:

@@ -32,7 +32,10 @@ class RoundResult:
 
 
 class Trainer(Protocol):
-    """A model with its optimizer. Flat buffers are fp32 in the run's layout, whatever the model computes in."""
+    """A model with its optimizer. Flat buffers are fp32 in the run's layout, whatever the model computes in.
+
+    A trainer derives from this class: `beside` and `train_beside` are those of a trainer of one model.
+    """
 
     def read(self, out: Flat | None = None) -> Flat:
         """The parameters: a copy, into `out` if given."""
@@ -64,7 +67,10 @@ class Trainer(Protocol):
         ...
 
     def optimizer_state(self) -> dict[str, Flat]:
-        """The moments in the run's layout (`exp_avg`, `exp_avg_sq`) and the `step`; empty before the first step."""
+        """What a restart needs beside the parameters; empty before the first step.
+
+        The moments in the run's layout (`exp_avg`, `exp_avg_sq`) and the `step`, of a second model under other names.
+        """
         ...
 
     def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
@@ -74,3 +80,15 @@ class Trainer(Protocol):
     def forget(self) -> None:
         """Drop the moments and the step count."""
         ...
+
+    def beside(self) -> Flat | None:
+        """A copy of the parameters that are trained beside the model's; None if none are."""
+        return None
+
+    def train_beside(self, values: Flat) -> bool:
+        """Keep the model, and train the given parameters (the parent's) beside it until `write`, if there is a way.
+
+        Returns:
+            Whether there is: of a trainer of one model, False.
+        """
+        return False

@@ -1,0 +1,45 @@
+"""What trains a client's model in this process, by the client's settings."""
+
+from __future__ import annotations
+
+from worldlm_ray.config.schema import NodeSettings
+from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.tensors.layout import Layout
+from worldlm_ray.training.common import CommonTrainer
+from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
+from worldlm_ray.training.trainer import Trainer
+
+
+def plain_trainer(shape: ModelShape, layout: Layout, settings: NodeSettings) -> LocalTrainer:
+    """A trainer of one model, without noise, on the device and the cores of the client."""
+    device, threads = device_of(settings.resources), threads_of(settings.resources)
+    return LocalTrainer(shape, layout, settings.training, threads=threads, device=device)
+
+
+def trainer_of(shape: ModelShape, layout: Layout, settings: NodeSettings, *, noise: float | None) -> Trainer:
+    """The trainer that a client's settings ask for.
+
+    Args:
+        shape: sizes of the decoder.
+        layout: the flat layout.
+        settings: the client's.
+        noise: noise multiplier of a client that promises privacy of records; None of one that does not.
+
+    Raises:
+        PrivacyError: per-record gradients of this model cannot be computed, or are computed wrongly.
+    """
+    if noise is not None:
+        from worldlm_ray.training.private import PrivateTrainer  # Opacus takes seconds to import
+
+        return PrivateTrainer(
+            shape,
+            layout,
+            settings.training,
+            settings.privacy,
+            noise=noise,
+            threads=threads_of(settings.resources),
+            device=device_of(settings.resources),
+        )
+    own = plain_trainer(shape, layout, settings)
+    rows = settings.merge.common_rows(settings.training.batch_size)
+    return CommonTrainer(own, lambda: plain_trainer(shape, layout, settings), rows=rows) if rows else own
