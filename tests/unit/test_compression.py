@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_node import LAYOUT, SPLIT, exchange, make, push
+from support.nodes import LAYOUT, SPLIT, exchange, make, push
 
 from worldlm_ray.errors import ConfigError, MessageError
 from worldlm_ray.exchange.compression import CODECS, decode, encode, lossy, memory, nbytes

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_node import NAMES, SPLIT, START, make, of, push
+from support.nodes import NAMES, SPLIT, START, make, of, push
 
 from worldlm_ray.aggregation.events import Clock, Heartbeat, Joined, Note
 from worldlm_ray.aggregation.node import patience_s
