@@ -35,8 +35,7 @@ from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import VirtualClients
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
-from worldlm_ray.plan import rundir
-from worldlm_ray.plan.plan import plan_from_mapping
+from worldlm_ray.plan import kept, rundir
 from worldlm_ray.protocol.child import Send, Steps
 from worldlm_ray.records import Measure
 
@@ -55,7 +54,8 @@ class ClientPoolActor(GracefulShutdown):
     """
 
     def __init__(self, address: Address, paths: Sequence[str]) -> None:
-        self.plan = once_storage_answers(partial(plan_from_mapping, address.mapping), address.path)
+        self.plan = address.plan
+        once_storage_answers(partial(kept.check, self.plan.config), address.path)  # texts are encoded by a kept file
         self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
         self.recorder, self.loop = address.recorder, asyncio.get_running_loop()
         specs = [self.plan.node(path) for path in paths]
@@ -74,7 +74,7 @@ class ClientPoolActor(GracefulShutdown):
         for path in paths:
             schedule_kills(self.plan.faults, path, self.clock)
         if was_restarted():
-            read = partial(rundir.reopen, str(self.plan.run_dir), check_data=False)
+            read = partial(rundir.renewed, self.plan)
             now = once_storage_answers(read, address.path)  # some may have left since
             for member in self.members.values():
                 if member.spec.path in now.specs:

@@ -69,7 +69,6 @@ from worldlm_ray.exchange.limits import checked
 from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import rundir
-from worldlm_ray.plan.plan import plan_from_mapping
 from worldlm_ray.plan.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
 from worldlm_ray.storage import checkpoint, filesystem
@@ -85,7 +84,7 @@ class InnerActor(GracefulShutdown):
     """
 
     def __init__(self, address: Address) -> None:
-        self.plan = once_storage_answers(partial(plan_from_mapping, address.mapping), address.path)
+        self.plan = address.plan
         self.spec = self.plan.node(address.path)
         self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
         self.recorder = address.recorder
@@ -134,8 +133,7 @@ class InnerActor(GracefulShutdown):
         """
         if child in self.node.quotas:
             return
-        run_dir = str(self.plan.run_dir)
-        read = partial(rundir.reopen, run_dir, check_data=False)
+        read = partial(rundir.renewed, self.plan)
         try:
             plan = await asyncio.get_running_loop().run_in_executor(None, read)
         except WorldLMError as error:

@@ -9,10 +9,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from actors.plans import StoredPlan, received
 from actors.shared import RECORDER, end_process, once_storage_answers, settle, was_restarted
 from worldlm_ray.errors import RunError, SupersededError
 from worldlm_ray.plan import rundir
-from worldlm_ray.plan.plan import plan_from_mapping
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import Measure, Record
 from worldlm_ray.reports.outcome import Sample, finish
 from worldlm_ray.run_clock import Anchor, RunClock
@@ -25,13 +26,13 @@ class RecorderActor:
     """Owns the run's tracker. Like every node it has an incarnation, and what is left of an older one ends itself.
 
     Args:
-        mapping: the configuration as plain containers.
+        sent: the run's plan, or where it is stored.
         clock: the run's; None for one that begins now.
         namespace: of the run.
     """
 
-    def __init__(self, mapping: dict[str, Any], clock: RunClock | None = None, namespace: str = "") -> None:
-        self.plan = once_storage_answers(partial(plan_from_mapping, mapping), "the recorder")
+    def __init__(self, sent: Plan | StoredPlan, clock: RunClock | None = None, namespace: str = "") -> None:
+        self.plan = once_storage_answers(partial(received, sent), "the recorder")
         self.clock = clock or RunClock.starting()
         settle(self.clock, namespace, RECORDER, self.plan.run_dir)
         self._place = checkpoint.folder(self.plan.run_dir, RECORDER)
@@ -63,7 +64,7 @@ class RecorderActor:
         try:
             with filesystem.refusals(self._place):
                 if was_restarted():  # nodes may have joined or left since it was made
-                    self.plan = rundir.reopen(str(self.plan.run_dir), check_data=False)
+                    self.plan = rundir.renewed(self.plan)
                 return open_tracker(self.plan)
         except OSError as error:
             raise RunError(f"cannot write to {self.plan.run_dir}: {error}; free the storage") from error
@@ -98,9 +99,9 @@ class RecorderActor:
         ended = time.monotonic()
         self._look_at = ended + max(STATUS_EVERY_S, (ended - began) / STATUS_SHARE)
 
-    def replan(self, mapping: dict[str, Any]) -> None:
+    def replan(self, sent: Plan | StoredPlan) -> None:
         """Take over a changed tree: nodes have joined or left."""
-        self.plan = plan_from_mapping(mapping)
+        self.plan = received(sent)
         for path, kind in self.plan.kinds.items():
             self.tracker.add(path, kind)
 

@@ -69,7 +69,7 @@ def room_for_others(plan: Plan, namespace: str) -> Iterator[None]:
         root = plan.root
         while not ended.wait(RENEW_S):
             with suppress(WorldLMError, OSError):  # the storage may be away
-                root = rundir.reopen(str(plan.run_dir), check_data=False).root
+                root = rundir.renewed(plan).root
             reserve(root)
 
     ray.get(reserve(plan.root))

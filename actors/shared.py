@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
+from actors.plans import StoredPlan, received
 from worldlm_ray.errors import CheckpointError, WorldLMError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.faults import Faults
@@ -52,14 +53,19 @@ argument; inside a list it arrives as a reference, and the receiver maps the buf
 class Address:
     """How an actor is told which part of the run it plays."""
 
-    mapping: dict[str, Any]
-    """The configuration as plain containers."""
+    sent: Plan | StoredPlan
+    """The run's plan, or where it is stored: see `plan`."""
     path: str
     clock: RunClock
     namespace: str
     """Ray namespace of the run, in which every actor is named by its path."""
     begin: bool = False
     """Whether the actor begins by itself as soon as there is room for it: the run goes on already."""
+
+    @property
+    def plan(self) -> Plan:
+        """The run's plan."""
+        return once_storage_answers(partial(received, self.sent), self.path)
 
     @property
     def recorder(self) -> Any:

@@ -440,7 +440,7 @@ class ZeroClientActor(ClientActor):
         resources, labels = self.spec.settings.resources, dict(self.spec.settings.placement.labels)
         low, high = resources.worker_range
         config = {
-            "mapping": self.plan.to_mapping(),
+            "plan": self.plan,
             "path": self.spec.path,
             "namespace": self._address.namespace,
             "token": self._token,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from actors.graceful_shutdown import stay_to_the_end
 from worldlm_ray.errors import RunError
-from worldlm_ray.plan.plan import plan_from_mapping
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.training.local import threads_of
 from worldlm_ray.training.trainer import MOMENTS
 
@@ -45,14 +45,14 @@ def work(config: dict[str, Any]) -> None:
     """The training function of Ray Train.
 
     Args:
-        config: `mapping` (the run's configuration), `path` and `namespace` of the client's actor, its `token`, and the
+        config: `plan` (the run's), `path` and `namespace` of the client's actor, its `token`, and the
             `noise` multiplier of a private one.
     """
     stay_to_the_end()
     # Not above: the client's own process imports this module, and has no use for DeepSpeed.
     from worldlm_ray.training.zero import ZeroWorker
 
-    plan = plan_from_mapping(config["mapping"])
+    plan: Plan = config["plan"]
     spec = plan.node(config["path"])
     client = _Client(ray.get_actor(config["path"], namespace=config["namespace"]))
     resources = spec.settings.resources

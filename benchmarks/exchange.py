@@ -33,7 +33,7 @@ from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.launch import cluster
-from worldlm_ray.plan.plan import Plan, make_plan, plan_from_mapping
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.protocol.child import Uplink
 from worldlm_ray.run_clock import RunClock
 
@@ -56,7 +56,7 @@ class Idle:
     """A client without training: what `Uplink` asks of a child, and updates that are ready beforehand."""
 
     def __init__(self, address: Address) -> None:
-        plan = plan_from_mapping(address.mapping)
+        plan = address.plan
         self.name, self.layout = plan.node(address.path).name, plan.layout
         self.incarnation, self.seq, self.outbox = 1, 0, Outbox()
         self.started_tokens = 0
@@ -111,16 +111,16 @@ def plan_for(folder: str, layers: int = LAYERS[0], preset: str = "125m", **rules
 
 def ours(plan: Plan) -> float:
     """Seconds per update through real actors, on a cluster that is connected."""
-    mapping, clock, namespace = plan.to_mapping(), RunClock.starting(), f"exchange-{time.time_ns()}"
+    clock, namespace = RunClock.starting(), f"exchange-{time.time_ns()}"
     options: dict[str, Any] = {"num_cpus": 0, "namespace": namespace}
-    recorder = ray.remote(RecorderActor).options(name=RECORDER, **options).remote(mapping)
+    recorder = ray.remote(RecorderActor).options(name=RECORDER, **options).remote(plan)
     ray.get(recorder.ready.remote())
     actor = ray.remote(WorldActor).options(name="world", max_concurrency=1_000, **options)
-    world = actor.remote(Address(mapping, "world", clock, namespace))
+    world = actor.remote(Address(plan, "world", clock, namespace))
     ray.get(world.ready.remote())
     ray.get(world.start.remote())
     made = ray.remote(Idle).options(**options)
-    clients = [made.remote(Address(mapping, spec.path, clock, namespace)) for spec in plan.root.clients]
+    clients = [made.remote(Address(plan, spec.path, clock, namespace)) for spec in plan.root.clients]
     ray.get([client.ready.remote() for client in clients])
     ray.get([client.exchange.remote(WARM) for client in clients])
     spans = ray.get([client.exchange.remote(ROUNDS) for client in clients])

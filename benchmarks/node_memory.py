@@ -110,13 +110,13 @@ def measure(children: int) -> dict[str, Any]:
     """Two rounds of all children through a federation and a world."""
     with tempfile.TemporaryDirectory() as folder:
         plan = plan_for(children, folder)
-        mapping, clock = plan.to_mapping(), RunClock.starting()
+        clock = RunClock.starting()
         namespace = f"memory-{children}"
-        recorder = ray.remote(RecorderActor).options(num_cpus=0, name=RECORDER, namespace=namespace).remote(mapping)
+        recorder = ray.remote(RecorderActor).options(num_cpus=0, name=RECORDER, namespace=namespace).remote(plan)
         actors = {}
         for spec, cls in ((plan.root, WatchedWorld), (plan.root.children[0], WatchedFederation)):
             actor = ray.remote(cls).options(name=spec.path, namespace=namespace, **_options(spec))
-            actors[spec.path] = actor.remote(Address(mapping, spec.path, clock, namespace))
+            actors[spec.path] = actor.remote(Address(plan, spec.path, clock, namespace))
             ray.get(actors[spec.path].ready.remote())
             ray.get(actors[spec.path].start.remote())
         federation = actors["world/f"]

@@ -105,7 +105,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 
 def address(plan: Plan, path: str) -> Address:
-    return Address(plan.to_mapping(), path, RunClock.starting(), "test")
+    return Address(plan, path, RunClock.starting(), "test")
 
 
 def an_update(plan: Plan, sender: str, seq: int = 1, tokens: int = 10) -> tuple[bytes, list[Ref]]:

@@ -105,7 +105,7 @@ def living(fake: FakeRay) -> Iterator[Callable[[Plan], ClientActor]]:
     started: list[ClientActor] = []
 
     def start(plan: Plan) -> ClientActor:
-        actor = ClientActor(Address(plan.to_mapping(), PATH, RunClock.starting(), "test"))
+        actor = ClientActor(Address(plan, PATH, RunClock.starting(), "test"))
         started.append(actor)
         actor.ready()
         actor.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from worldlm_ray.experiments import evaluate
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.plan import absolute, kept, membership, rundir
-from worldlm_ray.plan.plan import Plan, make_plan, plan_from_mapping
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.describe import describe, tables
 
 
@@ -38,7 +39,7 @@ def test_a_run_goes_by_its_copy_of_the_tokenizer(tiny: Callable[..., Plan], tmp_
     assert file.read_bytes() != first
     copy = plan.run_dir / "files" / "tokenizer.json"
     assert copy.read_bytes() == first
-    for found in (plan, rundir.reopen(str(plan.run_dir)), plan_from_mapping(plan.to_mapping())):
+    for found in (plan, rundir.reopen(str(plan.run_dir)), pickle.loads(pickle.dumps(plan))):
         assert {client.settings.data.tokenizer for client in found.root.clients} == {str(copy)}
     file.unlink()
     assert rundir.reopen(str(plan.run_dir)).shape == plan.shape

@@ -51,10 +51,10 @@ def tell(recorder: RecorderActor, event: str) -> None:
 
 
 def test_of_two_recorders_the_older_one_writes_nothing_any_more(plan: Plan, ends: list[str]) -> None:
-    older = RecorderActor(plan.to_mapping())
+    older = RecorderActor(plan)
     tell(older, "started")
     assert not ends
-    newer = RecorderActor(plan.to_mapping())
+    newer = RecorderActor(plan)
     tell(newer, "lost")
     newer.tracker.flush()
     with pytest.raises(SystemExit):
@@ -64,7 +64,7 @@ def test_of_two_recorders_the_older_one_writes_nothing_any_more(plan: Plan, ends
 
 
 def test_a_recorder_goes_on_while_its_storage_does_not_answer(plan: Plan, ends: list[str]) -> None:
-    recorder = RecorderActor(plan.to_mapping())
+    recorder = RecorderActor(plan)
     assert recorder.ready()
     away = plan.run_dir.rename(plan.run_dir.with_name("away"))
     plan.run_dir.write_text("where the folder was, there is something else\n")
@@ -80,7 +80,7 @@ def test_a_recorder_goes_on_while_its_storage_does_not_answer(plan: Plan, ends: 
 def test_a_recorder_that_died_waits_for_its_storage(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = RecorderActor(plan.to_mapping())
+    first = RecorderActor(plan)
     tell(first, "started")
     first.tracker.flush()
     for module in (actors.recorder, actors.shared):
@@ -89,7 +89,7 @@ def test_a_recorder_that_died_waits_for_its_storage(
     away = plan.run_dir.rename(plan.run_dir.with_name("away"))
     plan.run_dir.write_text("where the folder was, there is something else\n")
     found: list[RecorderActor] = []
-    second = threading.Thread(target=lambda: found.append(RecorderActor(plan.to_mapping())))
+    second = threading.Thread(target=lambda: found.append(RecorderActor(plan)))
     second.start()
     said, until = "", time.monotonic() + 10.0
     while "the recorder cannot go on yet" not in said:
@@ -105,7 +105,7 @@ def test_a_recorder_that_died_waits_for_its_storage(
 
 def test_a_recorder_that_begins_says_that_its_storage_refuses(plan: Plan) -> None:
     (plan.run_dir / "checkpoints").write_text("no folder\n")
-    recorder = RecorderActor(plan.to_mapping())
+    recorder = RecorderActor(plan)
     with pytest.raises(CheckpointError, match="free the storage"):
         recorder.ready()
     (plan.run_dir / "checkpoints").unlink()
@@ -127,7 +127,7 @@ def test_storage_that_takes_long_to_refuse_does_not_hold_up_what_is_recorded(
         time.sleep(0.2)
         raise OSError("no answer")
 
-    recorder = RecorderActor(plan.to_mapping())
+    recorder = RecorderActor(plan)
     assert recorder.ready()
     monkeypatch.setattr(actors.recorder.checkpoint, "check_newest", refuse)
     monkeypatch.setattr(actors.recorder, "STATUS_EVERY_S", 0.0)

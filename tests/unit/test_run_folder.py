@@ -29,9 +29,10 @@ from worldlm_ray.storage.paths import pasted
 ROOT = Path(__file__).resolve().parents[2]
 CLAIM = """
 import sys
+from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import plan
 from worldlm_ray.plan import rundir
-run = plan.plan_from_mapping({mapping!r})
+run = plan.make_plan(from_mapping({mapping!r}))
 sys.stdout.write("ready\\n"), sys.stdout.flush(), sys.stdin.readline()
 try:
     print(rundir.create(run).run_dir.name)

@@ -20,7 +20,7 @@ from worldlm_ray.config.loading import Node, from_mapping, hint_of, load, save, 
 from worldlm_ray.config.schema import INHERITED, RunConfig
 from worldlm_ray.errors import ConfigError, ConfigErrors, WorldLMError
 from worldlm_ray.plan import membership
-from worldlm_ray.plan.plan import Plan, make_plan, plan_from_mapping
+from worldlm_ray.plan.plan import Plan, make_plan
 
 HEAD = "model: {preset: nano}\nbudget: {rounds: 1}\ndata: {corpus: licenses}\n"
 WORDS = [
@@ -101,7 +101,7 @@ def test_names_of_a_tree_stay_what_was_written(tmp_path: Path) -> None:
     plan = planned(tmp_path, text, ["world.children[1].client=1e3"])
     assert [client.name for client in plan.root.clients] == ["no", "1e3", "007", "12:30", "null"]
     assert again(plan, tmp_path) == plan
-    assert plan_from_mapping(plan.to_mapping()) == plan
+    assert make_plan(from_mapping(plan.to_mapping(), resolved=True), check_data=False) == plan
 
 
 def test_a_client_that_joins_keeps_its_words(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_run_folder_is_no_interpolation(tmp_path: Path, folder: str) -> None:
     (tmp_path / "mine.yaml").write_text(HEAD + "world: {children: [{client: a}]}\n")
     plan = make_plan(load(str(tmp_path / "mine.yaml"), run_dir=folder), check_data=False)
     assert plan.config.run_dir == folder
-    assert plan_from_mapping(plan.to_mapping()) == plan
+    assert make_plan(from_mapping(plan.to_mapping(), resolved=True), check_data=False) == plan
     assert again(plan, tmp_path) == plan
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 from support import worlds
 
 import actors.client
 import actors.client_pool
 import actors.inner
+import actors.plans
 import actors.recorder
 import actors.shared
 from actors.client import ClientActor
@@ -22,11 +25,12 @@ from actors.recorder import RecorderActor
 from actors.shared import Address
 from actors.world import WorldActor
 from worldlm_ray import huggingface
-from worldlm_ray.config.loading import from_mapping, to_mapping
+from worldlm_ray.config.loading import from_mapping, save, to_mapping
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import membership, rundir, tree
+from worldlm_ray.plan import plan as plans
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.run_clock import RunClock
 
@@ -35,8 +39,12 @@ KINDS: dict[str, tuple[str, Make]] = {
     "client": ("world/north/a", ClientActor),
     "host": ("world/north/a", lambda address: ClientPoolActor(address, [address.path])),
     "inner node": ("world", WorldActor),
-    "recorder": ("the recorder", lambda address: RecorderActor(address.mapping)),
+    "recorder": ("the recorder", lambda address: RecorderActor(address.sent)),
 }
+
+
+READERS = ["client", "host"]
+"""Those that encode text, with a file that the run keeps."""
 
 
 @pytest.fixture
@@ -63,12 +71,12 @@ def constructed(plan: Plan, kind: str) -> Any:
     path, make = KINDS[kind]
 
     async def scene() -> Any:  # some actors have a loop, and look for it
-        return make(Address(plan.to_mapping(), path, RunClock.starting(), "test"))
+        return make(Address(plan, path, RunClock.starting(), "test"))
 
     return asyncio.run(scene())
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", READERS)
 def test_an_actor_that_died_waits_for_the_files_of_its_run(
     plan: Plan,
     waits: list[Callable[[], Any]],
@@ -86,12 +94,63 @@ def test_an_actor_that_died_waits_for_the_files_of_its_run(
     assert said[0].startswith(f"worldlm: {KINDS[kind][0]} cannot go on yet: ")
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", READERS)
 def test_an_actor_that_begins_raises_what_is_wrong(plan: Plan, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actors.shared, "was_restarted", lambda: False)
     plan.run_dir.rename(plan.run_dir.with_name("away"))
     with pytest.raises(RunError, match="restore the file of this run"):
         constructed(plan, kind)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_actor_takes_the_plan_as_it_is(plan: Plan, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((plans, "assembled"), (tree, "build")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("the launcher has made the plan"))
+    assert constructed(plan, kind).plan is plan
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {*READERS}))
+def test_who_encodes_no_text_needs_no_tokenizer(plan: Plan, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a machine without the run's files can hold it."""
+    monkeypatch.setattr(actors.shared, "was_restarted", lambda: False)
+    (plan.run_dir / "files" / "tokenizer.json").unlink()
+    assert constructed(plan, kind).plan is plan
+
+
+def test_a_large_plan_is_stored_once_and_read_from_the_folder_later(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert actors.plans.to_send(plan) is plan
+    stored: dict[str, Any] = {}
+    fake = SimpleNamespace(put=lambda value: stored.setdefault("ref", value) and "ref", get=lambda ref: stored[ref])
+    monkeypatch.setattr(actors.plans, "ray", fake)
+    monkeypatch.setattr(actors.plans, "INLINE_BYTES", 100)
+    sent = actors.plans.to_send(plan)
+    assert isinstance(sent, actors.plans.StoredPlan)
+    assert actors.plans.received(sent) is plan
+
+    def lost(ref: Any) -> Any:
+        raise RayError
+
+    fake.get = lost  # the launcher has ended
+    assert actors.plans.received(sent) == plan
+
+
+def test_a_plan_is_pickled_without_what_is_made_from_it(plan: Plan) -> None:
+    before = len(pickle.dumps(plan))
+    assert plan.specs
+    assert plan.root.clients
+    assert plan.distinct_clients
+    assert len(pickle.dumps(plan)) == before
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_a_plan_follows_the_changes_of_its_folder(plan: Plan) -> None:
+    assert rundir.renewed(plan) == plan
+    changed = membership.without(plan, "world/north/b")
+    save(changed.config, plan.run_dir / rundir.CONFIG)
+    (plan.run_dir / "files" / "tokenizer.json").unlink()  # is not looked at
+    assert rundir.renewed(plan) == changed
 
 
 def test_an_inner_node_that_died_waits_for_the_weights_that_the_run_begins_from(

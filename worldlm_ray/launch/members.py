@@ -8,6 +8,11 @@ from collections.abc import Callable
 import ray
 from ray.exceptions import RayTaskError
 
+<<<<<<< HEAD
+=======
+from actors.plans import to_send
+from actors.reserved import give_back, prefix
+>>>>>>> e7db33c (The plan is pickled to the actors, and not made again in each)
 from worldlm_ray.config.loading import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
@@ -54,7 +59,7 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
             give_back(prefix(world.namespace, path))
             raise plain(error) if isinstance(error, RayTaskError) else error from None
         save(new.config, new.run_dir / rundir.CONFIG)
-        ask(world.recorder, "replan", new.to_mapping())
+        ask(world.recorder, "replan", to_send(new))
         ask(actor, "start")
         on_phase("training its first round")
         while True:

@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from actors.client import ClientActor
 from actors.client_pool import ClientPoolActor
 from actors.federation import FederationActor
+from actors.plans import StoredPlan, to_send
 from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address, settle
 from actors.world import WorldActor
@@ -281,24 +282,24 @@ def _create(plan: Plan, watch: Watch, *, local: bool) -> World:
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
     options |= cluster.on_the_head() | lifetime(local)
     named = ray.remote(RecorderActor).options(name=RECORDER, namespace=namespace, **options)
-    mapping = plan.to_mapping()
+    sent = to_send(plan)
     began_s = rundir.run_time_s(plan.run_dir)
     clock = RunClock.starting(began_s)
-    recorder = named.remote(mapping, clock, namespace)
+    recorder = named.remote(sent, clock, namespace)
     if not (local and this_machine()):  # it may have begun later, on another machine: it sets the time
         clock = _clock_of(recorder, namespace, plan, watch)
     world = World(recorder, namespace, clock, began_s, local)
     together = {group[0].path: group for group in tree.processes(plan.root) if len(group) > 1}
     shared = {spec.path for group in together.values() for spec in group}
     for spec in plan.root.inner:
-        world.inner[spec.path] = create(plan, spec, world, mapping=mapping)
+        world.inner[spec.path] = create(plan, spec, world, sent=sent)
         clients = [child for child in spec.children if child.kind == "client"]
         there = [child for child in clients if plan.faults.is_member(child.path, began_s)]
         for child in there[: spec.max_clients]:
             if child.path in together:
-                _create_host(together[child.path], world, mapping)
+                _create_host(together[child.path], world, sent)
             elif child.path not in shared:
-                world.clients[child.path] = create(plan, child, world, begin=spec.elastic, mapping=mapping)
+                world.clients[child.path] = create(plan, child, world, begin=spec.elastic, sent=sent)
     cluster.remember(
         plan,
         namespace=namespace,
@@ -319,12 +320,12 @@ def _clock_of(recorder: Any, namespace: str, plan: Plan, watch: Watch) -> RunClo
         raise
 
 
-def _create_host(group: Sequence[NodeSpec], world: World, mapping: dict[str, Any]) -> None:
+def _create_host(group: Sequence[NodeSpec], world: World, sent: Plan | StoredPlan) -> None:
     """Make one actor for several clients."""
     paths = [spec.path for spec in group]
     options = _options(group[0]) | {"max_concurrency": 10_000} | lifetime(world.local)
     actor = ray.remote(ClientPoolActor).options(name=hosts.name_of(paths[0]), namespace=world.namespace, **options)
-    host = actor.remote(Address(mapping, paths[0], world.clock, world.namespace), paths)
+    host = actor.remote(Address(sent, paths[0], world.clock, world.namespace), paths)
     world.clients |= {path: hosts.Member(host, path) for path in paths}
 
 
@@ -335,7 +336,7 @@ def create(
     *,
     begin: bool = False,
     detached: bool = False,
-    mapping: dict[str, Any] | None = None,
+    sent: Plan | StoredPlan | None = None,
 ) -> Any:
     """Make the actor of one node.
 
@@ -345,11 +346,11 @@ def create(
         world: the run's other actors.
         begin: whether it begins by itself as soon as there is room for it.
         detached: whether it outlives this process even on a cluster that ends with another one.
-        mapping: the plan's, if it is at hand.
+        sent: the plan as it is given to the actors, if it is at hand.
     """
     options = _options(spec) | lifetime(world.local and not detached)
     actor = ray.remote(_actor_class(spec)).options(name=spec.path, namespace=world.namespace, **options)
-    return actor.remote(Address(mapping or plan.to_mapping(), spec.path, world.clock, world.namespace, begin))
+    return actor.remote(Address(sent or to_send(plan), spec.path, world.clock, world.namespace, begin))
 
 
 def lifetime(local: bool) -> dict[str, Any]:

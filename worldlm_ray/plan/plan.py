@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from worldlm_ray import huggingface
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.config.loading import from_mapping, to_mapping
+from worldlm_ray.config.loading import to_mapping
 from worldlm_ray.config.schema import NodeSettings, RunConfig
 from worldlm_ray.config.values import listed
 from worldlm_ray.data import load_tokenizer
@@ -39,12 +39,16 @@ from worldlm_ray.tensors.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run that has passed its checks. Small, picklable, the same in every process."""
+    """A run that has passed its checks. It is made once, and pickled to every process of the run."""
 
     config: RunConfig
     root: NodeSpec
     shape: ModelShape
     layout: Layout
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the fields, without what is made from them."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def run_dir(self) -> Path:
@@ -260,7 +264,7 @@ class Plan:
         }
 
     def to_mapping(self) -> dict[str, Any]:
-        """The configuration as plain containers: what travels to other processes."""
+        """The configuration as plain containers."""
         return to_mapping(self.config)
 
 
@@ -311,8 +315,3 @@ def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPriva
         # From the operating system and never saved: noise that a restart draws again cancels out.
         generator=np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little"))),
     )
-
-
-def plan_from_mapping(mapping: dict[str, Any]) -> Plan:
-    """The plan that `Plan.to_mapping` describes, in another process; data is checked where it is read."""
-    return make_plan(from_mapping(mapping, resolved=True), check_data=False)

@@ -30,7 +30,7 @@ from typing import Any
 from worldlm_ray.config.loading import load, save, to_yaml
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError, RunError, WorldLMError
-from worldlm_ray.plan import absolute, kept
+from worldlm_ray.plan import absolute, kept, tree
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.run_clock import seconds
 from worldlm_ray.storage import checkpoint, filesystem
@@ -291,6 +291,19 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
             raise ConfigError(key, "belongs to what the run began with", "leave it out, or begin a new run")
     config = load(str(run_dir / CONFIG), overrides or [], run_dir=str(run_dir))
     return make_plan(absolute.absolute(config), check_data=check_data)
+
+
+def renewed(plan: Plan) -> Plan:
+    """The plan with the tree that the run's folder has now: nodes may have joined or left since it was made.
+
+    The model and the tokenizer of a run do not change, so that neither is read again.
+
+    Raises:
+        RunError, ConfigError: the folder cannot be read.
+    """
+    config = absolute.absolute(load(str(find(str(plan.run_dir)) / CONFIG), run_dir=str(plan.run_dir)))
+    data = replace(config.data, tokenizer=plan.root.settings.data.tokenizer)
+    return replace(plan, config=config, root=tree.build(replace(config, data=data)))
 
 
 def resume(run: str, overrides: list[str], *, check_data: bool = True) -> Plan:

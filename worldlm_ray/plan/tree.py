@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -48,6 +48,10 @@ class NodeSpec:
     """A run begins once so many of the clients directly below are there; None for all of them."""
     max_clients: int | None = None
     """So many of them train at a time; when one leaves, the next takes its place. None for all."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the fields, without what is made from them."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def elastic(self) -> bool:
