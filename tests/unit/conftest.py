@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from support.worlds import TINY_MODEL, write_text
 
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.model.shape import ModelShape
@@ -42,3 +45,24 @@ def endless() -> BudgetConfig:
 def many(request: pytest.FixtureRequest) -> Callable[[int], int]:
     """How often: the number given, or a hundred times that in a soak."""
     return lambda number: number * (100 if request.config.getoption("--soak") else 1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    return str(write_text(tmp_path / "text.txt", seed=1, size=12_500))
+
+
+@pytest.fixture
+def raw(text: str) -> dict[str, Any]:
+    """A configuration in order: europe with italy and germany, and japan directly under the world."""
+    return {
+        "model": dict(TINY_MODEL),
+        "budget": {"rounds": 2},
+        "data": {"files": [text]},
+        "world": {
+            "children": [
+                {"federation": "europe", "children": [{"client": "italy"}, {"client": "germany"}]},
+                {"client": "japan"},
+            ]
+        },
+    }
