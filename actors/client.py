@@ -37,7 +37,6 @@ from actors.shared import (
     Address,
     beside,
     end_process,
-    once_storage_answers,
     schedule_kills,
     settle,
     was_restarted,
@@ -45,7 +44,6 @@ from actors.shared import (
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
-from worldlm_ray.plan import kept
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.protocol.child import Steps, Stopped
 from worldlm_ray.records import Measure
@@ -63,8 +61,7 @@ class ClientActor(GracefulShutdown, Leaf):
     """
 
     def __init__(self, address: Address) -> None:
-        plan = address.plan
-        once_storage_answers(partial(kept.check, plan.config), address.path)  # its text is encoded by a kept file
+        plan = address.plan_and_kept_files()
         settle(address.clock, address.namespace, address.path, plan.run_dir)
         super().__init__(plan, address, address.recorder)
         self.faults = self.plan.faults

@@ -35,7 +35,7 @@ from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import VirtualClients
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.exchange.messages import Model, Update
-from worldlm_ray.plan import kept, rundir
+from worldlm_ray.plan import rundir
 from worldlm_ray.protocol.child import Send, Steps
 from worldlm_ray.records import Measure
 
@@ -54,8 +54,7 @@ class ClientPoolActor(GracefulShutdown):
     """
 
     def __init__(self, address: Address, paths: Sequence[str]) -> None:
-        self.plan = address.plan
-        once_storage_answers(partial(kept.check, self.plan.config), address.path)  # texts are encoded by a kept file
+        self.plan = address.plan_and_kept_files()
         self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
         self.recorder, self.loop = address.recorder, asyncio.get_running_loop()
         specs = [self.plan.node(path) for path in paths]

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from actors.plans import StoredPlan, received
 from worldlm_ray.errors import CheckpointError, WorldLMError
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import kept, rundir
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import parent_path
@@ -66,6 +66,16 @@ class Address:
     def plan(self) -> Plan:
         """The run's plan."""
         return once_storage_answers(partial(received, self.sent), self.path)
+
+    def plan_and_kept_files(self) -> Plan:
+        """The plan, for an actor that encodes text: the run's copy of its tokenizer is what it was.
+
+        Raises:
+            RunError: the copy is missing or has changed, in an actor that Ray has not started again.
+        """
+        plan = self.plan
+        once_storage_answers(partial(kept.check, plan.config), self.path)
+        return plan
 
     @property
     def recorder(self) -> Any:

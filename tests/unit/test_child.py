@@ -57,7 +57,7 @@ class Linked:
 
     def __init__(self, fake: FakeRay, plan: Plan, parent: Liar, told: list[Record]) -> None:
         fake.actors["world"] = parent
-        address, client_ = Address(plan.to_mapping(), PATH, RunClock.starting(), "test"), Client(plan, plan.node(PATH))
+        address, client_ = Address(plan, PATH, RunClock.starting(), "test"), Client(plan, plan.node(PATH))
         self.link = RayLink(address, client_)
         self.uplink = Uplink(plan, PATH, client_, tell=told.append, now_s=address.clock.now_s)
 

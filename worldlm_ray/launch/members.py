@@ -8,11 +8,7 @@ from collections.abc import Callable
 import ray
 from ray.exceptions import RayTaskError
 
-<<<<<<< HEAD
-=======
 from actors.plans import to_send
-from actors.reserved import give_back, prefix
->>>>>>> e7db33c (The plan is pickled to the actors, and not made again in each)
 from worldlm_ray.config.loading import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
@@ -47,7 +43,7 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
     began = time.monotonic()
     with _living(old) as world:
         on_phase(f"starting {path}")
-        actor = create(new, new.node(path), world, detached=True)
+        actor = create(to_send(new), new.node(path), world, detached=True)
         try:
             there = actor.process.remote()
             if not ray.wait([there], timeout=PLACED_S)[0]:  # an autoscaler may be about to make room

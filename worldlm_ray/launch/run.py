@@ -292,14 +292,14 @@ def _create(plan: Plan, watch: Watch, *, local: bool) -> World:
     together = {group[0].path: group for group in tree.processes(plan.root) if len(group) > 1}
     shared = {spec.path for group in together.values() for spec in group}
     for spec in plan.root.inner:
-        world.inner[spec.path] = create(plan, spec, world, sent=sent)
+        world.inner[spec.path] = create(sent, spec, world)
         clients = [child for child in spec.children if child.kind == "client"]
         there = [child for child in clients if plan.faults.is_member(child.path, began_s)]
         for child in there[: spec.max_clients]:
             if child.path in together:
                 _create_host(together[child.path], world, sent)
             elif child.path not in shared:
-                world.clients[child.path] = create(plan, child, world, begin=spec.elastic, sent=sent)
+                world.clients[child.path] = create(sent, child, world, begin=spec.elastic)
     cluster.remember(
         plan,
         namespace=namespace,
@@ -330,27 +330,25 @@ def _create_host(group: Sequence[NodeSpec], world: World, sent: Plan | StoredPla
 
 
 def create(
-    plan: Plan,
+    sent: Plan | StoredPlan,
     spec: NodeSpec,
     world: World,
     *,
     begin: bool = False,
     detached: bool = False,
-    sent: Plan | StoredPlan | None = None,
 ) -> Any:
     """Make the actor of one node.
 
     Args:
-        plan: the run.
+        sent: the run's plan, as its actors are given it.
         spec: the node.
         world: the run's other actors.
         begin: whether it begins by itself as soon as there is room for it.
         detached: whether it outlives this process even on a cluster that ends with another one.
-        sent: the plan as it is given to the actors, if it is at hand.
     """
     options = _options(spec) | lifetime(world.local and not detached)
     actor = ray.remote(_actor_class(spec)).options(name=spec.path, namespace=world.namespace, **options)
-    return actor.remote(Address(sent or to_send(plan), spec.path, world.clock, world.namespace, begin))
+    return actor.remote(Address(sent, spec.path, world.clock, world.namespace, begin))
 
 
 def lifetime(local: bool) -> dict[str, Any]:
