@@ -35,7 +35,7 @@ FORMAT = 1
 """Part of every cache key: raise it when the corpora, the split or the files change."""
 
 SETTLED_NS = 2_000_000_000
-"""A file that was changed longer ago than this is known by its time and size."""
+"""A file that has not changed for longer than this is identified by its time and size."""
 
 
 def source_of(config: DataConfig, paths: list[Path]) -> list[str]:
@@ -55,7 +55,7 @@ def _text_digest(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); restore or remove the file") from error
     if time.time_ns() - state.st_mtime_ns < SETTLED_NS:
-        return _digest(path)  # it may be changed again within the resolution of its time
+        return _digest(path)  # it may change again within the resolution of its time
     return _digest_as_of(path, state.st_mtime_ns, state.st_size, state.st_ino)
 
 
@@ -101,7 +101,7 @@ class Part:
 
 
 class _Writer:
-    """Appends blocks to one part. Text is written as it comes: it need not fit into memory."""
+    """Appends blocks to one part. It keeps no text in memory."""
 
     def __init__(self, handle: BinaryIO, tokenizer: Tokenizer) -> None:
         self._handle = handle
@@ -131,7 +131,7 @@ class _Writer:
 
 
 def _encoded(text: str, ends: Sequence[int], tokenizer: Tokenizer) -> Iterator[Tokens]:
-    """Tokens of a text. Where others begin in it, the end-of-text token stands in place of the blank line."""
+    """Tokens of a block. Where another text begins in it, the end-of-text token replaces the blank line."""
     if tokenizer.end is None:
         yield tokenizer.encode(text)
         return
@@ -145,7 +145,7 @@ def _encoded(text: str, ends: Sequence[int], tokenizer: Tokenizer) -> Iterator[T
 
 
 class _Cut:
-    """A client's two parts while they are written."""
+    """Writes the two parts of a client: train and held-out."""
 
     def __init__(self, folder: Path, config: DataConfig, tokenizer: Tokenizer, files: ExitStack) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) ->
 
 
 def _deal_out(stream: Iterable[Block], configs: dict[Path, DataConfig], cuts: dict[Path, _Cut]) -> None:
-    """Give every block to those whose part it belongs to: as `deal` for each of them."""
+    """Give each block to the sections whose shard it belongs to: the result is that of `deal` for each section."""
     takers: dict[int, dict[int, list[_Cut]]] = {}
     for folder, config in configs.items():
         assert config.shard is not None
@@ -223,7 +223,7 @@ def _deal_out(stream: Iterable[Block], configs: dict[Path, DataConfig], cuts: di
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is complete and on disk, or not at all."""
+    """A file that replaces `path` once it is complete and on disk. After an error `path` is unchanged."""
     # delete=False: on success the file is renamed away from its temporary name. It keeps mode 0600, since only its
     # client may read a text. A process that is killed here leaves a .tmp- file, which is never read.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as handle:

@@ -1,9 +1,9 @@
 """Built-in corpora: real text that every installation of this package already holds.
 
 Nothing is downloaded. The corpora differ in kind (code of two languages, manuals, advertisements of packages,
-docstrings, law), which is what federations by language or domain need. Each is small, deterministic for given
-versions of Python and the packages, and free of repeated paragraphs: without that, licence headers would be
-both in the training and in the held-out part.
+docstrings, law), as federations by language or domain need them. Each is small and deterministic for given
+versions of Python and the packages. Repeated paragraphs are dropped: otherwise licence headers would be
+in both the training and the held-out part.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from worldlm_ray.errors import DataError
 MAX_BYTES = 8_000_000
 """Largest size of a corpus, in bytes of UTF-8."""
 MIN_PARAGRAPH_CHARS = 80
-"""Shorter paragraphs may repeat: they are idioms rather than copies."""
+"""Shorter paragraphs may repeat: they are idioms, not copies."""
 MAX_FILE_BYTES = 256_000
-"""Larger source files are generated tables as a rule."""
+"""Larger source files are mostly generated tables."""
 DOCSTRING_SOURCE_BYTES = 18_000_000
-"""Python source that the docstrings are taken from; parsing it takes two to three seconds."""
+"""Bytes of Python source that the docstrings come from. Parsing it takes two to three seconds."""
 
 _DOCUMENTED = ("torch", "numpy", "ray", "scipy", "pandas", "matplotlib", "networkx", "sympy")
 _TESTS = {"test", "tests", "testing", "idle_test", "_test", "thirdparty_files", "_vendor", "__pycache__"}
@@ -55,13 +55,13 @@ class Corpus:
     read: Callable[[], Iterator[str]]
     """Raw documents in a fixed order, repeats included."""
     packages: tuple[str, ...] | None = ()
-    """Distributions that the text comes from, besides Python; None stands for all that are installed."""
+    """Distributions that the text comes from, in addition to Python. None stands for all that are installed."""
 
     def documents(self, max_bytes: int = MAX_BYTES) -> Iterator[str]:
         """The documents in a fixed order, without repeated paragraphs.
 
         Args:
-            max_bytes: stop before the document that would exceed so many bytes of UTF-8.
+            max_bytes: of UTF-8. Documents end before the one that would exceed it.
 
         Raises:
             DataError: this installation does not hold the text.
@@ -76,7 +76,7 @@ class Corpus:
             raise DataError(f"corpus {self.name}: this installation holds none of its text; choose another corpus")
 
     def versions(self) -> str:
-        """Everything the text depends on: the key under which its tokens may be cached."""
+        """Everything that the text depends on. It is part of the key under which its tokens are cached."""
         installed = _distributions()
         names = sorted(installed) if self.packages is None else self.packages
         parts = [f"{name}=={installed[name].version if name in installed else 'absent'}" for name in names]
@@ -84,7 +84,7 @@ class Corpus:
 
 
 def without_repeats(documents: Iterable[str]) -> Iterator[str]:
-    """Drop paragraphs that occurred before, and documents of which nothing is left.
+    """Drop paragraphs that occurred before, and documents that are then empty.
 
     Paragraphs are separated by blank lines and compared without regard to white space.
     """
@@ -117,7 +117,7 @@ def evenly(files: Sequence[tuple[Path, int]], max_bytes: int) -> list[Path]:
     chosen, taken, passed = [], 0, 0
     for path, size in files:
         passed += size
-        # Take the file if that leaves the total nearer to the even share of what was passed.
+        # Take the file if the total is then nearer to an even share of the files passed so far.
         if taken + size / 2 <= passed * max_bytes / total:
             chosen.append(path)
             taken += size
@@ -138,7 +138,7 @@ def _source_files(root: Path, *, suffixes: tuple[str, ...], without: set[str]) -
 
 
 def _text(path: Path) -> str:
-    """The text of a file, or nothing if it is not UTF-8: a few old sources are not."""
+    """The text of a file. It is empty if the file is not UTF-8: a few old sources are not."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -171,7 +171,7 @@ def _cpp_headers() -> Iterator[str]:
 def _python_reference() -> Iterator[str]:
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    except ImportError:  # some distributions split it off
+    except ImportError:  # some distributions ship it separately
         return
     for name in sorted(topics):
         yield topics[name]
@@ -227,7 +227,7 @@ def _docstrings() -> Iterator[str]:
 def _docstrings_of(source: str) -> list[str]:
     """Docstrings of a module in the order of the source, without indentation."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escapes
+        warnings.simplefilter("ignore")  # invalid escapes in foreign sources
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):  # templates, and sources of other Python versions

@@ -37,7 +37,7 @@ class Dataset:
     order: str = ""
     """Names the random order in which text is drawn."""
     left_out: tuple[str, ...] = ()
-    """What was found beside the text and is not read, a line for each entry of `data.files`; and what of the text the
+    """Warnings: files that were found and are not read, one line per entry of `data.files`, and characters that the
     tokenizer loses."""
 
     parts = 1
@@ -68,18 +68,18 @@ class Dataset:
             yield _windows(tokens, starts, context=context)
 
     def records(self, *, context: int) -> int:
-        """Sequences of the training part, of `context` tokens and the one that follows: no token is in two of them."""
+        """Number of disjoint sequences in the training part, each of `context` tokens and the one that follows."""
         return len(self.train) // (context + 1)
 
     def poisson_batches(
         self, generator: np.random.Generator, *, steps: int, rate: float, context: int
     ) -> Iterator[Batch]:
-        """Batches into which every record comes by itself with the same probability: some are large, some empty.
+        """Poisson batches: each record is in a batch with the same probability, independently. A batch may be empty.
 
         Args:
-            generator: of the draws. Privacy amplification needs them to be secret: seed it from the operating system.
+            generator: of the draws. Privacy amplification needs secret draws: seed it from the operating system.
             steps: number of batches.
-            rate: probability of a record to be in a batch.
+            rate: probability that a record is in a batch.
             context: T.
 
         Yields:
@@ -88,20 +88,20 @@ class Dataset:
         tokens = np.asarray(self.train)
         count = self.records(context=context)
         for _ in range(steps):
-            # As many as independent draws would take, and then which: the same distribution, without a draw for each.
+            # First how many, then which: the distribution of independent draws, without a draw for each record.
             chosen = generator.choice(count, size=generator.binomial(count, rate), replace=False)
             yield _windows(tokens, chosen.astype(np.int64) * (context + 1), context=context)
 
     def heldout_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
-        """Windows for measuring: they do not overlap, and lie evenly spread over the held-out part.
+        """Windows for evaluation. They do not overlap, and are spread evenly over the held-out part.
 
         Args:
-            tokens: largest number of predicted tokens; one window is the least.
+            tokens: largest number of predicted tokens. At least one window is returned.
             context: T.
             batch_size: B; the last batch may be smaller.
 
         Yields:
-            Inputs and targets, as `batches`; the same at every call.
+            Inputs and targets, as `batches`. Every call yields the same.
 
         Raises:
             DataError: the held-out part is shorter than a window.
@@ -114,15 +114,15 @@ class Dataset:
             yield _windows(np.asarray(self.heldout), starts[first : first + batch_size], context=context)
 
     def heldout_bytes_per_token(self) -> float:
-        """Mean bytes of a held-out token: divides a loss in bits per token into bits per byte."""
+        """Mean bytes of a held-out token. A loss per token divided by it is a loss per byte."""
         return self.heldout_bytes / len(self.heldout)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pool(Dataset):
-    """Several datasets trained on together: every step takes as many sequences of each.
+    """Several datasets trained on together: each step takes equally many sequences of each.
 
-    The text of each part is drawn in that part's own order: a client of its own would see the same.
+    Each member is drawn in its own order, so a client with that member alone would see the same batches of it.
     """
 
     members: tuple[Dataset, ...]
@@ -133,18 +133,18 @@ class Pool(Dataset):
         return len(self.members)
 
     def batches(self, seed: int, round: int, *, steps: int, batch_size: int, context: int) -> Iterator[Batch]:
-        """As those of the parts, one after the other: [parts * B, T]."""
+        """The batches of the members, concatenated: [parts * B, T]."""
         drawn = (m.batches(seed, round, steps=steps, batch_size=batch_size, context=context) for m in self.members)
         for step in zip(*drawn, strict=True):
             yield np.concatenate([inputs for inputs, _ in step]), np.concatenate([targets for _, targets in step])
 
     def heldout_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
-        """As those of the parts, an equal number of tokens each."""
+        """The windows of each member in turn, with an equal number of tokens each."""
         for member in self.members:
             yield from member.heldout_windows(tokens // self.parts, context=context, batch_size=batch_size)
 
     def heldout_bytes_per_token(self) -> float:
-        """Mean over the parts."""
+        """Mean over the members."""
         return math.fsum(member.heldout_bytes_per_token() for member in self.members) / self.parts
 
 

@@ -1,6 +1,6 @@
 """How much of a text its tokenizer loses.
 
-A loss is counted in bits per byte of the text as it was. A tokenizer that drops characters leaves less to predict, and
+A loss is counted in bits per byte of the original text. A tokenizer that drops characters leaves less to predict, so
 its loss looks better than it is.
 """
 
@@ -19,11 +19,11 @@ from worldlm_ray.data.tokenizer import Tokenizer
 from worldlm_ray.errors import DataError
 
 SAMPLE_CHARS = 100_000
-"""Of a text, at most so many characters are looked at."""
+"""Largest sample of a text, in characters."""
 SAMPLE_FILES = 10
-"""They come from the beginnings of so many files, spread evenly over all of them."""
+"""Files that a sample is taken from, at their beginnings. They are spread evenly over all files."""
 SAID, REFUSED = 0.01, 0.5
-"""Shares of lost characters above which a warning is given, and above which a text is refused."""
+"""Fractions of lost characters: above the first there is a warning, above the second an error."""
 
 _KNOWN = dict[str, float]()
 
@@ -35,7 +35,7 @@ def check_fidelity(config: DataConfig, tokenizer: Tokenizer, *, key: str, known_
         config: the data section, without a pool.
         tokenizer: of the text.
         key: dotted key of the section, for messages.
-        known_as: changes with the text and the tokenizer. A process looks at each text once.
+        known_as: changes with the text and the tokenizer. A process checks each text once.
 
     Returns:
         A warning where some characters are lost; else nothing.
@@ -56,9 +56,9 @@ def check_fidelity(config: DataConfig, tokenizer: Tokenizer, *, key: str, known_
 
 
 def lost(texts: Iterable[str], tokenizer: Tokenizer) -> float:
-    """Share of the characters of some texts that are gone once the texts are encoded and decoded.
+    """Fraction of the characters of some texts that encoding and decoding loses.
 
-    White space does not count, nor do upper case and the way in which a character is composed. What becomes the
+    White space, upper case and the way in which a character is composed do not count. A character that becomes the
     unknown token is lost.
     """
     missing = total = 0

@@ -87,7 +87,7 @@ def decompressed(path: Path) -> Iterator[BinaryIO]:
 
 
 class _ZstReader(io.RawIOBase):
-    """Decompresses all frames of a file. zstandard's own takes a file that was cut off for a whole one."""
+    """Decompresses all frames of a file. zstandard's reader accepts a file that was cut off."""
 
     def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
         self._raw = raw
@@ -114,5 +114,5 @@ class _ZstReader(io.RawIOBase):
             self._ready = memoryview(b"".join(parts))
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]  # a view: what a few bytes become may be gigabytes
+        self._ready = self._ready[count:]  # a view, not a copy: a few compressed bytes may become gigabytes
         return count

@@ -17,7 +17,7 @@ from worldlm_ray.storage import open_files
 from worldlm_ray.storage.filesystem import expanded
 
 SHARDS_AT_ONCE = 64
-"""Parts of a text that are cut in one pass over it, or fewer where files are short: two files each are open."""
+"""Shards that are written in one pass over a text. Each has two files open; a low limit of open files allows fewer."""
 
 
 def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> Dataset:
@@ -70,9 +70,9 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
 
 
 def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> None:
-    """Fill the cache for many parts of one text, reading it once for every `SHARDS_AT_ONCE` of those that are missing.
+    """Fill the cache for many shards of one text. The text is read once per `SHARDS_AT_ONCE` missing shards.
 
-    `prepare` then finds each of them. Sections that are no parts of a text are left to it.
+    `prepare` then finds each of them. Sections without `shard` are left to `prepare`.
 
     Args:
         configs: data sections that differ in `shard` alone.

@@ -4,11 +4,11 @@
 |---------------------|-----------------------------------------------------------------------------------|
 | .txt                | a run of lines between blank lines                                                |
 | .jsonl, .ndjson     | the string under `data.text_key` of one line                                      |
-| .json               | the same of one object: of an array, or one after the other, on a line each or not |
+| .json               | that string of one object, in an array or in a sequence of objects                |
 | .parquet            | one row of the column `data.text_key`                                             |
 
 All but .parquet may be compressed: .gz, .zst, .bz2, .xz. Upper and lower case are alike. A `text_key` such as
-`meta.text` names a field of a field, unless there is a field of that very name.
+`meta.text` names a field of a field, unless a field has that exact name.
 
 Every failure is a `DataError` that names the file and the line, record or row.
 """
@@ -32,11 +32,11 @@ FORMATS = (".txt", ".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 EXPECTED = f"expected {', '.join(FORMATS)} (also with {', '.join(COMPRESSED)}) or .parquet"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""What a file begins with whose content git-lfs has not fetched."""
+"""The beginning of a file whose content git-lfs has not fetched."""
 SMALL_BYTES = 1024
 CHUNK_CHARS = 1 << 16
 KEYS_NAMED = 20
-"""A message names so many keys of a record at most."""
+"""Keys of a record that a message names at most."""
 
 _MISSING = object()
 
@@ -52,7 +52,7 @@ def format_of(path: Path) -> str | None:
 
 
 def read(path: Path, *, text_key: str, key: str) -> Iterator[str]:
-    """The documents of a file, blank ones left out.
+    """The documents of a file, without blank ones.
 
     Args:
         path: the file; `format_of` knows it.
@@ -78,10 +78,10 @@ def read(path: Path, *, text_key: str, key: str) -> Iterator[str]:
 
 
 def holds_text(path: Path, *, text_key: str, key: str) -> bool:
-    """Look at the beginning of a file: whether there is text.
+    """Whether the beginning of a file has text.
 
-    A .txt file is read up to its first characters, others up to their first record with text, a .parquet file's
-    header only.
+    A .txt file is read up to its first characters, other files up to their first record with text. Of a .parquet file
+    only the header is read.
 
     Raises:
         DataError: the beginning is damaged, or the first record has no text under this key.
@@ -106,7 +106,7 @@ def _holds_text_as_of(path: Path, text_key: str, key: str, *_: int) -> bool:
 
 
 def is_blank(path: Path) -> bool:
-    """Whether a small file, perhaps compressed, holds nothing but white space. Of a large one this is not asked."""
+    """Whether a small file, perhaps compressed, is white space only. A large file is not read: False."""
     if path.stat().st_size > SMALL_BYTES or format_of(path) == ".parquet":
         return False
     try:
@@ -140,9 +140,9 @@ def _refuse_pointer(path: Path) -> None:
 
 
 class Continued(str):
-    """A run of lines that goes on with the text before it: of a .txt file all but the first.
+    """A run of lines that continues the text before it: in a .txt file, all runs but the first.
 
-    A tokenizer with an end-of-text token has it between two texts, and a blank line between the parts of one.
+    A tokenizer puts its end-of-text token between two texts, and a blank line between the runs of one text.
     """
 
     __slots__ = ()
@@ -175,7 +175,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_values(path: Path) -> Generator[tuple[int, Any]]:
-    """The values of a .json file with their numbers, from 1: those of its array, or all that stand in it.
+    """The values of a .json file, numbered from 1: the elements of its array, or the values in sequence.
 
     Raises:
         DataError: it is not JSON.
@@ -210,7 +210,7 @@ def _values(path: Path, text: io.TextIOWrapper) -> Iterator[Any]:
         try:
             value, at = decoder.raw_decode(buffer, at)
         except (ValueError, RecursionError) as error:
-            more = text.read(max(CHUNK_CHARS, len(buffer) - at))  # perhaps it goes on; twice as much at every try
+            more = text.read(max(CHUNK_CHARS, len(buffer) - at))  # the value may go on: read twice as much
             if not more:
                 problem = f"record {count + 1}: is not valid JSON ({error})"
                 raise DataError(f"{path}: {problem}; mend or remove the file") from error
@@ -294,7 +294,7 @@ def _read_parquet(path: Path, *, text_key: str, key: str) -> Iterator[str]:
 
 
 def _parquet_rows(path: Path, *, text_key: str, key: str) -> int:
-    """Number of rows, by the header alone."""
+    """Number of rows, from the header."""
     import pyarrow
 
     with _parquet(path) as file:
@@ -308,7 +308,7 @@ def _parquet_rows(path: Path, *, text_key: str, key: str) -> int:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
-    # pyarrow takes a good part of a second to import: only those who read parquet pay for it.
+    # pyarrow takes a large part of a second to import: only readers of parquet pay for it.
     import pyarrow
     import pyarrow.parquet
 

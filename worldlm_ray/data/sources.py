@@ -1,11 +1,12 @@
 """Which files the entries of `data.files` stand for, and what is left out of folders and globs.
 
-A folder stands for the glob FOLDER/**/*. Links to files and folders are followed, every folder once: loops end.
-Names that begin with a dot are hidden: a folder or a glob leaves them out, unless the glob's own part begins with a
-dot. What an entry matches and what is not read (another suffix, hidden, empty, a .json file that holds no records) is
-counted. A file that is named as such must be readable.
+A folder stands for the glob FOLDER/**/*. Links to files and folders are followed, each folder once, so loops end.
+Names that begin with a dot are hidden: a folder or a glob leaves them out, unless that part of the glob begins with a
+dot. A match that is not read (another suffix, hidden, empty, a .json file without records) is counted. A file that an
+entry names itself must be readable.
 
-A path that exists is taken as it is, whatever brackets or stars its name has; of a glob, so are its first folders.
+A path that exists is never a pattern, even if its name has brackets or stars. The same holds for the first folders of a
+glob.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from worldlm_ray.storage.filesystem import expanded
 
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 KINDS_NAMED = 5
-"""A line about what was left out names so many kinds at most."""
+"""Kinds that a line about left-out files names at most."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the entries stand for."""
+    """The files of some entries."""
 
     paths: list[Path]
     """In reading order, each file once."""
     left_out: list[str]
-    """A line for each entry that matches more than is read: `3 files of 'texts' left out: 2 .md, 1 empty`."""
+    """A line for each entry with left-out files: `3 files of 'texts' left out: 2 .md, 1 empty`."""
 
 
 def find(entries: list[str], *, text_key: str, key: str) -> Found:
@@ -46,13 +47,13 @@ def find(entries: list[str], *, text_key: str, key: str) -> Found:
 
     Args:
         entries: files, folders and globs.
-        text_key: field that holds the text, by which records are told from other .json files.
+        text_key: field that holds the text. A .json file without it holds no records.
         key: dotted key of the list, for messages.
 
     Raises:
         ConfigError: an entry stands for no file that can be read.
     """
-    # A file that is listed twice would land in both the training and the held-out part: each counts once.
+    # A file that is listed twice would be in both the training and the held-out part: each counts once.
     found: dict[Path, Path] = {}
     lines: list[str] = []
     for index, entry in enumerate(entries):
@@ -74,7 +75,7 @@ def counted(left_out: Counter[str]) -> str:
 
 
 def _expand(entry: str, *, text_key: str, key: str) -> tuple[list[Path], Counter[str]]:
-    """Files behind one entry, sorted where it stands for several, and what is left out, by kind."""
+    """The files of one entry, sorted, and how many are left out, by kind."""
     if REMOTE.match(entry):
         cure = "copy it to a folder of this machine first, and give that path"
         raise ConfigError(key, f"{entry!r} is not on a file system, and only files are read", cure)
@@ -117,7 +118,7 @@ def _require_access(path: Path, *, key: str) -> None:
 
 
 def _readable(matches: list[Path], left_out: Counter[str], *, text_key: str, key: str) -> list[Path]:
-    """Those that are read; the others are counted."""
+    """The matches that are read. The others are counted in `left_out`."""
     paths = []
     for path in matches:
         if format_of(path) is None:
@@ -141,10 +142,10 @@ def _kind(path: Path) -> str:
 
 
 def _has_records(path: Path, text_key: str) -> bool:
-    """Whether a .json file of a folder is text; data sets come with such files that describe them.
+    """Whether a .json file of a folder holds text. Some .json files describe a data set instead.
 
-    It is not if it holds one object without text, or no object. Several objects without text are an error, which the
-    reader raises: the key is wrong.
+    A file with one object without text, or with no object, holds none. Several objects without text mean that the key
+    is wrong: the reader raises an error.
     """
     state = path.stat()
     return _has_records_as_of(path, text_key, state.st_mtime_ns, state.st_size, state.st_ino)
@@ -164,7 +165,7 @@ def _has_records_as_of(path: Path, text_key: str, *_: int) -> bool:
 
 
 def _literal(pattern: Path) -> tuple[Path, list[str]]:
-    """A pattern's first folders, as far as they exist under these very names, and the parts that are left."""
+    """The first folders of a pattern that exist under exactly these names, and the remaining parts."""
     parts = list(pattern.parts)
     folder = Path(parts.pop(0)) if pattern.is_absolute() else Path()
     while len(parts) > 1 and (folder / parts[0]).is_dir():
@@ -173,10 +174,10 @@ def _literal(pattern: Path) -> tuple[Path, list[str]]:
 
 
 def _below(folder: Path, parts: list[str], left_out: Counter[str], *, key: str) -> Iterator[Path]:
-    """Files below a folder whose path matches the parts of a pattern. What matches and is no file is counted.
+    """Files below a folder whose path matches the parts of a pattern. A match that is no file is counted.
 
-    The pair of a folder and a part is looked at once, whatever names lead to the folder: loops of links end, and the
-    time grows with the number of folders. Names without links go first.
+    Each pair of a folder and a part is visited once, by any name of the folder. So loops of links end, and the time
+    grows with the number of folders. Names without links go first.
     """
     seen: set[tuple[str, int]] = set()
     now, later = deque([(folder, 0)]), deque[tuple[Path, int]]()
@@ -202,7 +203,7 @@ def _below(folder: Path, parts: list[str], left_out: Counter[str], *, key: str) 
 
 
 def _matching(folder: Path, part: str, left_out: Counter[str], *, key: str) -> Iterator[Path]:
-    """What a part of a pattern stands for in a folder; of `**`, the folders."""
+    """The entries of a folder that a part of a pattern matches. `**` matches folders only."""
     if part != "**" and not glob.has_magic(part):
         path = folder / part
         if os.path.exists(path):

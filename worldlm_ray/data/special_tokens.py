@@ -1,7 +1,7 @@
 """The special tokens of a tokenizer.json: which they are, and what they stand for.
 
-They belong to whoever prepares text, never to the text: a document that spells one must not write it. The end-of-text
-token is the one that this package writes, between two documents.
+The program that prepares a text may write them, the text may not: a document that spells one gets ordinary tokens. This
+package writes one of them, the end-of-text token, between two documents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _USUAL = {
     "eos_token": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]"),
     "pad_token": ("<pad>", "<|padding|>", "[PAD]"),
 }
-"""Names that tell what a special token is for where nothing else does, most telling first."""
+"""Names by which a special token's purpose is recognised if no file states it, the most reliable first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,13 @@ class SpecialTokens:
     """Special tokens of a tokenizer."""
 
     roles: Mapping[str, str]
-    """Token by what it is for, such as eos_token; only tokens that the vocabulary has."""
+    """Token by its purpose, such as eos_token. Only tokens of the vocabulary."""
     ids: Mapping[str, int]
-    """Id by what it is for."""
+    """Id by purpose."""
     control: frozenset[int]
-    """Ids that no text may write. Not the unknown token's: text becomes that one rightly."""
+    """Ids that no text may write. The unknown token is not among them: text may become it."""
     unknown: int | None = None
-    """Id of what stands for text that the vocabulary does not hold; None if there is none."""
+    """Id of the unknown token; None if there is none."""
 
     @property
     def end(self) -> int | None:
@@ -48,7 +48,7 @@ def find(files: Mapping[str, bytes], vocab: Mapping[str, int]) -> SpecialTokens:
     Args:
         files: its tokenizer.json and, if they are there, tokenizer_config.json and special_tokens_map.json, which say
             what the tokens are for.
-        vocab: id of every token, added ones as well.
+        vocab: id of every token, also of added ones.
 
     Raises:
         DataError: one of the files is no JSON object.
@@ -74,7 +74,7 @@ def find(files: Mapping[str, bytes], vocab: Mapping[str, int]) -> SpecialTokens:
 
 
 def speller(state: Mapping[str, Any], vocab: Mapping[str, int]) -> Callable[[str], list[int]]:
-    """How a tokenizer writes a word one character at a time, for words that it holds as special tokens, too.
+    """How a tokenizer encodes a word character by character, for words that are special tokens, too.
 
     Args:
         state: of the tokenizer.json.
@@ -105,7 +105,7 @@ def speller(state: Mapping[str, Any], vocab: Mapping[str, int]) -> Callable[[str
 
 
 def _unknown(state: Mapping[str, Any], vocab: Mapping[str, int]) -> int | None:
-    """Id of what stands for text that the vocabulary does not hold: by its id in Unigram, by its name in others."""
+    """Id of the unknown token. Unigram gives its id, other models its name."""
     model = state.get("model", {})
     index = model.get("unk_id")
     return vocab.get(str(model.get("unk_token"))) if index is None else int(index)
@@ -131,7 +131,7 @@ def _object(raw: bytes | None, name: str) -> dict[str, Any]:
 
 
 def _content(token: Any) -> str | None:
-    """A token's text, which some files give as an object with its settings."""
+    """A token's text. Some files give an object with settings instead."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None

@@ -13,10 +13,10 @@ from worldlm_ray.data.text import shard_of
 from worldlm_ray.seeds import derive
 
 BLOCK_CHARS = 3_072
-"""Largest block of text that goes to the train or the held-out part as a whole."""
+"""Largest block, in characters. A block goes to the train or to the held-out part as a whole."""
 
 BLANK = "\n\n"
-"""Between two documents, and what an end-of-text token stands for where the tokenizer has one."""
+"""Stands between two documents. A tokenizer's end-of-text token replaces it."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Block:
 
     text: str
     continues: bool = False
-    """It begins in the middle of a document, where the block before it ended."""
+    """Whether it begins inside a document, where the block before it ended."""
     goes_on: bool = False
-    """It begins with a further run of lines of the text before it."""
+    """Whether it begins with a further run of lines of the text before it."""
     ends: tuple[int, ...] = ()
-    """Where in it another text begins: the blank line there stands between two texts. In characters."""
+    """Offsets, in characters, of the blank lines in it that stand between two texts."""
 
 
 def blocks(documents: Iterable[str]) -> Iterator[Block]:
@@ -61,7 +61,7 @@ def _gathered(documents: Sequence[str]) -> Block:
 
 
 def deal(stream: Iterable[Block], config: DataConfig) -> Iterator[Block]:
-    """The blocks of this shard: every n-th of the stream."""
+    """The blocks of this shard: every n-th block of the stream."""
     if config.shard is None:
         yield from stream
         return
@@ -71,7 +71,7 @@ def deal(stream: Iterable[Block], config: DataConfig) -> Iterator[Block]:
 
 
 def apart(block: Block) -> Block:
-    """A block whose neighbours belong to others: it goes on with nothing."""
+    """A block whose neighbours are in other shards: it continues nothing."""
     return replace(block, continues=False, goes_on=False)
 
 
@@ -84,7 +84,7 @@ def _pieces(document: str) -> Iterator[str]:
         if len(line) <= BLOCK_CHARS:
             piece += line
             continue
-        at = 0  # a line longer than a block: cut by index, since to cut the rest off again and again is quadratic
+        at = 0  # A line longer than a block is cut by index: to cut off its rest again and again takes quadratic time.
         while len(line) - at > BLOCK_CHARS:
             yield line[at : at + BLOCK_CHARS]
             at += BLOCK_CHARS
@@ -94,11 +94,11 @@ def _pieces(document: str) -> Iterator[str]:
 
 
 def split(stream: Iterable[Block], fraction: float) -> Iterator[tuple[Block, bool]]:
-    """Tell for each block whether it is held out: one, chosen by a hash, of every 1/fraction in a row.
+    """Say for each block whether it is held out: a hash chooses one block of every 1/fraction in a row.
 
-    Documents of one work lie next to each other, so a held-out tail would be of another kind than the rest.
-    The choice does not depend on the run's seed: a run's numbers stay comparable with those of another seed.
-    A user's text is taken as it is: what it repeats may be on both sides. Built-in corpora repeat nothing.
+    Documents of one work lie next to each other, so a held-out tail would differ in kind from the rest.
+    The choice does not depend on the run's seed, so runs with different seeds are comparable.
+    A user's text may repeat itself in both parts. Built-in corpora have no repeated paragraphs.
     """
     cells = Cells(fraction)
     for block in stream:
@@ -107,7 +107,7 @@ def split(stream: Iterable[Block], fraction: float) -> Iterator[tuple[Block, boo
 
 
 class Cells:
-    """The split of one stream, block by block: they wait until their cell is full."""
+    """The split of one stream in cells of 1/fraction blocks. A block waits until its cell is full."""
 
     def __init__(self, fraction: float) -> None:
         self._fraction, self._cell = fraction, 0
@@ -118,12 +118,12 @@ class Cells:
         return math.ceil((self._cell + 1) / self._fraction) - math.ceil(self._cell / self._fraction)
 
     def add(self, block: Block) -> list[tuple[Block, bool]]:
-        """One block more; returns those whose cell it has filled."""
+        """Add a block. Returns the blocks of its cell if that is now full, else none."""
         self._group.append(block)
         return self._decided(self._size) if len(self._group) == self._size else []
 
     def rest(self) -> list[tuple[Block, bool]]:
-        """The blocks of the last cell. One that is cut short may lack its chosen block, unless it is the only one."""
+        """The blocks of the last cell. A short last cell may have no held-out block, unless it is the only cell."""
         return self._decided(len(self._group) if self._cell == 0 else self._size)
 
     def _decided(self, size: int) -> list[tuple[Block, bool]]:

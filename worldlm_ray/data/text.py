@@ -1,7 +1,7 @@
 """The documents of a data section: of its files, or of a built-in corpus.
 
-`check_sources` looks at the beginning of every file and raises `ConfigError` before anything starts; reading raises
-`DataError` with the file and the line. The formats stand in worldlm_ray/data/readers.py, folders and globs in
+`check_sources` reads the beginning of every file and raises `ConfigError` before a run starts. Reading raises
+`DataError` with the file and the line. Formats: worldlm_ray/data/readers.py. Folders and globs:
 worldlm_ray/data/sources.py.
 """
 
@@ -23,7 +23,7 @@ from worldlm_ray.errors import ConfigError, DataError
 
 
 def check_sources(config: DataConfig, key: str) -> list[Path]:
-    """Find the files behind a data section, and look at the beginning of each.
+    """Find the files of a data section, and read the beginning of each.
 
     Args:
         config: the data section.
@@ -49,7 +49,7 @@ def check_sources(config: DataConfig, key: str) -> list[Path]:
 
 
 def find_sources(config: DataConfig, key: str) -> Found:
-    """Find the files behind a data section, and what is left out of its folders, without reading them.
+    """Find the files of a data section, and what is left out of its folders, without reading them.
 
     Args:
         config: the data section.
@@ -90,7 +90,7 @@ def _of(key: str, index: int) -> str:
 
 
 def members_of(config: DataConfig, key: str) -> list[DataConfig]:
-    """The data sections of a pool; what they leave out is the pool's own.
+    """The data sections of a pool. A setting that a member omits is the pool's.
 
     Raises:
         ConfigError: one of them is not a data section.
@@ -121,7 +121,7 @@ def shard_of(text: str) -> tuple[int, int]:
     """`2/4` as (2, 4).
 
     Raises:
-        ValueError: it is nothing of the kind.
+        ValueError: it has another form.
     """
     shard, _, shards = text.partition("/")
     if not 1 <= int(shard) <= int(shards):
@@ -130,7 +130,7 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def read_documents(config: DataConfig, key: str) -> Iterator[str]:
-    """Read the documents of a data section, at most `max_bytes` of UTF-8 text, in a fixed order.
+    """Read the documents of a data section in a fixed order, up to `max_bytes` of UTF-8.
 
     Args:
         config: the data section.
@@ -184,7 +184,7 @@ def _first_bytes(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
     for document in documents:
         raw = document.encode()
         if len(raw) >= left:
-            # A character that straddles the limit is dropped as a whole.
+            # A character across the limit is dropped as a whole.
             cut = raw[:left].decode("utf-8", errors="ignore")
             if cut:
                 yield type(document)(cut)

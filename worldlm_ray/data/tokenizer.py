@@ -1,6 +1,6 @@
 """Tokenizers: raw bytes, or a Hugging Face tokenizer.json.
 
-Held-out loss is compared across tokenizers in bits per byte, so every tokenizer also says how many bytes of
+Held-out loss is compared across tokenizers in bits per byte. So each tokenizer also says how many bytes of
 text each of its tokens stands for.
 """
 
@@ -21,14 +21,14 @@ from worldlm_ray.storage import filesystem
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 ENCODING = 2
-"""Part of every fingerprint: raise it when the same file encodes a text otherwise."""
+"""Part of every fingerprint: raise it when the same file encodes a text differently."""
 MOST_TOKENS = 1 << 24
-"""Ids above come from a damaged file: tables of so many rows would fill the memory."""
+"""A larger id means a damaged file: a table with that many rows would fill the memory."""
 _CURE = "give `bytes`, or a Hugging Face tokenizer.json or its folder"
 
 
 class Tokenizer(Protocol):
-    """What a dataset needs of a tokenizer."""
+    """What a dataset needs from a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -48,11 +48,11 @@ class Tokenizer(Protocol):
 
     @property
     def end(self) -> int | None:
-        """Id of the token that stands between two documents, in place of a blank line; None if there is none."""
+        """Id of the token between two documents, which replaces a blank line; None if there is none."""
 
     @property
     def unknown(self) -> int | None:
-        """Id of the token that stands for text that the vocabulary does not hold; None if there is none."""
+        """Id of the unknown token; None if there is none."""
 
     def encode(self, text: str) -> Tokens:
         """Token ids of a text, without special tokens: not at its ends, nor where the text spells one."""
@@ -95,12 +95,12 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        # tokenizers costs 50 ms to import: those who train on bytes do not pay for it.
+        # tokenizers costs 50 ms to import: clients that train on bytes do not pay for it.
         import tokenizers
 
         raw = _read(path)
         files = {special_tokens.TOKENIZER: raw}
-        if path.name == special_tokens.TOKENIZER:  # beside a file of another name lies what belongs to others
+        if path.name == special_tokens.TOKENIZER:  # files beside a tokenizer of another name belong to another model
             files |= _beside(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
@@ -134,18 +134,20 @@ class JsonTokenizer:
         self._is_control[list(special.control)] = True
         self._spell = special_tokens.speller(json.loads(raw), vocab)
         if self._tokenizer.decoder is None and '"ByteLevel"' in json.dumps(json.loads(raw).get("pre_tokenizer")):
-            self._tokenizer.decoder = tokenizers.decoders.ByteLevel()  # else a text would be read as its bytes' names
+            self._tokenizer.decoder = (
+                tokenizers.decoders.ByteLevel()
+            )  # otherwise a text would be read as the names of its bytes
 
     def encode(self, text: str) -> Tokens:
         """Token ids of a text, without special tokens: not at its ends, nor where the text spells one."""
         # One text at a time: batches start threads, which warn or hang when the process forks later.
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # a word that a vocabulary without an unknown token does not hold
+        except Exception as error:  # a word outside a vocabulary that has no unknown token
             detail = " ".join(str(error).split())
             raise DataError(f"the tokenizer cannot encode {text[:40]!r} ({detail}); use one that can") from error
         encoded: Tokens = np.asarray(ids, dtype=self.dtype)
-        if self._is_control[encoded].any():  # a vocabulary may hold the name of a special token as a word, too
+        if self._is_control[encoded].any():  # a vocabulary may have a special token's name as an ordinary word, too
             names = {index: str(self._tokenizer.id_to_token(index)) for index in set(ids) if self._is_control[index]}
             spelled = [self._spell(names[index]) if index in names else [index] for index in ids]
             encoded = np.asarray([index for found in spelled for index in found], dtype=self.dtype)
@@ -169,7 +171,7 @@ def load_tokenizer(spec: str | None) -> Tokenizer:
 
 
 def check_tokenizer(spec: str | None) -> None:
-    """Look whether `data.tokenizer` names a tokenizer, without making it.
+    """Check that `data.tokenizer` names a tokenizer, without loading it.
 
     Raises:
         DataError: as `load_tokenizer`.
@@ -186,7 +188,7 @@ def check_tokenizer(spec: str | None) -> None:
 
 
 def tokenizer_file(spec: str) -> Path:
-    """The tokenizer.json that `data.tokenizer` names: itself, or by its folder; here or in an object store."""
+    """The tokenizer.json that `data.tokenizer` names, as a file or as its folder, locally or in an object store."""
     path = filesystem.place(spec)
     with filesystem.refusals(path):
         return path / "tokenizer.json" if path.is_dir() else path

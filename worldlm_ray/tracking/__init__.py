@@ -1,1 +1,1 @@
-"""What happened, from records to files: state of a run, curves, TensorBoard, the audit trail."""
+"""From records to the files of a run folder: status, curves, TensorBoard, summary, audit trail."""

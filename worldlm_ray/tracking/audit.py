@@ -3,9 +3,9 @@
     audit/world.jsonl           one line per update that the world accepted or refused
     audit/world/europe.jsonl    the same of a federation
 
-One more line whenever a node is restarted, with the last seq of every child that its checkpoint knows: what it had
-accepted since is undone by that, and must be accepted again. `proofs` goes through a trail and says whether it was: for
-every edge of the tree, that nothing was lost and nothing applied twice.
+A restart of a node adds a line with the last seq of every child that its checkpoint knows. The restart undoes what the
+node had accepted since, so it must be accepted again. `proofs` checks this for every edge of the tree: no update is
+lost, and no update is applied twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESTORED = "restored"
 
 
 class AuditLog:
-    """The trail of one node. Storage that refuses costs nothing but the delay: lines wait until it is back.
+    """The trail of one node. While the storage refuses, lines wait in memory, and none is lost.
 
     Args:
         run_dir: the run folder.
@@ -51,16 +51,16 @@ class AuditLog:
         """Whether the storage's refusal has been reported."""
 
     def verdict(self, record: VerdictRecord) -> None:
-        """Write down what became of an update.
+        """Write a verdict about an update.
 
-        In the file when this returns, if the storage is well. Lines for an object store wait for each other, up to
-        `OBJECTS_EVERY_S` or the next `flush`.
+        It is in the file when this returns, unless the storage refuses. Lines for an object store are gathered for up
+        to `OBJECTS_EVERY_S`, or until the next `flush`.
         """
         values = asdict(record)
         self._write({"now_s": values.pop("now_s"), **values})
 
     def restored(self, *, now_s: float, incarnation: int, last_seq: Mapping[str, int]) -> None:
-        """Write down that the node went back to a checkpoint."""
+        """Write that the node went back to a checkpoint."""
         line = {"now_s": now_s, "node": self._node, "incarnation": incarnation, RESTORED: dict(last_seq)}
         self._write(line)
 
@@ -92,7 +92,7 @@ class Proof:
     """The receiver."""
     sender: str
     applied: list[int] = field(default_factory=list)
-    """Accepted seqs that are in the node's model, in their order."""
+    """Accepted seqs that are in the node's model, in order."""
     again: int = 0
     """Updates that a restart of the node had undone, and that were accepted again."""
     lost: list[int] = field(default_factory=list)
@@ -103,18 +103,18 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Nothing lost, nothing twice."""
+        """Whether no update is lost and none is applied twice."""
         return not self.lost and not self.twice
 
 
 def read(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line of a run's trail, node by node, in the order of the nodes' lives.
+    """Every whole line of a run's trail, node by node, in the order of incarnations.
 
-    Other lines are passed over: `worldlm_ray.reports.trail` tells which of them a kill explains.
+    Damaged lines are left out: `worldlm_ray.reports.trail` says which of them a kill explains.
     """
     for path in files(run_dir):
         found = [values for line in lines_of(path) if (values := whole(line)) is not None]
-        # A leftover of an earlier life may have written beside its successor.
+        # A process of an older incarnation may have written while the newer one ran.
         yield from sorted(found, key=lambda values: int(values.get("incarnation", 1)))
 
 
@@ -129,7 +129,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def whole(line: str) -> dict[str, Any] | None:
-    """What a line of a trail says; None if it is no verdict and no restart of a node."""
+    """A parsed line of a trail; None if it is neither a verdict nor a restart of a node."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):

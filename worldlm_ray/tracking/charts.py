@@ -2,9 +2,9 @@
 
 TensorBoard's first page (TIME SERIES) sorts groups of tags by name and shows the first two of them open. So groups have
 numbers, in the order in which a run is understood: loss by tokens, loss by time, staleness, versions, throughput, and
-then what explains them. A tag exists once there is a value for it: no chart is empty.
+then what explains them. A tag exists once there is a value for it, so no chart is empty.
 
-The page selects no run at all where there are more than 40, and it has seven colours. So a world has at most MAX_LINES
+The page selects no run by default if there are more than 40, and it has seven colours. So a world has at most MAX_LINES
 lines, each a TensorBoard run:
 
     up to MAX_LINES nodes    a line for every node
@@ -26,11 +26,11 @@ from typing import Literal
 MAX_LINES = 12
 """TensorBoard runs of a world: three worlds in one folder stay below the 40 that are selected by default."""
 MAX_INNER = 8
-"""Inner nodes with a line, where not every node can have one."""
+"""Inner nodes with a line in a world with more than MAX_LINES nodes."""
 SHARED_LINES = MEAN, BEST, WORST = "all-clients-mean", "all-clients-best", "all-clients-worst"
 """Lines of all clients together. Paths of nodes begin with `world`: no node has such a name."""
 CROWD_POINTS = 16
-"""The lines of all clients get a point so many times while each client trains a round."""
+"""Points per round of all clients, in the lines of all clients together."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-/]")
 
@@ -45,7 +45,7 @@ class Chart:
     """The step of its points: tokens trained, or whole seconds of run time."""
     category: str = ""
     title: str = ""
-    """In CUSTOM SCALARS, where charts have no group above them."""
+    """In CUSTOM SCALARS, whose charts have no group title."""
 
 
 _BY_TOKENS, _BY_TIME = "1 loss in nats per byte, by tokens", "2 loss in nats per byte, by seconds"
@@ -169,7 +169,7 @@ CHARTS: dict[tuple[str, str], tuple[Chart, ...]] = {
 
 
 def clean(text: str) -> str:
-    """A name of the user as part of a tag or folder: characters that TensorBoard might mangle become underscores."""
+    """A user's name as part of a tag or folder: characters that TensorBoard might change become underscores."""
     return _UNSAFE.sub("_", text)
 
 
@@ -191,7 +191,7 @@ def charts_of(name: str, kind: str) -> tuple[Chart, ...]:
 
 
 class Lines:
-    """Which nodes have a line of their own.
+    """Which nodes have a separate line.
 
     Args:
         kinds: `world`, `federation` or `client` by path, parents first.
@@ -199,7 +199,7 @@ class Lines:
 
     def __init__(self, kinds: Mapping[str, str]) -> None:
         self.crowded = len(kinds) > MAX_LINES
-        """Whether clients have lines together instead of one for each."""
+        """Whether clients share three lines instead of one each."""
         shown: Iterable[str] = kinds
         if self.crowded:
             inner = [path for path, kind in kinds.items() if kind != "client"]
@@ -207,7 +207,7 @@ class Lines:
         self._shown = set(shown)
 
     def add(self, path: str) -> None:
-        """A node has joined the world: it gets a line while there is room."""
+        """Add a node that has joined the world: it gets a line while fewer than MAX_LINES exist."""
         if not self.crowded and len(self._shown) < MAX_LINES:
             self._shown.add(path)
 
@@ -224,11 +224,11 @@ class Crowd:
         self._taus: list[int] = []
 
     def hear_tau(self, tau: int) -> None:
-        """An update of a client has arrived, so many versions behind."""
+        """Take in the staleness of an update that a client has sent."""
         self._taus.append(tau)
 
     def is_due(self) -> bool:
-        """Count a finished round; whether it is time for the next point."""
+        """Count a finished round. Returns whether the next point is due."""
         self._heard += 1
         return self._heard % self._every == 0
 
@@ -237,7 +237,7 @@ class Crowd:
 
         Args:
             losses: of the clients that report one, nats per byte.
-            mean: of these losses, weighted by held-out bytes as everywhere.
+            mean: of these losses, weighted by held-out bytes.
             speeds: tokens per second of clients that train.
         """
         losses = [loss for loss in losses if not math.isnan(loss)]

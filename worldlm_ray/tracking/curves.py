@@ -9,8 +9,7 @@ the file is a row of objects, `metrics.0000-MARK.jsonl` and so on.
 
     pandas.read_json("runs/NAME/metrics.jsonl", lines=True).pivot_table(index="now_s", columns="node", values="value")
 
-Of a world with very many clients there are lines for a sample of them, as there are charts
-(worldlm_ray/tracking/drawing.py).
+In a world with very many clients, a sample of them has lines (worldlm_ray/tracking/drawing.py).
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ FILE = "metrics.jsonl"
 EVERY_S = 2.0
 """Wall seconds between two additions."""
 OBJECTS_EVERY_S = 10.0
-"""The same where files are objects: the newest one is written anew with each addition."""
+"""The same in an object store, where each addition rewrites the newest object."""
 TIME_SHARE = 0.05
-"""Share of the time that writing may take: slow storage is written to less often."""
+"""Largest fraction of the time that writing may take. Slow storage is written to less often."""
 KEPT_LINES = 200_000
 """Lines that wait in memory while the storage refuses them, 25 MB or so; newer ones are dropped and counted."""
 
@@ -85,12 +84,12 @@ class Curves(Sink):
             self._waiting.append(json.dumps(line, allow_nan=False))
 
     def flush_if_due(self) -> None:
-        """Write what waits, if the last time was long enough ago."""
+        """Write the waiting lines, if the last write was long enough ago."""
         if self._waiting and self._clock() >= self._next:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits; where the storage refuses, it goes on waiting, and `trouble` says why."""
+        """Write the waiting lines. If the storage refuses, they stay in memory, and `trouble` says why."""
         began = self._clock()
         if self._waiting:
             try:
@@ -111,5 +110,5 @@ def read(run_dir: Path) -> Iterator[dict[str, Any]]:
             try:
                 line = json.loads(text)
             except ValueError:
-                continue  # torn apart by a kill
+                continue  # cut short by a kill
             yield line

@@ -116,9 +116,9 @@ class Drawing:
             case StartRecord():
                 self._show_losses(path, now_s)
                 for inner in self._state.above[path] if node.rounds == 0 else ():
-                    self._show_own_loss(inner, now_s)  # of the initial model: every node has it
+                    self._show_own_loss(inner, now_s)  # of the initial model, which every node has
             case OwnModelRecord():
-                if node.loss_measured_s == now_s:  # else other texts are still to be measured
+                if node.loss_measured_s == now_s:  # otherwise other texts are not measured yet
                     self._show_own_loss(path, now_s)
             case FinalRecord():
                 self._show_own_loss(path, now_s)
@@ -130,7 +130,7 @@ class Drawing:
             case AggregationRecord():
                 self._show_aggregation(record)
             case AttentionRecord():
-                # A newer one takes the place of one that still waits, so every node gets its turn.
+                # A newer record replaces one that still waits, so the nodes take turns.
                 self._images[path, record.direction] = record
             case MergeRecord():
                 self._put(path, {"merge": record.m, "agreement": record.agreement}, now_s=now_s)
@@ -143,7 +143,7 @@ class Drawing:
                 self._put(path, {"bytes_down": node.bytes_down, "version": version}, now_s=now_s)
 
     def _show_privacy(self, path: str, epsilon: float, now_s: float) -> None:
-        """Epsilon of a client, and the largest below each node above it: no client there has less protection."""
+        """Epsilon of a client, and for each node above it the largest epsilon of its clients."""
         self._put(path, {"epsilon": epsilon}, now_s=now_s)
         for inner in self._state.above[path]:
             below = [
@@ -174,12 +174,12 @@ class Drawing:
             self._put(path, {"clients_loss": self._state.nodes[path].clients_loss}, now_s=now_s)
 
     def _show_own_loss(self, path: str, now_s: float) -> None:
-        """Of the node's own model."""
+        """Loss and perplexity of the node's own model."""
         loss = self._state.nodes[path].loss
         self._put(path, {"loss": loss, "perplexity": None if loss is None else perplexity(loss)}, now_s=now_s)
 
     def _show_crowd(self, now_s: float) -> None:
-        """The lines of all clients together; their tokens are those of one client, in the mean."""
+        """The lines of all clients together. Their step is the mean number of tokens per client."""
         clients = [node for node in self._state.nodes.values() if node.kind == "client"]
         if not self._lines.crowded or not clients:
             return

@@ -19,7 +19,7 @@ class NodeState:
 
     kind: str
     version: int = 0
-    """Aggregations applied; of a client, the parent's version that it took last."""
+    """Aggregations applied. Of a client: the parent's version that it pulled last."""
     rounds: int = 0
     steps: int = 0
     """Of an inner node: the sum over the clients below it. The same for `tokens` and `tokens_per_s`."""
@@ -29,11 +29,11 @@ class NodeState:
     heldout_bytes: int = 0
     """Of an inner node: the sum over the clients below it whose losses may be reported."""
     loss_start: float | None = None
-    """Nats per byte, as every loss here: of the initial model, with which all nodes begin."""
+    """Loss of the initial model, with which all nodes begin. All losses are in nats per byte."""
     loss: float | None = None
-    """Of the node's own model: a client's on its held-out text, an inner node's on that of all clients below it."""
+    """Loss of the node's own model, on the held-out text of the client or of all clients below the inner node."""
     loss_version: int | None = None
-    """Of an inner node: the version that `loss` was measured of; the oldest, where texts were measured at several."""
+    """Of an inner node: the version whose loss was measured. The oldest one, if texts were measured at several."""
     loss_measured_s: float | None = None
     """Run time of the newest measurement in `loss`."""
     perplexity_per_token: float | None = None
@@ -41,13 +41,13 @@ class NodeState:
     clients_loss: float | None = None
     """Of an inner node: the mean over the clients below of their own models' losses, weighted by held-out bytes."""
     private: bool = False
-    """Whether no losses are reported: by this client, or by any client below."""
+    """Whether this client, or every client below, reports no losses."""
     tau: int | None = None
     """Staleness of the last update that this node sent."""
     tau_mean: float | None = None
     tokens_per_s: float = 0.0
     round_s: float = 0.0
-    """Of a client: how long its last round took, pull and push included, and the run time at which it ended."""
+    """Of a client: seconds that its last round took, with pull and push. `round_at_s` is the run time of its end."""
     round_at_s: float = 0.0
     busy_fraction: float = 0.0
     epsilon: float | None = None
@@ -58,11 +58,11 @@ class NodeState:
     bytes_up: int = 0
     bytes_down: int = 0
     state: str = "waiting"
-    """The last event in the node's life, with its run time and what was said about it."""
+    """The last event of the node's life. `state_at_s` is its run time, `state_detail` its detail."""
     state_at_s: float = 0.0
     state_detail: str = ""
     diverged: bool = False
-    """Whether the last update that this node sent was refused since its values are not finite."""
+    """Whether the last update that this node sent was refused because its values are not finite."""
 
 
 def values_of(node: NodeState) -> dict[str, Any]:

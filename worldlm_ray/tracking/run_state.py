@@ -1,4 +1,4 @@
-"""What is known of a running world, node by node: records go in, one snapshot comes out. No files, no clock.
+"""What is known of a running world, node by node. Records go in, one snapshot comes out. No files, no clock.
 
 Counters of messages belong to an edge and stand at its lower end: `accepted` of `world/europe` counts the
 updates of europe that the world accepted. The world, which has no parent, has none.
@@ -36,11 +36,11 @@ from worldlm_ray.tracking.run_warnings import NOT_FINITE, Warnings
 
 T = TypeVar("T", NodeState, OwnModelRecord)
 SILENT = 3.0
-"""A client that ends no round for so many times as long as its last one took does not count as training."""
+"""A client is silent if it has ended no round for this multiple of its last round's time. It then counts as idle."""
 CLIENTS_SUMMED_ALWAYS = 256
-"""Up to so many clients below it, an inner node's throughput is recomputed at every record."""
+"""Up to this many clients below an inner node, its throughput is recomputed at every record."""
 SUMS_PER_ROUND = 16
-"""With more clients, it is recomputed so many times while every client trains a round."""
+"""Above that number, it is recomputed this many times per round of all clients."""
 
 
 class RunState:
@@ -68,14 +68,14 @@ class RunState:
         self._budget = budget
         self._clients: dict[str, list[NodeState]] = {}
         self._own_models: dict[str, dict[str, OwnModelRecord]] = {}
-        """Of every inner node the newest measurement by each client below it."""
+        """The newest measurement by each client below, by inner node."""
         self._rounds: Counter[str] = Counter()
-        """Rounds heard of below every inner node."""
+        """Rounds recorded below each inner node."""
         for path, kind in kinds.items():
             self.add(path, kind)
 
     def add(self, path: str, kind: str) -> None:
-        """A node has joined the tree; its parent is there."""
+        """Add a node that has joined the tree. Its parent is known."""
         node = self.nodes[path] = NodeState(kind=kind)
         self.above[path], self.taus[path], self._clients[path] = (
             tuple(_ancestors(path)),
@@ -97,7 +97,7 @@ class RunState:
         return self.nodes[path]
 
     def edge(self, receiver: str, sender: str) -> str | None:
-        """Path of the child that sent something: `sender` is its path or its name. None for a stranger."""
+        """Path of the child that sent a message: `sender` is its path or its name. None if it is no child."""
         path = sender if sender in self.nodes else f"{receiver}/{sender}"
         return path if self.above.get(path, ("",))[:1] == (receiver,) else None
 
@@ -143,7 +143,7 @@ class RunState:
                 node.busy_fraction = record.busy_fraction
             case PullRecord():
                 node.bytes_down += record.bytes
-                if node.kind == "client":  # An inner node has a version of its own.
+                if node.kind == "client":  # An inner node counts its version itself.
                     node.version = record.version
             case PushRecord():
                 node.bytes_up += record.bytes
@@ -155,7 +155,7 @@ class RunState:
                     self.warnings.add(record.node, record.detail, now_s=record.now_s)
 
     def count(self, receiver: str, sender: str, *, seq: int, tau: int, verdict: str) -> None:
-        """Count one verdict. What a restart of the receiver had undone is accepted again, and counts once."""
+        """Count one verdict. An update that is accepted again after a restart of the receiver counts once."""
         path = self.edge(receiver, sender)
         if path is None:
             strangers = self.nodes[receiver].strangers
@@ -171,7 +171,7 @@ class RunState:
         else:
             node.diverged = verdict == NOT_FINITE or node.diverged
             node.refused[verdict] = node.refused.get(verdict, 0) + 1
-        if tau >= 0:  # A malformed update may claim to come from a version that is yet to be.
+        if tau >= 0:  # A malformed update may claim a version that does not exist yet.
             seen = taus.total()
             taus[tau] += 1
             node.tau, node.tau_mean = tau, ((node.tau_mean or 0.0) * seen + tau) / (seen + 1)
@@ -224,13 +224,13 @@ class RunState:
                     **values,
                     "clients_loss": values["loss"],
                     "loss": None,
-                }  # of a version before the two were apart
+                }  # written before the two values were separate
             for name in kept & values.keys() if path in self.nodes else ():
                 setattr(self.nodes[path], name, values[name])
             if values.get("state") == DIVERGED and path in self.nodes:
                 self.nodes[path].state = FINISHED
         for inner, clients in self._clients.items():
-            if self.nodes[inner].kind != "client":  # clients may have left since
+            if self.nodes[inner].kind != "client":  # clients may have left
                 self.nodes[inner].steps = sum(client.steps for client in clients)
                 self.nodes[inner].tokens = sum(client.tokens for client in clients)
         for verdict in verdicts:
@@ -250,9 +250,9 @@ class RunState:
                 self._average(inner)
 
     def _own_model(self, node: NodeState, record: OwnModelRecord) -> None:
-        """An inner node's model on the texts below: of every text the newest measurement, weighted by bytes.
+        """The loss of an inner node's model: the newest measurement on each text below, weighted by bytes.
 
-        The number changes once every client that trains now has measured: a mean over fewer texts is of something else.
+        It changes only when every client that trains now has measured. A mean over fewer texts is another quantity.
         """
         texts = self._own_models.setdefault(record.node, {})
         texts[record.by] = record
@@ -289,7 +289,7 @@ class RunState:
         since_s = record.now_s - node.round_at_s if node.rounds else 0.0
         node.round_s, node.round_at_s = max(trained_s, since_s), record.now_s
         node.tokens_per_s, node.busy_fraction = record.tokens_per_s, record.busy_fraction
-        if record.epsilon is not None:  # of client-level privacy the aggregator tells
+        if record.epsilon is not None:  # with client-level privacy the aggregator records it
             node.epsilon = record.epsilon
         self._measured(node, record)
         self._stand(node, record)
@@ -308,7 +308,7 @@ class RunState:
                 above.tokens_per_s = self._speed(clients)
 
     def _speed(self, clients: list[NodeState]) -> float:
-        """Tokens/s of those who train."""
+        """Tokens per second of the clients that train."""
         return sum(client.tokens_per_s for client in clients if self._is_heard(client))
 
     def _is_heard(self, client: NodeState) -> bool:
@@ -316,10 +316,10 @@ class RunState:
         return self.now_s - client.round_at_s <= SILENT * client.round_s
 
     def _average(self, path: str) -> None:
-        """Means over the clients below that have measured; the others have no weight yet.
+        """Means over the clients below that have measured.
 
-        The initial model is that of every node: the mean of its losses is its loss on all texts. An inner node still
-        has it at version 0.
+        Every node begins with the initial model, so the mean of its losses is its loss on all texts. An inner node has
+        the initial model at version 0.
         """
         node = self.nodes[path]
         measured = [client for client in self._clients[path] if client.heldout_bytes > 0]
@@ -330,7 +330,7 @@ class RunState:
             node.loss, node.loss_version, node.loss_measured_s = node.loss_start, 0, self.now_s
 
     def _progress(self, clients: list[NodeState]) -> float:
-        """Share of the budget that is spent, 0 to 1."""
+        """Fraction of the budget that is spent, 0 to 1."""
         budget, share = self._budget, 0.0
         if budget.tokens:
             share = sum(client.tokens for client in clients) / budget.tokens

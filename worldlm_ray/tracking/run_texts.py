@@ -1,6 +1,6 @@
 """What TensorBoard's TEXT page says of a run, as Markdown: its configuration and its tree.
 
-Samples of the clients' models come beside it when they are made (worldlm_ray/tracking/drawing.py).
+Samples of the clients' models are added at the end of the run (worldlm_ray/tracking/drawing.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _configuration(plan: Plan) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text that Markdown shows as it is: indented, since the text could hold the end of a fence."""
+    """A text that Markdown shows verbatim. It is indented, since it could contain the end of a fence."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 

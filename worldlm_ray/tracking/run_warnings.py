@@ -1,4 +1,4 @@
-"""What an operator must know of a run: each warning once, in order, and not too many."""
+"""The warnings of a run for its operator: each once, in order, up to a limit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from worldlm_ray.records import VerdictRecord
 
 NOT_FINITE = "not_finite"
 ORDINARY = frozenset({"duplicate", "stale", "future_version", "out_of_turn", "too_soon", "privacy_exhausted"})
-"""Refusals that a sound run may have; the first of any other kind is a warning."""
+"""Refusals that occur in a healthy run. The first refusal of any other kind is a warning."""
 WARNINGS = 100
-"""So many are kept; the others are counted."""
+"""Warnings that are kept. Further ones are counted."""
 
 
 class Warnings:
@@ -20,7 +20,7 @@ class Warnings:
 
     def __init__(self) -> None:
         self.kept: list[dict[str, Any]] = []
-        """In order: `node`, `now_s`, `text`. WARNINGS of them at most."""
+        """At most WARNINGS, in order, each with `node`, `now_s` and `text`."""
         self.left_out = 0
 
     def add(self, path: str, text: str, *, now_s: float) -> None:
@@ -33,7 +33,7 @@ class Warnings:
             self.left_out += 1
 
     def refusal(self, record: VerdictRecord, *, sender: str, known: Container[str]) -> None:
-        """Keep the first refusal of a kind that a sound run does not have.
+        """Keep the first refusal of a kind that a healthy run does not have.
 
         Args:
             record: a verdict.

@@ -1,7 +1,7 @@
-"""What a tracker draws to: each sink turns the same points into its own kind of charts.
+"""The interface of a sink, which turns the points of a run into one kind of charts.
 
-def to_my_tool(run: RunFacts) -> Sink: ...
-Tracker(run_dir, ..., sinks=[TensorBoardCharts, Curves.of, to_my_tool])
+`Tracker(run_dir, ..., sinks=[TensorBoardCharts, Curves.of, open_mine])` draws to three of them, where
+`open_mine(run: RunFacts) -> Sink` makes the third.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RunFacts:
     root: str
     """Path of the world."""
     lines: Lines
-    """Which nodes have a line where not every node can have one. The tracker adds the nodes that join."""
+    """Which nodes have a separate line. The tracker adds the nodes that join."""
     hparams: Mapping[str, Scalar]
     """Settings by dotted key."""
     texts: Mapping[str, str]
@@ -68,7 +68,7 @@ class Sink(Protocol):
         """Show a text in Markdown; the step is the rounds of its client."""
 
     def flush_if_due(self) -> None:
-        """Write what waits, if the last time was long enough ago. A sink with a thread does nothing here."""
+        """Write the waiting points, if the last write was long enough ago. A sink with a thread does nothing here."""
 
     def flush(self) -> None:
         """Return when everything so far is written, or the storage has refused it."""

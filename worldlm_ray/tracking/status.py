@@ -1,4 +1,4 @@
-"""status.json of a run folder: reading it, and what it says of a run that has failed or ended."""
+"""status.json of a run folder: how it is read, and how it tells that a run has failed or ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worldlm_ray.tracking.status_fields import wrong_field
 FAILED = "failed"
 """`status` of a run that has ended with an error; `reason` stands beside it."""
 INDENTED_NODES = 512
-"""Files about more nodes are written without indentation: ten times as fast, and no person reads so many."""
+"""A file about more nodes has no indentation: writing is ten times as fast, and no person reads so many nodes."""
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def record_failure(run_dir: Path, reason: str) -> None:
 
     Call it when no tracker has the folder open any more. A tracker that opens the folder again removes the entry.
     """
-    # Storage that refuses must not hide the reason itself, which its caller raises.
+    # A refusal of the storage must not replace the reason, which the caller raises.
     with suppress(OSError, RunError), filesystem.refusals(run_dir):
         status = read_status(run_dir)
         filesystem.replace_text(

@@ -1,4 +1,4 @@
-"""Whether a status.json that was read is the status of a run: what else would break the tables made of it."""
+"""Checks that the content of a status.json is the status of a run, before tables are made of it."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ _OF_A_NODE: dict[str, Callable[[Any], bool]] = {
     "accepted": _count,
     "refused": _counts,
 }
-"""What the table of a run needs of every node."""
+"""Fields of every node that the table of a run needs."""
 _MAY_MISS = dict.fromkeys(("tau_mean", "loss_start", "clients_loss", "clients_perplexity"), _or_none(_number))
 
 
 def wrong_field(status: Mapping[str, Any]) -> str:
-    """The first field of a status that cannot be used, with what is wrong; empty where all can be."""
+    """The first unusable field of a status, with what is wrong; empty if there is none."""
     nodes = status.get("nodes")
     if not isinstance(nodes, dict) or not nodes:
         return _told("nodes", status)

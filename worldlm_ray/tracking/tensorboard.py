@@ -1,12 +1,12 @@
 """What a run shows in TensorBoard: a few lines in numbered groups of charts, see worldlm_ray/tracking/charts.py.
 
     tensorboard/world/                  its curves, the layout of CUSTOM SCALARS, the settings of HPARAMS, all texts
-    tensorboard/world/europe/           and so on: the folder of a node with a line of its own is its path in the tree
+    tensorboard/world/europe/           and so on: the folder of a node with a line is its path in the tree
     tensorboard/all-clients-mean/       and -best and -worst, in a world with more nodes than lines
 
-The step of a chart by tokens is tokens trained so far; of histograms and images a version; of a text the rounds of
-its client; of every other tag whole seconds of run time. The wall time of every event is the run's first start plus its
-run time, so the RELATIVE axis is run time too, in simulation and after a pause as well.
+The step of a chart by tokens is the tokens trained so far, of histograms and images a version, of a text the rounds of
+its client, and of every other tag whole seconds of run time. The wall time of an event is the run's first start plus
+its run time. So the RELATIVE axis is run time, also in simulation and after a pause.
 
 The files are written without torch and without TensorFlow: the process that tracks a run needs neither.
 """
@@ -43,13 +43,13 @@ from worldlm_ray.tracking.sinks import Scalar
 FLUSH_EVERY_S = 2.0
 """Longest time that an event stays in memory."""
 OBJECTS_EVERY_S = 10.0
-"""The same where files are objects: each is written anew."""
+"""The same in an object store, where each write rewrites a whole object."""
 WAITING_BYTES = 4_000_000
-"""Events that may stay in memory: whoever adds more writes them itself."""
+"""Bytes of events in memory above which the thread that adds an event also writes them."""
 KEPT_BYTES = 16 * WAITING_BYTES
-"""Events that are kept while the storage refuses them; newer ones are dropped."""
+"""Bytes of events that are kept while the storage refuses them. Newer events are dropped."""
 CELLS_WITH_NUMBERS = 400
-"""A heat map with more cells than this shows colours only."""
+"""A heat map with more cells shows colours only."""
 _BLENDS = {"up": "blends its children", "down": "blends itself and its parent"}
 
 _file_numbers = itertools.count()
@@ -80,8 +80,8 @@ class EventFiles:
     nodes. Here one thread appends to all files in turn and holds none of them open.
 
     Args:
-        folder: the folder above those of the runs. Nobody else writes below it. Files that are there stay:
-            a resumed run makes new ones beside them.
+        folder: the folder above those of the runs. No other process writes below it. Existing files stay:
+            a resumed run adds new ones.
         started_at: wall time of the run's first start, seconds since 1970.
     """
 
@@ -99,7 +99,7 @@ class EventFiles:
         self._thread.start()
 
     def add(self, run: str, event: Event) -> None:
-        """Have an event written within a few seconds; later, while the storage refuses."""
+        """Add an event. It is written within a few seconds, or later if the storage refuses."""
         if self._closing.is_set():
             raise ValueError(f"the event files in {str(self._folder)!r} are closed")
         data = event.SerializeToString()
@@ -127,7 +127,7 @@ class EventFiles:
                 self._keep(waiting)
 
     def close(self) -> None:
-        """Write what waits, and stop the thread; nothing can be added after this."""
+        """Write the waiting events, and stop the thread. No event can be added after this."""
         self._closing.set()
         self._thread.join()
         self.flush()
@@ -137,7 +137,7 @@ class EventFiles:
             self.flush()
 
     def _keep(self, events: dict[str, list[bytes]]) -> None:
-        """Put back what could not be written, before what has come since."""
+        """Put back events that could not be written, before newer ones."""
         with self._adding:
             for run, since in self._waiting.items():
                 events.setdefault(run, []).extend(since)
@@ -145,8 +145,10 @@ class EventFiles:
             self._waiting_bytes = sum(len(data) for datas in events.values() for data in datas)
 
     def _append(self, run: str, events: list[bytes]) -> None:
-        """Append to a run's file: all of the events or none of them, as far as the storage can be told."""
-        file = self._runs.pop(run, None)  # after an error the run goes on in a new file: this one may end anyhow
+        """Append events to a run's file: all or none, as far as the storage allows."""
+        file = self._runs.pop(
+            run, None
+        )  # after an error the run continues in a new file, since this one may end inside an event
         if file is None:
             file = filesystem.Growing(self._folder / run / _next_file(self._folder / run))
             source = SourceMetadata(writer="worldlm_ray.tracking.tensorboard")
@@ -202,7 +204,7 @@ class Board:
         )
         for value in sorted(counts):
             if proto.bucket_limit and proto.bucket_limit[-1] < value - 0.5:
-                # An empty bucket keeps the bar one wide, however large the gap before it.
+                # An empty bucket keeps the bar one unit wide, whatever the gap before it.
                 proto.bucket_limit.append(value - 0.5)
                 proto.bucket.append(0)
             proto.bucket_limit.append(value + 0.5)
@@ -305,7 +307,7 @@ def layout(tags: Iterable[str]) -> layout_pb2.Layout:
 
 
 def _chart(chart: Chart) -> layout_pb2.Chart:
-    # A tag may go on: after a comma with the reason of a refusal, after a slash with a node.
+    # After the tag may follow a comma and the reason of a refusal, or a slash and a node.
     regex = f"^{re.escape(chart.tag)}([,/].*)?$"
     return layout_pb2.Chart(title=chart.title, multiline=layout_pb2.MultilineChartContent(tag=[regex]))
 
@@ -316,7 +318,7 @@ def heat_map(record: AttentionRecord) -> tuple[bytes, int, int]:
     Returns:
         A PNG, its width and its height in pixels.
     """
-    # Matplotlib takes half a second to import: a run without attention does without it. The figure is drawn
+    # Matplotlib takes half a second to import: a run without attention never imports it. The figure is drawn
     # on its own canvas, since pyplot keeps global state and picks a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

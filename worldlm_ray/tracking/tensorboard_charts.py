@@ -1,4 +1,4 @@
-"""The TensorBoard sink: which chart of which line a point belongs to."""
+"""The TensorBoard sink: it chooses the chart and the line of each point."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TensorBoardCharts(Sink):
         return self._board.trouble
 
     def scalars(self, node: str, kind: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
-        """Add a point to the node's line if it has one; the loss of a client without one has a chart below."""
+        """Add a point to the node's line. A client without a line has a separate chart of its loss."""
         if node in self._lines or node in SHARED_LINES:
             self._draw(node, kind, values, now_s=now_s, tokens=tokens)
         elif kind == "client" and values.get("loss") is not None:

@@ -1,16 +1,16 @@
-"""The single writer of a run folder: what the backends record becomes files that people and tools read.
+"""The single writer of a run folder: records of a backend become files for people and tools.
 
-    status.json     the newest snapshot, replaced whole about once a second
+    status.json     the newest snapshot, replaced about once a second
     tensorboard/    charts, heat maps, texts: see worldlm_ray/tracking/tensorboard.py
     metrics.jsonl   the same curves as lines of JSON, of all nodes: see worldlm_ray/tracking/curves.py
     summary.json    the result of a finished run
 
 Of a very large world, charts and metrics.jsonl hold a sample of the clients: see worldlm_ray/tracking/drawing.py.
 
-Storage that refuses costs no more than delay: files are written later, and the snapshot says why (`trouble`).
+While the storage refuses, data wait in memory, and the snapshot says why (`trouble`).
 
-A tracker that opens an existing folder continues it: verdicts are counted again from the audit trail, which inner
-nodes write themselves (worldlm_ray/tracking/audit.py); everything else comes from status.json and may be a second old.
+A tracker that opens an existing folder continues the run. It counts verdicts again from the audit trail, which inner
+nodes write themselves (worldlm_ray/tracking/audit.py). The rest comes from status.json and may be a second old.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from worldlm_ray.tracking.status import read_status, replace_json
 from worldlm_ray.tracking.tensorboard_charts import TensorBoardCharts
 
 SINKS: tuple[OpenSink, ...] = (TensorBoardCharts, Curves.of)
-"""What a run draws to, unless its tracker is told otherwise."""
+"""The default sinks."""
 STATUS_EVERY_S = 1.0
 """Wall seconds between two writes of status.json."""
 STATUS_SHARE = 0.05
-"""Share of the time that writing status.json may take: of a very large world it is written less often."""
+"""Largest fraction of the time that writing status.json may take. In a very large world it is written less often."""
 
 
 class Tracker:
@@ -56,7 +56,7 @@ class Tracker:
         hparams: settings for the HPARAMS tab, by dotted key.
         budget: what `progress` is measured against.
         texts: Markdown by tag for the TEXT page (`run_texts.introduction`).
-        sinks: what charts are drawn to; each is made when the tracker opens.
+        sinks: make the sinks, to which charts are drawn.
         clock: monotonic seconds; it only paces files.
         wall: seconds since 1970.
 
@@ -100,7 +100,7 @@ class Tracker:
         self._sinks = [open_sink(facts) for open_sink in sinks]
         self._drawing = Drawing(self._state, self._sinks, lines=self._lines, clock=clock)
         self._status_s = 0.0
-        """What the last write of status.json took."""
+        """Seconds that the last write of status.json took."""
         self._last_status = -math.inf
         self._trouble = self._warning = ""
         self.flush()
@@ -124,7 +124,7 @@ class Tracker:
             sink.flush_if_due()
 
     def add(self, path: str, kind: str) -> None:
-        """A node has joined the tree while the run goes on. One that is known already stays as it is."""
+        """Add a node that has joined the tree during the run. A known node is unchanged."""
         if path not in self._state.nodes:
             self._state.add(path, kind)
             self._lines.add(path)
@@ -139,7 +139,7 @@ class Tracker:
         self._drawing.samples(texts, now_s=now_s)
 
     def warn(self, warning: str) -> None:
-        """Show in `trouble` of the snapshot what is wrong with the run's machines. An empty text ends it."""
+        """Set the warning about the run's machines in `trouble` of the snapshot. An empty text removes it."""
         self._warning = warning
         self._write_status()
 
@@ -156,7 +156,7 @@ class Tracker:
 
     @property
     def warnings(self) -> list[dict[str, Any]]:
-        """What an operator must know: see `Warnings.kept`."""
+        """Warnings for the operator: see `Warnings.kept`."""
         return list(self._state.warnings.kept)
 
     def summaries(self) -> dict[str, NodeSummary]:
@@ -168,13 +168,13 @@ class Tracker:
         return {path: node.tau_mean for path, node in self._state.nodes.items()}
 
     def flush(self) -> None:
-        """Bring every file up to date."""
+        """Write everything that waits."""
         for sink in self._sinks:
             sink.flush()
         self._write_status()
 
     def close(self) -> None:
-        """Draw what still waits, mark the run as ended in TensorBoard, and close every file."""
+        """Draw what still waits, mark the run as ended in each sink, and close every file."""
         self._drawing.finish()
         for sink in self._sinks:
             sink.finish(now_s=self._state.now_s)
@@ -194,7 +194,7 @@ class Tracker:
 
 
 def open_tracker(plan: Plan) -> Tracker:
-    """The tracker of a run, with the settings, the texts and the sinks that its plan asks for.
+    """The tracker of a run, with the settings and the texts of its plan.
 
     Raises:
         OSError: the storage refused.
