@@ -1,7 +1,12 @@
-"""A leaf of the tree: text of its own, a model of its own, and the local rounds that train it.
+"""A leaf of the tree: a text, a model, the local rounds that train it, and the exchange with the parent.
 
-A client knows nothing of who drives it: an actor on Ray and the simulator call the same four things in turn,
+A client does not know what drives it: an actor on Ray and the simulator call the same four methods in turn,
 `begin` (merge the parent's model), `train`, `update` (what to push) and `measure`.
+
+    measure.py         the text, the model, and what the model is worth
+    rounds.py          local rounds
+    client.py          the exchange with the parent
+    checkpointing.py   what of all that a checkpoint holds
 
 Where exchange and training overlap (`exchange.overlap`), a round after the first starts with `begin_ahead`, from the
 client's own model, while the last update is on its way up and the parent's model on its way down. That model is taken
@@ -11,36 +16,30 @@ by `merge` between two steps of the round, and what has been trained since the p
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from worldlm_ray.aggregation.merge import Merger, Moved
-from worldlm_ray.data import Dataset, prepare
-from worldlm_ray.errors import CheckpointError, PrivacyError
+from worldlm_ray.client import checkpointing
+from worldlm_ray.client.rounds import LocalRounds
+from worldlm_ray.data import Dataset
 from worldlm_ray.exchange.compression import lossy, memory
 from worldlm_ray.exchange.messages import Model, Update
-from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
+from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.plan.accounts import open_account
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
-from worldlm_ray.privacy.account import Account, weak_delta
-from worldlm_ray.records import Measure, OwnModelRecord, ProgressRecord, Record, RoundRecord, StartRecord, perplexity
-from worldlm_ray.seeds import derive
+from worldlm_ray.privacy.account import Account
+from worldlm_ray.records import Record
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.training.making import trainer_of
-from worldlm_ray.training.sampling import sample
-from worldlm_ray.training.schedule import learning_rate
-from worldlm_ray.training.trainer import Batch, Trainer
+from worldlm_ray.training.trainer import Trainer
 
 
-class Client:
+class Client(LocalRounds):
     """One client.
 
     Args:
@@ -60,19 +59,7 @@ class Client:
         dataset: Dataset | None = None,
         make_trainer: Callable[[Account | None], Trainer] | None = None,
     ) -> None:
-        self.plan, self.spec, self.training = plan, spec, spec.settings.training
-        self.context = plan.shape.context
-        self.dataset = dataset or prepare(
-            spec.settings.data, context=self.context, key=f"{spec.key}.data", order=spec.path
-        )
-        self.account = open_account(plan, spec, self.dataset)
-        """What the client may spend of its text's privacy; None without such a promise."""
-        self.warning = ""
-        """What an operator should know before the client begins; empty if nothing."""
-        if self.account is not None:
-            records = self.dataset.records(context=self.context)
-            self.warning = weak_delta(spec.settings.privacy, records, named=self.reports)
-        self.trainer = make_trainer(self.account) if make_trainer else self._make_trainer()
+        super().__init__(plan, spec, dataset=dataset, make_trainer=make_trainer)
         initial = plan.initial() if initial is None else initial
         self.base = np.array(initial)
         """The merged model that the current local round began from. Where a round begins ahead of an exchange: the
@@ -95,103 +82,20 @@ class Client:
         )
         self.gate = Gate(spec.path, plan.layout, max_step=spec.settings.merge.max_model_step)
         """Which models of the parent it takes."""
-        self.round = 0
-        """Finished local rounds."""
-        self.step = 0
-        """Steps done of the round that is under way."""
-        self.steps = self.tokens = 0
-        self.loss_sum = 0.0
-        """Sum of step losses of the round that is under way (or has just ended)."""
         self.incarnation = self.base_incarnation = 1
         """How often this client has been started (for the backend to set); the same of its parent, at the last pull."""
         self.outbox = Outbox()
         """What the parent has not made durable yet."""
         self.seq = self.base_version = 0
-        self.progress = self.learning_rate = 0.0
-        self.began = False
-        """Whether a round is under way: begun and not yet turned into an update."""
         self.start_over = False
         """Whether the next pull replaces the model and the optimizer's state."""
-        self.paused = False
-        """Whether it trains no more, since its privacy budget is spent, and only follows its parent."""
         self.followed: float | None = None
         """How far a paused client moves to its parent at every pull, once that is settled."""
-        self._stretch_steps = 0
-        """Steps that this process has done of the round."""
-
-    def _make_trainer(self) -> Trainer:
-        noise = None if self.account is None else self.account.noise
-        return trainer_of(self.plan.shape, self.plan.layout, self.spec.settings, noise=noise)
-
-    # ---- the cycle -------------------------------------------------------------------------------------------
-
-    @property
-    def reports(self) -> bool:
-        """Whether losses on its text may leave the client: epsilon does not cover them."""
-        privacy = self.spec.settings.privacy
-        return privacy.unit == "none" or privacy.report_metrics
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """What of its text is not read or not kept. Of clients that share a text out, the first says it."""
-        is_first = self.spec.settings.data.shard is None or self.spec.settings.data.shard.startswith("1/")
-        return self.dataset.left_out if self.reports and is_first else ()
-
-    @property
-    def round_tokens(self) -> int:
-        """Tokens of one local round."""
-        return self.plan.round_tokens(self.spec)
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.plan.step_tokens(self.spec)
 
     @property
     def overlaps(self) -> bool:
         """Whether rounds begin before the exchange of the one before has come back."""
         return self.spec.settings.exchange.overlap
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every step of the round under way is done."""
-        return self.began and self.step == self.training.local_steps
-
-    @property
-    def begun(self) -> int:
-        """Local rounds that have begun."""
-        return self.round + (self.began and not self.is_whole)
-
-    @property
-    def started_tokens(self) -> int:
-        """Tokens of all rounds so far, with the next one (or the one under way) counted in full."""
-        return (self.begun if self.began else self.round + (not self.paused)) * self.round_tokens
-
-    @property
-    def is_done(self) -> bool:
-        """Whether a budget given in rounds, or that of its text's privacy, is spent."""
-        return self._has_all_rounds or self.is_exhausted
-
-    @property
-    def _has_all_rounds(self) -> bool:
-        rounds = self.plan.config.budget.rounds
-        return rounds is not None and self.round >= rounds
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether one more round would break the privacy budget."""
-        return self.account is not None and self.account.is_exhausted
-
-    @property
-    def may_pause(self) -> bool:
-        """Whether it stays, now that its privacy budget is spent, and takes its parent's model from time to time."""
-        pauses = self.spec.settings.privacy.on_exhausted == "pause"
-        return pauses and self.is_exhausted and not self._has_all_rounds
-
-    @property
-    def last_word(self) -> str:
-        """Why the client ends before the others do, if it does."""
-        return "its privacy budget is spent" if self.is_exhausted else ""
 
     def welcomed(self, welcome: Welcome) -> None:
         """The parent is there, perhaps again.
@@ -295,19 +199,6 @@ class Client:
         self.progress -= self._world_progress(self.step)  # the parent speaks of now, `_rate` counts from the first step
         return records
 
-    def _pay(self) -> bool:
-        return self.account is None or self.account.charge(self.round + 1)
-
-    def _start(self) -> None:
-        self.step, self.loss_sum, self.began, self._stretch_steps = 0, 0.0, True, 0
-
-    def _give_up(self) -> None:
-        """Drop the round under way, as if it had not begun."""
-        self.steps -= self.step
-        self.tokens -= self.step * self.step_tokens
-        self.round -= self.is_whole
-        self.step, self.began = 0, False
-
     def _take(self, model: Model, *, now_s: float) -> list[Record]:
         """Merge the parent's model, and keep what was trained since the push."""
         records: list[Record] = []
@@ -399,67 +290,6 @@ class Client:
         self.trainer.write(merged)
         return [] if weights is None else [weights]
 
-    def train(self, should_stop: Any = lambda: False) -> float:
-        """Train the round that is under way, or the rest of it.
-
-        Args:
-            should_stop: asked before every step; True leaves the round unfinished, to be continued.
-
-        Returns:
-            Seconds of training.
-        """
-        settings, first = self.training, self.step
-
-        def rate(step: int) -> float:
-            return self._rate(first + step)
-
-        result = self.trainer.run(self._batches(first), rate, should_stop=should_stop)
-        self._stretch_steps += result.steps
-        self.step += result.steps
-        self.steps += result.steps
-        # What was configured: how many records a private step took is nobody's business.
-        self.tokens += result.steps * self.step_tokens
-        if self.reports:
-            self.loss_sum += result.loss_sum
-        self.learning_rate = result.learning_rate
-        if self.step == settings.local_steps:
-            self.round += 1
-        return result.train_s
-
-    def _batches(self, first: int) -> Iterator[Batch]:
-        """The batches of the round from a step on; a private client's are drawn anew every time, and by chance."""
-        steps, context = self.training.local_steps, self.context
-        if self.account is not None:
-            generator = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little")))
-            return self.dataset.poisson_batches(generator, steps=steps - first, rate=self.account.rate, context=context)
-        batches = self.dataset.batches(
-            self.plan.config.seed, self.round, steps=steps, batch_size=self.training.batch_size, context=context
-        )
-        return islice(batches, first, None)
-
-    def _rate(self, step: int) -> float:
-        """Learning rate of a step of the round, taken in its middle: a warm-up's first step trains too."""
-        budget, settings, middle = self.plan.config.budget, self.training, step + 0.5
-        rounds = self.round + middle / settings.local_steps
-        if budget.rounds is not None:
-            progress = rounds / budget.rounds
-        elif budget.tokens is not None:
-            progress = self.progress + self._world_progress(middle)
-        else:
-            # Time within a round is not known beforehand: the first round is the warm-up at least.
-            progress = max(self.progress, settings.warmup_fraction * min(rounds, 1.0))
-        return learning_rate(settings, progress)
-
-    def _world_progress(self, steps: float) -> float:
-        """Share of a budget in tokens that is spent while this client takes so many steps, if all are as fast."""
-        tokens = self.plan.config.budget.tokens
-        return 0.0 if tokens is None else steps * (self.step_tokens * len(self.plan.root.clients)) / tokens
-
-    @property
-    def train_loss(self) -> float:
-        """Mean training loss of the round, nats per token."""
-        return self.loss_sum / max(self.step, 1)
-
     def update(self) -> Update:
         """The finished round as an update; the round is over."""
         split = self.plan.layout.backbone_size
@@ -492,204 +322,18 @@ class Client:
         if self.in_flight is not None and self.in_flight.values is own:
             self.in_flight = replace(self.in_flight, values=shared)
 
-    def round_record(
-        self, *, now_s: float, train_s: float, busy_fraction: float, measure: Measure | None
-    ) -> RoundRecord:
-        """What tracking is told about the round that has just ended.
-
-        Args:
-            now_s: run time.
-            train_s: seconds that the round's training took.
-            busy_fraction: share of the client's life spent on training and measuring.
-            measure: held-out quality after the round, where it was measured.
-        """
-        tokens = self._stretch_steps * self.step_tokens
-        return RoundRecord(
-            node=self.spec.path,
-            now_s=now_s,
-            round=self.round,
-            steps=self.steps,
-            tokens=self.tokens,
-            train_loss=self.train_loss if self.reports else None,
-            loss=measure.loss if measure else None,
-            perplexity_per_token=measure.perplexity_per_token if measure else None,
-            learning_rate=self.learning_rate,
-            tokens_per_s=tokens / train_s if train_s > 0 else 0.0,
-            busy_fraction=busy_fraction,
-            epsilon=self.account.epsilon() if self.account is not None else None,
-        )
-
-    @property
-    def measure_is_due(self) -> bool:
-        """Whether the round that has just ended is one to be measured."""
-        every = self.plan.config.evaluation.every_rounds
-        return self.reports and every > 0 and self.round % every == 0
-
-    # ---- quality ---------------------------------------------------------------------------------------------
-
-    def measure(self, tokens: int, *, parameters: Flat | None = None) -> Measure:
-        """Held-out loss of the client's own model, or of the given parameters.
-
-        Args:
-            tokens: held-out tokens to predict, at most.
-            parameters: another model, such as the world's.
-        """
-        windows = self.dataset.heldout_windows(tokens, context=self.context, batch_size=self.training.batch_size)
-        nats, count = self.trainer.evaluate(windows, parameters=parameters)
-        per_token, is_bytes = nats / count, self.spec.settings.data.tokenizer == "bytes"
-        return Measure(
-            loss=per_token / self.dataset.heldout_bytes_per_token(),
-            heldout_bytes=self.dataset.heldout_bytes,
-            perplexity_per_token=None if is_bytes else perplexity(per_token),
-        )
-
-    def report(self, tokens: int, *, parameters: Flat | None = None) -> Measure | None:
-        """What `measure` gives, if that may leave the client."""
-        return self.measure(tokens, parameters=parameters) if self.reports else None
-
-    def measure_above(self, path: str, values: Flat, *, version: int, now_s: float) -> OwnModelRecord | None:
-        """Measure the model of a node above on this client's held-out text; None of a client that reports no losses.
-
-        Args:
-            path: of the node.
-            values: its published model.
-            version: of the model.
-            now_s: run time.
-        """
-        measure = self.report(self.plan.config.evaluation.tokens, parameters=values)
-        if measure is None:
-            return None
-        return OwnModelRecord(
-            node=path,
-            now_s=now_s,
-            by=self.spec.path,
-            version=version,
-            loss=measure.loss,
-            perplexity_per_token=measure.perplexity_per_token,
-            heldout_bytes=measure.heldout_bytes,
-        )
-
-    def progress_record(self, *, now_s: float) -> ProgressRecord:
-        """How far this client is."""
-        return ProgressRecord(node=self.spec.path, now_s=now_s, round=self.round, steps=self.steps, tokens=self.tokens)
-
-    def start_record(self, *, now_s: float) -> StartRecord:
-        """Measure the model before the first round."""
-        measure = self.report(self.plan.config.evaluation.final_tokens)
-        if measure is None:
-            return StartRecord(
-                node=self.spec.path, now_s=now_s, loss=None, perplexity_per_token=None, heldout_bytes=0, private=True
-            )
-        return StartRecord(
-            node=self.spec.path,
-            now_s=now_s,
-            loss=measure.loss,
-            perplexity_per_token=measure.perplexity_per_token,
-            heldout_bytes=measure.heldout_bytes,
-        )
-
-    def sample(self, *, prompt: str = "", tokens: int = 80, temperature: float = 0.8) -> str:
-        """Text from the client's model, or the continuation of a prompt; none where no noise covers the model."""
-        if self.spec.settings.privacy.unit == "client" and not self.reports:
-            return ""
-        seed = derive(self.plan.config.seed, self.spec.path, "sample")
-        return sample(
-            self.trainer,
-            self.dataset.tokenizer,
-            prompt,
-            tokens=tokens,
-            temperature=temperature,
-            seed=seed,
-            opening=self.dataset.heldout[:1],
-        )
-
-    # ---- durability ------------------------------------------------------------------------------------------
-
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """Everything that a restart needs, down to the step within a round: of this moment, whatever comes next.
 
         Buffers that training or the next pull change in place are copied.
         """
-        meta = {name: getattr(self, name) for name in _STATE}
-        meta["layout"] = self.plan.layout.hash
-        meta["followed"] = self.followed
-        meta["charges"] = 0 if self.account is None else len(self.account.ledger.entries())
-        arrays = {"theta": self.trainer.read(), "base": self.base.copy(), "parent_keys": self.parent_keys.copy()}
-        if self.merger.heard is not None:
-            arrays["heard"] = self.merger.heard
-        if self.lost is not None:
-            arrays["lost"] = self.lost.copy()
-        arrays |= {f"optimizer.{name}": values for name, values in self.trainer.optimizer_state().items()}
-        meta["outbox"], kept = self.outbox.state()
-        arrays |= kept
-        if self.in_flight is not None:
-            meta["in_flight"], meta["whole"] = fields(self.in_flight), self.is_whole
-            if all(values is not self.in_flight.values for values in kept.values()):
-                arrays["in_flight"] = self.in_flight.values
-        return meta, arrays
+        return checkpointing.state_of(self)
 
     def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` described.
 
         Raises:
             CheckpointError: the checkpoint is of another model.
+            PrivacyError: the ledger has lost charges that the checkpoint knows.
         """
-        if meta["layout"] != self.plan.layout.hash:
-            raise CheckpointError(
-                f"{self.spec.path}: the checkpoint is of another model or another choice of key layers"
-            )
-        for name in _STATE:
-            setattr(self, name, meta[name])
-        self.followed = meta.get("followed")
-        if meta.get("whole", False):
-            self.step = self.training.local_steps  # it waits for the exchange, to be pushed
-        elif self.began:
-            # A round may have been shortened by a change of local_steps: it ends with one more step.
-            self.step = min(self.step, self.training.local_steps - 1)
-        if self.account is not None:
-            self._pay_again(meta["charges"])
-        self.base, self.parent_keys = np.array(arrays["base"]), np.array(arrays["parent_keys"])
-        if self.lost is not None and "lost" in arrays:
-            self.lost[:] = arrays["lost"]
-        if self.merger.heard is not None and "heard" in arrays:
-            self.merger.heard = arrays["heard"]
-        self.trainer.write(arrays["theta"])
-        self.outbox.restore(meta["outbox"], arrays)
-        self.outbox.limit_tokens(self.round_tokens)
-        if "in_flight" in meta:
-            kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
-            update = kept[0] if kept else revived(meta["in_flight"], arrays["in_flight"])
-            self.in_flight = limited(update, self.round_tokens)
-        prefix = "optimizer."
-        self.trainer.load_optimizer_state(
-            {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-        )
-
-    def _pay_again(self, charges: int) -> None:
-        """Pay for the rest of the round: the life before, or another one from this checkpoint, may have trained it."""
-        assert self.account is not None
-        found = len(self.account.ledger.entries())
-        if found < charges:
-            raise PrivacyError(
-                f"{self.account.ledger.path}: holds {found} of the {charges} charges that {self.spec.path} has made; "
-                "restore the file from a copy: without it nobody knows what was spent"
-            )
-        left = self.training.local_steps - self.step
-        if self.began and left and not self.account.charge(self.round + 1, steps=left):
-            self.began, self.step = False, 0
-
-
-_STATE = (
-    "round",
-    "step",
-    "steps",
-    "tokens",
-    "loss_sum",
-    "seq",
-    "base_version",
-    "base_incarnation",
-    "progress",
-    "learning_rate",
-    "began",
-    "start_over",
-)
+        checkpointing.restore(self, meta, arrays)
