@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import pytest
 
-from worldlm_ray.aggregation.staleness import discount
-from worldlm_ray.config.federated import StalenessConfig, StalenessName
+from worldlm_ray.aggregation.staleness import STALENESS, discount
+from worldlm_ray.config.federated import StalenessConfig
 
 
 def s(fn: str, tau: int, *, a: float | None = None, b: float = 4.0) -> float:
@@ -70,7 +69,7 @@ def test_asking_again_gives_the_same_number() -> None:
     assert [discount(config, 3) for _ in range(5)] == [0.5] * 5
 
 
-@pytest.mark.parametrize("fn", get_args(StalenessName))
+@pytest.mark.parametrize("fn", STALENESS.names())
 def test_every_function_is_one_when_fresh_and_never_rises(fn: str) -> None:
     values = [s(fn, tau) for tau in range(50)]
     assert values[0] == 1.0
@@ -78,7 +77,7 @@ def test_every_function_is_one_when_fresh_and_never_rises(fn: str) -> None:
     assert all(value > 0.0 for value in values)
 
 
-@pytest.mark.parametrize("fn", get_args(StalenessName))
+@pytest.mark.parametrize("fn", STALENESS.names())
 def test_negative_staleness_raises(fn: str) -> None:
     with pytest.raises(ValueError, match="negative"):
         s(fn, -1)

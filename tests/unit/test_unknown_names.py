@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from worldlm_ray.aggregation.attention import score
-from worldlm_ray.aggregation.robust_fold import _agreed
+from worldlm_ray.aggregation.robust_fold import ROBUST_RULES
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer, default_lr, state_buffers
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.federated import ServerOptimizerConfig, StalenessConfig
@@ -30,7 +30,7 @@ FOUR = np.ones(4, np.float32)
         ("aggregation.server_optimizer.name", lambda: default_lr(ServerOptimizerConfig(name=ODD))),
         ("aggregation.server_optimizer.name", lambda: state_buffers(ServerOptimizerConfig(name=ODD))),
         ("aggregation.server_optimizer.name", lambda: ServerOptimizer(ServerOptimizerConfig(name=ODD, lr=1.0), 4)),
-        ("aggregation.robust.rule", lambda: _agreed(np.ones((3, 4), np.float32), ODD, 0.1)),
+        ("aggregation.robust.rule", lambda: ROBUST_RULES.get(ODD)),
         ("privacy.accountant", lambda: epsilon([Spend(1.0, 0.1, 1)], delta=1e-5, accountant=ODD)),
         ("exchange.codec", lambda: nbytes(ODD, 4)),
         ("exchange.codec", lambda: encode(ODD, FOUR)),

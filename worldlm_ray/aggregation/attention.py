@@ -24,20 +24,74 @@ a softmax of d saturates on layers of a language model. The temperature is FedAM
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import get_args
 
 import numpy as np
 
-from worldlm_ray.config.federated import AttentionConfig, ScoreName
-from worldlm_ray.config.values import unknown_name
+from worldlm_ray.config import names
+from worldlm_ray.config.federated import AttentionConfig
+from worldlm_ray.config.registry import Registry
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.tensors.buffers import Flat, add_scaled, inner, squared_norm
 from worldlm_ray.tensors.layout import KeyLayer
 
+Score = Callable[[Flat, Flat, Flat], float]
+"""From a query, a candidate and the run's initial key layer, [d] each, to how well the candidate fits the query."""
+SCORES: Registry[Score] = names.SCORES
 
-def score(name: ScoreName, query: Flat, candidate: Flat, origin: Flat) -> float:
+
+def score_function(name: str) -> Callable[[Score], Score]:
+    """Register a score.
+
+    Args:
+        name: what `aggregation.attention.score` calls it.
+    """
+
+    def register(function: Score) -> Score:
+        SCORES.add(name, function, function)
+        return function
+
+    return register
+
+
+@score_function("cosine")
+def cosine(query: Flat, candidate: Flat, origin: Flat) -> float:
+    """cos(q - q0, k - q0), q0 the run's initial key layer; 0 where either has not moved. Source: ours."""
+    norms = math.sqrt(squared_norm(query, origin) * squared_norm(candidate, origin))
+    return inner(query, candidate, origin=origin) / norms if norms > 0.0 else 0.0
+
+
+@score_function("dot")
+def dot(query: Flat, candidate: Flat, origin: Flat) -> float:
+    """q . k / sqrt(d). Source: WorldLM, arXiv 2405.14446; Vaswani et al., arXiv 1706.03762."""
+    return inner(query, candidate) / math.sqrt(query.size)
+
+
+@score_function("fedamp")
+def fedamp(query: Flat, candidate: Flat, origin: Flat) -> float:
+    """-|q - k|^2 / |q|^2: closer gets more. Source: FedAMP, arXiv 2007.03797, eq. 5, A'(x) = exp(-x/sigma)."""
+    return -_distance(query, candidate)
+
+
+@score_function("fedatt")
+def fedatt(query: Flat, candidate: Flat, origin: Flat) -> float:
+    """+|q - k| / |q|: farther gets more. Source: FedAtt, arXiv 1812.07108, eq. 4."""
+    return math.sqrt(_distance(query, candidate))
+
+
+@score_function("uniform")
+def uniform(query: Flat, candidate: Flat, origin: Flat) -> float:
+    """0: only data size and staleness count. Source: the ablation."""
+    return 0.0
+
+
+def _distance(query: Flat, candidate: Flat) -> float:
+    """Squared, and divided by the query's squared norm."""
+    return squared_norm(candidate, query) / (squared_norm(query) or 1.0)
+
+
+def score(name: str, query: Flat, candidate: Flat, origin: Flat) -> float:
     """How well a candidate key layer fits the query.
 
     Args:
@@ -49,18 +103,7 @@ def score(name: ScoreName, query: Flat, candidate: Flat, origin: Flat) -> float:
     Raises:
         ConfigError: there is no score of that name.
     """
-    if name == "cosine":
-        norms = math.sqrt(squared_norm(query, origin) * squared_norm(candidate, origin))
-        return inner(query, candidate, origin=origin) / norms if norms > 0.0 else 0.0
-    if name == "dot":
-        return inner(query, candidate) / math.sqrt(query.size)
-    if name in ("fedamp", "fedatt"):
-        scale = squared_norm(query) or 1.0
-        distance = squared_norm(candidate, query) / scale
-        return -distance if name == "fedamp" else math.sqrt(distance)
-    if name == "uniform":
-        return 0.0
-    raise unknown_name("aggregation.attention.score", name, get_args(ScoreName))
+    return SCORES.get(name)(query, candidate, origin)
 
 
 def scores(

@@ -12,7 +12,7 @@ Source: Yin et al., arXiv 1803.01498, definitions 1 and 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,47 @@ import numpy as np
 from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
-from worldlm_ray.config.values import unknown_name
+from worldlm_ray.config import names
+from worldlm_ray.config.registry import Registry
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.tensors.buffers import Flat, add_scaled, blocks
 
 _CHILD = "of."
+
+
+RobustRule = Callable[[Flat, float], Flat]
+"""From values [children, coordinates], which it may overwrite, and `trim` to one value per coordinate."""
+ROBUST_RULES: Registry[RobustRule] = names.ROBUST_RULES
+
+
+def robust_rule(name: str) -> Callable[[RobustRule], RobustRule]:
+    """Register a rule that says, coordinate by coordinate, what most children agree on.
+
+    Args:
+        name: what `aggregation.robust.rule` calls it.
+    """
+
+    def register(function: RobustRule) -> RobustRule:
+        ROBUST_RULES.add(name, function, function)
+        return function
+
+    return register
+
+
+@robust_rule("trimmed_mean")
+def trimmed_mean(rows: Flat, trim: float) -> Flat:
+    """The mean without the share `trim` at either end. Source: Yin et al., arXiv 1803.01498, definition 2."""
+    rows.sort(axis=0)
+    drop = min(int(np.ceil(trim * len(rows))), (len(rows) - 1) // 2)
+    agreed: Flat = rows[drop : len(rows) - drop].mean(axis=0, dtype=np.float64).astype(np.float32)
+    return agreed
+
+
+@robust_rule("median")
+def median(rows: Flat, trim: float) -> Flat:
+    """The median; `trim` means nothing. Source: Yin et al., arXiv 1803.01498, definition 1."""
+    return np.median(rows, axis=0).astype(np.float32)
 
 
 class RobustFold(Fold):
@@ -53,12 +88,13 @@ class RobustFold(Fold):
         """Turn what the children agree on into the next model; see `Fold.finish`."""
         if not self._sums:
             raise AggregationError("nothing was folded in: there is no update to aggregate")
-        split, names = self.layout.backbone_size, list(self._sums)
+        split, senders = self.layout.backbone_size, list(self._sums)
+        agreed = ROBUST_RULES.get(self.rules.robust.rule)
         for part in blocks(self.layout.size):
-            rows = np.stack([self._sums[name][part] / np.float32(self._counts[name]) for name in names])
-            self.flat[part] = _agreed(rows, self.rules.robust.rule, self.rules.robust.trim)
+            rows = np.stack([self._sums[name][part] / np.float32(self._counts[name]) for name in senders])
+            self.flat[part] = agreed(rows, self.rules.robust.trim)
         scale = self.present(len(absent)) if self.rules.server_optimizer.lr is None else 1.0
-        self.shares = dict.fromkeys(names, scale / len(names))
+        self.shares = dict.fromkeys(senders, scale / len(senders))
         keys = self.flat[split:]
         keys *= np.float32(scale)
         keys += theta[split:]
@@ -78,15 +114,3 @@ class RobustFold(Fold):
         super().restore(saved, arrays)
         self._counts = dict(saved["counts"])
         self._sums = {name: np.array(arrays[f"{_CHILD}{name}"]) for name in self._counts}
-
-
-def _agreed(rows: Flat, rule: str, trim: float) -> Flat:
-    """One value per coordinate of [children, coordinates]."""
-    if rule == "median":
-        return np.median(rows, axis=0).astype(np.float32)
-    if rule != "trimmed_mean":
-        raise unknown_name("aggregation.robust.rule", rule, ("median", "trimmed_mean"))
-    rows.sort(axis=0)
-    drop = min(int(np.ceil(trim * len(rows))), (len(rows) - 1) // 2)
-    agreed: Flat = rows[drop : len(rows) - drop].mean(axis=0, dtype=np.float64).astype(np.float32)
-    return agreed

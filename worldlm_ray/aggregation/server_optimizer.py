@@ -16,30 +16,140 @@ updated in place, a cache-sized block at a time; nothing as large as the model i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
+from worldlm_ray.config import names
 from worldlm_ray.config.federated import ServerOptimizerConfig
-from worldlm_ray.config.values import unknown_name
-from worldlm_ray.errors import ConfigError
+from worldlm_ray.config.registry import Registry
 from worldlm_ray.tensors.buffers import BLOCK, Flat, spread
 
-_BUFFERS = {
-    "sgd": (),
-    "nesterov": ("momentum",),
-    "delayed_nesterov": ("momentum", "delayed"),
-    "adam": ("momentum", "variance"),
-}
+Lr = Callable[[ServerOptimizerConfig], float]
+"""From a configuration to the rate that a rule has if none was set."""
+Reach = Callable[[ServerOptimizerConfig, float], float]
+"""From a configuration and the rate to how far a mean update moves the backbone at once, in multiples of it."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a rule works on: a block of the backbone. All of it is changed in place."""
+
+    g: Flat
+    """The mean update; afterwards the step to take, before the rate."""
+    state: dict[str, Flat]
+    """The rule's buffers, by name."""
+    temporary: Flat
+    """Room for one more block; its contents do not matter."""
+    is_last: bool
+    """Whether this is the last of `delay` aggregations."""
+
+
+Step = Callable[[Block, ServerOptimizerConfig], None]
+
+
+@dataclass(frozen=True)
+class ServerRule:
+    """One way to apply a mean update."""
+
+    step: Step
+    lr: Lr
+    reach: Reach
+    buffers: tuple[str, ...]
+    """Names of the backbone-sized buffers that the rule keeps; they begin as zeros and travel in checkpoints."""
+
+
+SERVER_OPTIMIZERS: Registry[ServerRule] = names.SERVER_OPTIMIZERS
+
+
+def server_optimizer(
+    name: str, *, lr: float | Lr, buffers: tuple[str, ...] = (), reach: Reach = lambda config, lr: 1.0
+) -> Callable[[Step], Step]:
+    """Register a rule for the backbone.
+
+    Args:
+        name: what `aggregation.server_optimizer.name` calls it.
+        lr: the rate where a configuration gives none.
+        buffers: names of the backbone-sized buffers that it keeps.
+        reach: how far a mean update moves the backbone at once; 1 where that depends on the update.
+    """
+
+    def register(step: Step) -> Step:
+        rate = lr if callable(lr) else lambda config: lr
+        SERVER_OPTIMIZERS.add(name, ServerRule(step, rate, reach, buffers), step)
+        return step
+
+    return register
+
+
+@server_optimizer("sgd", lr=1.0, reach=lambda config, lr: lr)
+def sgd(block: Block, config: ServerOptimizerConfig) -> None:
+    """The step is g. Source: FedAvg, arXiv 1602.05629."""
+
+
+@server_optimizer("nesterov", lr=0.7, buffers=("momentum",), reach=lambda config, lr: lr * (1.0 + config.momentum))
+def nesterov(block: Block, config: ServerOptimizerConfig) -> None:
+    """m = mu m + g; the step is g + mu m. Source: DiLoCo, arXiv 2311.08105."""
+    g, momentum, mu = block.g, block.state["momentum"], np.float32(config.momentum)
+    momentum *= mu
+    momentum += g
+    np.multiply(momentum, mu, out=block.temporary)
+    g += block.temporary
+
+
+@server_optimizer(
+    "delayed_nesterov",
+    lr=lambda config: 0.2 * config.delay,
+    buffers=("momentum", "delayed"),
+    reach=lambda config, lr: lr / config.delay,
+)
+def delayed_nesterov(block: Block, config: ServerOptimizerConfig) -> None:
+    """d += g; the step is g / N, and every N-th time mu m more, with m = mu m + d / N; d = 0.
+
+    Source: Async Local-SGD, arXiv 2401.09135 (c = 0); rates: HALoS (ICML 2025).
+    """
+    g, momentum, delayed = block.g, block.state["momentum"], block.state["delayed"]
+    mu, share = np.float32(config.momentum), np.float32(1.0 / config.delay)
+    delayed += g
+    g *= share
+    if block.is_last:
+        np.multiply(delayed, share, out=block.temporary)
+        momentum *= mu
+        momentum += block.temporary
+        np.multiply(momentum, mu, out=block.temporary)
+        g += block.temporary
+        delayed.fill(0.0)
+
+
+@server_optimizer("adam", lr=0.01, buffers=("momentum", "variance"))
+def adam(block: Block, config: ServerOptimizerConfig) -> None:
+    """m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; the step is m / (sqrt(v) + eps).
+
+    Source: FedAdam, arXiv 2003.00295, alg. 2.
+    """
+    g, temporary, momentum, variance = block.g, block.temporary, block.state["momentum"], block.state["variance"]
+    beta1, beta2 = np.float32(config.betas[0]), np.float32(config.betas[1])
+    np.multiply(g, g, out=temporary)
+    temporary *= np.float32(1.0) - beta2
+    variance *= beta2
+    variance += temporary
+    g *= np.float32(1.0) - beta1
+    momentum *= beta1
+    momentum += g
+    np.sqrt(variance, out=temporary)
+    temporary += np.float32(config.eps)
+    np.divide(momentum, temporary, out=g)
 
 
 def default_lr(config: ServerOptimizerConfig) -> float:
-    """The rate of a rule whose rate was not set."""
-    rates = {"sgd": 1.0, "nesterov": 0.7, "delayed_nesterov": 0.2 * config.delay, "adam": 0.01}
-    if config.name not in rates:
-        raise _unknown(config)
-    return rates[config.name]
+    """The rate of a rule whose rate was not set.
+
+    Raises:
+        ConfigError: there is no rule of that name.
+    """
+    return SERVER_OPTIMIZERS.get(config.name).lr(config)
 
 
 def state_buffers(config: ServerOptimizerConfig) -> tuple[str, ...]:
@@ -48,13 +158,7 @@ def state_buffers(config: ServerOptimizerConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: there is no rule of that name.
     """
-    if config.name not in _BUFFERS:
-        raise _unknown(config)
-    return _BUFFERS[config.name]
-
-
-def _unknown(config: ServerOptimizerConfig) -> ConfigError:
-    return unknown_name("aggregation.server_optimizer.name", config.name, _BUFFERS)
+    return SERVER_OPTIMIZERS.get(config.name).buffers
 
 
 class ServerOptimizer:
@@ -66,7 +170,7 @@ class ServerOptimizer:
     """
 
     def __init__(self, config: ServerOptimizerConfig, size: int) -> None:
-        self.config = config
+        self.config, self.rule = config, SERVER_OPTIMIZERS.get(config.name)
         self.lr = default_lr(config) if config.lr is None else config.lr
         self.steps = 0
         """Aggregations applied so far."""
@@ -75,13 +179,7 @@ class ServerOptimizer:
     @property
     def rate(self) -> float:
         """How far a mean update moves the backbone at once, in multiples of it; of adam there is no telling: 1."""
-        config = self.config
-        rates = {
-            "sgd": self.lr,
-            "nesterov": self.lr * (1.0 + config.momentum),
-            "delayed_nesterov": self.lr / config.delay,
-        }
-        return rates.get(config.name, 1.0)
+        return self.rule.reach(self.config, self.lr)
 
     def apply(
         self,
@@ -115,51 +213,11 @@ class ServerOptimizer:
                 else:
                     np.multiply(first[0][part], np.float32(first[1] * scale), out=step)
                 state = {name: buffer[part] for name, buffer in self.buffers.items()}
-                self._step(step, state, temporary[: part.stop - part.start], is_last=is_last)
+                self.rule.step(Block(step, state, temporary[: part.stop - part.start], is_last), self.config)
+                if self.lr != 1.0:
+                    step *= np.float32(self.lr)
                 squared.append(float(np.dot(step, step)))
                 np.add(theta[part], step, out=step)
             return squared
 
         return math.sqrt(sum(chain.from_iterable(spread(update.size, work))))
-
-    def _step(self, g: Flat, state: dict[str, Flat], temporary: Flat, *, is_last: bool) -> None:
-        """Turn one block of the mean update into the step to take, in place."""
-        lr, config = np.float32(self.lr), self.config
-        if config.name == "nesterov":
-            momentum, mu = state["momentum"], np.float32(config.momentum)
-            momentum *= mu
-            momentum += g
-            np.multiply(momentum, mu, out=temporary)
-            g += temporary
-        elif config.name == "delayed_nesterov":
-            self._delayed(g, state, temporary, is_last=is_last)
-        elif config.name == "adam":
-            momentum, variance = state["momentum"], state["variance"]
-            beta1, beta2 = np.float32(config.betas[0]), np.float32(config.betas[1])
-            np.multiply(g, g, out=temporary)
-            temporary *= np.float32(1.0) - beta2
-            variance *= beta2
-            variance += temporary
-            g *= np.float32(1.0) - beta1
-            momentum *= beta1
-            momentum += g
-            np.sqrt(variance, out=temporary)
-            temporary += np.float32(config.eps)
-            np.divide(momentum, temporary, out=g)
-        elif config.name != "sgd":
-            raise _unknown(config)
-        if self.lr != 1.0:
-            g *= lr
-
-    def _delayed(self, g: Flat, state: dict[str, Flat], temporary: Flat, *, is_last: bool) -> None:
-        momentum, delayed = state["momentum"], state["delayed"]
-        mu, share = np.float32(self.config.momentum), np.float32(1.0 / self.config.delay)
-        delayed += g
-        g *= share
-        if is_last:
-            np.multiply(delayed, share, out=temporary)
-            momentum *= mu
-            momentum += temporary
-            np.multiply(momentum, mu, out=temporary)
-            g += temporary
-            delayed.fill(0.0)

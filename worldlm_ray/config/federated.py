@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from worldlm_ray.config.names import ROBUST_RULES, SCORES, SERVER_OPTIMIZERS, STALENESS
 
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
 CodecName = Literal["fp32", "bf16", "int8", "int4"]
-RobustRule = Literal["none", "trimmed_mean", "median"]
-StalenessName = Literal["constant", "polynomial", "hinge", "exponential", "harmonic"]
-ScoreName = Literal["cosine", "dot", "fedamp", "fedatt", "uniform"]
-ServerOptimizerName = Literal["sgd", "nesterov", "delayed_nesterov", "adam"]
+RobustRule = Annotated[str, ROBUST_RULES]
+StalenessName = Annotated[str, STALENESS]
+ScoreName = Annotated[str, SCORES]
+ServerOptimizerName = Annotated[str, SERVER_OPTIMIZERS]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -267,5 +267,5 @@ def hint_of(hint: Any, key: str | int) -> Any:
     if hint is Node and key in INHERITED:
         return hints_of(NodeSettings)[key]
     found = hints_of(hint).get(key, Any) if hint is Node or is_dataclass(hint) else Any
-    words = get_origin(found) is Literal or found == str | None
+    words = get_origin(found) in (Literal, Annotated) or found == str | None
     return str if words else found

@@ -5,6 +5,7 @@ int          whole numbers below 2^63, also spelled 1e6 or 1_000_000
 float        finite numbers: infinity and nan are refused
 bool         true, false, yes, no, on, off
 Literal      one of its values
+Annotated    text that its `choice` takes: a name of a registry
 X | None     null too
 list, dict   of these; a null in one is refused
 """
@@ -20,7 +21,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from worldlm_ray.errors import ConfigError, ConfigErrors
 
@@ -67,7 +68,9 @@ def hints_of(schema: Any) -> dict[str, Any]:
     return _hints(schema)
 
 
-_hints = cache(get_type_hints)
+@cache
+def _hints(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema, include_extras=True)
 
 
 def merged(schema: T, overrides: Any, *, prefix: str, problems: Problems) -> T:
@@ -120,6 +123,8 @@ def converted(value: Any, hint: Any, key: str) -> Any:
         if value not in get_args(kind) or not isinstance(value, str):
             raise ConfigError(key, f"got {shown(value)}", "expected one of " + ", ".join(get_args(kind)))
         return value
+    if get_origin(kind) is Annotated:
+        return get_args(kind)[1].choice(value, key)
     if kind is float:
         return _number(value, key, optional=optional)
     simple = {str: _text, int: _whole, bool: _bool}
@@ -251,6 +256,12 @@ def one_of(got: str, known: Collection[str]) -> str:
         return "remove it"
     close = difflib.get_close_matches(got, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "expected one of " + listed(sorted(known))
+
+
+def nearest(got: str, known: Collection[str]) -> str:
+    """The beginning of a cure for a wrong name: a question about the closest known one; empty if none is close."""
+    close = difflib.get_close_matches(got, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def listed(names: Collection[str]) -> str:
