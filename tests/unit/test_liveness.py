@@ -59,7 +59,7 @@ def test_a_run_of_another_machine_is_watched(run: Path, monkeypatch: pytest.Monk
     }  # fmt: skip
     (run / STATUS).write_text(json.dumps(there))
     said = liveness(run, there, sleep=lambda _: None)
-    assert said.startswith("no news within 3 s from the machine that it runs on")
+    assert said.startswith("no new status within 3 s from the machine that it runs on")
     looks: list[float] = []
 
     def writes_meanwhile(_: float) -> None:

@@ -20,7 +20,7 @@ class Rotary(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        # The device is explicit, so that these exist even where the parameters are built on "meta".
+        # The device is explicit, so that these exist even if the parameters are built on "meta".
         half = torch.arange(0, shape.head_size, 2, dtype=torch.float32, device="cpu") / shape.head_size
         positions = torch.arange(shape.context, dtype=torch.float32, device="cpu")
         angles_TD = torch.outer(positions, shape.rope_theta**-half)
@@ -29,7 +29,7 @@ class Rotary(nn.Module):
         self.register_buffer("sin_TD", angles_TD.sin(), persistent=False)
 
     def forward(self, x_BHTD: Tensor) -> Tensor:
-        """Turn queries or keys by their position."""
+        """Rotate queries or keys by their position."""
         time = x_BHTD.shape[-2]
         cos_TD, sin_TD = self.cos_TD[:time].to(x_BHTD.dtype), self.sin_TD[:time].to(x_BHTD.dtype)  # type: ignore[index]
         first, second = x_BHTD.chunk(2, dim=-1)
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Everything below the head: Hugging Face calls it `model`."""
+    """The decoder without its head, which Hugging Face calls `model`."""
 
     def __init__(self, shape: ModelShape, *, recompute: bool = False) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Trunk(nn.Module):
         x_BTC = self.embed_tokens(tokens_BT)
         for block in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                # Re-entrant: under ZeRO stage 3 the other kind compares tensors with those that were released since.
+                # Re-entrant: the other kind compares tensors that ZeRO stage 3 has released since.
                 x_BTC = checkpoint(block, x_BTC, use_reentrant=True)
             else:
                 x_BTC = block(x_BTC)

@@ -17,7 +17,7 @@ def bind(model: nn.Module, layout: Layout, flat: Tensor, gradient: Tensor | None
         model: its parameter names must be the layout's.
         layout: where each parameter lies.
         flat: fp32 [layout.size]; its values become the model's.
-        gradient: same size; backward passes accumulate into it. None leaves gradients alone.
+        gradient: same size. Backward passes accumulate into it. None: gradients are not bound.
     """
     parameters = dict(model.named_parameters())
     for entry in layout.entries:

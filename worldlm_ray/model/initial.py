@@ -1,4 +1,4 @@
-"""Initial weights of a run. Needs no torch: inner nodes make them too and never load it."""
+"""Initial weights of a run, without torch: inner nodes make them, too, and never load it."""
 
 from __future__ import annotations
 

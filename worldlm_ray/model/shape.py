@@ -1,4 +1,4 @@
-"""The numbers that make a decoder, presets of them, and the parameters they imply.
+"""Sizes of a decoder, presets of them, and the parameters that they imply.
 
 Nothing here imports torch: `worldlm show` and every check before a run work from shapes alone.
 """
@@ -14,7 +14,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.tensors.layout import Layout, make_layout
 
 MOST_LAYERS = 10_000
-"""Names of more layers alone would take minutes to list."""
+"""With more layers, the list of names alone would take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,11 @@ PRESETS = {
 
 
 SIZES = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size")
-"""Settings of a model that a Hugging Face folder decides, where a run begins from one."""
+"""Settings of the model that a Hugging Face folder determines, if a run begins from one."""
 
 
 def resolve_shape(config: ModelConfig, *, vocab_size: int) -> ModelShape:
-    """The shape of a preset with the config's own numbers in place.
+    """The shape of a preset, with the sizes that the config sets itself.
 
     Raises:
         ConfigError: an unknown preset, or numbers that do not fit each other.

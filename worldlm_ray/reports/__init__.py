@@ -1,1 +1,1 @@
-"""What a person reads: tables, progress, what a configuration means, what a run came to."""
+"""Output for people: tables, progress, the description of a configuration, the outcome of a run."""

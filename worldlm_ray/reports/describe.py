@@ -1,4 +1,4 @@
-"""What a configuration means before anything runs: the tree, the parameters, what is sent, what is held."""
+"""What a configuration means, before a run: its tree, its parameters, bytes sent, bytes of memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.training.deepspeed_config import is_zero, worker_bytes
 
 CLIENT_BUFFERS = 5
-"""Flat buffers of a client: parameters, gradient, two AdamW moments, the round's base."""
+"""Flat buffers of a client: parameters, gradient, two AdamW moments, the base of the round."""
 COMMON_BUFFERS = 4
-"""Of a client that can train its parent's model beside its own: that model, its gradient and its moments."""
+"""Further ones of a client that can also train its parent's model: that model, its gradient and its moments."""
 ZERO_CLIENT_BUFFERS = 3
-"""Of one whose workers hold the model: the round's base, the update, and the parameters known last."""
+"""Those of a client whose workers hold the model: the base of the round, the update, the last known parameters."""
 
 
 def describe(plan: Plan) -> dict[str, Any]:
     """The facts, ready for JSON. Sizes are bytes; activations of training are not counted.
 
-    Of siblings that are copies of each other, the first stands for all: `copies` says how many they are.
+    Of siblings that are copies, only the first is listed, with their number as `copies`.
     """
     layout, shape = plan.layout, plan.shape
     return {
@@ -54,7 +54,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def _base(plan: Plan) -> dict[str, Any]:
-    """What there is to know of the model that a run begins from."""
+    """The facts about the model that a run begins from."""
     if plan.base is None:
         return {}
     folder = plan.config.model.initial_from
@@ -62,7 +62,7 @@ def _base(plan: Plan) -> dict[str, Any]:
 
 
 def _origin(model: Mapping[str, Any]) -> str:
-    """Where shape and weights come from, and in what the model differs from the one it begins from."""
+    """Where shape and weights come from, and how the model differs from the one that the run begins from."""
     if "initial_from" not in model:
         return f"preset {model['preset']}"
     apart = ", embedding and head trained apart though they were one tensor there" if model["was_tied"] else ""
@@ -76,18 +76,18 @@ def _nodes(plan: Plan, spec: NodeSpec, copies: int = 1) -> Iterator[tuple[str, d
 
 
 def alike(children: Sequence[NodeSpec]) -> list[tuple[NodeSpec, int]]:
-    """Siblings with their copies: the first of each kind, and how many there are."""
+    """Siblings without their copies: the first of each kind, and the number of alike ones."""
     numbers = Counter(child.key for child in children)
     firsts = {child.key: child for child in reversed(children)}
     return [(firsts[key], number) for key, number in numbers.items()]
 
 
 def crossings(plan: Plan) -> list[dict[str, Any]]:
-    """Edges whose ends are placed differently, and what moves over each in a whole run; in bytes.
+    """Edges whose ends are placed differently, and the bytes that cross each in a whole run.
 
-    Exchanges are those of a budget that is spent evenly; of a federation, which does not begin one while another is
-    under way, at most so many. None where the budget is in seconds. Of edges that are copies of each other, the first
-    stands for all: exchanges and bytes are of all together.
+    The number of exchanges assumes a budget that is spent evenly. For a federation it is an upper limit, since one
+    exchange at a time is under way. It is None if the budget is in seconds. Of edges that are copies, only the first
+    is listed, with the exchanges and bytes of all.
     """
     found = []
     numbers = Counter(spec.key for spec in plan.root.walk())
@@ -147,7 +147,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
             buffers = (ZERO_CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
         if settings.merge.common_fraction:
             buffers += COMMON_BUFFERS * size
-        buffers += 4 * plan.layout.backbone_size * (codec != "fp32")  # what the codec has lost
+        buffers += 4 * plan.layout.backbone_size * (codec != "fp32")  # the codec error
         buffers += size * settings.exchange.overlap  # the update in flight
         return {
             "kind": spec.kind,
@@ -182,13 +182,13 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
 
 
 def _workers(plan: Plan, spec: NodeSpec, buffers: int) -> dict[str, Any]:
-    """Bytes on each worker of a client, at its own ZeRO stage and at the others, and whether they fit."""
+    """Bytes on each worker of a client, at its ZeRO stage and at the others, and whether they fit."""
     training, resources = spec.settings.training, spec.settings.resources
     cuda = resources.gpus > 0
     limit = _worker_limit(spec)
     fewest, most = resources.worker_range
     if not is_zero(spec.settings):
-        # A plain client is one process: what it trains and what it exchanges lie there together.
+        # A client without workers is one process, which holds both the training state and the exchange buffers.
         return {"number": [1, 1], "limit_bytes": limit, "stage": None, "fits": limit is None or buffers <= limit}
     stages = {}
     for stage in range(4):
@@ -206,13 +206,13 @@ def _workers(plan: Plan, spec: NodeSpec, buffers: int) -> dict[str, Any]:
 
 
 def _worker_limit(spec: NodeSpec) -> int | None:
-    """Memory that one worker may fill: what the configuration says, else this machine's; None if that is unknown."""
+    """Memory that one worker may fill: the configured one, else this machine's; None if unknown."""
     resources = spec.settings.resources
     if resources.memory_gb is not None:
         return int(resources.memory_gb * 1e9)
     if resources.gpus == 0:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    import torch  # seconds, which only those with GPUs pay
+    import torch  # takes seconds: only runs with GPUs pay for it
 
     if not torch.cuda.is_available():
         return None
@@ -266,7 +266,7 @@ def _others(node: Mapping[str, Any]) -> str:
 
 
 def _sharding(facts: Mapping[str, Any]) -> FittingTable:
-    """What each worker of the ZeRO clients holds, by stage."""
+    """Memory of each worker of the ZeRO clients, by stage."""
     numbers = map(Column, ("stage", "workers", "params", "grads", "optimizer", "on host"))
     table = FittingTable(
         "memory per worker of clients that DeepSpeed trains",
@@ -291,7 +291,7 @@ def _sharding(facts: Mapping[str, Any]) -> FittingTable:
 
 
 def crossing_table(facts: Mapping[str, Any], *, per_gb: float | None) -> FittingTable:
-    """What moves between places, and what that costs."""
+    """Bytes that move between places, and their cost."""
     numbers = ("exchanges", "up", "down", *(["price"] if per_gb is not None else []))
     table = FittingTable(
         "what moves between places",
@@ -331,7 +331,7 @@ def misfits(facts: Mapping[str, Any]) -> list[str]:
 
 
 def left_out(plan: Plan) -> list[str]:
-    """A line for each folder or glob of a client of which not all files are read."""
+    """A line for each folder or glob of a client with files that are not read."""
     if not plan.root.settings.simulation.train:
         return []
     lines = []

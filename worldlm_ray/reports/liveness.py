@@ -1,4 +1,4 @@
-"""Whether anything runs a run, by its status alone: what `worldlm status` says below its table."""
+"""Whether processes of a run are alive, judged by its status: the line below the table of `worldlm status`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from worldlm_ray.storage.paths import pasted
 from worldlm_ray.tracking.status import FAILED, read_status
 
 ENDED_S = 5.0
-"""A run with a summary whose status is older than this has ended."""
+"""Seconds. A run with a summary and an older status has ended."""
 SILENT_S = 15.0
-"""A status of this machine that is older than this is called silent."""
+"""Seconds. A run of this machine with an older status is called silent."""
 LOOK_S = 3.0
-"""How long a status of another machine is watched: its clock says nothing about the age of the file."""
+"""Seconds for which a status of another machine is watched, since that machine's clock may differ."""
 LOOK_EVERY_S = 0.25
 
 
 def liveness(run_dir: Path, snapshot: Mapping[str, Any], *, sleep: Callable[[float], None] = time.sleep) -> str:
-    """Say in a line whether a run lives.
+    """Say in a line whether a run is alive.
 
     Args:
         run_dir: its folder.
         snapshot: its status.
-        sleep: waits for so many seconds.
+        sleep: waits for a number of seconds.
     """
     has_summary = (run_dir / SUMMARY).is_file()
     again = f"continue with: worldlm train --resume {pasted(run_dir)}"
@@ -50,11 +50,11 @@ def liveness(run_dir: Path, snapshot: Mapping[str, Any], *, sleep: Callable[[flo
                 return "running"
     if has_summary:
         return "ended: see summary.json"
-    return f"no news within {LOOK_S:.0f} s from the machine that it runs on, or ran on; {advice}"
+    return f"no new status within {LOOK_S:.0f} s from the machine that it runs on, or ran on; {advice}"
 
 
 def _age_s(snapshot: Mapping[str, Any]) -> float | None:
-    """Seconds since the status was written; None if that was on another machine, or before this one was started."""
+    """Seconds since the status was written; None if another machine wrote it, or if this one was restarted since."""
     try:
         stamp = snapshot["updated"]
         return Stamp(str(stamp["machine"]), float(stamp["monotonic_s"])).age_s()

@@ -1,4 +1,4 @@
-"""The end of a run: every model measured on held-out text, summary.json, samples. The same for both backends."""
+"""The end of a run on either backend: each model measured on held-out text, summary.json, samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worldlm_ray.tracking.summary import Summary, write_summary
 from worldlm_ray.tracking.tracker import Tracker
 
 LONGEST_FAILURE = 200
-"""Characters of a reason that an error gives."""
+"""Characters of an error's reason that are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Sample:
 
 
 def sampled(generate: Callable[[], str]) -> Sample:
-    """What `generate` gives. A text is no more than a taste: whatever fails here must not cost the run its summary."""
+    """The text of `generate`, or its failure. A failed sample must not prevent the summary."""
     try:
         return Sample(text=generate())
     except Interrupted:
@@ -42,7 +42,7 @@ def sampled(generate: Callable[[], str]) -> Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     summary: dict[str, Any]
     """The content of summary.json."""
@@ -51,10 +51,10 @@ class Outcome:
 
 
 def combine(measures: Iterable[Measure | None]) -> Measure | None:
-    """One measure over several clients' texts, each weighted by its held-out bytes; None counts for nothing.
+    """One measure over several clients' texts, each weighted by its held-out bytes. Those that are None are left out.
 
-    Loss is the weighted mean, perplexity per token the exponential of the weighted mean of its logarithm. None if all
-    are.
+    Loss is the weighted mean, perplexity per token the exponential of the weighted mean of its logarithm. The result is
+    None if all measures are.
     """
     found = [measure for measure in measures if measure is not None]
     if not found:
@@ -67,7 +67,7 @@ def combine(measures: Iterable[Measure | None]) -> Measure | None:
 
 
 def spent(budget: BudgetConfig, trained: int) -> dict[str, Any]:
-    """What the budget was and, where it was in tokens, what was trained of it and beyond it."""
+    """The budget. If it is in tokens, also the tokens that were trained, and those beyond the budget."""
     found: dict[str, Any] = {unit: amount for unit, amount in asdict(budget).items() if amount is not None}
     if budget.tokens is not None:
         found |= {"trained": trained, "beyond": max(trained - budget.tokens, 0)}
@@ -89,7 +89,7 @@ def finish(
 
     Args:
         plan: the run.
-        tracker: the run's tracker; its counters become the summary's.
+        tracker: of the run. The summary takes its counters.
         world: the world's final parameters; None where nothing was trained.
         measures: final quality by path: clients' own models on their own text, inner nodes' own models on the
             text of all clients below them; None where losses are private.

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and how a person stops it."""
+"""What a terminal shows during a run, and how the user stops a run."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from rich.text import Text
 from worldlm_ray.reports.tables import amount, duration, left_of, live_table
 
 LINE_EVERY_S = 10.0
-"""Where the output is no terminal: seconds between two lines."""
+"""Seconds between two lines if the output is no terminal."""
 NOTHING_NEW_S = 60.0
-"""... while the run trains and nothing has happened since the last one."""
+"""The same while the run trains and no event has happened since the last line."""
 DRAW_EVERY_S = 0.5
-"""On a terminal: seconds between two drawings."""
+"""Seconds between two drawings on a terminal."""
 DRAW_SHARE = 0.05
-"""Share of the time that drawing may take: of a very large world it is done less often."""
+"""Largest fraction of the time that drawing may take. A very large world is drawn less often."""
 TICK_S = 0.2
-"""Seconds between two looks whether something is to be said."""
+"""Seconds between two checks for messages to print."""
 SAME_S = 0.5
-"""Signals that come together are one wish: `timeout` and terminals send theirs to the process and to its group."""
+"""Seconds within which signals count as one: `timeout` and terminals signal both the process and its group."""
 SHOW_CURSOR = b"\x1b[?25h"
-"""What a live table on a terminal has hidden."""
+"""Shows the cursor, which a live table on a terminal hides."""
 TRAINING, MEASURING, SAVING = "training", "measuring the models", "writing checkpoints"
-"""Phases in which something has begun; of all others, nothing is to be kept."""
+"""Phases in which a run has begun. In the others nothing has to be kept."""
 CONSEQUENCES = {
     TRAINING: "writing checkpoints",
     MEASURING: "the measures that are missing are left out",
     SAVING: "writing checkpoints",
 }
-"""What happens when the user wants to leave in a phase."""
+"""What happens if the user stops the run in a phase."""
 
 
 class Progress:
-    """A live table on a terminal, a line now and then elsewhere.
+    """A live table on a terminal, occasional lines elsewhere.
 
-    A thread beside shows how long a phase takes, and says what a signal's handler wants to say: that one may run in
-    the middle of a drawing.
+    A thread shows how long a phase takes, and prints the messages of a signal's handler, which may run in the middle of
+    a drawing.
 
     Args:
         console: where to draw.
@@ -59,7 +59,7 @@ class Progress:
         self._errors = console if errors is None or self._live is not None else errors
         self._shown_at = self._drawn_s = 0.0
         self._line = ""
-        """The last line, where the output is no terminal."""
+        """The last line, if the output is no terminal."""
         self._warned: set[tuple[str, Any]] = set()
         self._began = self._spoke_at = self._phase_at = time.monotonic()
         self._phase = self._step = ""
@@ -83,21 +83,21 @@ class Progress:
             self._live.stop()
 
     def phase(self, name: str) -> None:
-        """Say what begins now."""
+        """Show the phase that begins now."""
         with self._lock:
             self._phase, self._step, self._phase_at = name, "", time.monotonic()
             self._print(name)
 
     def step(self, text: str) -> None:
-        """Say how far the phase has come: `12 of 37 models`. It is shown beside the phase, not as a line of its own."""
+        """Show the progress of the phase beside its name: `12 of 37 models`."""
         self._step = text
 
     def notice(self, text: str) -> None:
-        """Have a line said soon; the only method that a signal's handler may call."""
+        """Print a line soon. The only method that a signal's handler may call."""
         self._notices.append(text)
 
     def alert(self, text: str) -> None:
-        """Say a warning about the machines of the run, once."""
+        """Print a warning about the machines of the run, once."""
         self.warn([{"node": "", "text": text}])
 
     def _print(self, text: str) -> None:
@@ -107,7 +107,7 @@ class Progress:
         self._spoke_at = now
 
     def _tick(self) -> None:
-        """What the thread beside does."""
+        """The loop of the thread."""
         drawn_at = 0.0
         while not self._over.wait(TICK_S):
             with self._lock:
@@ -123,7 +123,7 @@ class Progress:
                     self._draw()
 
     def _still(self) -> str:
-        """The phase, how far it has come, and for how long it has been going on."""
+        """The phase, its progress and its duration."""
         step = f": {self._step}" if self._step else ""
         return f"{self._phase}{step}, for {duration(time.monotonic() - self._phase_at)}"
 
@@ -139,7 +139,7 @@ class Progress:
             self._errors.print(text, style="bold", markup=False, highlight=False, soft_wrap=True)
 
     def show_if_due(self, snapshot: Callable[[], dict[str, Any]]) -> None:
-        """Draw if enough time has passed since the last drawing; only then is the snapshot made."""
+        """Draw if enough time has passed since the last drawing. Only then a snapshot is made."""
         every_s = LINE_EVERY_S if self._live is None else DRAW_EVERY_S
         if time.monotonic() - self._shown_at >= max(every_s, self._drawn_s / DRAW_SHARE):
             began = time.monotonic()
@@ -148,7 +148,7 @@ class Progress:
             self._drawn_s = self._shown_at - began
 
     def warn(self, warnings: Iterable[Mapping[str, Any]]) -> None:
-        """Say each warning of a run once: `node` and `text`; no node if the text says what it is about."""
+        """Print each warning of a run once: `node` and `text`. The node is empty if the text names its subject."""
         with self._lock:
             for node, text in [(warning["node"], warning["text"]) for warning in warnings]:
                 if {(node, text), ("", text)} & self._warned:
@@ -159,7 +159,7 @@ class Progress:
                 self._spoke_at = time.monotonic()
 
     def show(self, snapshot: dict[str, Any]) -> None:
-        """Draw a snapshot of the run; a warning of a node, or of the run's files, is a line of its own, once."""
+        """Draw a snapshot of the run, and print each warning of a node or of the run's files once."""
         with self._lock:
             self.warn(snapshot.get("warnings", []))
             if snapshot.get("warnings_left_out"):
@@ -171,7 +171,7 @@ class Progress:
                 self._snapshot = snapshot
                 self._draw()
             elif now - self._shown_at < LINE_EVERY_S or (line := _line(snapshot)) == self._line:
-                return  # too soon, or nothing has happened since
+                return  # too soon, or without an event since the last line
             else:
                 self._line = line
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -197,10 +197,10 @@ def _line(snapshot: dict[str, Any]) -> str:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM: the first asks the run to end cleanly, the second ends the process.
+    """Handles Ctrl-C and SIGTERM: the first asks the run to end cleanly, the second ends the process.
 
     Args:
-        say: told what happens; called by the signal's handler.
+        say: prints what happens. The signal's handler calls it.
         consequence: what the first signal leads to.
     """
 
@@ -221,12 +221,12 @@ class Stop:
             signal.signal(number, handler)
 
     def install(self) -> None:
-        """Put the handlers in place (again)."""
+        """Install the handlers, also after a library has replaced them."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def phase(self, name: str) -> None:
-        """The run has come to another phase."""
+        """Take in that the run has reached another phase."""
         self._consequence = CONSEQUENCES.get(name, self._consequence)
 
     def asked(self) -> bool:

@@ -1,4 +1,4 @@
-"""worldlm privacy, and the privacy part of worldlm show: what ledgers say, and what a plan is going to spend."""
+"""`worldlm privacy`, and the privacy part of `worldlm show`: what ledgers say, and what a plan will spend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from worldlm_ray.tracking import audit
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """What one text's ledger says."""
+    """The ledger of one text."""
 
     ledger: str
     unit: str
@@ -37,33 +37,33 @@ class Statement:
     epsilon: float
     target_epsilon: float | None
     rounds_left: int | None
-    """Further rounds like the last one that the budget holds."""
+    """Further rounds that the budget allows, if they are like the last one."""
     then: str = "stop"
-    """What its clients do once that is 0: stop, or pause."""
+    """What its clients do when that is 0: stop, or pause."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What a private client is going to spend if the run goes as planned."""
+    """What a private client will spend if the run goes as planned."""
 
     node: str
     records: int | None
-    """Sequences of its text; None where whole updates are protected."""
+    """Sequences of its text; None if whole updates are protected."""
     rate: float
     noise: float
     rounds: int | None
     epsilon: float | None
-    """With what is spent already. None where the budget of the run does not say how many rounds there will be."""
+    """Epsilon at the end, with the part that is spent already. None if the run's budget does not fix the rounds."""
     target_epsilon: float | None
 
 
 def private_clients(plan: Plan) -> list[NodeSpec]:
-    """The clients that are promised privacy, of either unit."""
+    """The private clients, of either unit."""
     return [spec for spec in plan.root.clients if spec.settings.privacy.unit != "none"]
 
 
 def planned(plan: Plan) -> list[Planned]:
-    """The epsilon of every private client, before any of it is spent. Reads their texts.
+    """The planned epsilon of every private client. Reads their texts.
 
     Raises:
         DataError: a text is not on this machine, or damaged.
@@ -111,7 +111,7 @@ def planned(plan: Plan) -> list[Planned]:
 
 
 def weak_deltas(plan: Plan, rows: Sequence[Planned | Statement]) -> list[str]:
-    """A line for every client whose delta is at or above 1 / records, or 1 / clients: it promises nothing."""
+    """A line for every client whose delta is at least 1 / records, or 1 / clients: such a delta promises nothing."""
     found = {}
     for row in rows:
         for path in [row.node] if isinstance(row, Planned) else row.nodes:
@@ -188,7 +188,7 @@ def _client_level(path: Path, entries: Sequence[dict[str, Any]]) -> Statement:
 
 
 def unpaid(plan: Plan) -> list[str]:
-    """Private clients of whom the audit trail shows more accepted updates than their ledgers show charges."""
+    """Private clients with more accepted updates in the audit trail than charges in their ledgers."""
     clients = {spec.path for spec in private_clients(plan)}
     accepted: Counter[str] = Counter()
     for proof in audit.proofs(plan.run_dir):
@@ -197,7 +197,7 @@ def unpaid(plan: Plan) -> list[str]:
         if client in clients and plan.node(client).settings.privacy.unit == "client":
             accepted[client] += (
                 proof.again
-            )  # an aggregator that takes an update again draws new noise: that is paid, too
+            )  # an aggregator that accepts an update again draws new noise, and charges for it
     charges: Counter[str] = Counter()
     for folder in {ledger_folder(spec.settings.privacy, plan.run_dir) for spec in private_clients(plan)}:
         for path in folder.glob("*.jsonl"):
@@ -210,7 +210,7 @@ def unpaid(plan: Plan) -> list[str]:
 
 
 def planned_table(rows: Sequence[Planned]) -> FittingTable:
-    """What is going to be spent, for the terminal."""
+    """What will be spent, for the terminal."""
     table = FittingTable(
         "privacy: what the plan will spend",
         [Column("client", is_number=False), *map(Column, ("records", "rate", "noise", "rounds", "epsilon", "budget"))],

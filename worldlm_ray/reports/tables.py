@@ -17,15 +17,15 @@ from worldlm_ray.tracking.node_state import KINDS
 
 NOTHING = "–"  # noqa: RUF001 - an en dash is what tables show for "none"
 PRIVATE = "private"
-"""What tables show where losses are known and stay with the clients."""
+"""Shown for losses that clients know and do not report."""
 BAR = 10
 """Characters of the bar that shows how far a run is."""
 FORESEEN = 0.02
-"""Share of the budget from which on the time left is foretold."""
+"""Fraction of the budget from which on the remaining time is estimated."""
 SAMPLE_CHARACTERS = 240
-"""A longer sample is cut: the table shows a taste of each client's language, not a page."""
+"""Characters of a sample. A longer one is cut."""
 MANY = 32
-"""More siblings of a kind than this are one line together."""
+"""More siblings of a kind are summed up in one line."""
 _STYLES = {"world": "bold", "federation": "bold cyan", "client": ""}
 _STATES = {"finished": "green", "waiting": "yellow", "paused": "yellow", "left": "dim"}
 _STATES |= dict.fromkeys(("warning", "diverged"), "bold red")
@@ -72,7 +72,7 @@ def live_table(snapshot: Mapping[str, Any]) -> FittingTable:
 
 
 def _head(snapshot: Mapping[str, Any]) -> str:
-    """How far a run is: a bar, the time that it has taken and may still take, the tokens and the budget."""
+    """The progress of a run: a bar, the time so far, the estimated remaining time, the tokens and the budget."""
     progress, now_s = float(snapshot.get("progress", 0.0)), float(snapshot.get("now_s", 0.0))
     filled = round(BAR * min(progress, 1.0))
     left = f", {left_of(snapshot)}" if left_of(snapshot) else ""
@@ -86,7 +86,7 @@ def _head(snapshot: Mapping[str, Any]) -> str:
 
 
 def left_of(snapshot: Mapping[str, Any]) -> str:
-    """How long a run may still take, if it goes on as before; empty where that is not known."""
+    """The estimated remaining time at the present rate; empty if unknown."""
     progress, now_s = float(snapshot.get("progress", 0.0)), float(snapshot.get("now_s", 0.0))
     if not FORESEEN <= progress < 1.0:
         return ""
@@ -94,7 +94,7 @@ def left_of(snapshot: Mapping[str, Any]) -> str:
 
 
 def _said(state: str, node: Mapping[str, Any]) -> str:
-    """A state; of one that an operator may want to change, with its reason."""
+    """A node's state, with its reason if an operator may want to act."""
     detail = str(node.get("state_detail") or "")
     if node.get("diverged") and state != "diverged":
         return f"{state}, diverged"
@@ -102,7 +102,7 @@ def _said(state: str, node: Mapping[str, Any]) -> str:
 
 
 def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Group:
-    """What every node learned, and below it a line of each client's text.
+    """Losses and counts of every node, and below them a line of each client's text.
 
     Args:
         summary: what `write_summary` returned, or summary.json as read.
@@ -134,7 +134,7 @@ def final_table(summary: Mapping[str, Any], samples: Mapping[str, str]) -> Group
 
 
 def _samples(samples: Mapping[str, str], *, failed: Mapping[str, str]) -> Iterator[Text]:
-    """One line per client: a Text is never read as markup, whatever brackets the model wrote."""
+    """One line per client. A Text is never parsed as markup, so a model may write brackets."""
     lines = {path: Text(printable(text)[:SAMPLE_CHARACTERS]) for path, text in samples.items() if text}
     lines |= {path: Text(printable(f"no sample: {why}"), style="red") for path, why in failed.items()}
     if lines:
@@ -148,7 +148,7 @@ def _samples(samples: Mapping[str, str], *, failed: Mapping[str, str]) -> Iterat
 
 
 def cost_table(summary: Mapping[str, Any]) -> FittingTable:
-    """What a simulation without training says of every node: who works, who waits, what is sent.
+    """The result of a simulation without training, by node: work, waiting, bytes sent.
 
     Args:
         summary: what `write_summary` returned, or summary.json as read.
@@ -194,7 +194,7 @@ def audit_table(proofs: Sequence[Proof]) -> FittingTable:
 
 
 def tree_order(nodes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Nodes with every child under its parent, siblings in the order given."""
+    """Paths with every child below its parent, and siblings in the order given."""
     children: dict[str, list[str]] = {}
     for path in nodes:
         children.setdefault(path.rpartition("/")[0], []).append(path)
@@ -208,10 +208,10 @@ def tree_order(nodes: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def folded(nodes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Nodes as `tree_order` gives them, but many siblings of a kind, with all that is below them, as one line.
+    """Nodes in the order of `tree_order`, with many siblings of a kind and all nodes below them as one line.
 
-    The line of many nodes has the sums of their counts and the means of what is not counted; it stands under the name
-    `PARENT/1,000 clients`, and its state says how many are in which.
+    The line of many nodes is called `PARENT/1,000 clients`. It has the sums of their counts, the means of their other
+    values, and the number of nodes in each state.
     """
     children: dict[str, list[str]] = {}
     for path in nodes:
@@ -245,7 +245,7 @@ def _under(path: str, children: Mapping[str, list[str]]) -> Iterator[str]:
 
 
 def _together(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One line for many nodes: None where none of them has a value."""
+    """One line for many nodes. A value is None if no node has it."""
     line: dict[str, Any] = {"kind": nodes[0]["kind"], "refused": {}}
     for name in ("tokens", "accepted", "tokens_per_s", "bytes_up", "bytes_down"):
         line[name] = sum(node.get(name) or 0 for node in nodes)
@@ -275,7 +275,7 @@ def printable(text: str) -> str:
 
 
 def amount(number: float | None) -> str:
-    """A count in at most five characters: 950, 12.3k, 4.00M."""
+    """A count in five characters or fewer: 950, 12.3k, 4.00M."""
     if number is None:
         return NOTHING
     value, unit, units = float(number), "", iter("kMGTPE")
@@ -314,7 +314,7 @@ def _perplexity(value: float | None) -> str:
 
 
 def _own(node: Mapping[str, Any]) -> str:
-    """Perplexity of a node's own model, as far as it is known and may be; of an older version than now, with that."""
+    """Perplexity of a node's own model, if it is known and reported. With the version, if that is an older one."""
     return _of_version(node, _perplexity(node["perplexity"]), node["perplexity"])
 
 
@@ -330,7 +330,7 @@ def _of_version(node: Mapping[str, Any], shown: str, value: float | None) -> str
 
 
 def budget_line(summary: Mapping[str, Any]) -> str:
-    """What was trained beyond a budget in tokens, and why; empty where nothing was."""
+    """Tokens that were trained beyond the budget, and why; empty if there are none."""
     budget = summary.get("budget") or {}
     if not budget.get("beyond"):
         return ""

@@ -1,4 +1,4 @@
-"""What the terminal shows: a console that pipes whole lines, and tables that fit the width.
+"""Output to a terminal or a pipe: a console that pipes whole lines, and tables that fit the width.
 
 On a terminal a table hides its least important columns until it fits, and says which. On a pipe no line is wrapped, cut
 or padded, so that a program can read it.
@@ -19,9 +19,9 @@ from rich.text import Text
 from worldlm_ray.errors import OutputError
 
 PIPE_WIDTH = 10_000
-"""Columns of a line on a pipe: wider than any table."""
+"""Columns of a line on a pipe: more than any table has."""
 TEXT_WIDTH = 32
-"""Columns that a column of text wants at most before others are hidden: longer text is wrapped."""
+"""Width that a column of text gets before other columns are hidden. Longer text is wrapped."""
 _PADDING = re.compile(r"[ \t]+$", re.MULTILINE)
 
 
@@ -39,7 +39,7 @@ class Terminal(Console):
 
     @property
     def size(self) -> ConsoleDimensions:
-        """Columns and lines; on a pipe so many columns that nothing is wrapped."""
+        """Columns and lines. A pipe has enough columns that no line is wrapped."""
         return super().size if self.is_terminal else ConsoleDimensions(PIPE_WIDTH, 100)
 
     @size.setter
@@ -47,7 +47,7 @@ class Terminal(Console):
         self._width, self._height = new_size
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as `rich` does; on a pipe without the padding of tables."""
+        """Print as `rich` does, on a pipe without the padding of tables."""
         try:
             if self.is_terminal or self._buffer_index:
                 super().print(*objects, **options)
@@ -67,15 +67,15 @@ class Column:
     """A column of a `FittingTable`."""
 
     name: str
-    """Its heading; may have several lines."""
+    """Its heading, of one or more lines."""
     rank: int = 0
     """A column of rank 0 always stays. The highest rank is hidden first."""
     is_number: bool = True
-    """Numbers stand at the right and are never cut or wrapped."""
+    """Numbers are aligned to the right and are never cut or wrapped."""
 
 
 class FittingTable:
-    """A table that hides columns where the terminal is too narrow for all of them.
+    """A table that hides columns if the terminal is too narrow for all of them.
 
     Args:
         title: the line above it.
@@ -102,7 +102,7 @@ class FittingTable:
         self.rows.append((cells, style))
 
     def shown(self, width: int) -> list[int]:
-        """Indices of the columns that fit into so many characters, from left to right."""
+        """Indices of the columns that fit into a width in characters, from left to right."""
         indices = list(range(len(self.columns)))
         while self._needed(indices, gap=1) > width:
             rank, victim = max((self.columns[index].rank, index) for index in indices)
@@ -114,7 +114,7 @@ class FittingTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         indices = self.shown(options.max_width)
         gap = 2 if self._needed(indices, gap=2) <= options.max_width else 1
-        if self.title:  # not the table's: that would be wrapped at the table's width
+        if self.title:  # not the caption of the table, which would be wrapped at the table's width
             yield Text(self.title, style="bold")
         yield self._table(indices, gap=gap)
         hidden = [" ".join(self.columns[i].name.split()) for i in range(len(self.columns)) if i not in indices]
@@ -152,5 +152,5 @@ class FittingTable:
 
 
 def _plain(cell: str | Text) -> Text:
-    """A cell whose brackets are never read as markup."""
+    """A cell whose brackets are never parsed as markup."""
     return cell if isinstance(cell, Text) else Text(cell)

@@ -1,6 +1,6 @@
-"""Whether the audit trail of a run is whole: a damaged or missing trail proves nothing.
+"""Whether the audit trail of a run is complete: a damaged or missing trail proves nothing.
 
-A line that a kill has torn apart is no damage: the node writes its update again, or goes back to a checkpoint.
+A line that a kill has cut short is no damage: the node writes its update again, or goes back to a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _BEGIN = '{"now_s": '
 
 @dataclass
 class Trail:
-    """What the audit trail of a run proves, and whether it is all there."""
+    """What the audit trail of a run proves, and whether it is complete."""
 
     proofs: list[audit.Proof]
     damage: list[str] = field(default_factory=list)
     """Places that are damaged or missing, such as `runs/a/audit/world.jsonl line 3`."""
     torn: int = 0
-    """Lines that a kill has torn apart, and that are passed over."""
+    """Lines that a kill has cut short. They are left out."""
     counted: int = 0
     """Accepted updates that the run itself has counted, in `source`."""
     source: str = rundir.SUMMARY
 
     @property
     def holds(self) -> bool | None:
-        """The trail is all there, nothing was lost and nothing applied twice; None where no update has been judged."""
+        """Whether the trail is complete, no update is lost and none is applied twice; None if none has been judged."""
         if not self.proofs and not self.damage:
             return None
         return not self.damage and all(proof.holds for proof in self.proofs)
 
     def conclusion(self, run_dir: Path) -> str:
-        """What the trail proves, in a line."""
+        """The result in a line."""
         if self.damage:
             shown, more = "; ".join(self.damage[:3]), len(self.damage) - 3
             places = shown + (f"; and {more:,} more" if more > 0 else "")
@@ -56,19 +56,19 @@ class Trail:
 
 
 def look(run_dir: Path) -> Trail:
-    """Go through the trail of a run, and compare it with what the run has counted: summary.json, or status.json.
+    """Check the trail of a run, and compare it with the counts in summary.json, or status.json.
 
     Args:
         run_dir: the run's folder.
     """
-    source, nodes, damage = _counts(run_dir)  # before the trail: a living run goes on meanwhile
+    source, nodes, damage = _counts(run_dir)  # read before the trail, since a live run goes on
     found = Trail(audit.proofs(run_dir), damage=damage, source=source)
     for path in audit.files(run_dir):
         wrong, torn = _wrong_lines(audit.lines_of(path))
         found.damage += [f"{path} line {number}" for number in wrong]
         found.torn += torn
     held = {f"{proof.node}/{proof.sender}": len({*proof.applied, *proof.lost}) for proof in found.proofs}
-    # Lines of an object store, and of a simulation without training, may come later than the counts of a status.
+    # In an object store, and in a simulation without training, lines may be written later than the counts of a status.
     late = source == rundir.STATUS and (filesystem.is_remote(run_dir) or rundir.is_simulated(run_dir))
     for node, counted in nodes.items():
         found.counted += counted
@@ -79,7 +79,7 @@ def look(run_dir: Path) -> Trail:
 
 
 def _wrong_lines(lines: list[str]) -> tuple[list[int], int]:
-    """Numbers of damaged lines, from 1, and how many lines a kill has torn apart."""
+    """Numbers of damaged lines, from 1, and how many lines a kill has cut short."""
     wrong, torn = list[int](), 0
     last = max((index for index, line in enumerate(lines) if line.strip()), default=-1)
     life = 1
@@ -97,7 +97,7 @@ def _wrong_lines(lines: list[str]) -> tuple[list[int], int]:
 
 
 def _ends_here(line: str, after: str | None, life: int) -> bool:
-    """Whether the writer ended within a line: nothing follows, or the whole line, or a later life of the node."""
+    """Whether the writer ended inside a line: no line, the whole line, or a later incarnation of the node follows."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -111,7 +111,7 @@ def _ends_here(line: str, after: str | None, life: int) -> bool:
 
 
 def _counts(run_dir: Path) -> tuple[str, dict[str, int], list[str]]:
-    """Where a run has counted accepted updates, how many by path of the sender, and what is damaged there."""
+    """The file with a run's counts of accepted updates, the counts by path of the sender, and what is damaged in it."""
     source = next((name for name in (rundir.SUMMARY, rundir.STATUS) if (run_dir / name).is_file()), "")
     if not source:
         return source, {}, []

@@ -1,1 +1,1 @@
-"""Where a run folder lies, and what is kept there: file systems, object stores, checkpoints."""
+"""Storage of a run folder: file systems, object stores, checkpoints."""

@@ -6,14 +6,14 @@
             meta.json           written last; holds the sizes and the SHA-256 of the arrays
         incarnations/2          how often the node has been started
 
-A checkpoint is written under a temporary name, flushed to disk and renamed; in an object store, where nothing is
-renamed, it counts from when its meta.json is there. Loading takes the newest that is whole, falls back to the one
-before if it is not, and says so.
+A checkpoint is written under a temporary name, flushed to disk and renamed. An object store cannot rename: there a
+checkpoint counts once its meta.json exists. Loading takes the newest whole checkpoint, and warns of each newer damaged
+one.
 
-After a node of the cluster was lost, two processes may play one actor for a while. Each has claimed its
-incarnation, by creating a file that can be created only once. The older one learns of the newer when it saves: before
-it writes, and again before it counts on what it has written. What it wrote in between the newer one has either read or
-will never read, since checkpoints are ordered by incarnation first.
+After the cluster has lost a machine, two processes may run one node for a while. Each has claimed its
+incarnation, by creating a file that can be created only once. The older process learns of the newer one when it saves:
+before it writes, and again before it relies on what it has written. The newer process has either read that checkpoint
+or will never read it, since checkpoints are ordered by incarnation first.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 
 
 def folder(run_dir: Path, path: str) -> Path:
-    """Where the checkpoints of a node lie."""
+    """The folder of a node's checkpoints."""
     return run_dir / "checkpoints" / path / "@"
 
 
 def claim(place: Path) -> int:
-    """Begin a new life of a node: its number, which no other process has or will have.
+    """Claim a new incarnation of a node. No other process has its number or will have it.
 
     Raises:
         CheckpointError: the storage refused.
@@ -74,7 +74,7 @@ def claim(place: Path) -> int:
 
 
 def newest_incarnation(place: Path) -> int:
-    """The number of a node's newest life; 0 if it has never lived."""
+    """The newest incarnation of a node; 0 if it has never been started."""
     folder = place / _INCARNATIONS
     if not folder.is_dir():
         return 0
@@ -106,8 +106,8 @@ def save(
         The folder of the new checkpoint.
 
     Raises:
-        CheckpointError: the storage refused; nothing half-written is left under a final name.
-        SupersededError: a newer process plays this node; the checkpoint does not count.
+        CheckpointError: the storage refused. No partial checkpoint has a final name.
+        SupersededError: a newer process runs this node. The checkpoint does not count.
     """
     temporary = place / f".writing-{secrets.token_hex(4)}"
     try:
@@ -118,7 +118,7 @@ def save(
             number = max((number for (_, number), _ in old), default=0) + 1
             final = place / f"{incarnation:04d}-{number:06d}-{secrets.token_hex(2)}"
             if filesystem.is_remote(place):
-                temporary = final  # nothing can be renamed there: a checkpoint counts when its meta.json is there
+                temporary = final  # no renaming there: a checkpoint counts once its meta.json exists
             filesystem.make_folder(temporary)
             _write(temporary, meta, arrays, changing=changing, on_steady=on_steady)
             if temporary is not final:
@@ -128,7 +128,7 @@ def save(
     except OSError as error:
         filesystem.remove_tree(temporary)
         with suppress(OSError), filesystem.refusals(place):
-            check_newest(place, incarnation)  # a newer life clears away what an older one has not finished
+            check_newest(place, incarnation)  # a newer incarnation removes unfinished checkpoints of an older one
         raise CheckpointError(f"cannot write a checkpoint to {place}: {error}; free the storage") from error
     with suppress(OSError), filesystem.refusals(place):
         for path in place.iterdir():
@@ -166,11 +166,11 @@ def _write(
 
 
 def load(place: Path, *, warn: Callable[[str], None] = lambda _: None) -> tuple[dict[str, Any], dict[str, Flat]] | None:
-    """The newest whole checkpoint of a node, or None if it never wrote one.
+    """The newest whole checkpoint of a node, or None if there is none.
 
     Args:
         place: the node's folder.
-        warn: told about every damaged checkpoint that was passed over.
+        warn: called with each damaged checkpoint that is skipped.
 
     Raises:
         CheckpointError: there are checkpoints and none is whole.
@@ -194,7 +194,7 @@ def newest_meta(place: Path) -> dict[str, Any]:
     """Plain values of a node's newest checkpoint whose meta.json is whole; its arrays are not read.
 
     Returns:
-        They are empty where there is no such checkpoint.
+        An empty mapping if there is no such checkpoint.
     """
     with suppress(OSError), filesystem.refusals(place):
         for _, path in reversed(_numbered(place)):
@@ -204,7 +204,7 @@ def newest_meta(place: Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """What meta.json holds, checked.
+    """The content of meta.json, checked.
 
     Raises:
         CheckpointError: it is not whole, or of another format.
@@ -237,8 +237,8 @@ def _write_arrays(
 ) -> tuple[int, str]:
     """Write flat fp32 buffers as safetensors, flushed to disk; returns the size of the file and its SHA-256.
 
-    The library's own writer makes a copy of every tensor first. This one streams the buffers as they lie, since
-    a node that holds three times its model must not need six to save it; the library reads the result.
+    The writer of safetensors copies every tensor first. This one streams the buffers without a copy, since a node that
+    holds three times its model must not need six times its model to save it. safetensors reads the result.
     """
     index, offset = {}, 0
     for name, values in arrays.items():
@@ -265,7 +265,7 @@ def _write_arrays(
 
 
 def check_newest(place: Path, incarnation: int) -> None:
-    """See whether a process still plays its node.
+    """Check that a process still runs its node.
 
     Raises:
         SupersededError: a newer one does.
@@ -287,7 +287,7 @@ def _numbered(place: Path) -> list[tuple[tuple[int, int], Path]]:
 
 
 def _is_leftover(path: Path, *, before: tuple[int, int]) -> bool:
-    """Whether an unfinished checkpoint lies in an object store whose writer must have ended."""
+    """Whether a folder in an object store is an unfinished checkpoint of a process that must have ended."""
     match = _NAME.fullmatch(path.name)
     if match is None or not filesystem.is_remote(path) or (int(match[1]), int(match[2])) >= before:
         return False

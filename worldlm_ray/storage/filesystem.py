@@ -1,13 +1,13 @@
-"""Where a run folder lies: a file system that all machines mount, or an object store.
+"""File systems of a run folder: one that all machines mount, or an object store.
 
     /mnt/shared/runs/europe         a pathlib.Path
     s3://bucket/runs/europe         a path of universal_pathlib, over fsspec: s3://, gs://, az://, ...
 
-Both are used alike. What an object store cannot do is done here in another way: an object is replaced as a whole, so
-nothing is renamed into place, and what grows by a few lines at a time (`Growing`) becomes a row of objects. Credentials
-and endpoints come from where the store's own library looks for them, such as the environment or the machine's role.
+Both have the same interface here. An object store replaces objects as a whole, so no file is renamed into place. A file
+that grows by a few lines at a time (`Growing`) becomes a sequence of objects. The store's library finds credentials and
+endpoints, such as in the environment or by the machine's role.
 
-Errors of object stores are of many kinds; `refusals` makes them the OSError that a file system would raise.
+Object stores raise many kinds of errors. `refusals` turns them into the OSError that a file system would raise.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from typing import Any
 from worldlm_ray.errors import RunError, WorldLMError
 
 SEGMENT_BYTES = 1_000_000
-"""Of an object that grows: it is written anew with every addition, and a new one is begun at this size."""
+"""Bytes at which a growing file begins a new object, since each addition rewrites the newest object."""
 
 
 def place(text: str) -> Path:
-    """The path that a user wrote down: a local one becomes absolute.
+    """The path that a user has given. A local path becomes absolute.
 
     Returns:
         A pathlib.Path, or for `protocol://...` a path of universal_pathlib, which is used like one.
 
     Raises:
-        RunError: nothing is installed that speaks this protocol.
+        RunError: no installed package supports this protocol.
     """
     if "://" not in text:
         return expanded(text).absolute()
     from upath import UPath
 
     try:
-        # Other processes write there too: what was listed once must be listed again.
+        # Other processes write there, too: listings must not be cached.
         found: Any = UPath(text.rstrip("/"), use_listings_cache=False)
-        found.fs  # noqa: B018  # made on first use, and it is now that we want to know
+        found.fs  # noqa: B018  # made on first use: an error must show now
     except (ImportError, ValueError) as error:
         protocol = text.split("://", 1)[0]
         raise RunError(
@@ -56,7 +56,7 @@ def place(text: str) -> Path:
 
 
 def expanded(text: str) -> Path:
-    """A local path with `~` as the home folder; a `~name` that is no user's is the name of a file."""
+    """A local path with `~` as the home folder. A `~name` without such a user is a file name."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -70,7 +70,7 @@ def is_remote(path: Path) -> bool:
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Whatever an object store raises becomes an OSError."""
+    """Turn every error of an object store into an OSError."""
     try:
         yield
     except (OSError, WorldLMError):
@@ -82,7 +82,7 @@ def refusals(path: Path) -> Iterator[None]:
 
 
 def is_lfs_pointer(begin: bytes) -> bool:
-    """Whether a file that begins like this is what git-lfs leaves in place of contents that it has not fetched."""
+    """Whether a file that begins like this is a pointer of git-lfs, whose content has not been fetched."""
     return begin.startswith(b"version https://git-lfs.github.com/spec/")
 
 
@@ -91,8 +91,8 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
 
     Args:
         path: the file.
-        text: what it is to hold.
-        durable: on disk when this returns. An object always is.
+        text: the new content.
+        durable: whether to return only when it is on disk. An object always is.
 
     Raises:
         OSError: the storage refused.
@@ -111,7 +111,7 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 
 def create_exclusively(path: Path) -> None:
-    """Make a file that no process can make a second time.
+    """Create a file that no process can create a second time.
 
     Raises:
         FileExistsError: another process was faster.
@@ -126,10 +126,10 @@ def create_exclusively(path: Path) -> None:
 
 
 def create_text(path: Path, text: str) -> None:
-    """Make a file with its text in one step, unless it is there: of two processes at once, one succeeds.
+    """Create a file with its text in one step. Of two processes at once, one succeeds.
 
     Raises:
-        FileExistsError: the file is there already.
+        FileExistsError: the file exists.
         OSError: the storage refused.
     """
     if is_remote(path):
@@ -140,7 +140,7 @@ def create_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.write_text(text, encoding="utf-8")
     try:
-        # A link fails where the name is taken, and the text is whole: a crash leaves no empty file.
+        # A link fails if the name exists, and the text is complete: a crash leaves no empty file.
         os.link(temporary, path)
     except FileExistsError:
         raise
@@ -154,13 +154,13 @@ def create_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it. An object store needs none, and a new bucket was not asked for."""
+    """Make a folder and those above it. An object store needs no folders, and no bucket is created."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all that it holds; what cannot be removed stays."""
+    """Remove a folder and its content, as far as possible."""
     if not is_remote(path):
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -170,7 +170,7 @@ def remove_tree(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Have the names in a folder on disk. An object store has them."""
+    """Flush the names in a folder to disk. An object store needs no flush."""
     if is_remote(path):
         return
     handle = os.open(path, os.O_RDONLY)
@@ -209,14 +209,14 @@ def for_arrow(path: Path) -> tuple[str, Any]:
 
 
 class Growing:
-    """A file to which whole pieces are added: all of a piece is there, or nothing of it.
+    """A file to which pieces are added, each as a whole or not at all.
 
-    In an object store it is a row of objects, `name.0000-MARK.ending`, `name.0001-MARK.ending` and so on. Only the
-    newest is written anew with an addition; readers take the files of a folder in the order of their names.
+    In an object store it is a sequence of objects, `name.0000-MARK.ending`, `name.0001-MARK.ending` and so on. An
+    addition rewrites the newest object. Readers take the files of a folder in the order of their names.
 
     Args:
         path: the file. Its folder is made when needed.
-        closing: put before a piece if the file does not end with it, such as after a kill in the middle of a line.
+        closing: written before a piece if the file does not end with it, as after a kill inside a line.
     """
 
     def __init__(self, path: Path, *, closing: bytes = b"") -> None:
@@ -227,15 +227,15 @@ class Growing:
         """Add a piece.
 
         Raises:
-            OSError: the storage refused; nothing was added.
+            OSError: the storage refused, and no part was added.
         """
         if is_remote(self._path):
             with refusals(self._path):
                 self._add_remote(piece)
             return
         make_folder(self._path.parent)
-        # Opened anew every time: storage that was away and is back may be another file. Unbuffered: a killed process
-        # loses nothing.
+        # Opened for each piece: after an outage of the storage the file may be another one. Unbuffered: a killed
+        # process loses nothing.
         with self._path.open("ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if self._closing and size:
@@ -244,7 +244,7 @@ class Growing:
                     piece = self._closing + piece
             try:
                 written = 0
-                while written < len(piece):  # an unbuffered file may take less than it is given
+                while written < len(piece):  # an unbuffered file may write a part only
                     written += file.write(piece[written:])
             except OSError:
                 with suppress(OSError):
@@ -256,13 +256,13 @@ class Growing:
             segment, number = b"", self._next_number()
         else:
             segment, number = self._segment, self._number
-        # The mark keeps two lives apart that write at the same time: the older one has not heard of the newer yet.
+        # The mark separates two incarnations that write at once, while the older one does not know of the newer yet.
         name = f"{self._path.stem}.{number:04d}-{self._mark}{self._path.suffix}"
         self._path.with_name(name).write_bytes(segment + piece)
         self._segment, self._number = segment + piece, number
 
     def _next_number(self) -> int:
-        """After those of this life, and those of the lives before."""
+        """The number after those of this incarnation and of earlier ones."""
         name = re.compile(rf"{re.escape(self._path.stem)}\.(\d+)-[0-9a-f]+{re.escape(self._path.suffix)}")
         folder = self._path.parent
         found = [name.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []

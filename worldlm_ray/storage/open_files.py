@@ -1,7 +1,7 @@
-"""Files that a process holds open: how many it may, and arrays in files that count as none.
+"""The limit of open files of a process, and memory-mapped arrays that need no open file.
 
-A map of numpy keeps its file's descriptor, so that a thousand clients in one process would need thousands of them.
-Here a file is mapped and closed: the map lives on without.
+A map of numpy keeps its file's descriptor, so a thousand clients in one process would need thousands of them.
+Here a file is mapped and closed, and the map stays valid.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ import numpy as np
 import numpy.typing as npt
 
 SPARE = 64
-"""Descriptors for whatever else a process opens."""
+"""Descriptors that are left for other uses of the process."""
 
 
 def limit() -> int:
-    """Files that this process may hold open now."""
+    """The present limit of open files of this process."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def raise_limit() -> None:
-    """Let this process hold open as many files as the system allows it: often 1,024 until it asks for more."""
+    """Raise this process's limit of open files to what the system allows. It is often 1,024 before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft == hard:
         return
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # macOS says infinity and allows less
+    except (OSError, ValueError):  # macOS reports infinity and allows less
         return
 
 
 def at_once(most: int, *, each: int) -> int:
-    """Into how many parts, with `each` files, something may be cut at once: `most`, or fewer where files are short."""
+    """Parts with `each` open files that may be written at once: `most`, or fewer if the limit of open files is low."""
     return max(1, min(most, (limit() - SPARE) // (2 * each)))
 
 
 def cure(error: OSError, otherwise: str) -> str:
-    """What helps against an error: a higher limit if files are short, else `otherwise`."""
+    """The cure of an error: a higher limit if there are too many open files, else `otherwise`."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"this process may hold {limit():,} files open: raise the limit with `ulimit -n 65536`"
     return otherwise
 
 
 def mapped(file: BinaryIO, dtype: npt.DTypeLike, *, writable: bool = False) -> npt.NDArray[Any]:
-    """A whole file as an array that lies in it, [bytes of the file / bytes of a value].
+    """A whole file as a memory-mapped array, [bytes of the file / bytes of a value].
 
     Args:
         file: an open file; it may be closed afterwards.
         dtype: of the values.
-        writable: whether what is written to the array goes to the file; otherwise it cannot be written.
+        writable: whether writes to the array change the file; otherwise the array is read-only.
 
     Raises:
-        OSError: the system does not map it.
+        OSError: the system cannot map it.
     """
     size, values = os.fstat(file.fileno()).st_size, np.dtype(dtype)
     if size == 0:

@@ -1,1 +1,1 @@
-"""Parameters as one flat buffer, and the layout that says what lies where."""
+"""Parameters as one flat buffer, and the layout that says where each of them lies."""

@@ -24,7 +24,7 @@ Flat = npt.NDArray[np.float32]
 BLOCK = 1 << 16
 """Elements per block: 256 KiB, so that a block and its temporary stay in the second-level cache."""
 PER_THREAD = 16
-"""Blocks that are worth a thread."""
+"""Blocks per thread, at least: fewer do not pay for a thread."""
 THREADS = min(len(os.sched_getaffinity(0)), 8) if hasattr(os, "sched_getaffinity") else min(os.cpu_count() or 1, 8)
 """Threads for a pass over a large buffer: more than a few do not read memory faster."""
 
@@ -37,7 +37,7 @@ def params_sha256(flat: Flat) -> str:
 
 
 def frozen(flat: Flat) -> Flat:
-    """A read-only view: models that are published or remembered never change in place."""
+    """A read-only view: published and remembered models never change in place."""
     view = flat.view()
     view.flags.writeable = False
     return view
@@ -50,13 +50,13 @@ def blocks(size: int) -> Iterator[slice]:
 
 
 def spread(size: int, work: Callable[[Iterable[slice]], T]) -> list[T]:
-    """Have several threads work on `size` elements, each on blocks that lie side by side.
+    """Let several threads work on `size` elements, each on adjacent blocks.
 
-    What is done with an element, and which elements a block has, does not depend on the number of threads.
+    Neither the work on an element nor the borders of the blocks depend on the number of threads.
 
     Args:
         size: elements.
-        work: takes the blocks of one thread. numpy gives the interpreter free while it computes.
+        work: takes the blocks of one thread. numpy releases the interpreter lock while it computes.
 
     Returns:
         What every thread's work returned, in the order of the elements.
@@ -136,9 +136,9 @@ def squared_norm(values: Flat, minus: Flat | None = None) -> float:
 
 
 def rough_norm(values: Flat) -> float:
-    """L2 norm to five digits or so: blocks are summed in fp32; nan or inf if any element is, or is above 1e16.
+    """L2 norm to about five digits, with blocks summed in fp32; nan or inf if any element is, or is above 1e16.
 
-    A third of the time of `squared_norm`, but its last bits depend on the processor: for limits and for records.
+    It takes a third of the time of `squared_norm`, but its last bits depend on the processor. Use: limits and records.
     """
 
     def work(parts: Iterable[slice]) -> list[float]:
