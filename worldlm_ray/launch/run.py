@@ -386,7 +386,7 @@ def _named(name: str, place: dict[str, Any]) -> Any:
 def _actor_class(spec: NodeSpec) -> type:
     if spec.kind == "client" and is_zero(spec.settings):
         # Ray Train takes two seconds to import, which worlds without such a client need not wait for.
-        from actors.zero_client import ZeroClientActor
+        from actors.zero.client import ZeroClientActor
 
         return ZeroClientActor
     return ACTORS[spec.kind]

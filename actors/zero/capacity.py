@@ -1,8 +1,8 @@
-"""Room for the others: what a world's other clients take is not for the workers of a client whose number is a range.
+"""Reserves the CPUs and GPUs of the run's other clients, so that an elastic client's workers do not claim them.
 
-Ray Train sizes such a group by what the machines have in all: it knows what other runs of Ray Train have asked its
-coordinator for, and nothing of actors. Left alone it would wait for ever for cores that the world's plain clients
-hold. So these are asked for at the coordinator, too, before Ray Train asks for its workers.
+Ray Train sizes a group of workers by what the machines have in all. It knows what other runs of Ray Train have asked
+its coordinator for, and nothing of actors. Without this it would wait for ever for cores that the world's plain clients
+hold. So these are reserved at the coordinator, too, before Ray Train asks for its workers.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 from support.worlds import client
 
-from actors.reserved_capacity import taken
+from actors.zero.capacity import taken
 from worldlm_ray.plan.plan import Plan
 
 

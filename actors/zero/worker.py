@@ -7,7 +7,6 @@ its buffers travel by reference.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from actors.graceful_shutdown import stay_to_the_end
+from actors.zero.tasks import LEAVE
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.training.local import threads_of
@@ -24,21 +24,10 @@ from worldlm_ray.training.trainer import MOMENTS
 if TYPE_CHECKING:
     from worldlm_ray.training.zero import ZeroWorker
 
-LEAVE = -1
-"""Number of the task that ends the loop."""
 WAIT_S = 5.0
 """Longest wait of one call for a task. The other workers wait in a collective meanwhile, which has a time limit."""
 LONGEST_ERROR = 300
 """Characters of an error that are passed on, in one line."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the client asks of all its workers at once. Buffers are object references, in lists."""
-
-    kind: str
-    """A method of `_Tasks`."""
-    args: tuple[Any, ...] = ()
 
 
 def work(config: dict[str, Any]) -> None:
