@@ -68,7 +68,7 @@ from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, W
 from worldlm_ray.exchange.limits import checked
 from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import build, rundir
 from worldlm_ray.plan.quotas import quota
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
 from worldlm_ray.storage import checkpoint, filesystem
@@ -88,9 +88,9 @@ class InnerActor(GracefulShutdown):
         self.spec = self.plan.node(address.path)
         self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
         self.recorder = address.recorder
-        self.contributions = self.plan.contributions(self.spec)
-        initial = once_storage_answers(self.plan.initial, address.path)
-        self.node = self.plan.inner_node(self.spec, initial, self.contributions)
+        self.contributions = build.contributions(self.plan, self.spec)
+        initial = once_storage_answers(partial(build.initial, self.plan), address.path)
+        self.node = build.inner_node(self.plan, self.spec, initial, self.contributions)
         self.faults = self.plan.faults
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self._audit = AuditLog(self.plan.run_dir, self.spec.path, warn=self._warn)

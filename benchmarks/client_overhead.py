@@ -13,6 +13,7 @@ from worldlm_ray.client.client import Client
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.model.decoder import Decoder
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.training.schedule import learning_rate
 
@@ -62,7 +63,7 @@ def run() -> dict[str, Any]:
             plan = make_plan(from_mapping(raw))
             client = Client(plan, plan.root.clients[0])
             bare = bare_loop(client)
-            model = Model(version=0, progress=0.0, finished=False, tokens=0.0, last_seq=0, values=plan.initial())
+            model = Model(version=0, progress=0.0, finished=False, tokens=0.0, last_seq=0, values=build.initial(plan))
             tokens = client.round_tokens
             ours_s, bare_s = [], []
             for pair in range(PAIRS + 1):

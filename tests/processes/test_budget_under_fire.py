@@ -15,6 +15,7 @@ from support.worlds import client
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Model
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 
@@ -30,7 +31,14 @@ def live(plan: Plan, place: Path) -> None:
     if found is not None:
         one.restore(*found)
     initial = Model(
-        version=0, progress=0.0, finished=False, tokens=0.0, last_seq=0, share=0.0, residuals=(), values=plan.initial()
+        version=0,
+        progress=0.0,
+        finished=False,
+        tokens=0.0,
+        last_seq=0,
+        share=0.0,
+        residuals=(),
+        values=build.initial(plan),
     )
     while one.began or not one.is_done:
         if not one.began:

@@ -27,7 +27,7 @@ from worldlm_ray.client import above
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.exchange.messages import Packed, Update, pack, unpack_model
 from worldlm_ray.launch.run import with_living_owners
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import build, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import OwnModelRecord, Record, VerdictRecord
 from worldlm_ray.run_clock import RunClock
@@ -249,7 +249,7 @@ def test_children_that_pull_a_version_share_one_copy(fake: FakeRay, tiny: Callab
     header, refs = answers[0]
     model = unpack_model(Packed(header, refs[0].value), plan.layout)
     assert model.version == 0
-    np.testing.assert_array_equal(model.values, plan.initial())
+    np.testing.assert_array_equal(model.values, build.initial(plan))
 
 
 def test_a_federation_serves_its_children_while_it_exchanges(fake: FakeRay, tiny: Callable[..., Plan]) -> None:

@@ -23,6 +23,7 @@ from worldlm_ray.exchange.messages import Packed, Residual, Update, pack, read_h
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.exchange.replies import ACCEPTED, Verdict, Welcome, believed, checked_verdict
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.quotas import ROUNDS_APART
 from worldlm_ray.records import LifeRecord
@@ -131,8 +132,8 @@ def test_a_child_that_goes_on_under_a_smaller_round_claims_no_more_than_that() -
 
 def test_the_plan_gives_a_client_one_round_and_a_federation_what_is_below_it(tiny: Callable[..., Plan]) -> None:
     plan = tiny(budget={"seconds": 5.0})
-    world = plan.inner_node(plan.root, plan.initial())
-    north = plan.inner_node(plan.node("world/north"), plan.initial())
+    world = build.inner_node(plan, plan.root, build.initial(plan))
+    north = build.inner_node(plan, plan.node("world/north"), build.initial(plan))
     one = plan.round_tokens(plan.node("world/north/a"))
     assert north.quotas["a"] == Quota(update_tokens=one, started_tokens=one)
     assert world.quotas["north"] == Quota(update_tokens=ROUNDS_APART * 2 * one, started_tokens=4 * one)
@@ -151,7 +152,7 @@ def test_a_federation_with_time_up_claims_as_many_short_rounds_as_there_were(
     north = {"federation": "north", "children": [deep | (rules if timed.endswith("deep") else counted)]}
     south = {"federation": "south", "children": [client("c", tmp_path, 3)]}
     plan = tiny([north | (counted if timed.endswith("deep") else rules), south | counted], budget=budget)
-    world = plan.inner_node(plan.root, plan.initial())
+    world = build.inner_node(plan, plan.root, build.initial(plan))
     assert world.quotas["north"].update_tokens == most
     one = plan.round_tokens(plan.node("world/south/c"))
     assert world.quotas["south"].update_tokens == ROUNDS_APART * one
@@ -159,7 +160,7 @@ def test_a_federation_with_time_up_claims_as_many_short_rounds_as_there_were(
 
 def test_no_update_of_a_federation_has_more_tokens_than_the_run(tiny: Callable[..., Plan]) -> None:
     plan = tiny(budget={"rounds": 3})
-    world = plan.inner_node(plan.root, plan.initial())
+    world = build.inner_node(plan, plan.root, build.initial(plan))
     assert world.quotas["north"].update_tokens == 3 * 2 * plan.round_tokens(plan.node("world/north/a"))
 
 

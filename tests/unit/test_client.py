@@ -13,7 +13,7 @@ from worldlm_ray.config.loading import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import build, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.reports.outcome import finish
 from worldlm_ray.tracking.tracker import Tracker
@@ -29,7 +29,7 @@ def a_client(plan: Plan) -> Client:
 
 
 def model(plan: Plan, *, version: int = 0, values: np.ndarray | None = None) -> Model:
-    values = plan.initial() if values is None else values
+    values = build.initial(plan) if values is None else values
     return Model(version=version, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=values)
 
 
@@ -83,7 +83,7 @@ def test_a_client_that_has_diverged_takes_its_parents_model_whole(plan: Plan) ->
     client.trainer.write(np.full(plan.layout.size, np.nan, np.float32))
     client.answered(refusal("not_finite"))
     client.begin(model(plan, version=1), now_s=0.0)
-    assert client.trainer.read().tobytes() == plan.initial().tobytes()
+    assert client.trainer.read().tobytes() == build.initial(plan).tobytes()
     assert client.trainer.optimizer_state() == {}
     client.train()
     assert np.isfinite(client.trainer.read()).all()
@@ -109,7 +109,16 @@ def ended(plan: Plan, *, backend: str) -> None:
     plan.run_dir.mkdir()
     save(plan.config, plan.run_dir / "config.yaml")
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams={}, budget=plan.config.budget)
-    finish(plan, tracker, world=plan.initial(), measures={}, samples={}, wall_s=1.0, status="finished", backend=backend)
+    finish(
+        plan,
+        tracker,
+        world=build.initial(plan),
+        measures={},
+        samples={},
+        wall_s=1.0,
+        status="finished",
+        backend=backend,
+    )
     tracker.close()
 
 

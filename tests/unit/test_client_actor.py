@@ -23,6 +23,7 @@ from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Left
 from worldlm_ray.client import above
 from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Packed, pack
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, OwnModelRecord
 from worldlm_ray.run_clock import RunClock
@@ -40,7 +41,7 @@ class Parent:
     """A world that answers its one client, as long as the gate is open."""
 
     def __init__(self, plan: Plan, *, incarnation: int = 1) -> None:
-        self.plan, self.node = plan, plan.inner_node(plan.root, plan.initial())
+        self.plan, self.node = plan, build.inner_node(plan, plan.root, build.initial(plan))
         self.node.incarnation = incarnation
         self.gate, self.dead = threading.Event(), False
         self.gate.set()

@@ -19,6 +19,7 @@ from worldlm_ray.config.federated import AggregationConfig, MergeConfig, Stalene
 from worldlm_ray.config.schema import BudgetConfig, PrivacyConfig
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.exchange.messages import Update, pack
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.rundir import create
 from worldlm_ray.privacy.contributions import Contributions
@@ -247,7 +248,7 @@ def test_a_world_with_a_guild_keeps_its_budget_and_its_secrets(tiny: Tiny, tmp_p
     assert all(record.train_loss is record.loss is None for record in private)
     assert summary["nodes"]["world/c"]["steps"] == 5 * plan.root.settings.training.local_steps
     # Another life of the aggregator counts on from the ledgers, not from its checkpoint.
-    again = plan.contributions(plan.node("world/guild"))
+    again = build.contributions(plan, plan.node("world/guild"))
     assert again is not None
     assert again.counts() == {"a": 3, "b": 3}
     with pytest.raises(PrivacyError, match="holds no further contribution"):

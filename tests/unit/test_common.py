@@ -10,6 +10,7 @@ import pytest
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import MergeRecord
 from worldlm_ray.training.local import LocalTrainer
@@ -29,7 +30,7 @@ def a_client(plan: Plan) -> Client:
 
 def pulled(plan: Plan, *, version: int, seed: int = 0) -> Model:
     moved = np.random.default_rng(seed).normal(scale=0.01, size=plan.layout.size).astype(np.float32)
-    values = plan.initial() + (moved if version else np.float32(0.0))
+    values = build.initial(plan) + (moved if version else np.float32(0.0))
     return Model(version=version, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=values)
 
 

@@ -10,7 +10,7 @@ from support.configs import ITALY, italy, planned, problem, starts
 
 from worldlm_ray.config.loading import load
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import build, rundir
 
 
 def test_the_configuration_in_order_is_one(tmp_path: Path, raw: dict[str, Any]) -> None:
@@ -294,7 +294,7 @@ def test_a_model_of_a_billion_layers_is_refused_at_once(tmp_path: Path, raw: dic
 def test_a_model_larger_than_the_memory_is_planned_but_not_begun(tmp_path: Path, raw: dict[str, Any]) -> None:
     raw |= {"model": {"hidden_size": 1_000_000, "heads": 2, "layers": 2}, "run_dir": str(tmp_path / "run")}
     made = planned(tmp_path, raw)
-    for begin in (made.initial, lambda: rundir.create(made, simulated=True)):
+    for begin in (lambda: build.initial(made), lambda: rundir.create(made, simulated=True)):
         with pytest.raises(
             ConfigError, match=r"^model: a model of [\d,]+ parameters needs [\d,.]+ GiB, this machine has"
         ):

@@ -18,6 +18,7 @@ from worldlm_ray.aggregation.events import Answer, Command, Exchange, ParentMode
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Model, Update, pack, unpack_model
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tensors.buffers import Flat, frozen
 
@@ -50,8 +51,8 @@ class Tree:
 
     def __init__(self, plan: Plan, datasets: dict[str, Any]) -> None:
         self.plan, self.trained = plan, np.zeros(plan.layout.backbone_size)
-        self.world = plan.inner_node(plan.root, plan.initial())
-        self.north = plan.inner_node(plan.node("world/north"), plan.initial())
+        self.world = build.inner_node(plan, plan.root, build.initial(plan))
+        self.north = build.inner_node(plan, plan.node("world/north"), build.initial(plan))
         self.clients = {}
         for spec in plan.root.clients:
             self.clients[spec.name] = drifting(plan, spec, dataset=datasets.get(spec.name))

@@ -19,6 +19,7 @@ from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan, make_plan
 
 
@@ -78,7 +79,7 @@ def test_what_is_exported_can_be_a_runs_beginning(tiny: Callable[..., Plan], tmp
     raw["model"] = {"initial_from": str(tmp_path / "model"), "context": 16, "key_layers": []}
     plan = make_plan(from_mapping(raw))
     assert plan.shape == wide
-    assert plan.initial().tobytes() == values.tobytes()
+    assert build.initial(plan).tobytes() == values.tobytes()
 
 
 def test_an_export_is_readable_text_and_safetensors(tmp_path: Path) -> None:

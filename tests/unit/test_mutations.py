@@ -27,6 +27,7 @@ from worldlm_ray.exchange.limits import MOST_RESTARTS, MOST_SKIPPED
 from worldlm_ray.exchange.messages import Model, Packed, Residual, Update, pack, unpack_model
 from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.exchange.replies import ACCEPTED
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
@@ -280,7 +281,9 @@ def test_mutated_model_messages_leave_a_federation_its_own(layout: Layout, many:
 def test_mutated_model_messages_leave_a_client_its_own(tiny: Callable[..., Plan], many: Callable[[int], int]) -> None:
     plan = tiny(budget={"rounds": 9}, merge={"max_model_step": STEP}, model=TINY_MODEL)
     chance, one, seen = random.Random(3), Client(plan, plan.root.clients[0]), Counter[str]()
-    one.begin(Model(version=0, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=plan.initial()), now_s=0.0)
+    one.begin(
+        Model(version=0, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=build.initial(plan)), now_s=0.0
+    )
     one.train()
     one.update()
     own, state = one.trainer.read(), {name: getattr(one, name) for name in ("seq", "round", "step", "base_version")}

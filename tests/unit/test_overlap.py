@@ -15,6 +15,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.experiments.methods import configure
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.records import MergeRecord
 from worldlm_ray.tensors.buffers import Flat
@@ -42,13 +43,13 @@ def some_steps(each: Client, steps: int) -> None:
 
 def elsewhere(plan: Plan, seed: int = 0) -> Flat:
     """A model that others have made."""
-    return plan.initial() + np.random.default_rng(seed).normal(0.0, 0.05, plan.layout.size).astype(np.float32)
+    return build.initial(plan) + np.random.default_rng(seed).normal(0.0, 0.05, plan.layout.size).astype(np.float32)
 
 
 def in_mid_exchange(plan: Plan, steps: int = 2) -> tuple[Client, Flat, Flat]:
     """A client with so many steps of its second round; the model that it pushed, and its model now."""
     each = one(plan)
-    each.begin(model(plan, plan.initial(), version=0), now_s=0.0)
+    each.begin(model(plan, build.initial(plan), version=0), now_s=0.0)
     each.train()
     each.update()
     pushed = each.trainer.read()
@@ -105,10 +106,10 @@ def test_key_layers_are_blended_with_the_parents_and_progress_is_kept(tiny: Tiny
 def test_agreement_is_judged_by_what_was_pushed(tiny: Tiny, sign: float) -> None:
     plan = tiny(exchange=OVERLAP, merge={"client": "adaptive", "agreement": 0.5})
     each, pushed, _ = in_mid_exchange(plan)
-    change = pushed - plan.initial()
+    change = pushed - build.initial(plan)
     # It has turned round since the push: that is another round's business.
     each.trainer.write(pushed - 5.0 * sign * change)
-    records = each.merge(model(plan, plan.initial() + sign * change, version=1), now_s=0.0)
+    records = each.merge(model(plan, build.initial(plan) + sign * change, version=1), now_s=0.0)
     [record] = [record for record in records if isinstance(record, MergeRecord)]
     assert record.agreement == pytest.approx(sign, abs=1e-4)
     assert record.m == float(sign > 0)
@@ -125,7 +126,7 @@ def test_a_share_of_its_own_work_is_no_agreement(tiny: Tiny) -> None:
 def test_what_a_codec_loses_goes_with_the_next_update(tiny: Tiny) -> None:
     plan = tiny(exchange=OVERLAP | {"codec": "int4"}, merge={"client": 0.5}, budget={"rounds": 9})
     each, part = one(plan), slice(0, plan.layout.backbone_size)
-    each.begin(model(plan, plan.initial(), version=0), now_s=0.0)
+    each.begin(model(plan, build.initial(plan), version=0), now_s=0.0)
     sent, trained = np.zeros(plan.layout.size, np.float32), np.zeros(plan.layout.size, np.float32)
     for version in range(1, 5):
         before = each.trainer.read()
@@ -148,7 +149,7 @@ def test_before_the_first_step_a_merge_is_the_plain_one_to_the_bit(tiny: Tiny) -
     for overlap in (False, True):
         plan = tiny(exchange={"overlap": overlap}, merge={"client": 0.3})
         each, parent = one(plan), elsewhere(plan)
-        each.begin(model(plan, plan.initial(), version=0), now_s=0.0)
+        each.begin(model(plan, build.initial(plan), version=0), now_s=0.0)
         each.train()
         each.update()
         if overlap:
@@ -216,7 +217,7 @@ def test_the_rate_goes_on_as_if_nobody_had_asked_the_parent(tiny: Tiny) -> None:
     plan = tiny(exchange=OVERLAP, budget={"tokens": 4 * 5 * ROUND_TOKENS})
     each = one(plan)
     rates = []
-    each.begin(model(plan, plan.initial(), version=0), now_s=0.0)
+    each.begin(model(plan, build.initial(plan), version=0), now_s=0.0)
     for rounds in range(1, 4):
         each.train()
         rates.append(each.learning_rate)
@@ -225,11 +226,11 @@ def test_the_rate_goes_on_as_if_nobody_had_asked_the_parent(tiny: Tiny) -> None:
         some_steps(each, 2)
         rates.append(each.learning_rate)
         # All clients are as fast as this one: half a round later half a round more is spent.
-        each.merge(model(plan, plan.initial(), version=rounds, progress=(rounds + 0.5) / 5), now_s=0.0)
+        each.merge(model(plan, build.initial(plan), version=rounds, progress=(rounds + 0.5) / 5), now_s=0.0)
     plain = one(tiny(budget={"tokens": 4 * 5 * ROUND_TOKENS}))
     expected = []
     for rounds in range(4):
-        plain.begin(model(plan, plan.initial(), version=0, progress=rounds / 5), now_s=0.0)
+        plain.begin(model(plan, build.initial(plan), version=0, progress=rounds / 5), now_s=0.0)
         for steps in (2, 2):
             some_steps(plain, steps)
             expected.append(plain.learning_rate)

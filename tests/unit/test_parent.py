@@ -21,6 +21,7 @@ from worldlm_ray.errors import ConfigError, MessageError
 from worldlm_ray.exchange.limits import LARGEST_NORM, MOST_SKIPPED
 from worldlm_ray.exchange.messages import Model, Update, pack
 from worldlm_ray.exchange.parent import Gate, check_model
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.simulation.simulator import Simulation
@@ -98,7 +99,7 @@ def plan(tiny: Callable[..., Plan]) -> Plan:
 def one(plan: Plan) -> Client:
     """A client after its first round."""
     made = Client(plan, plan.root.clients[0])
-    made.begin(a_model(plan.initial(), version=0), now_s=0.0)
+    made.begin(a_model(build.initial(plan), version=0), now_s=0.0)
     made.train()
     made.update()
     return made
@@ -139,9 +140,9 @@ def test_a_client_that_has_diverged_waits_for_a_model_that_can_be_taken(one: Cli
     assert one.start_over
     one.train()
     one.update()
-    one.begin(a_model(plan.initial() * np.float32(3.0)), now_s=2.0)
+    one.begin(a_model(build.initial(plan) * np.float32(3.0)), now_s=2.0)
     assert not one.start_over
-    assert one.trainer.read().tobytes() == (plan.initial() * np.float32(3.0)).tobytes()
+    assert one.trainer.read().tobytes() == (build.initial(plan) * np.float32(3.0)).tobytes()
 
 
 def test_an_exchange_that_brings_a_broken_model_in_mid_round_changes_nothing(
@@ -149,7 +150,7 @@ def test_an_exchange_that_brings_a_broken_model_in_mid_round_changes_nothing(
 ) -> None:
     plan = tiny([client("a", tmp_path, 1), client("b", tmp_path, 2)], exchange={"overlap": True})
     one = Client(plan, plan.root.clients[0])
-    one.begin(a_model(plan.initial(), version=0), now_s=0.0)
+    one.begin(a_model(build.initial(plan), version=0), now_s=0.0)
     one.train()
     one.update()
     one.begin_ahead()

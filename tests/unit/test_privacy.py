@@ -14,6 +14,7 @@ from support.worlds import client
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import ConfigError, PrivacyError
 from worldlm_ray.exchange.messages import Model, pack, read_header
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.rundir import create
 from worldlm_ray.records import OwnModelRecord, ProgressRecord, Record, RoundRecord, StartRecord
@@ -31,7 +32,14 @@ def private_plan(tiny: Tiny, tmp_path: Path, *, training: dict[str, Any] | None 
 
 def model_of(plan: Plan) -> Model:
     return Model(
-        version=0, progress=0.0, finished=False, tokens=0.0, last_seq=0, share=0.0, residuals=(), values=plan.initial()
+        version=0,
+        progress=0.0,
+        finished=False,
+        tokens=0.0,
+        last_seq=0,
+        share=0.0,
+        residuals=(),
+        values=build.initial(plan),
     )
 
 

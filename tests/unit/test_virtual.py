@@ -14,6 +14,7 @@ from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import BufferStore, VirtualClients, seated_bytes
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import processes
 from worldlm_ray.tensors.buffers import Flat
@@ -48,7 +49,7 @@ def test_who_takes_turns_computes_the_same_bits(tiny: Tiny, tmp_path: Path, limi
         together.settle(ours[-1])
     rng = np.random.default_rng(0)
     for version in range(3):
-        parent = plan.initial() + 0.01 * version * rng.standard_normal(plan.layout.size).astype(np.float32)
+        parent = build.initial(plan) + 0.01 * version * rng.standard_normal(plan.layout.size).astype(np.float32)
         for our, their in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(live(our, parent, version), live(their, parent, version))
     assert together.shared.swaps == 9
@@ -59,7 +60,7 @@ def test_who_takes_turns_computes_the_same_bits(tiny: Tiny, tmp_path: Path, limi
         for name, values in arrays.items():
             np.testing.assert_array_equal(values, others[name], err_msg=name)
         assert our.report(64) == their.report(64)
-        assert our.report(64, parameters=plan.initial()) == their.report(64, parameters=plan.initial())
+        assert our.report(64, parameters=build.initial(plan)) == their.report(64, parameters=build.initial(plan))
         assert our.sample(tokens=5) == their.sample(tokens=5)
     lies_in_files = together.shelf.file_bytes > 0
     assert lies_in_files == (limit_bytes == 0)
@@ -69,17 +70,17 @@ def test_a_client_comes_back_from_its_checkpoint_among_others(tiny: Tiny, tmp_pa
     plan = tiny([phones(tmp_path, 2)])
     together = VirtualClients(plan, plan.root.clients)
     first, second = (together.make(spec.path) for spec in plan.root.clients)
-    live(first, plan.initial(), 0)
-    live(second, plan.initial(), 0)
+    live(first, build.initial(plan), 0)
+    live(second, build.initial(plan), 0)
     meta, arrays = first.state()
     saved = {name: np.array(values) for name, values in arrays.items()}
-    expected = live(first, plan.initial(), 1)
+    expected = live(first, build.initial(plan), 1)
     again = VirtualClients(plan, plan.root.clients)
     back, other = (again.make(spec.path) for spec in plan.root.clients)
-    live(other, plan.initial(), 0)  # sits there first
+    live(other, build.initial(plan), 0)  # sits there first
     back.restore(meta, saved)
     again.settle(back)
-    np.testing.assert_array_equal(live(back, plan.initial(), 1), expected)
+    np.testing.assert_array_equal(live(back, build.initial(plan), 1), expected)
 
 
 def test_between_its_turns_a_client_holds_flat_buffers(tiny: Tiny, tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_between_its_turns_a_client_holds_flat_buffers(tiny: Tiny, tmp_path: Pat
     for spec in plan.root.clients:
         one = together.make(spec.path)
         together.settle(one)
-        live(one, plan.initial(), 0)
+        live(one, build.initial(plan), 0)
     together.shared.rise()
     step_counts = 2 * 4
     assert together.shelf.memory_bytes == 2 * seated_bytes(plan) + step_counts

@@ -31,6 +31,7 @@ from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.replies import Verdict, Welcome
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
@@ -60,7 +61,7 @@ class Client(LocalRounds):
         make_trainer: Callable[[Account | None], Trainer] | None = None,
     ) -> None:
         super().__init__(plan, spec, dataset=dataset, make_trainer=make_trainer)
-        initial = plan.initial() if initial is None else initial
+        initial = build.initial(plan) if initial is None else initial
         self.base = np.array(initial)
         """The merged model that the current local round began from. Where a round begins ahead of an exchange: the
         model that was pushed, moved with the parent since."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.data import prepare_shards
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.storage import open_files
@@ -203,7 +204,7 @@ class VirtualClients:
     @cached_property
     def initial(self) -> Flat:
         """The run's initial parameters, the same for all clients."""
-        return self.plan.initial()
+        return build.initial(self.plan)
 
     def prepare(self) -> None:
         """Cut the texts of all clients at once: a text that they share out is read once."""

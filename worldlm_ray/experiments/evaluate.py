@@ -11,7 +11,7 @@ import numpy as np
 from worldlm_ray.client.client import Client
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import CheckpointError
-from worldlm_ray.plan import kept, rundir
+from worldlm_ray.plan import build, kept, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
@@ -46,7 +46,7 @@ def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda 
     kept.check_originals(plan.config)
     inner = {spec.path: theta(plan, spec) for spec in plan.root.inner}
     found: dict[str, list[Measure]] = {path: [] for path in plan.kinds}
-    initial = plan.initial()
+    initial = build.initial(plan)
     for spec in plan.root.clients:
         on_phase(f"measuring on the text of {spec.path}")
         client = Client(plan, spec, initial=initial, make_trainer=partial(_trainer, plan, spec))

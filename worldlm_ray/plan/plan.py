@@ -7,33 +7,23 @@ configuration costs a second and one line.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from worldlm_ray import huggingface
-from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config.loading import to_mapping
 from worldlm_ray.config.schema import NodeSettings, RunConfig
 from worldlm_ray.config.values import listed
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
-from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.plan import checks, initial_model, kept, tree
 from worldlm_ray.plan.faults import Faults
-from worldlm_ray.plan.quotas import quotas
 from worldlm_ray.plan.tree import NodeSpec
-from worldlm_ray.privacy.account import ledger_folder, weak_delta
-from worldlm_ray.privacy.contributions import Contributions
+from worldlm_ray.privacy.account import weak_delta
 from worldlm_ray.storage import filesystem
-from worldlm_ray.storage.filesystem import expanded
-from worldlm_ray.tensors.buffers import Flat, frozen
 from worldlm_ray.tensors.layout import Layout
 
 
@@ -149,91 +139,6 @@ class Plan:
         folder = self.config.model.initial_from
         return None if folder is None else initial_model.declared(self.config, folder)
 
-    def initial(self) -> Flat:
-        """The run's initial parameters: every node computes or reads the same ones.
-
-        Raises:
-            ConfigError: they are damaged, or larger than this machine's memory.
-        """
-        self.check_memory()
-        folder = self.config.model.initial_from
-        if folder is not None:
-            try:
-                return frozen(huggingface.read_weights(expanded(folder), self.layout))
-            except DataError as error:
-                raise ConfigError("model.initial_from", str(error)) from error
-        return frozen(initial_parameters(self.shape, self.layout, seed=self.config.seed))
-
-    def check_initial(self) -> None:
-        """Read the weights that the run begins from, if it begins from a model on disk, without keeping them.
-
-        Raises:
-            ConfigError: they are damaged, or hold a number that is not finite.
-        """
-        if self.config.model.initial_from is not None and self.root.settings.simulation.train:
-            initial_model.check_weights(self.config.model.initial_from, self.layout, numbers=True)
-
-    def check_memory(self) -> None:
-        """Refuse a model whose parameters alone are more than this machine's memory.
-
-        Raises:
-            ConfigError: they are.
-        """
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if 4 * self.layout.size > memory:
-            needed, has = f"{4 * self.layout.size / 2**30:,.1f} GiB", f"{memory / 2**30:,.1f} GiB"
-            got = f"a model of {self.layout.size:,} parameters needs {needed}, this machine has {has}"
-            shape = self.shape
-            cure = f"lower model.hidden_size ({shape.hidden_size:,}), model.layers ({shape.layers:,})"
-            raise ConfigError("model", got, f"{cure} or the vocabulary ({shape.vocab_size:,} tokens)")
-
-    def contributions(self, spec: NodeSpec) -> Contributions | None:
-        """Ledgers of the clients directly below an inner node that promises client-level privacy; None of others.
-
-        Raises:
-            PrivacyError: no noise keeps the planned updates within the budget, or a ledger is damaged.
-        """
-        privacy, clients = spec.settings.privacy, [child for child in spec.children if child.kind == "client"]
-        if privacy.unit != "client" or not clients:
-            return None
-        planned = [rounds for child in clients if (rounds := self.planned_rounds(child)) is not None]
-        return Contributions(
-            privacy,
-            ledger_folder(privacy, self.run_dir),
-            node=spec.path,
-            clients=tuple(child.name for child in clients),
-            rounds=max(planned, default=None),
-            run=self.config.name,
-            key=spec.key,
-        )
-
-    def inner_node(self, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
-        """The state machine of an inner node; with the ledgers of its clients if it promises them privacy."""
-        return Node(
-            path=spec.path,
-            children=tuple(child.name for child in spec.children),
-            aggregation=spec.settings.aggregation,
-            merge=spec.settings.merge,
-            has_parent=spec.kind != "world",
-            layout=self.layout,
-            initial=initial,
-            budget=self.config.budget,
-            privacy=None if contributions is None else _client_privacy(spec, contributions),
-            contributions=None if contributions is None else contributions.counts(),
-            save_every=self.config.checkpoint.every_updates,
-            awaited=[child.name for child in spec.children if self._may_come_late(child, spec)],
-            min_clients=spec.min_clients or 0,
-            liveness=self.config.liveness,
-            codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
-            quotas=quotas(spec, self.round_tokens, self.config.budget),
-        )
-
-    def _may_come_late(self, spec: NodeSpec, parent: NodeSpec) -> bool:
-        """Whether a run may begin without a node."""
-        if spec.kind == "client":
-            return parent.elastic or self.faults.comes_late(spec.path)
-        return all(self._may_come_late(child, spec) for child in spec.children)
-
     @cached_property
     def faults(self) -> Faults:
         """The run's faults on purpose."""
@@ -246,7 +151,7 @@ class Plan:
         return {
             "method": config.method,
             "seed": config.seed,
-            "preset": config.model.preset if self.base is None else f"from {config.model.initial_from}",
+            "preset": config.model.preset if config.model.initial_from is None else f"from {config.model.initial_from}",
             "parameters": self.layout.size,
             "key_share": round(self.layout.key_size / self.layout.size, 4),
             "clients": len(self.root.clients),
@@ -300,18 +205,3 @@ def assembled(config: RunConfig) -> Plan:
         raise ConfigError("data.tokenizer", str(error)) from error
     shape = initial_model.shape_of(config, vocab_size)
     return Plan(config=config, root=root, shape=shape, layout=shape.layout(config.model.key_layers))
-
-
-def _client_privacy(spec: NodeSpec, contributions: Contributions) -> ClientPrivacy:
-    rules, privacy = spec.settings.aggregation, spec.settings.privacy
-    return ClientPrivacy(
-        federations=frozenset(child.name for child in spec.children if child.kind != "client"),
-        bound=privacy.max_grad_norm,
-        noise=contributions.noise,
-        delta=privacy.delta,
-        limits=contributions.limits(),
-        before=contributions.noises(),
-        expected=rules.buffer_size if rules.trigger == "goal_achieved" else len(spec.children),
-        # From the operating system and never saved: noise that a restart draws again cancels out.
-        generator=np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little"))),
-    )

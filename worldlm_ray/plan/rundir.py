@@ -30,7 +30,7 @@ from typing import Any
 from worldlm_ray.config.loading import load, save, to_yaml
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError, RunError, WorldLMError
-from worldlm_ray.plan import absolute, kept, tree
+from worldlm_ray.plan import absolute, build, kept, tree
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.run_clock import seconds
 from worldlm_ray.storage import checkpoint, filesystem
@@ -63,8 +63,8 @@ def create(plan: Plan, *, simulated: bool = False) -> Plan:
         ConfigError: the weights that the run begins from are damaged, or a simulation's model exceeds the memory.
     """
     if simulated and plan.root.settings.simulation.train:
-        plan.check_memory()
-    plan.check_initial()
+        build.check_memory(plan)
+    build.check_initial(plan)
     settled, files = _settled(plan)
     for number in count(1):
         run_dir = plan.run_dir if number == 1 else plan.run_dir.with_name(f"{plan.run_dir.name}-{number}")

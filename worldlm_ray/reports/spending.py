@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.data import prepare
+from worldlm_ray.plan import build
 from worldlm_ray.plan.accounts import open_account
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
@@ -71,7 +72,7 @@ def planned(plan: Plan) -> list[Planned]:
     """
     found = []
     for node in plan.root.inner:
-        contributions = plan.contributions(node)
+        contributions = build.contributions(plan, node)
         for name, path in contributions.paths.items() if contributions is not None else ():
             assert contributions is not None
             rounds, privacy = plan.planned_rounds(plan.node(path)), node.settings.privacy

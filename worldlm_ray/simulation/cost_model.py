@@ -20,6 +20,7 @@ from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.contributions import Contributions
@@ -38,22 +39,26 @@ class CostPlan(Plan):
 
     real: Layout
 
-    def initial(self) -> Flat:
-        """The model that stands for all models."""
-        return NOTHING
-
     def up_bytes(self, spec: NodeSpec) -> int:
         """Of the buffer of a node's update."""
         return nbytes(spec.settings.exchange.codec, self.real.size)
-
-    def inner_node(self, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
-        """The state machine of an inner node, without what depends on values."""
-        return super().inner_node(replace(spec, settings=_plain(spec.settings)), initial, contributions)
 
 
 def cost_plan(plan: Plan) -> CostPlan:
     """The plan with a cost model in place of its model."""
     return CostPlan(config=plan.config, root=plan.root, shape=plan.shape, layout=LAYOUT, real=plan.layout)
+
+
+def initial(plan: Plan) -> Flat:
+    """The initial parameters of a simulated run: the model that stands for all models where there is a cost model."""
+    return NOTHING if isinstance(plan, CostPlan) else build.initial(plan)
+
+
+def inner_node(plan: Plan, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
+    """The state machine of an inner node; without what depends on values where there is a cost model."""
+    if isinstance(plan, CostPlan):
+        spec = replace(spec, settings=_plain(spec.settings))
+    return build.inner_node(plan, spec, initial, contributions)
 
 
 def _plain(settings: NodeSettings) -> NodeSettings:

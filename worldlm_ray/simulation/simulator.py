@@ -61,13 +61,14 @@ from worldlm_ray.data import prepare_shards
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Model, Packed, Update, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome, believed
+from worldlm_ray.plan import build
 from worldlm_ray.plan.faults import Fault, damaged
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec, parent_path
 from worldlm_ray.records import LifeRecord, PullRecord, PushRecord, Record, VerdictRecord
 from worldlm_ray.reports.outcome import Outcome, combine, finish, sampled
 from worldlm_ray.seeds import derive
-from worldlm_ray.simulation.cost_model import CostClient, CostPlan, cost_plan
+from worldlm_ray.simulation import cost_model
 from worldlm_ray.storage import checkpoint, open_files
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.audit import AuditLog
@@ -128,20 +129,19 @@ class Simulation:
         self._queue: list[tuple[float, int, bool, Callable[[], None]]] = []
         self._beside = 0
         """Entries of the queue that go on for ever: signs of life and looks at the clock."""
-        self._order = count()
-        self.faults, self.initial = plan.faults, plan.initial()
+        self._order, self.faults, self.initial = count(), plan.faults, cost_model.initial(plan)
         self._make_client: Callable[..., Any] = lambda s, **more: make_client(plan, s, initial=self.initial, **more)
         self.specs = {spec.path: spec for spec in plan.root.walk()}
-        self.contributions = {s.path: plan.contributions(s) for s in plan.root.inner}
+        self.contributions = {s.path: build.contributions(plan, s) for s in plan.root.inner}
         self.nodes: dict[str, Node] = {
-            s.path: plan.inner_node(s, self.initial, self.contributions[s.path]) for s in plan.root.inner
+            s.path: cost_model.inner_node(plan, s, self.initial, self.contributions[s.path]) for s in plan.root.inner
         }
         open_files.raise_limit()
         _cut_texts(plan)
         self.clients = {spec.path: self._make_client(spec) for spec in plan.root.clients}
         self.speeds = {spec.path: self._speed(spec) for spec in plan.root.clients}
         """Tokens per second of every client."""
-        every_s = AUDIT_EVERY_S if isinstance(plan, CostPlan) else 0.0
+        every_s = AUDIT_EVERY_S if isinstance(plan, cost_model.CostPlan) else 0.0
         self.audit = {path: AuditLog(plan.run_dir, path, every_s=every_s) for path in self.nodes}
         self._busy_s = dict.fromkeys(self.clients, 0.0)
         self._turns: dict[str, Turns] = {}
@@ -235,7 +235,7 @@ class Simulation:
         """Measure every model, write checkpoints and summary.json."""
         for trail in self.audit.values():
             trail.flush()
-        if isinstance(self.plan, CostPlan):
+        if isinstance(self.plan, cost_model.CostPlan):
             return finish(
                 self.plan,
                 self.tracker,
@@ -502,13 +502,13 @@ class Simulation:
 
     def _pack_update(self, child: str, update: Update) -> Packed:
         packed = pack(update, self.plan.layout)
-        if not isinstance(self.plan, CostPlan):
+        if not isinstance(self.plan, cost_model.CostPlan):
             return packed
         return replace(packed, counts_as=self.plan.up_bytes(self.specs[child]))
 
     def _pull_bytes(self, model: Model) -> int:
         packed = pack(model, self.plan.layout)
-        if isinstance(self.plan, CostPlan):
+        if isinstance(self.plan, cost_model.CostPlan):
             packed = replace(packed, counts_as=self.plan.real.nbytes)
         return packed.nbytes
 
@@ -866,8 +866,8 @@ class Simulation:
 
     def _revive_node(self, path: str, life: int, found: State | None) -> None:
         spec = self.specs[path]
-        self.contributions[path] = self.plan.contributions(spec)
-        node = self.nodes[path] = self.plan.inner_node(spec, self.initial, self.contributions[path])
+        self.contributions[path] = build.contributions(self.plan, spec)
+        node = self.nodes[path] = cost_model.inner_node(self.plan, spec, self.initial, self.contributions[path])
         if found is not None:
             node.restore(*found)
         node.incarnation = life
@@ -931,9 +931,9 @@ def simulate(
     train = plan.root.settings.simulation.train
     try:
         simulation = Simulation(
-            plan if train else cost_plan(plan),
+            plan if train else cost_model.cost_plan(plan),
             tracker,
-            make_client=Client if train else CostClient,
+            make_client=Client if train else cost_model.CostClient,
             on_event=lambda: on_progress(simulation),
             on_record=on_record,
             should_stop=should_stop,
@@ -945,7 +945,7 @@ def simulate(
 
 def _cut_texts(plan: Plan) -> None:
     """Read a text that many clients share out once, not once for each of them."""
-    if isinstance(plan, CostPlan):
+    if isinstance(plan, cost_model.CostPlan):
         return
     alike: dict[str, list[DataConfig]] = {}
     for spec in plan.root.clients:
