@@ -1,16 +1,16 @@
 """`worldlm compare`: several methods on one world, at equal work, with the same seeds.
 
-Every (method, seed) is a simulated run in a folder of its own, with the same initial weights and the same order of text
-for all methods. With a budget in rounds every client takes equally many optimizer steps in every method; with one in
-tokens all clients together do, and in asynchronous methods fast ones take more of them. Afterwards every model is
-measured on every client's held-out text:
+Every (method, seed) is a simulated run in a separate folder. All methods share the initial weights and the order of
+text. With a budget in rounds, every client takes equally many optimizer steps in every method. With a budget in tokens,
+all clients together do, and in asynchronous methods fast clients take more of them. At the end every model is measured
+on every client's held-out text:
 
-    OUT/runs/METHOD-SEED/    the run folder, and measures.json when it is done (a comparison can be continued)
-    OUT/results.json         one row per method, seed and client; and what was compared, by which commands and versions
+    OUT/runs/METHOD-SEED/    the run folder, and measures.json once it is done (a comparison can be continued)
+    OUT/results.json         one row per method, seed and client; also the configuration, the commands and the versions
     OUT/commands.txt         when and how the comparison was begun and continued
     OUT/report/              tables, plots and one HTML page: see worldlm_ray/experiments/comparison_report.py
 
-Losses are nats per byte. `own` is a client's own model on its own text; `world` the world's model on that text.
+Losses are in nats per byte. `own` is a client's own model on its text, `world` is the world's model on that text.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ from worldlm_ray.training.local import LocalTrainer, device_of
 
 MEASURES, CURVE, COMMANDS = "measures.json", "curve.json", "commands.txt"
 LOOK_EVERY_S = 1.0
-"""Between two looks at how far the runs are."""
+"""Seconds between two checks of the progress of the runs."""
 PACKAGES = ("worldlm_ray", "torch", "numpy")
-"""Whose versions a report names."""
+"""Packages whose versions a report states."""
 
 WORLD_POINTS = 24
-"""Measurements of the world's model on the way, on a quarter of `evaluation.tokens` of each client's text."""
+"""Measurements of the world's model during a run, on a quarter of `evaluation.tokens` of each client's text."""
 
 
 class _Curve:
-    """Held-out losses over the run: of the clients' own models, in the mean, and of the world's on all texts."""
+    """Held-out losses during the run: the mean of the clients' own models, and the world's model on all texts."""
 
     def __init__(self, plan: Plan) -> None:
         self.points: list[dict[str, float]] = []
@@ -72,7 +72,7 @@ class _Curve:
         self._weights: dict[str, dict[str, list[float]]] = {}
 
     def hear(self, record: Record) -> None:
-        """Take in how nodes blend: attention over key layers, and how far a backbone follows the parent's."""
+        """Take in how nodes blend: attention over key layers, and the weight of the parent's backbone."""
         parent = record.node.rpartition("/")[0]
         if isinstance(record, AttentionRecord):
             names = {OWN: record.node, PARENT: parent}
@@ -99,7 +99,7 @@ class _Curve:
         }
 
     def look(self, simulation: Simulation) -> None:
-        """Add a point whenever the clients' loss has changed, and one of the world's model now and then."""
+        """Add a point if the clients' loss has changed, and occasionally one of the world's model."""
         if not self._changed:
             return
         self._changed = False
@@ -140,8 +140,8 @@ def compare(
         out: folder of the comparison.
         jobs: processes to run at a time.
         command: what the user typed, for the report.
-        on_done: told about every finished run: method, seed, mean own loss.
-        on_progress: told about once a second how far all runs are.
+        on_done: called with method, seed and mean own loss of each finished run.
+        on_progress: called about once a second with the progress of all runs.
 
     Returns:
         Rows of results.json.
@@ -177,7 +177,7 @@ def _run_all(
     on_done: Callable[[str, int, float], None],
     on_progress: Callable[[list[Stand]], None],
 ) -> None:
-    """Run every method with every seed that is wanted, so many at a time, each in its own process."""
+    """Run all pairs of a method and a seed, `jobs` at a time, each in a separate process."""
     mapping = to_mapping(config)
     # Fresh processes: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -192,18 +192,18 @@ def _run_all(
                     on_done(*tasks[task], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
                 on_progress([_stand(out, method, seed, since=began) for method, seed in wanted])
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # the first failure is shown now, not after all others
+            pool.shutdown(wait=False, cancel_futures=True)  # the first failure must show now, not after the other runs
             raise
 
 
 def _stand(out: Path, method: str, seed: int, *, since: float) -> Stand:
-    """How far one run is, from what its process has written since this comparison began or went on."""
+    """The progress of one run, by the files that its process has written since this comparison began or continued."""
     folder = out / "runs" / f"{method}-{seed}"
     state, trained = WAITING, 0.0
     if (folder / MEASURES).is_file():
         state, trained = DONE, 1.0
     elif (folder / CURVE).is_file():
-        # One that an interrupted comparison has trained waits for its turn.
+        # A run that an interrupted comparison has trained waits to be measured.
         state, trained = (MEASURING if (folder / CURVE).stat().st_mtime >= since else WAITING), 1.0
     else:
         with suppress(RunError):
@@ -214,7 +214,7 @@ def _stand(out: Path, method: str, seed: int, *, since: float) -> Stand:
 
 
 def _note(command: str, out: Path) -> None:
-    """Keep when and how this comparison was begun or continued."""
+    """Record when and by which command this comparison was begun or continued."""
     if command:
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         with (out / COMMANDS).open("a", encoding="utf-8") as file:
@@ -222,7 +222,7 @@ def _note(command: str, out: Path) -> None:
 
 
 def _about(config: RunConfig, out: Path) -> dict[str, Any]:
-    """What a report says beside the results: world, budget, configuration, commands, versions."""
+    """The facts of a report beside the results: world, budget, configuration, commands, versions."""
     file = out / COMMANDS
     return {
         "name": config.name,
@@ -234,7 +234,7 @@ def _about(config: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[str, Any]:
-    """One method with one seed: simulate and measure, unless that was done before."""
+    """Simulate and measure one method with one seed, unless that is done."""
     folder = Path(out) / "runs" / f"{method}-{seed}"
     if (folder / MEASURES).is_file():
         return _read(Path(out), method, seed)
@@ -243,7 +243,7 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
     plan = make_plan(config)
     if not (folder / CURVE).is_file():
         if folder.exists():
-            shutil.rmtree(folder)  # of a run that was interrupted: a simulation starts over
+            shutil.rmtree(folder)  # of an interrupted run: a simulation starts over
         plan = rundir.create(plan)
         curve = _Curve(plan)
         simulate(plan, on_progress=curve.look, on_record=curve.hear)
@@ -266,7 +266,7 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
 
 
 def _measure(originals: list[NodeSpec], plan: Plan, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every client's own model, the world's, and every client's model on every client's text."""
+    """Losses on each client's text: its own model, the world's, and every other client's."""
     tokens = plan.config.evaluation.final_tokens
     world = _theta(plan, "world")
     nodes = {spec.path: _node_of(spec, plan) for spec in originals}
@@ -333,7 +333,7 @@ def _read(out: Path, method: str, seed: int) -> dict[str, Any]:
 
 
 def _same_configuration(config: RunConfig, out: Path) -> None:
-    """A folder holds one comparison: adding methods or seeds is welcome, changing the world is not."""
+    """Check that the folder holds this comparison: methods and seeds may be added, the world may not change."""
     file = out / "world.json"
     mapping = json.loads(json.dumps(to_mapping(replace(config, run_dir=None, seed=0))))
     if file.is_file():
@@ -348,7 +348,7 @@ def _same_configuration(config: RunConfig, out: Path) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder of a comparison, unless it is there.
+    """Make the folder of a comparison, unless it exists.
 
     Raises:
         ConfigError: it holds a run.
@@ -367,7 +367,7 @@ def _unwritable(out: Path, error: OSError) -> RunError:
 
 
 REPLACED = {"seed": "--seeds", "method": "--methods", "run_dir": "--out"}
-"""Keys that a comparison sets itself, and the option for each."""
+"""Keys that a comparison sets itself, each with its option."""
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The HTML page of a comparison: one file, with what was found on top and all that is needed to repeat it below."""
+"""The HTML page of a comparison: one file, with the results on top and the steps to repeat them below."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def page_of(
     """The page.
 
     Args:
-        about: `name`, `work`, and where known `budget`, `configuration`, `commands` and `versions`.
+        about: `name`, `work`, and if known `budget`, `configuration`, `commands` and `versions`.
         verdict: sentences.
         heads: title and meaning by column.
         rows: cells by column.
@@ -67,7 +67,7 @@ def _table(
 
 
 def _facts(about: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int]) -> str:
-    """What was compared, how much work it was, and how to repeat it."""
+    """The comparison, its amount of work, and how to repeat it."""
     budget = ", ".join(f"{value:,} {unit}" for unit, value in about.get("budget", {}).items())
     facts = {
         "Equal work": str(about["work"]),

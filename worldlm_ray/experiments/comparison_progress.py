@@ -1,6 +1,6 @@
-"""How far a comparison is: method by method and seed by seed, with the time that is left.
+"""The progress of a comparison, by method and seed, with the remaining time.
 
-The runs are processes; each writes its status.json about once a second, and from there this reads.
+Each run is a process that writes its status.json about once a second. The progress is read from these files.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from worldlm_ray.reports.tables import duration
 
 WAITING, TRAINING, MEASURING, DONE = "waiting", "training", "measuring", "done"
 TRAINING_SHARE = 0.9
-"""Of the time of a run; measuring every model on every text takes the rest, or so."""
+"""Fraction of a run's time, about. The rest goes into measuring every model on every text."""
 KNOWN_SHARE = 0.02
-"""Share of a run that must be done before the time left is told."""
+"""Fraction of a run that must be done before the remaining time is estimated."""
 BAR = 24
 """Characters of a bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stand:
-    """How far one run is."""
+    """The progress of one run."""
 
     method: str
     seed: int
     state: str
     trained: float = 0.0
-    """Share of its budget, 0 to 1."""
+    """Fraction of its budget that is spent, 0 to 1."""
 
     @property
     def share(self) -> float:
-        """Of all of its work."""
+        """Fraction of its whole work, 0 to 1."""
         if self.state == DONE:
             return 1.0
         return TRAINING_SHARE * (1.0 if self.state == MEASURING else self.trained)
 
 
 def headline(stands: Sequence[Stand], *, before: float, elapsed_s: float) -> str:
-    """Runs done, share of all work, and the time left.
+    """Runs done, fraction of all work, and the remaining time.
 
     Args:
         stands: of all runs.
-        before: sum of their shares when this process began: what an earlier one had done.
-        elapsed_s: since then.
+        before: sum of their fractions when this process began, from earlier processes.
+        elapsed_s: seconds since then.
     """
     total = sum(stand.share for stand in stands)
     done = sum(stand.state == DONE for stand in stands)
@@ -62,7 +62,7 @@ def headline(stands: Sequence[Stand], *, before: float, elapsed_s: float) -> str
 
 
 class ComparisonProgress:
-    """Bars on a terminal, a line now and then elsewhere.
+    """Bars on a terminal, occasional lines elsewhere.
 
     Args:
         console: where to draw.
@@ -86,7 +86,7 @@ class ComparisonProgress:
             self._live.stop()
 
     def show(self, stands: Sequence[Stand]) -> None:
-        """Draw where the runs are."""
+        """Draw the progress of the runs."""
         if self._before is None:
             self._before = sum(stand.share for stand in stands)
         head = headline(stands, before=self._before, elapsed_s=self._clock() - self._began)

@@ -2,10 +2,10 @@
 
     gap closed = (L_fedavg - L_method) / (L_fedavg - L_local)
 
-with FedAvg judged by its global model and every other method by its clients' own models, each on the client's own text.
+FedAvg is judged by its global model, every other method by its clients' own models, each on the client's text.
 
-`sooner` is how many times earlier, in virtual time, the world's model is as good as that of the synchronous method at
-its end: of worldlm+synchronous where it was run, of fedavg elsewhere.
+`sooner` says how many times earlier, in virtual time, the world's model is as good as the final one of the synchronous
+method. That is worldlm+synchronous if it was run, else fedavg.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Quantity:
     better: Literal["low", "high", ""] = ""
     """Which value is marked as the best one; none if empty."""
     rank: int = 0
-    """A terminal that is too narrow hides the highest rank first."""
+    """A terminal that is too narrow hides columns of the highest rank first."""
 
 
 COLUMNS = {
@@ -110,7 +110,7 @@ COLUMNS = {
     ),
 }
 NO_FEDERATION = ("local", "centralized")
-"""Methods that are no answer to whether clients gain by a federation: not marked as the best there."""
+"""Methods without a federation. They are not marked as the best for the clients."""
 
 
 def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def summarize(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sooner(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> float | None:
-    """Mean over seeds of the time that the reference took over the time in which the method's world was as good."""
+    """Time of the reference divided by the time after which the method's world was as good. Mean over seeds."""
     ratios = []
     for run, other in ((run, other) for run in runs for other in reference if run["seed"] == other["seed"]):
         if not run["world_curve"] or not other["world_curve"]:
@@ -170,7 +170,7 @@ def _mean_loss(runs: Sequence[dict[str, Any]], which: str) -> float | None:
 
 
 def cell(name: str, value: Any) -> str:
-    """A value as the tables show it."""
+    """A value as text for the tables."""
     if value is None:
         return "-"
     if name in ("own", "world", "spread"):
@@ -185,7 +185,7 @@ def cell(name: str, value: Any) -> str:
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
-    """The methods with the best value, by column; several where the table shows the same."""
+    """The methods with the best value, by column: several if the table shows equal values."""
     found: dict[str, set[str]] = {}
     for name, quantity in COLUMNS.items():
         values = {row["method"]: row[name] for row in rows if quantity.better and _is_number(row[name])}
@@ -202,7 +202,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row as the tables show it, by column."""
+    """A row as text for the tables, by column."""
     shown = {name: cell(name, row[name]) for name in COLUMNS} | {"gains": "-"}
     if row["gains"] is not None and row["method"] != "local":
         shown["gains"] = f"{row['gains']} of {row['clients']}"
@@ -221,7 +221,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> FittingTable:
-    """The rows for a terminal; the best values carry a star."""
+    """The rows for a terminal. The best values have a star."""
     columns = [Column(each.short, rank=each.rank, is_number=name != "method") for name, each in COLUMNS.items()]
     marks = best(rows)
     caption = "* best; own: each client's model on its own text; gains and worst client: against training alone (local)"

@@ -30,13 +30,13 @@ from worldlm_ray.training.sampling import sample as generate
 def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda _: None) -> dict[str, Measure]:
     """Held-out quality of every node of a run, by path, parents first.
 
-    A client's own model is measured on its own text; an inner node's on the text of every client below it. Texts of
-    clients whose losses are private are left out.
+    A client's own model is measured on its text, an inner node's on the text of every client below it. Texts of
+    clients with private losses are left out.
 
     Args:
         run: the run's folder or name.
         tokens: held-out tokens per client, at most.
-        on_phase: told which client is being measured.
+        on_phase: called with the client that is measured next.
 
     Raises:
         RunError: there is no such run, or its tokenizer has changed.
@@ -71,7 +71,7 @@ def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float,
 
 
 def _trainer(plan: Plan, spec: NodeSpec, _: Account | None = None) -> LocalTrainer:
-    """Something that holds a model; nothing is trained here, whatever the client may spend."""
+    """A trainer that only holds a model. It trains nothing, so it spends no privacy budget."""
     return plain_trainer(plan.shape, plan.layout, spec.settings)
 
 
@@ -90,7 +90,7 @@ def theta(plan: Plan, spec: NodeSpec) -> Flat:
 
 
 def sound_theta(plan: Plan, spec: NodeSpec) -> Flat:
-    """The parameters in a node's newest whole checkpoint, to be used elsewhere.
+    """The parameters in a node's newest whole checkpoint, for use outside the run.
 
     Raises:
         CheckpointError: it has none, or the model has diverged.
@@ -102,7 +102,7 @@ def sound_theta(plan: Plan, spec: NodeSpec) -> Flat:
 
 
 def clients_mean(measures: Mapping[str, Measure], path: str) -> Measure | None:
-    """The mean over the clients below an inner node: each one's own model on its own text; None of a client."""
+    """The mean over the clients below an inner node, of each client's own model on its text; None for a client."""
     inner = {other.rpartition("/")[0] for other in measures}
     return combine(
         measure for other, measure in measures.items() if other.startswith(f"{path}/") and other not in inner
@@ -110,7 +110,7 @@ def clients_mean(measures: Mapping[str, Measure], path: str) -> Measure | None:
 
 
 def values(measures: Mapping[str, Measure]) -> dict[str, dict[str, float | None]]:
-    """The measures by path, under the names that summary.json has for them."""
+    """The measures by path, under their names in summary.json."""
     found = {}
     for path, own in measures.items():
         mean = clients_mean(measures, path)
@@ -126,7 +126,7 @@ def values(measures: Mapping[str, Measure]) -> dict[str, dict[str, float | None]
 
 
 def table(run: str, measures: Mapping[str, Measure]) -> FittingTable:
-    """The measures as a table for the terminal; perplexity per token where a token is not a byte."""
+    """The measures as a table for the terminal, with perplexity per token if a token is not a byte."""
     per_token = any(measure.perplexity_per_token is not None for measure in measures.values())
     heads = {"loss\n(nats/byte)\nown model": 0, "\nclients\n(mean)": 0, "perplexity\nper byte\nown model": 1}
     columns = [Column(head, rank=rank) for head, rank in heads.items()]

@@ -1,4 +1,4 @@
-"""`worldlm export`: a node's model as a Hugging Face folder, with what the run keeps of its tokenizer and a card."""
+"""`worldlm export`: a node's model as a Hugging Face folder, with the tokenizer's files and a model card."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:
 
     Args:
         run: the run's folder or name.
-        node: path of the node, or the end of it.
-        folder: made if need be; files of an earlier export are replaced.
+        node: path of the node, or the end of that path.
+        folder: made if missing. Files of an earlier export are replaced.
 
     Returns:
-        Path of the node, and lines for the user beside it.
+        Path of the node, and lines for the user.
 
     Raises:
         RunError: there is no such run, or one of its files has changed.
@@ -51,7 +51,7 @@ def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:
 
 
 def _files(plan: Plan) -> dict[str, bytes]:
-    """The run's small files: its copies; of a run that keeps none, the originals."""
+    """The run's small files: its copies, or the originals if it keeps none."""
     if plan.config.kept:
         return {name: kept.read(plan.config, name) or b"" for name in plan.config.kept}
     try:
@@ -76,7 +76,7 @@ def _facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes]) -> Facts:
         if folder is None
         else f"the model in a folder named {Path(folder).name}",
         tied=base is not None and base.tied,
-        # A damaged summary.json costs its facts, not the export.
+        # A damaged summary.json only removes facts from the card.
         tokens=int(sum(number or 0 for number in below)) if any(number is not None for number in below) else None,
         tokenizer=_tokenizer(plan, files),
         loss=_number(nodes, spec.path, "loss"),
@@ -92,7 +92,7 @@ def _tokenizer(plan: Plan, files: dict[str, bytes]) -> str:
 
 
 def _privacy(plan: Plan) -> list[str]:
-    """What clients have spent. A model holds what came from every client of its run, by way of the world."""
+    """What clients have spent. By way of the world, a model depends on every client of its run."""
     clients = private_clients(plan)
     if not clients:
         return []
@@ -117,7 +117,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
 
 
 def _number(nodes: Any, path: str, name: str) -> float | None:
-    """A number that summary.json holds of a node; None where there is no finite one."""
+    """A number of a node in summary.json; None if it is missing or not finite."""
     line = nodes.get(path) if isinstance(nodes, dict) else None
     found = line.get(name) if isinstance(line, dict) else None
     if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):

@@ -1,4 +1,4 @@
-"""Published methods as configurations of the same code, so that a comparison differs in nothing but the method.
+"""Published methods as configurations of the same code, so that a comparison differs in the method only.
 
     method        tree    when                 key layers        server                        source
     worldlm       as is   as configured        as configured     as configured                 this package
@@ -8,15 +8,15 @@
     fedbuff       flat    half the clients     none              sgd 1.0, 1/sqrt(1 + tau)      AISTATS 2022
     diloco        flat    synchronous          none              nesterov 0.7, 0.9             arXiv 2311.08105
     halos         as is   each update          none              delayed_nesterov, merge 0.25  HALoS, ICML 2025
-    local         flat    synchronous          none              nobody takes from another
+    local         flat    synchronous          none              no client takes from another
     centralized   one     -                    none              one client; a step takes a batch of every client's text
 
-A name may carry variants, such as `worldlm+keys+uniform`: see `VARIANTS`. They change single settings, so that a
-comparison shows what each is good for.
+A name may have variants, such as `worldlm+keys+uniform`: see `VARIANTS`. A variant changes a single setting, so a
+comparison shows the effect of that setting.
 
-Flat: every client hangs directly under the world, over a link as slow as the slowest on its way and with the delays of
-all of them. A method's settings replace those of the configuration at every node; what concerns the clients'
-training, data and machines stays. Clients draw their text in the same order in every method.
+Flat: every client is a child of the world. Its link is as slow as the slowest on its path, with the sum of their
+delays. A method's settings replace those of the configuration at every node. The clients' training, data and machines
+stay. Clients draw their text in the same order in every method.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from worldlm_ray.plan import tree
 from worldlm_ray.plan.tree import NodeSpec
 
 _KEEP = tuple(name for name in INHERITED if name not in ("aggregation", "merge"))
-"""What a client keeps whatever the method: everything but the rules, and above all its privacy."""
+"""Settings of a client that every method keeps: all but the rules, and above all its privacy."""
 
 
 def configure(config: RunConfig, method: str) -> RunConfig:
@@ -45,7 +45,7 @@ def configure(config: RunConfig, method: str) -> RunConfig:
         method: a key of `METHODS`, with variants of `VARIANTS` after plus signs.
 
     Raises:
-        ConfigError: an unknown method or variant, or one that this world cannot have.
+        ConfigError: the method or a variant is unknown, or impossible on this world.
     """
     base, *variants = method.split("+")
     if base not in METHODS:
@@ -63,7 +63,7 @@ def configure(config: RunConfig, method: str) -> RunConfig:
 
 
 def _set_everywhere(mapping: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set a dotted key at the top, and wherever a node of the tree sets the same section."""
+    """Set a dotted key at the top, and at each node of the tree that sets the same section."""
     holders = [mapping, *(_nodes(mapping["world"]) if path[0] in INHERITED else [])]
     for holder in holders:
         if holder is not mapping and path[0] not in holder:
@@ -107,7 +107,7 @@ def _client(spec: NodeSpec, root: NodeSpec, *, name: str) -> dict[str, Any]:
 
 
 def _plain_tree(spec: NodeSpec, *, keep_rules: bool) -> dict[str, Any]:
-    """The tree with every setting written out at every node; without aggregation rules unless they are kept."""
+    """The tree with every setting written out at every node. Aggregation rules are left out unless they are kept."""
     keys = (*_KEEP, "aggregation", "merge") if keep_rules else _KEEP
     settings = {key: asdict(getattr(spec.settings, key)) for key in keys}
     if spec.kind == "client":
@@ -119,7 +119,7 @@ def _plain_tree(spec: NodeSpec, *, keep_rules: bool) -> dict[str, Any]:
 
 
 def _rules(mapping: dict[str, Any], **rules: Any) -> None:
-    """Replace the aggregation rules, and take the parent's model whole."""
+    """Replace the aggregation rules, and take over the parent's model as it is."""
     mapping["aggregation"], mapping["merge"] = rules, {"client": 1.0, "federation": 1.0}
     if rules["trigger"] == "synchronous":
         _set_everywhere(mapping, ["exchange", "overlap"], False)
@@ -261,4 +261,4 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "overlap": {"exchange.overlap": True},
     "personal": {"aggregation.attention.personal": True},
 }
-"""What a variant changes, by name."""
+"""The change of each variant, by name."""

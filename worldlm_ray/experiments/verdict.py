@@ -1,7 +1,7 @@
-"""What a comparison of methods says, in sentences: which is best, by how much, in how many seeds, and who gains.
+"""The result of a comparison in sentences: the best method, its lead, in how many seeds, and which clients gain.
 
 Every sentence is computed from results.json. A difference is taken seed by seed, since both runs of a seed begin from
-the same weights and read the same text in the same order; its range over the seeds says how much of it is chance.
+the same weights and read the same text in the same order. Its range over the seeds shows the effect of chance.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def verdict(runs: Sequence[Run]) -> list[str]:
 
 
 def equal_work(runs: Sequence[Run]) -> str:
-    """What the methods of a comparison have in common: steps or tokens, weights, text."""
+    """What is equal in all methods of a comparison: steps or tokens, weights, text."""
     same = "Runs of one seed begin from the same weights, and each client reads its text in the same order."
     federated = [run for run in runs if run["method"] != "centralized"]
     steps = {client["steps"] for run in federated for client in run["clients"]}
@@ -63,7 +63,7 @@ def client_means(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def against_local(runs: Sequence[Run], local: Sequence[Run]) -> dict[str, float]:
-    """Relative change of each client's own loss against training alone; below zero it gains. Means over seeds."""
+    """Relative change of each client's own loss against training alone, mean over seeds. Below zero it gains."""
     alone = client_means(local)
     return {client: loss / alone[client] - 1.0 for client, loss in client_means(runs).items() if client in alone}
 
@@ -77,7 +77,7 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _best(runs: Sequence[Run], which: str) -> str:
-    """The best method for one of the two losses, and its distance to the next one."""
+    """The best method for one of the two losses, and its distance to the next method."""
     seeds = {method: _by_seed(mine, which) for method, mine in by_method(runs).items()}
     means = {method: statistics.fmean(losses.values()) for method, losses in seeds.items()}
     diverged = sorted(method for method, mean in means.items() if not math.isfinite(mean))
@@ -108,7 +108,7 @@ def _chance(best: str, other: str, mine: dict[int, float], theirs: dict[int, flo
 
 
 def _members(runs: Sequence[Run]) -> str:
-    """Whether clients gain by taking part, under the method that is best for their own models."""
+    """Whether clients gain from the federation, under the method that is best for their own models."""
     methods = by_method(runs)
     local = methods.pop("local", [])
     methods.pop("centralized", None)

@@ -1,12 +1,12 @@
-"""Hugging Face folders: a node's model as one that `AutoModelForCausalLM` loads, and one as a run's initial weights.
+"""Hugging Face folders: export of a node's model for `AutoModelForCausalLM`, and import as a run's initial weights.
 
-Parameter names and shapes are Hugging Face's already (worldlm_ray/model/shape.py): this is a file format, not a
+Parameter names and shapes are Hugging Face's already (worldlm_ray/model/shape.py), so this is a file format, not a
 conversion. A folder holds config.json, model.safetensors (or shards with an index), and the tokenizer's files.
 
-    declared.py   config.json of a model: whether this package computes exactly what it declares
-    weights.py    its tensors: looked through before they are read
-    export.py     a folder written
-    side_files.py its small files: how texts begin and end, the tokenizer's
+    declared.py   reads config.json, and checks that this package computes exactly what it declares
+    weights.py    checks the tensors, and reads them
+    export.py     writes a folder
+    side_files.py its small files: special tokens, generation, the tokenizer
     card.py       its model card
 """
 

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: where a model comes from and what was measured of it."""
+"""The model card of an exported folder: the origin of a model and its measures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _USE = """## Use
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a card says."""
+    """The content of a card."""
 
     run: str
     node: str
@@ -37,15 +37,15 @@ class Facts:
     """Tokens of the longest sequence that config.json allows."""
     began_from: str
     tied: bool
-    """Embedding and head were one tensor in the model that the run began from."""
+    """Whether embedding and head were one tensor in the model that the run began from."""
     tokens: int | None
-    """Trained on, by all clients at or below the node; None where the run has not ended."""
+    """Tokens that all clients at or below the node have trained on; None if the run has not ended."""
     tokenizer: str
     loss: float | None
-    """In nats per byte, on held-out text; None where it was not measured or is private."""
+    """In nats per byte, on held-out text; None if it was not measured or is private."""
     perplexity_per_token: float | None
     privacy: Sequence[str] = ()
-    """A line for each promise."""
+    """A line for each privacy promise."""
 
 
 def card(facts: Facts) -> str:

@@ -1,7 +1,7 @@
-"""What a Hugging Face model's config.json declares, and whether the decoder of this package computes exactly that.
+"""Reads a Hugging Face model's config.json, and checks that the decoder of this package computes exactly that model.
 
-Every key that is set must be known: as a size, as harmless, or with the one value that the decoder computes. A key of
-another kind, such as a new way to scale positions, is refused by name: to drop it would train another model in silence.
+Every key that is set must be known: as a size, as harmless, or with the one value that the decoder computes. Any other
+key, such as a new way to scale positions, is refused by name. To ignore it would silently train another model.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from worldlm_ray.storage import filesystem
 
 CONFIG = "config.json"
 DEFAULT_CONTEXT = 512
-"""Tokens per training sequence where the run names none and the model allows more."""
+"""Tokens per training sequence if the run sets none and the model allows more."""
 NORM_EPS, ROPE_THETA, LONGEST = 1e-6, 10_000.0, 2_048
-"""What transformers takes where config.json names none."""
+"""The values of transformers if config.json has none."""
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 _READ = {*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling"}
@@ -56,7 +56,7 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False, True),
     "is_llama_config": (True,),
 }
-"""Keys that change what is computed, with the values that this package computes."""
+"""Keys that change the computation, each with the values that this package computes."""
 
 _HARMLESS = {
     # Provenance and storage.
@@ -64,14 +64,14 @@ _HARMLESS = {
     *("transformers.js_config", "unsloth_version", "unsloth_fixed", "_commit_hash", "torchscript", "use_bfloat16"),
     *("_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "_flash_attn_2_enabled"),
     *("finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id", "num_labels"),
-    # What a call returns, and how quickly.
+    # Return values of a call, and its speed.
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate"),
     *("output_scores", "tf_legacy_loss", "tokenizer_model_max_length", "remove_invalid_values"),
     # Ids of special tokens, lengths, random initial weights.
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id"),
     *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "prefix"),
     *("max_position_embeddings", "max_sequence_length", "initializer_range"),
-    # How text is generated, not what the model computes.
+    # Generation of text, which does not change the logits.
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
     *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
     *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "suppress_tokens"),
@@ -82,14 +82,14 @@ _HARMLESS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What the config.json of a model says that can be trained here."""
+    """The config.json of a model that can be trained here."""
 
     shape: ModelShape
-    """With the context of the run."""
+    """Sizes, with the context of the run."""
     max_positions: int
-    """Longest sequence that the model was made for, in tokens."""
+    """The model's longest sequence, in tokens."""
     tied: bool
-    """Input embedding and output head are one tensor there. Here each is trained by itself."""
+    """Whether input embedding and output head are one tensor there. Here they are trained separately."""
 
 
 def read_shape(folder: Path, *, context: int | None = None) -> ModelShape:
@@ -102,7 +102,7 @@ def read_declared(file: Path, *, context: int | None = None) -> Declared:
 
     Args:
         file: the config.json.
-        context: tokens per training sequence of the run; None takes what the model allows, at most DEFAULT_CONTEXT.
+        context: tokens per training sequence of the run. None: the model's limit, at most DEFAULT_CONTEXT.
 
     Raises:
         DataError: the file cannot be read, or the model is not one that this package computes exactly.
@@ -141,7 +141,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """A JSON object of a Hugging Face folder.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: the file is missing or holds no object.
     """
     try:
         with filesystem.refusals(file):
@@ -160,7 +160,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(begin: bytes, file: Path) -> None:
-    """Refuse a file that git-lfs has not fetched: a few lines of text in place of the contents.
+    """Refuse a pointer of git-lfs: a few lines of text instead of a content that has not been fetched.
 
     Args:
         begin: the first bytes of the file.
@@ -171,7 +171,7 @@ def refuse_pointer(begin: bytes, file: Path) -> None:
 
 
 def _refuse_others(found: Mapping[str, Any], file: Path) -> None:
-    """Refuse the first key that this package does not compute, most telling ones first."""
+    """Refuse the first key that this package does not compute, the most informative ones first."""
     if "model_type" not in found:
         raise DataError(f"{file}: names no model_type; give the folder of a Llama-shaped Hugging Face model")
     if "quantization_config" in found:
@@ -197,7 +197,7 @@ def _refusal(file: Path, name: str, got: Any, why: str = "only plain Llama model
 
 
 def _same(got: Any, value: Any) -> bool:
-    """Equal, where true is not 1."""
+    """Whether two values are equal, where true is not 1."""
     return bool(got == value) and isinstance(got, bool) == isinstance(value, bool)
 
 
@@ -221,7 +221,7 @@ def _above_zero(value: Any, name: str, file: Path) -> float:
 
 
 def _rope_theta(found: Mapping[str, Any], file: Path) -> float:
-    """Base of the rotary angles; positions that are scaled in any way are refused.
+    """Base of the rotary angles. Scaled positions of any kind are refused.
 
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 writes `rope_parameters`, which holds both.
     """

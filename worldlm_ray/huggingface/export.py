@@ -18,7 +18,7 @@ from worldlm_ray.tensors.layout import Layout
 
 CARD = "README.md"
 MARK = "<!-- model card of worldlm export -->"
-"""In every card: a README.md without it is not replaced."""
+"""A mark in every card. A README.md without it is not replaced."""
 
 
 def export(
@@ -36,8 +36,8 @@ def export(
         theta: the parameters.
         shape: sizes of the decoder.
         layout: where each parameter lies in `theta`.
-        folder: made if need be; files of an earlier export are replaced.
-        kept: small files by name: of the run's tokenizer, none for bytes, and of the model that it began from.
+        folder: made if missing. Files of an earlier export are replaced.
+        kept: small files by name, of the run's tokenizer (none for bytes) and of the model that it began from.
         card: text of the model card, README.md.
 
     Raises:
@@ -58,13 +58,13 @@ def export(
                 (folder / name).write_bytes(contents)
         for name in NAMES - set(files):
             (folder / name).unlink(missing_ok=True)
-        # safetensors writes a file that only its owner may read: a folder is read by others as its other files are.
+        # safetensors makes a file that only its owner may read. It must have the mode of the other files.
         os.chmod(folder / WEIGHTS, (folder / CONFIG).stat().st_mode & 0o777)
     except OSError as error:
         raise DataError(f"cannot export to {folder}: {error.strerror}; give another folder") from error
 
 
 def has_other_card(folder: Path) -> bool:
-    """Whether a folder has a README.md that is no card of an export, and stays as it is."""
+    """Whether a folder has a README.md that is no card of an export. Such a file is kept."""
     card = folder / CARD
     return card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace")

@@ -1,8 +1,8 @@
-"""The small files of an exported folder: config.json, how text is generated, and the tokenizer's files.
+"""The small files of an exported folder: config.json, the settings of generation, and the tokenizer's files.
 
-What the model that a run began from declares is kept: where texts begin and end, how long they may be, how text is
-generated, the template of a chat. The tokenizer is declared as what its tokenizer.json is, and nothing more: a class of
-one architecture would change it when it is loaded.
+Some declarations of the model that a run began from are kept: tokens at the ends of a text, longest text, generation,
+chat template. The tokenizer's class is the general one of a tokenizer.json: the class of one architecture would change
+the tokenizer when it is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from worldlm_ray.model.shape import ModelShape
 
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 NAMES = {CONFIG, GENERATION, TOKENIZER, SETTINGS, TEMPLATE}
-"""Files of an export beside its weights and its card."""
+"""Files of an export other than its weights and its card."""
 _OF_A_CLASS = {
     *(
         "add_bos_token",
@@ -40,12 +40,12 @@ _OF_A_CLASS = {
     ),
     *("added_tokens_decoder", "is_local", "name_or_path", "special_tokens_map_file"),
 }
-"""Settings of one tokenizer class, or of the machine where they were written."""
+"""Settings of one tokenizer class, or of the machine that wrote them."""
 _ENDS = ("bos_token", "eos_token", "pad_token")
 
 
 def side_files(shape: ModelShape, kept: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The contents of the small files, by name.
+    """The content of the small files, by name.
 
     Args:
         shape: sizes of the decoder.
@@ -106,7 +106,7 @@ def _config(shape: ModelShape, base: Mapping[str, Any], special: SpecialTokens) 
         "hidden_size": shape.hidden_size,
         "initializer_range": base.get("initializer_range") or 0.02,
         "intermediate_size": shape.intermediate_size,
-        # The run's context is what it trained on: the base's positions are computed as before.
+        # The run's context limits training only: positions are computed as in the base model.
         "max_position_embeddings": max(base.get("max_position_embeddings") or (LONGEST if base else 0), shape.context),
         "mlp_bias": False,
         "num_attention_heads": shape.heads,
@@ -121,7 +121,7 @@ def _config(shape: ModelShape, base: Mapping[str, Any], special: SpecialTokens) 
 
 
 def _ends(base: Mapping[str, Any], special: SpecialTokens) -> dict[str, Any]:
-    """Ids of the tokens that begin, end and fill a text: those of the base, unless the run's tokenizer has others."""
+    """Ids of the tokens that begin, end and pad a text: the base model's, unless the run's tokenizer has others."""
     found = {}
     for role in _ENDS:
         theirs, own = base.get(f"{role}_id"), special.ids.get(role)
@@ -131,7 +131,7 @@ def _ends(base: Mapping[str, Any], special: SpecialTokens) -> dict[str, Any]:
 
 
 def _settings(theirs: Mapping[str, Any], special: SpecialTokens, *, longest: int) -> dict[str, Any]:
-    """Contents of tokenizer_config.json."""
+    """The content of tokenizer_config.json."""
     kept = {name: value for name, value in theirs.items() if name not in _OF_A_CLASS}
     usual = {"clean_up_tokenization_spaces": False, "model_max_length": longest}
     return usual | kept | {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(special.roles)

@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face model on disk.
 
 Names, shapes and number formats are read from the files' headers and compared with the model before any number is
-read: a tensor that nobody would read, or that would be read as something else, means another model.
+read. A tensor that the model does not have, or has in another shape, means another model.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from worldlm_ray.tensors.layout import Layout
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-"""Changes to a model's weights that a fine-tuning keeps in files beside them."""
+"""Files of adapters, which change the weights beside them."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PLAIN = {"F32", "F16", "BF16"}
 _NEITHER = {"F64", "C64", "I64", "U64", "BOOL"}
-"""Formats that are not read, and that no quantization has."""
+"""Formats that are not read and are no quantization."""
 _RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-"""Tensors that older files hold and that every reader computes from config.json."""
+"""Tensors in older files that every reader computes from config.json."""
 
 
 def check_weights(folder: Path, layout: Layout, *, numbers: bool = False) -> None:
-    """Look through the weights of a Hugging Face model without keeping them.
+    """Check the weights of a Hugging Face model without keeping them.
 
     Args:
         folder: of the model.
-        layout: of the parameters that are wanted.
-        numbers: read every tensor, too, and look for numbers that are not finite; without it only the headers.
+        layout: of the wanted parameters.
+        numbers: whether to read every tensor, too, and to find numbers that are not finite. Otherwise only headers.
 
     Raises:
         DataError: as `read_weights`.
@@ -49,7 +49,7 @@ def check_weights(folder: Path, layout: Layout, *, numbers: bool = False) -> Non
 
 
 def read_weights(folder: Path, layout: Layout) -> Flat:
-    """The weights of a Hugging Face model on disk as a flat buffer; a tied head becomes a copy of the embedding.
+    """The weights of a Hugging Face model on disk as a flat buffer. A tied head becomes a copy of the embedding.
 
     Raises:
         DataError: a file is missing or damaged; an adapter lies beside them; a tensor is missing, unknown, of another
@@ -69,7 +69,7 @@ def read_weights(folder: Path, layout: Layout) -> Flat:
 
 
 def _tensors(folder: Path, layout: Layout) -> dict[Path, list[str]]:
-    """Names of the tensors to read, by file, all of them checked against the layout."""
+    """Names of the tensors to read, by file, checked against the layout."""
     shapes = {entry.name: tuple(entry.shape) for entry in layout.entries}
     found = dict[Path, list[str]]()
     taken = dict[str, Path]()
@@ -112,7 +112,7 @@ def _numbers(opened: Any, name: str, file: Path) -> np.ndarray[Any, Any]:
 
 
 def _finite(numbers: np.ndarray[Any, Any], name: str, file: Path) -> np.ndarray[Any, Any]:
-    # A sum takes no memory, is not finite if a number is not, and numbers of fp32 cannot overflow fp64.
+    # A sum needs no memory. It is not finite if a number is not, and fp32 numbers cannot overflow fp64.
     if not np.isfinite(np.sum(numbers, dtype=np.float64)):
         raise DataError(f"{file}: {name} holds a number that is not finite; download it again, or give another model")
     return numbers
@@ -120,7 +120,7 @@ def _finite(numbers: np.ndarray[Any, Any], name: str, file: Path) -> np.ndarray[
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, open for reading; whatever is wrong with it is a DataError."""
+    """A safetensors file, open for reading. Every failure is a DataError."""
     from safetensors import safe_open
 
     try:
@@ -143,7 +143,7 @@ def _damaged(file: Path, error: Exception) -> DataError:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that hold the weights, each once."""
+    """The files of the weights, each once."""
     for name in ADAPTER:
         if (folder / name).exists():
             raise DataError(f"{folder} holds an adapter ({name}), which is not applied; merge it into the model first")

@@ -1,6 +1,6 @@
-"""DeepSpeed's configuration, made from ours, and the memory that ZeRO's stages leave on a worker.
+"""DeepSpeed's configuration, made from ours, and the memory that a worker needs at each ZeRO stage.
 
-Nothing here imports DeepSpeed: a configuration is checked, and `worldlm show` computed, in a second.
+This module does not import DeepSpeed, so checks and `worldlm show` take a second.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from worldlm_ray.config.schema import NodeSettings, TrainingConfig
 from worldlm_ray.errors import ConfigError
 
 BUCKET_ELEMENTS = 1 << 25
-"""Largest bucket of gradients that are reduced together. DeepSpeed's own default is 5e8 elements, of which every
-worker keeps a buffer: 2 GB, whatever the model."""
+"""Largest bucket of gradients that are reduced together, in elements. DeepSpeed's default is 5e8, for which every
+worker keeps a buffer of 2 GB, for any model."""
 
 _OURS = {
     "train_batch_size": "training.batch_size",
@@ -30,7 +30,7 @@ _OURS = {
     "fp16": "training.precision",
     "scheduler": "training.warmup_fraction and min_lr_ratio",
 }
-"""DeepSpeed's keys that follow from ours, and which of ours to change instead."""
+"""DeepSpeed's keys that follow from ours, each with the key to change instead."""
 
 
 def is_zero(settings: NodeSettings) -> bool:
@@ -56,7 +56,7 @@ def deepspeed_config(
         key: dotted key of the training section, for messages.
 
     Raises:
-        ConfigError: a key of `training.deepspeed` says otherwise than ours.
+        ConfigError: a key of `training.deepspeed` contradicts ours.
     """
     bf16 = is_bf16(training, cuda=cuda)
     bucket = max(min(parameters // 16, BUCKET_ELEMENTS), 1 << 16)
@@ -73,19 +73,19 @@ def deepspeed_config(
         "train_batch_size": training.batch_size,
         "train_micro_batch_size_per_gpu": training.batch_size // (workers * training.accumulation_steps),
         "gradient_accumulation_steps": training.accumulation_steps,
-        "gradient_clipping": training.grad_clip,  # always: DeepSpeed clips at 1.0 unless it is told not to
+        "gradient_clipping": training.grad_clip,  # always set, since DeepSpeed clips at 1.0 by default
         "optimizer": {
             "type": "AdamW",
             "params": {
                 "lr": training.lr,
                 "betas": list(training.betas),
                 "weight_decay": training.weight_decay,
-                # torch's needs no compiler; DeepSpeed's own, for offloaded states, is many times faster.
+                # torch's optimizer needs no compiler. DeepSpeed's, for offloaded states, is many times faster.
                 "torch_adam": not (training.offload_optimizer and cuda),
             },
         },
         "zero_optimization": zero,
-        # Stage 0 computes in bf16 as a plain client does: fp32 parameters under autocast.
+        # At stage 0 bf16 works as without DeepSpeed: fp32 parameters under autocast.
         "bf16": {"enabled": bf16 and training.zero_stage > 0},
         "torch_autocast": {"enabled": bf16 and training.zero_stage == 0, "dtype": "bfloat16"},
         "wall_clock_breakdown": False,
@@ -97,7 +97,7 @@ def deepspeed_config(
 
 
 def check(settings: NodeSettings, *, parameters: int, key: str) -> None:
-    """Check what a client asks of DeepSpeed, or of gradient accumulation.
+    """Check a client's settings of DeepSpeed and of gradient accumulation.
 
     Args:
         settings: the client's.
@@ -105,7 +105,7 @@ def check(settings: NodeSettings, *, parameters: int, key: str) -> None:
         key: dotted key of the client, for messages.
 
     Raises:
-        ConfigError: a batch that cannot be shared out, a setting that needs another stage, or a contradiction.
+        ConfigError: a batch cannot be divided, a setting needs another stage, or two settings contradict each other.
     """
     training, (low, high) = settings.training, settings.resources.worker_range
     for workers in range(low, high + 1):
@@ -143,22 +143,22 @@ class WorkerBytes:
     parameters: int
     gradients: int
     optimizer: int
-    """fp32 parameters where the model computes in bf16 or is sharded, and both moments."""
+    """fp32 parameters if the model computes in bf16 or is sharded, and both moments."""
     host: int = 0
-    """Of these three, those that lie in the host's memory because they are offloaded."""
+    """The part of these three that is offloaded to the host's memory."""
 
     @property
     def total(self) -> int:
-        """On the worker's device and in the host's memory together."""
+        """The sum over the worker's device and the host's memory."""
         return self.parameters + self.gradients + self.optimizer
 
 
 def worker_bytes(training: TrainingConfig, *, parameters: int, workers: int, cuda: bool, stage: int) -> WorkerBytes:
-    """ZeRO's arithmetic: what is sharded at a stage is divided by the number of workers.
+    """Memory by ZeRO stage: what a stage shards is divided by the number of workers.
 
     Source: Rajbhandari et al., arXiv 1910.02054, section 5 and figure 1: 2 + 2 + 12 bytes per parameter in mixed
-    precision. In fp32 DeepSpeed's stages 1 to 3 keep a master copy beside the parameters, too: 4 + 4 + 12. Stage 0
-    has none, in bf16 neither: 4 + 4 + 8.
+    precision. In fp32, DeepSpeed's stages 1 to 3 keep a master copy beside the parameters, too: 4 + 4 + 12. Stage 0
+    has no master copy, not even in bf16: 4 + 4 + 8.
     """
     width = 2 if stage and is_bf16(training, cuda=cuda) else 4
     optimizer = 12 if stage else 8

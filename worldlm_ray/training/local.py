@@ -27,10 +27,10 @@ from worldlm_ray.training.trainer import Batch, RoundResult, Trainer
 
 
 def device_of(resources: ResourcesConfig) -> str | None:
-    """Where a client trains: on the CPU unless its settings ask for a GPU, whatever torch sees.
+    """The device of a client: the CPU unless its settings ask for a GPU, even if torch finds one.
 
-    Ray hides no GPU from an actor that asks for none, and a simulation has no scheduler: without this rule all clients
-    of a machine would share its first GPU, unasked.
+    Ray hides no GPU from an actor that requests none, and a simulation has no scheduler. Without this rule all clients
+    of a machine would share its first GPU.
 
     Returns:
         `cpu`, or None for CUDA when there is a device.
@@ -39,7 +39,7 @@ def device_of(resources: ResourcesConfig) -> str | None:
 
 
 def threads_of(resources: ResourcesConfig) -> int:
-    """Torch threads of a client: as many as its cores, but no more than this process may use.
+    """Torch threads of a client: as many as its cores, up to the cores that this process may use.
 
     More threads than cores wait for each other at every operation.
     """
@@ -52,7 +52,7 @@ def cores() -> int:
 
 
 def too_many_cores(wanted: Mapping[str, ResourcesConfig]) -> str:
-    """A warning where clients ask for more cores than this machine has; empty where none does.
+    """A warning if clients ask for more cores than this machine has; empty if none does.
 
     Args:
         wanted: resources by path of the client.
@@ -72,7 +72,7 @@ class LocalTrainer(Trainer):
         shape: sizes of the decoder.
         layout: the flat layout (which part is backbone, which is key).
         training: optimizer settings.
-        threads: torch threads; results are reproducible only for the same number.
+        threads: torch threads. Results are reproducible only with the same number.
         device: `cpu`, `cuda` or None for CUDA when there is a device.
     """
 
@@ -99,7 +99,7 @@ class LocalTrainer(Trainer):
         self._training_loss = self._compiled() if is_compiled(training, self.device) else self.model.loss
         self._tensor = torch.nn.Parameter(self.flat)
         self._tensor.grad = self.gradient
-        # Weight decay is applied by `step` to matrices alone: a flat tensor has no parameter groups.
+        # `step` applies weight decay, to matrices only: a flat tensor has no parameter groups.
         self.optimizer = torch.optim.AdamW(
             [self._tensor],
             lr=training.lr,
@@ -134,7 +134,7 @@ class LocalTrainer(Trainer):
         Args:
             batches: token ids and targets.
             rate: learning rate of the step with this index.
-            should_stop: asked before every step; True ends the run early and keeps what was done.
+            should_stop: asked before every step. True ends the training early and keeps the steps so far.
         """
         torch.set_num_threads(self.threads)
         self.model.train()
@@ -150,7 +150,7 @@ class LocalTrainer(Trainer):
             steps, tokens = steps + 1, tokens + inputs.size
             if self.training.step_delay_s:
                 time.sleep(self.training.step_delay_s)
-        loss_sum = float(losses)  # on CUDA this waits for the device, so that train_s is true
+        loss_sum = float(losses)  # on CUDA this waits for the device, so that train_s is correct
         return RoundResult(
             steps=steps,
             tokens=tokens,
@@ -188,7 +188,7 @@ class LocalTrainer(Trainer):
 
         Args:
             batches: token ids and targets.
-            parameters: another model to measure instead of this one, which stays as it is.
+            parameters: another model to measure instead of this one, which does not change.
         """
         torch.set_num_threads(self.threads)
         self.model.eval()
@@ -219,7 +219,7 @@ class LocalTrainer(Trainer):
         )
 
     def optimizer_state(self) -> dict[str, Flat]:
-        """The moments and the step count as flat buffers, for a checkpoint; empty before the first step."""
+        """The moments and the step count as flat buffers, for a checkpoint. Empty before the first step."""
         state = self.optimizer.state.get(self._tensor, {})
         if not state:
             return {}
@@ -232,7 +232,7 @@ class LocalTrainer(Trainer):
         self.optimizer.state.clear()
 
     def load_optimizer_state(self, saved: dict[str, Flat]) -> None:
-        """Restore what `optimizer_state` gave."""
+        """Restore the result of `optimizer_state`."""
         if not saved:
             return
         self.optimizer.state[self._tensor] = {
@@ -252,19 +252,19 @@ class LocalTrainer(Trainer):
             return self.model.loss(tokens_BT, targets_BT, reduction=reduction)
 
     def _compiled(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The mean loss, fused by `torch.compile`; shapes are fixed, since every step has the same."""
+        """The mean loss, fused by `torch.compile`. Shapes are fixed, since they are equal in every step."""
         compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(self.model.loss, dynamic=False)
         return compiled
 
 
 def is_compiled(training: TrainingConfig, device: torch.device) -> bool:
-    """Whether the training step is fused. Recomputed activations are not: they break the graph at every block."""
+    """Whether the training step is fused. Recomputed activations prevent it: they break the graph at every block."""
     if training.compile == "auto":
         return device.type == "cuda" and not training.activation_checkpointing
     return training.compile == "on"
 
 
 def on_device(values: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """Token ids on a device. To CUDA they go through pinned memory, so that the copy runs beside the step before."""
+    """Token ids on a device. To CUDA they go through pinned memory: the copy then overlaps with the step before."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,7 +1,7 @@
 """Local training with differential privacy at the level of records: DP-SGD in front of AdamW.
 
 Source: Abadi et al., arXiv 1607.00133, algorithm 1: the sum of clipped per-record gradients, plus noise, over the
-*expected* number of records. AdamW afterwards only processes what is private already.
+*expected* number of records. AdamW then only processes a private result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from worldlm_ray.training.local import LocalTrainer, on_device
 
 
 class PrivateTrainer(LocalTrainer):
-    """A `LocalTrainer` whose steps are DP-SGD's.
+    """A `LocalTrainer` with the steps of DP-SGD.
 
     Args:
         shape: sizes of the decoder.
@@ -49,7 +49,7 @@ class PrivateTrainer(LocalTrainer):
         threads: int,
         device: str | None = None,
     ) -> None:
-        # Records are clipped one by one: a second clipping of the noisy sum would only bend it.
+        # Records are clipped one by one: a second clipping of the noisy sum would only distort it.
         # Hooks on modules compute the gradients of single records: a compiled step would have none.
         plain = replace(training, grad_clip=0.0, compile="off")
         super().__init__(shape, layout, plain, threads=threads, device=device)
@@ -60,7 +60,7 @@ class PrivateTrainer(LocalTrainer):
         self._records = self._gradients(self.mode)
 
     def step(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], learning_rate: float) -> Tensor:
-        """One step of DP-SGD on the records of a Poisson batch, which may be empty; returns their mean loss."""
+        """One step of DP-SGD on the records of a Poisson batch, which may be empty. Returns their mean loss."""
         self.gradient.zero_()
         total = torch.zeros((), device=self.device)
         most = 2 * self.training.batch_size
@@ -82,7 +82,7 @@ class PrivateTrainer(LocalTrainer):
         return RecordGradients(self.model, max_grad_norm=self.privacy.max_grad_norm, mode=mode, bf16=self.bf16)
 
     def _mode(self) -> Mode:
-        """The mode that was asked for, or the one that is quicker here on made-up tokens."""
+        """The configured mode; for `auto` the mode that is faster here on random tokens."""
         if self.privacy.grad_sample_mode != "auto":
             return self.privacy.grad_sample_mode
         torch.set_num_threads(self.threads)

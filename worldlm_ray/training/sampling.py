@@ -16,10 +16,10 @@ from worldlm_ray.errors import DataError, RunError
 from worldlm_ray.training.trainer import Trainer
 
 OPENINGS = ("\n", ".", "a", "0")
-"""An empty prompt stands for the first of these that is a token: not every tokenizer knows a line break."""
+"""An empty prompt becomes the first of these that is a token: not every tokenizer has a line break."""
 
 SMALLEST_TEMPERATURE = 1e-200
-"""Below it logits divided by the temperature are not finite."""
+"""At lower temperatures, logits divided by the temperature are not finite."""
 
 
 def sample(
@@ -37,11 +37,11 @@ def sample(
     Args:
         trainer: holds the model.
         tokenizer: the run's.
-        prompt: text to continue; empty starts from a line break, or from another token where that is none.
+        prompt: text to continue. If empty, a line break, or another token if that is none.
         tokens: tokens to generate.
         temperature: 0, and what is too near it to divide by, takes the likeliest token every time.
         seed: of the draws.
-        opening: token ids to start from where the prompt is empty and a line break is no token.
+        opening: token ids to start from if the prompt is empty and a line break is no token.
 
     Returns:
         The generated text, without the prompt.
@@ -58,7 +58,7 @@ def sample(
 def _opening(tokenizer: Tokenizer, opening: Tokens | None) -> Tokens:
     """Token ids to start from without a prompt: at least one."""
     for text in OPENINGS:
-        with suppress(DataError):  # not every tokenizer has a token for what it does not know
+        with suppress(DataError):  # not every tokenizer has an unknown token
             if (ids := tokenizer.encode(text)).size:
                 return ids
         if opening is not None and opening.size:
@@ -86,7 +86,7 @@ def generate(
         tokens: tokens to generate.
         temperature: 0, and what is too near it to divide by, takes the likeliest token every time.
         seed: of the draws.
-        device: where the model lies.
+        device: of the model.
 
     Returns:
         The generated token ids, without the prompt.

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of how much of the budget is spent."""
+"""The learning rate as a pure function of the fraction of the budget that is spent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def learning_rate(training: TrainingConfig, progress: float) -> float:
 
     Args:
         training: gives lr, warmup_fraction and min_lr_ratio.
-        progress: share of the budget spent, 0 to 1; more counts as 1.
+        progress: fraction of the budget that is spent, 0 to 1. More counts as 1.
 
     Source: Loshchilov and Hutter, arXiv 1608.03983, equation 5, without restarts.
     """

@@ -1,4 +1,4 @@
-"""A layout a layer at a time: what a worker of several gathers and sends at once."""
+"""A layout in parts of one layer, which the workers of a sharded model gather and send one by one."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class Span:
 
 
 def spans(layout: Layout) -> list[Span]:
-    """The layout a layer at a time: embeddings, every block, the norm, the head."""
+    """The layout in parts of one module: embeddings, every block, the norm, the head."""
     grouped = groupby(layout.entries, key=lambda entry: module_of(entry.name))
     return [Span(name, tuple(entries)) for name, entries in grouped]

@@ -1,8 +1,8 @@
 """One worker of a model that DeepSpeed trains over several: the engine, and weights in and out of it.
 
 Every method but the constructor is a collective: all workers of the client call it at once, with the same arguments,
-as processes of one torch.distributed group. Weights and moments pass a layer at a time, so that no worker ever holds
-a second whole copy: DeepSpeed's public calls gather a tensor over the workers and take it apart again.
+as processes of one torch.distributed group. Weights and moments pass a layer at a time, so no worker ever holds
+a second whole copy: DeepSpeed's public calls gather a tensor over the workers and shard it again.
 
 Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054.
 """
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 
 
 class _Private:
-    """What a private worker has besides its engine."""
+    """What a private worker has in addition to its engine."""
 
     def __init__(self, records: RecordGradients, noise: Noise, scale: float) -> None:
         self.records, self.noise, self.scale = records, noise, scale
         self.is_last = False
-        """Whether the backward pass that comes is the last of its step: it carries the noise."""
+        """Whether the next backward pass is the last of its step, which adds the noise."""
         self.noised = 0
-        """Parameters that were given noise in this step."""
+        """Parameters with noise in this step."""
 
     def add_noise(self, gradient: Tensor) -> Tensor:
-        """Called with a parameter's gradient on this worker, before it is reduced."""
+        """Add noise to a parameter's gradient on this worker, before it is reduced."""
         if not self.is_last:
             return gradient
         self.noised += 1
@@ -96,7 +96,7 @@ class ZeroWorker:
     ) -> None:
         self.expected_records = training.batch_size
         if privacy is not None:
-            # Records are clipped one by one, and a private step has as many parts as its batch happens to need.
+            # Records are clipped one by one, and the size of the batch decides the number of parts of a private step.
             part = training.batch_size // training.accumulation_steps
             training = replace(training, grad_clip=0.0, batch_size=part, accumulation_steps=1)
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
@@ -162,9 +162,9 @@ class ZeroWorker:
                 group["step"] = steps
 
     def forget(self) -> None:
-        """Make the moments zero and the step count, too."""
+        """Set the moments and the step count to zero."""
         if not self._states:
-            # The optimizer makes its state in its first step: one at rate zero leaves the parameters as they are.
+            # The optimizer makes its state in its first step. A step at rate zero does not change the parameters.
             tokens_BT = np.zeros((self.training.batch_size, min(self.shape.context, 8)), np.int64)
             self._set_rate(0.0)
             self._step((tokens_BT, tokens_BT))
@@ -177,7 +177,7 @@ class ZeroWorker:
     # ---- training and measuring --------------------------------------------------------------------------------
 
     def run(self, batches: Iterable[Batch], rates: Iterable[float]) -> float:
-        """One optimizer step per batch; each worker takes its share of the batch's sequences.
+        """One optimizer step per batch. Each worker takes its part of the batch's sequences.
 
         Returns:
             Sum over steps of the step's mean loss over all workers, nats per token.
@@ -193,12 +193,12 @@ class ZeroWorker:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Summed loss in nats and number of tokens; each worker takes its share of a batch's sequences."""
+        """Summed loss in nats and number of tokens. Each worker takes its part of a batch's sequences."""
         self.engine.eval()
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for inputs, targets in batches:
             own = slice(self.rank, None, self.workers)
-            # Stage 3 gathers layers in every forward pass: a worker without a share takes part all the same.
+            # Stage 3 gathers layers in every forward pass: a worker without sequences takes part, too.
             empty = len(inputs[own]) == 0
             rows = slice(0, 1) if empty else own
             loss = self._loss(inputs[rows], targets[rows], "sum")
@@ -208,7 +208,7 @@ class ZeroWorker:
         return float(total), tokens
 
     def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
-        """Token ids that continue a prompt; every worker draws the same."""
+        """Token ids that continue a prompt. Every worker draws the same ids."""
         self.engine.eval()
         return generate(
             self.engine,
@@ -221,7 +221,7 @@ class ZeroWorker:
         )
 
     def _step(self, batch: Batch) -> Tensor:
-        """One optimizer step on this worker's share; returns its mean loss."""
+        """One optimizer step on this worker's part of a batch. Returns its mean loss."""
         inputs, targets = batch
         parts = self.training.accumulation_steps
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -250,16 +250,16 @@ class ZeroWorker:
         scale = noise * privacy.max_grad_norm / self.workers**0.5 * self.workers / self.expected_records
         private = _Private(records, Noise(torch.device(self.device)), scale)
         for parameter in self.parameters.values():
-            # A hook on the gradient: noise put into DeepSpeed's own shards would be lost under offloading, silently.
+            # A hook on the gradient: offloading would silently lose noise that is added to DeepSpeed's shards.
             parameter.register_hook(private.add_noise)
         return private
 
     def _private_step(self, batch: Batch) -> Tensor:
-        """One step of DP-SGD on a Poisson batch, which may be empty; returns the mean loss of this worker's records.
+        """One step of DP-SGD on a Poisson batch, which may be empty. Returns the mean loss of this worker's records.
 
         Every part is two passes: one with respect to the layers' outputs, for each record's norm, and one through the
         engine with every record's loss times its coefficient. All workers make equally many parts, padded with records
-        of weight zero, since their collectives must meet; the last part carries the noise.
+        of weight zero, since all must take part in each collective. The last part adds the noise.
         """
         assert self._private is not None
         inputs, targets = (ids[self.rank :: self.workers] for ids in batch)
@@ -273,7 +273,7 @@ class ZeroWorker:
             tokens_BT, targets_BT, real_B = self._padded(inputs[rows], targets[rows], size)
             norm_B, loss_B = private.records.norms(tokens_BT, targets_BT)
             weight_B = private.records.weights(norm_B) * real_B
-            # A record whose gradient is not finite must not come near the sum, where zero times infinity is not zero.
+            # A record whose gradient is not finite must not enter the sum, since zero times infinity is not zero.
             tokens_BT[~torch.isfinite(norm_B)] = 0
             losses_BT = cross_entropy(self.engine(tokens_BT), targets_BT, reduction="none").view(targets_BT.shape)
             private.is_last = part == parts - 1
@@ -291,7 +291,7 @@ class ZeroWorker:
     def _padded(
         self, inputs: npt.NDArray[np.integer[Any]], targets: npt.NDArray[np.integer[Any]], size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The records, filled up with made-up ones, and 1 for each that is real."""
+        """The records, padded with records of zeros, and 1 for each real record."""
         real_B = torch.zeros(size, device=self.device)
         real_B[: len(inputs)] = 1.0
         padded = []
@@ -324,10 +324,10 @@ class ZeroWorker:
         return self._optimizer.state
 
     def _link_moments(self) -> None:
-        """Tell every parameter where its moments lie.
+        """Link every parameter to its moments.
 
-        At stages 1 and 2 DeepSpeed does so after the first step of the first parameter group, when the groups after it
-        have none yet, and never again.
+        At stages 1 and 2 DeepSpeed does this once, after the first step of the first parameter group. The other groups
+        have no moments then.
         """
         states = {flat.untyped_storage().data_ptr(): (flat, state) for flat, state in self._states.items()}
         for parameter in self.parameters.values():
@@ -360,7 +360,7 @@ class ZeroWorker:
         return torch.from_numpy(part).view(entry.shape).to(self.device)
 
     def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
-        """What this worker holds of a parameter at stage 3: an equal part, padded at the end."""
+        """This worker's part of a parameter at stage 3. All parts are equal, with padding at the end."""
         size = parameter.ds_tensor.numel()
         padded = torch.zeros(size, dtype=value.dtype, device=value.device)
         own = value.reshape(-1)[self.rank * size : (self.rank + 1) * size]
@@ -370,17 +370,17 @@ class ZeroWorker:
 
 def _join(*, cuda: bool) -> None:
     """Let DeepSpeed use the process group that exists."""
-    # DeepSpeed calls torch's collectives by names that torch is giving up, and is told so at every call.
+    # DeepSpeed calls torch's collectives by deprecated names, and torch warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not cuda:
-        # DeepSpeed would compile an all-reduce through shared memory at the first start. gloo needs no compiler, and
+        # DeepSpeed would compile an all-reduce through shared memory at its first start. gloo needs no compiler, and
         # works between hosts, too.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def _groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """Weight decay on matrices, not on norms. At stage 3 a parameter's own shape is empty; `ds_shape` is the whole."""
+    """Weight decay on matrices, not on norms. At stage 3 `parameter.shape` is empty, and `ds_shape` is the whole."""
     matrices: list[nn.Parameter] = []
     norms: list[nn.Parameter] = []
     for parameter in model.parameters():
