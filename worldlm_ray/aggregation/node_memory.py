@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from worldlm_ray.aggregation.server_optimizer import state_buffers
 from worldlm_ray.config.federated import AggregationConfig
+from worldlm_ray.exchange.compression import loses
 
 WORLD_MODELS = 2
 """Models that the world holds: the published one and the fold."""
@@ -33,12 +34,12 @@ def node_bytes(
         children: children of the node.
         is_world: whether the node has no parent.
         adaptive: whether it judges its parent's model, and so keeps the last one.
-        codec: how its updates travel; all but fp32 keep the error that they made.
+        codec: how its updates travel; a codec that rounds makes it keep the error.
     """
     model, backbone_bytes = 4 * (backbone + keys), 4 * backbone
     found = (WORLD_MODELS if is_world else FEDERATION_MODELS) * model
     found += model * (not is_world and adaptive)
-    found += backbone_bytes * (not is_world and codec != "fp32")
+    found += backbone_bytes * (not is_world and loses(codec))
     found += backbone_bytes * len(state_buffers(rules.server_optimizer))
     if rules.robust.rule != "none":
         found += model * children  # a median needs every child's update until the aggregation is made

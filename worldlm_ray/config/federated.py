@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from worldlm_ray.config.names import ROBUST_RULES, SCORES, SERVER_OPTIMIZERS, STALENESS
+from worldlm_ray.config.names import CODECS, ROBUST_RULES, SCORES, SERVER_OPTIMIZERS, STALENESS
 
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
-CodecName = Literal["fp32", "bf16", "int8", "int4"]
+CodecName = Annotated[str, CODECS]
 RobustRule = Annotated[str, ROBUST_RULES]
 StalenessName = Annotated[str, STALENESS]
 ScoreName = Annotated[str, SCORES]

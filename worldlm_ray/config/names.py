@@ -20,3 +20,4 @@ SERVER_OPTIMIZERS: Registry[Any] = Registry(
 ROBUST_RULES: Registry[Any] = Registry(
     "robust rule", "aggregation.robust.rule", "worldlm_ray.aggregation.robust_fold", off="none"
 )
+CODECS: Registry[Any] = Registry("codec", "exchange.codec", "worldlm_ray.exchange.compression")

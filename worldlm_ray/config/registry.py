@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any, Generic, TypeVar
 
-from worldlm_ray.config.values import nearest, unknown_name
+from worldlm_ray.config.values import listed, nearest, shown, unknown_name
 from worldlm_ray.errors import ConfigError
 
 T = TypeVar("T")
 GROUP = "worldlm_ray.rules"
 """Entry points of this group name modules that register."""
 _LOADED = set[str]()
-"""Entry points that this process has imported."""
+"""Groups whose entry points this process has imported."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Registry(Generic[T]):
         if isinstance(got, str) and (got == self.off or got in self):
             return got
         known = (*([] if self.off is None else [self.off]), *self.names())
-        shown = repr(got) if got is not None else "null"
-        raise ConfigError(key, f"got {shown}", nearest(str(got), known) + "expected one of " + ", ".join(known))
+        close = nearest(got, known) if isinstance(got, str) else ""
+        raise ConfigError(key, f"got {shown(got)}", f"{close}expected one of {listed(known)}")
 
     def _import_ours(self) -> None:
         for module in self.modules:
@@ -132,8 +132,9 @@ def import_entry_points() -> None:
     Raises:
         ConfigError: one of them cannot be imported.
     """
-    for point in metadata.entry_points(group=GROUP) if GROUP not in _LOADED else ():
-        _LOADED.add(GROUP)
+    if GROUP in _LOADED:
+        return
+    for point in metadata.entry_points(group=GROUP):
         try:
             point.load()
         except Exception as error:

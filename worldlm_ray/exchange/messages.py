@@ -75,7 +75,7 @@ class Update:
     residuals: tuple[Residual, ...] = ()
     """What fitted nobody below the sender."""
     codec: str = "fp32"
-    """How the values travel: one of compression.CODECS."""
+    """How the values travel: a name of compression.CODECS."""
     base_incarnation: int = 1
     """The parent's when it gave the base version. Versions of an earlier life of the parent may never come again."""
 

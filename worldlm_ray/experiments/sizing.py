@@ -14,15 +14,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
 from worldlm_ray.aggregation.node_memory import node_bytes
-from worldlm_ray.config.federated import AggregationConfig, CodecName
+from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.config.values import one_of
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.exchange.compression import nbytes
+from worldlm_ray.exchange.compression import CODECS, nbytes
 from worldlm_ray.reports.tables import amount, duration
 from worldlm_ray.reports.terminal import Column, FittingTable
 
@@ -104,9 +103,8 @@ def tiers(wish: Wish, machine: Machine) -> list[Tier]:
     for name in ("clients", "parameters", "round_s", "push_every"):
         if getattr(wish, name) <= 0:
             raise ConfigError(name, f"got {getattr(wish, name)}", "give a number above 0")
-    known = get_args(CodecName)
-    if wish.codec not in known:
-        raise ConfigError("codec", f"got {wish.codec!r}", one_of(wish.codec, known))
+    if wish.codec not in CODECS:
+        raise ConfigError("codec", f"got {wish.codec!r}", one_of(wish.codec, CODECS.names()))
     if wish.fan_out < 2:
         raise ConfigError("fan_out", f"got {wish.fan_out}", "an aggregator has 2 children or more")
     model = 4 * wish.parameters

@@ -11,7 +11,7 @@ from typing import Any
 from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.data.text import find_sources
-from worldlm_ray.exchange.compression import nbytes
+from worldlm_ray.exchange.compression import loses, nbytes
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.reports.tables import amount
@@ -147,7 +147,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
             buffers = (ZERO_CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
         if settings.merge.common_fraction:
             buffers += COMMON_BUFFERS * size
-        buffers += 4 * plan.layout.backbone_size * (codec != "fp32")  # the codec error
+        buffers += 4 * plan.layout.backbone_size * loses(codec)  # the codec error
         buffers += size * settings.exchange.overlap  # the update in flight
         return {
             "kind": spec.kind,
