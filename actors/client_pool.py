@@ -17,13 +17,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.above import PATIENCE_S, published
-from actors.drivers import carried, settled_in_time
-from actors.drivers import follow as follow_references
+from actors.drivers import References, Walk, carried, follow, settled_in_time
 from actors.graceful_shutdown import GracefulShutdown
-from actors.leaf import Leaf
+from actors.leaf import GetReady, Leaf
 from actors.shared import (
     ARRIVAL_S,
-    STORAGE_AGAIN_S,
     Address,
     end_process,
     once_storage_answers,
@@ -33,11 +31,12 @@ from actors.shared import (
 )
 from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import VirtualClients
-from worldlm_ray.errors import CheckpointError, SupersededError
-from worldlm_ray.exchange.messages import Model, Update
+from worldlm_ray.errors import SupersededError
 from worldlm_ray.plan import rundir
-from worldlm_ray.protocol.child import Send, Steps
+from worldlm_ray.protocol.child import Send, Sleep, Stopped
+from worldlm_ray.protocol.life import Await, Beside, CheckParent, Compute, Look, Save, TakeTurn, Train
 from worldlm_ray.records import Measure
+from worldlm_ray.tensors.buffers import Flat
 
 AHEAD = 2
 """Clients that have pulled and have not trained yet, at most: a model that waits for its turn grows old."""
@@ -69,7 +68,9 @@ class ClientPoolActor(GracefulShutdown):
         self._ahead = asyncio.Semaphore(ahead)
         self.members = {spec.path: _Member(self, replace(address, path=spec.path)) for spec in specs}
         self._prepared: asyncio.Task[None] | None = None
-        self._beating: asyncio.Task[None] | None = None
+        self._heard: asyncio.Future[set[str]] = self.loop.create_future()
+        """Paths of the clients that the next heartbeat finds to be lost to the parent."""
+        self._beating = self.loop.create_task(self._beat())
         for path in paths:
             schedule_kills(self.plan.faults, path, self.clock)
         if was_restarted():
@@ -107,7 +108,7 @@ class ClientPoolActor(GracefulShutdown):
 
     async def leave(self, path: str) -> None:
         """Leave the run for good after the round that is under way."""
-        self.members[path].leaving = True
+        self.members[path].leave()
 
     async def measure(self, path: str, refs: list[Any] | None = None) -> Measure | None:
         """Held-out quality of a client's model, or of the model behind a reference (in a list), unless private."""
@@ -142,31 +143,34 @@ class ClientPoolActor(GracefulShutdown):
         """Held from a pull until its round is trained."""
         return self._ahead
 
-    def beat(self) -> None:
-        """Begin to give signs of life, for all clients together."""
-        if self._beating is None:
-            self._beating = asyncio.get_running_loop().create_task(self._beat())
+    def end_turn(self) -> None:
+        """Let another client take its turn; from any thread."""
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._ahead.release)
+
+    async def heard(self, path: str) -> bool:
+        """Wait for the next heartbeat to the parent; returns whether the parent is the one that this client joined."""
+        return path not in await asyncio.shield(self._heard)
 
     async def _beat(self) -> None:
+        """Signs of life to the parent, for all clients together."""
         while True:
             await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
             members = {member.spec.name: member for member in self.members.values()}
             sent = {name: send for name, member in members.items() if (send := member.heartbeat()) is not None}
-            if not sent:
-                continue
-            parent = next(members[name].link.parent for name in sent)
-            try:
-                lost: list[str] = await parent.heartbeats.remote([send.arguments for send in sent.values()])
-            except Exception:  # noqa: BLE001 - whatever it is: a member that waits finds out by its next call
-                lost = list(sent)
-            for name in lost:
-                members[name].join_again()
+            lost = list(sent)
+            if sent:
+                parent = next(members[name].link.parent for name in sent)
+                with suppress(Exception):  # whatever it is: a member that waits finds out by its next call
+                    lost = await parent.heartbeats.remote([send.arguments for send in sent.values()])
+            heard, self._heard = self._heard, asyncio.get_running_loop().create_future()
+            heard.set_result({members[name].spec.path for name in lost if name in members})
 
     def shut_down(self) -> None:
         """See GracefulShutdown. The event loop turns no more meanwhile: write from here."""
         living = [member for member in self.members.values() if member.is_living]
         for member in living:
-            member.stopping = True
+            member.stop()
         self._model.shutdown(wait=True, cancel_futures=True)
         self._disk.shutdown(wait=True, cancel_futures=True)
         for member in living:
@@ -175,17 +179,16 @@ class ClientPoolActor(GracefulShutdown):
 
 
 class _Member(Leaf):
-    """One client of the process, and its life."""
+    """One client of the process: takes the steps of its life on the event loop, and on the model's thread."""
 
     def __init__(self, host: ClientPoolActor, address: Address) -> None:
         super().__init__(host.plan, address, host.recorder)
         self.host = host
-        self.stopping = self.leaving = self.is_living = self.is_staying = False
-        self._may_cancel = self._pushing = False
-        """Whether it waits for its parent: in vain, perhaps, once it is told to stop."""
+        self.is_living = self.is_staying = False
+        self._waits: set[asyncio.Future[Any]] = set()
+        """What it waits for: in vain, perhaps, once it is told to stop."""
         self._getting_up = asyncio.Lock()
         self._life_task: asyncio.Task[None] | None = None
-        self._again: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self._outcome: str | Exception = ""
 
@@ -209,35 +212,30 @@ class _Member(Leaf):
         return self._outcome
 
     def stop(self) -> None:
-        if self.stopping:
+        if self._is_stopping:
             return
-        self.stopping = True
-        if not self._pushing:
-            self._cancel()
+        self._is_stopping = True
+        if not self._is_delivering:
+            self._give_up_waits()
         # The work that is done deserves to arrive, but not for ever.
-        asyncio.get_running_loop().call_later(ARRIVAL_S, self._cancel)
+        asyncio.get_running_loop().call_later(ARRIVAL_S, self._give_up_waits)
 
-    def _cancel(self) -> None:
-        if self._life_task is not None and (self._may_cancel or self._pushing):
-            self._life_task.cancel()
+    def _give_up_waits(self) -> None:
+        for answer in self._waits:
+            answer.cancel()
+
+    def leave(self) -> None:
+        self._is_leaving = True
+
+    @property
+    def _is_delivering(self) -> bool:
+        return self._is_set_up and self.life.delivers_since_s is not None
 
     def heartbeat(self) -> Send | None:
         """The client's sign of life; None while no parent would hear it."""
         if not (self.is_living or self.is_staying) or self.link.parent is None:
             return None
         return self.uplink.heartbeat()
-
-    def join_again(self) -> None:
-        """At its end a client stays with its parent: one that died must hear again what it has forgotten."""
-        if self.is_staying and (self._again is None or self._again.done()):
-            self._again = asyncio.get_running_loop().create_task(self._join_again())
-
-    async def _join_again(self) -> None:
-        try:
-            await self._follow(self.uplink.join())
-            await self._follow(self.uplink.done())
-        except SupersededError as error:
-            end_process(str(error))
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -251,142 +249,104 @@ class _Member(Leaf):
 
     async def _guard(self) -> None:
         try:
-            await self._begin_again()
-            self._outcome = await self._live()
+            await self._take(self._get_ready())
+            self.is_living = True
+            self._outcome = await self._take(carried(self.life.run(), self.link))
+            self.is_living, self.is_staying = False, self._outcome == "finished"
+            self._ended.set()
+            if self.is_staying:
+                with suppress(Stopped):
+                    await self._take(carried(self.life.stay(), self.link))
         except SupersededError as error:
             end_process(str(error))
         except Exception as error:  # noqa: BLE001 - a boundary: the launcher raises it from `outcome`
             self._outcome = error
-        self.is_living = False
+        self.is_living = self.is_staying = False
         self._ended.set()
 
-    async def _begin_again(self) -> None:
-        """Get ready; after a death, wait for the storage if need be."""
-        while True:
+    async def _take(self, steps: References[T]) -> T:
+        """Take steps of the client's life. Those that touch the model are taken on its thread, one after the other."""
+        walk = Walk(steps, self._lock)
+        while not walk.has_ended:
+            if isinstance(walk.step, Compute | Train):
+                await self.host.with_model(partial(self._compute, walk))
+                continue
             try:
-                await self.ready()
-                return
-            except CheckpointError as error:
-                if not was_restarted():
-                    raise
-                self._warn(f"cannot go on yet: {error}")
-                await asyncio.sleep(STORAGE_AGAIN_S)
-                if self.stopping:
-                    raise
+                answer = await self._perform(walk.step)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the steps know what to do
+                walk.go_on(error=error)
+            else:
+                walk.go_on(answer)
+        return walk.result  # type: ignore[return-value]
 
-    async def _live(self) -> str:
-        client, clock = self.client, self.clock
-        try:
-            await self._wait(self._follow(self.uplink.join()))
-            self._tell(client.progress_record(now_s=clock.now_s()))
-            if client.steps == 0:
-                self._say_left_out()
-                self._tell(await self.host.with_model(partial(client.start_record, now_s=clock.now_s())))
-            self._began_s = self._saved_s = clock.now_s()
-            self._tell(self._life("training"))
-            self.is_living = True
-            self.host.beat()
-            while not self.stopping:
-                if not client.began and self.leaving:
-                    return await self._say_goodbye()
-                if not client.began and client.is_done:
-                    return await self._finish()
-                update = await self._round()
-                if update is None and not client.began:
-                    return await self._finish()
-                if update is not None:
-                    await self._push(update)
-                    await self._look_above()
-                    await self._save_if_due()
-        except asyncio.CancelledError:
-            if not self.stopping:
-                raise
-        await self._save()
-        self._tell(self._life("stopped"))
-        return "stopped"
+    def _compute(self, walk: Walk) -> None:
+        while not walk.has_ended and isinstance(walk.step, Compute | Train):
+            walk.perform(lambda step: step.work() if isinstance(step, Compute) else self._train(step))
 
-    async def _round(self) -> Update | None:
-        """Pull and train; None if there is nothing to train any more, or the round was left unfinished."""
-        await self._wait(self.host.ahead.acquire())
-        try:
-            model = None
-            if not self.client.began:
-                model = await self._wait(self._follow(self.uplink.pull()))
-                if model is not None and model.finished:
-                    return None
-            return await self.host.with_model(partial(self._train, model))
-        finally:
-            self.host.ahead.release()
+    def _train(self, step: Train) -> float:
+        return self.life.train(lambda: self._is_stopping or (step.until is not None and step.until.done()))
 
-    def _train(self, model: Model | None) -> Update | None:
-        """On the model's thread: begin a round, or go on with the one that was begun."""
-        client = self.client
-        if not client.began:
-            self._tell(*client.begin(model, now_s=self.clock.now_s()))
-        if not client.began:
-            return None
-        train_s = self._train_stretch(lambda: self.stopping)
-        if client.step < client.training.local_steps:
-            return None
-        self._end_round(train_s)
-        return client.update()
+    async def _perform(self, step: Any) -> Any:
+        if isinstance(step, Sleep):
+            return await self._wait(asyncio.sleep(step.seconds))
+        if isinstance(step, GetReady):
+            return await self.ready()
+        if isinstance(step, Beside):
+            return asyncio.get_running_loop().create_task(self._take(carried(step.steps, self.link)))
+        if isinstance(step, Await):
+            return await step.handle
+        if isinstance(step, Save):
+            return await self._save()
+        if isinstance(step, Look):
+            return await self._look(step.path), 0.0  # others train meanwhile
+        if isinstance(step, TakeTurn):
+            await self._wait(self.host.ahead.acquire())
+            return self._give_turn_back
+        if isinstance(step, CheckParent):
+            return await self._wait(self.host.heard(self.spec.path))
+        return await self._wait(settled_in_time(step))
 
-    async def _push(self, update: Update) -> None:
-        shared = self.link.share(update)
-        self.client.use_shared_copy(update.values, shared)
-        self._pushing = True
-        try:
-            await self._follow(self.uplink.push(replace(update, values=shared)))
-        finally:
-            self._pushing = False
-
-    async def _look_above(self) -> None:
-        """Measure a node above, when that is due. While its model is on its way, others train."""
-        path = self._due_above()
-        if path is None or self.stopping:
-            return
-        found = None
-        with suppress(TimeoutError):
-            found = await self._wait(asyncio.wait_for(follow_references(published(self._address, path)), PATIENCE_S))
-        await self.host.with_model(partial(self._measure_above, path, found))
-
-    async def _finish(self) -> str:
-        await self._save()
-        await self._wait(self._follow(self.uplink.done()))
-        finished = self._life("finished", self.client.last_word)
-        self._tell(self.client.progress_record(now_s=self.clock.now_s()), finished)
-        self.is_staying = True
-        return "finished"
-
-    async def _say_goodbye(self) -> str:
-        await self._save()
-        await self._wait(self._follow(self.uplink.left()))
-        self._tell(self._life("left"))
-        return "left"
-
-    async def _follow(self, steps: Steps[T]) -> T:
-        return await follow_references(carried(steps, self.link), wait=settled_in_time)
+    def _give_turn_back(self) -> None:
+        """From the model's thread, too."""
+        self.host.end_turn()
 
     async def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for the parent, unless told to stop."""
-        self._may_cancel = True
+        """Wait for the parent or for the others.
+
+        Raises:
+            Stopped: the client is told to stop.
+        """
+        if self._is_stopping and not self._is_delivering:
+            work.close()
+            raise Stopped
+        answer = asyncio.ensure_future(work)
+        self._waits.add(answer)
         try:
-            return await work
+            await asyncio.wait({answer})
+            if answer.cancelled():
+                raise Stopped
+            return answer.result()
         finally:
-            self._may_cancel = False
+            self._waits.discard(answer)
+            answer.cancel()
+
+    async def _look(self, path: str) -> tuple[int, Flat] | None:
+        with suppress(TimeoutError):
+            return await self._wait(asyncio.wait_for(follow(published(self._address, path)), PATIENCE_S))
+        return None
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    async def _save_if_due(self) -> None:
-        if self.clock.now_s() - self._saved_s >= self.plan.config.checkpoint.every_s:
-            await self._save()
-
-    async def _save(self) -> None:
+    async def _save(self) -> bool:
         """Write a checkpoint, or go on without. The client does nothing else meanwhile; others do."""
-        self._saved_s = self.clock.now_s()
-        state = await self.host.with_model(self.client.state)
+        state = await self.host.with_model(self._state)
         await self.host.on_disk(partial(self._write, *state))
+        return True
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
+        with self._lock:
+            return self.client.state()
 
     def save_now(self) -> None:
         """The same without an event loop."""
-        self._write(*self.client.state())
+        self._write(*self._state())

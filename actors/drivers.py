@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import ray
@@ -22,6 +23,7 @@ from worldlm_ray.exchange.messages import Packed, Update, buffer_of
 from worldlm_ray.plan.faults import Faults, damaged
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.protocol.child import Child, Lost, Send, Sleep, Steps, Stopped, Uplink
+from worldlm_ray.protocol.life import Share
 from worldlm_ray.tensors.buffers import Flat
 
 ANSWER_S = 30.0
@@ -185,7 +187,7 @@ def send_heartbeat(uplink: Uplink, link: Link) -> None:
 
 
 def carried(steps: Steps[T], link: Link) -> References[T]:
-    """The steps of the protocol, with each call made over a link."""
+    """The steps of the protocol or of a life, with each call made, and each update shared, over a link."""
     value, error = None, None
     while True:
         try:
@@ -194,7 +196,10 @@ def carried(steps: Steps[T], link: Link) -> References[T]:
             return end.value  # type: ignore[no-any-return]
         value, error = None, None
         try:
-            value = (yield from link.carry(step)) if isinstance(step, Send) else (yield step)
+            if isinstance(step, Send):
+                value = yield from link.carry(step)
+            else:
+                value = link.share(step.update) if isinstance(step, Share) else (yield step)
         except Exception as caught:  # noqa: BLE001 - whatever it is, the steps know what to do
             error = caught
 
@@ -202,53 +207,74 @@ def carried(steps: Steps[T], link: Link) -> References[T]:
 # ---- who takes the steps -----------------------------------------------------------------------------------------
 
 
+class Walk:
+    """Steps under way: the one that is due, and at the end the result.
+
+    Args:
+        steps: what is to be done.
+        lock: held between two steps, which is when they change what the child knows of its exchange.
+    """
+
+    def __init__(self, steps: Generator[Any, Any, Any], lock: AbstractContextManager[Any] | None = None) -> None:
+        self._steps, self._lock = steps, lock or nullcontext()
+        self.step: Any = None
+        self.has_ended, self.result = False, None
+        self.go_on()
+
+    def go_on(self, answer: Any = None, error: Exception | None = None) -> None:
+        """Answer the step that is due; the next one is due then."""
+        try:
+            with self._lock:
+                self.step = self._steps.throw(error) if error is not None else self._steps.send(answer)
+        except StopIteration as end:
+            self.has_ended, self.result = True, end.value
+
+    def perform(self, work: Callable[[Any], Any]) -> None:
+        """Do the step that is due by `work`, and go on with what it gives or raises."""
+        try:
+            answer = work(self.step)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the steps know what to do
+            self.go_on(error=error)
+        else:
+            self.go_on(answer)
+
+
 def wait_for(
     steps: References[T],
     should_stop: Callable[[], bool] = lambda: False,
     *,
     lock: AbstractContextManager[Any] | None = None,
+    others: Mapping[type, Callable[[Any], Any]] = MappingProxyType({}),
 ) -> T:
     """Take the steps from a thread that may wait.
 
     Args:
         steps: what is to be done.
-        should_stop: asked while it waits; True ends it.
-        lock: held between two waits, which is when steps change what the child knows of its exchange.
+        should_stop: asked while it waits; True throws `Stopped` into the steps.
+        lock: see Walk.
+        others: what does steps of other kinds than references and Sleep.
 
     Raises:
         Stopped: `should_stop` said so before they were through.
     """
 
-    def perform(step: Any) -> Any:
+    def wait(step: Any) -> Any:
         if isinstance(step, Sleep):
             until = time.monotonic() + step.seconds
             while not should_stop() and (left := until - time.monotonic()) > 0:
                 time.sleep(min(left, POLL_S))
-            return None
         while not should_stop():
+            if isinstance(step, Sleep):
+                return None
             ready, _ = ray.wait([step], timeout=POLL_S)
             if ready:
                 return ray.get(step)
         raise Stopped
 
-    value, error = None, None
-    while True:
-        try:
-            with lock or nullcontext():
-                step = steps.throw(error) if error is not None else steps.send(value)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        if should_stop():
-            steps.close()
-            raise Stopped
-        value, error = None, None
-        try:
-            value = perform(step)
-        except Stopped:
-            steps.close()
-            raise
-        except Exception as caught:  # noqa: BLE001 - whatever it is, the steps know what to do
-            error = caught
+    walk = Walk(steps, lock)
+    while not walk.has_ended:
+        walk.perform(others.get(type(walk.step), wait))
+    return walk.result  # type: ignore[return-value]
 
 
 async def settled(ref: Any) -> Any:
@@ -258,20 +284,16 @@ async def settled(ref: Any) -> Any:
 
 async def follow(steps: References[T], *, wait: Callable[[Any], Awaitable[Any]] = settled) -> T:
     """Take the steps from an event loop; `wait` gives the value behind a reference."""
-    value, error = None, None
-    while True:
+    walk = Walk(steps)
+    while not walk.has_ended:
         try:
-            step = steps.throw(error) if error is not None else steps.send(value)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        value, error = None, None
-        try:
-            if isinstance(step, Sleep):
-                await asyncio.sleep(step.seconds)
-            else:
-                value = await wait(step)
-        except Exception as caught:  # noqa: BLE001 - whatever it is, the steps know what to do
-            error = caught
+            sleeps = isinstance(walk.step, Sleep)
+            answer = await (asyncio.sleep(walk.step.seconds) if sleeps else wait(walk.step))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the steps know what to do
+            walk.go_on(error=error)
+        else:
+            walk.go_on(answer)
+    return walk.result  # type: ignore[return-value]
 
 
 async def settled_in_time(ref: Any) -> Any:

@@ -1,21 +1,26 @@
-"""What every client is to its run, whether it has a process of its own or shares one: its state and its words."""
+"""What every client is to its run, with its own process or in a pool: its state, its checkpoints, its records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from dataclasses import dataclass
 from typing import Any
 
 from actors.drivers import Link, link_of
-from actors.shared import Address, write_checkpoint
-from worldlm_ray.client.above import Turns
+from actors.shared import STORAGE_AGAIN_S, Address, was_restarted, write_checkpoint
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.protocol.child import Uplink
+from worldlm_ray.protocol.child import Sleep, Steps, Stopped, Uplink
+from worldlm_ray.protocol.life import Life
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.buffers import Flat
+
+
+@dataclass(frozen=True)
+class GetReady:
+    """Make the client, and continue from its checkpoint, unless that is done."""
 
 
 class Leaf:
@@ -30,18 +35,17 @@ class Leaf:
     client: Client
     uplink: Uplink
     link: Link
+    life: Life
 
     def __init__(self, plan: Plan, address: Address, recorder: Any) -> None:
         self.plan, self.spec = plan, plan.node(address.path)
         self.clock, self.recorder = address.clock, recorder
         self._address = address
         self._place = checkpoint.folder(plan.run_dir, self.spec.path)
-        self._model: AbstractContextManager[Any] = nullcontext()
-        """Held by whoever uses the trainer."""
         self._is_set_up = False
-        self._busy_s = 0.0
-        self._turns = Turns(self.spec.path)
-        self._began_s = self._saved_s = self.clock.now_s()
+        self._lock = threading.Lock()
+        """Held while the client's knowledge of its exchange is changed or copied."""
+        self._is_stopping = self._is_leaving = False
 
     def _set_up(self) -> None:
         """Make the client, and continue from a checkpoint if there is one.
@@ -57,57 +61,40 @@ class Leaf:
             self.client.restore(*found)
         self.uplink = Uplink(self.plan, self.spec.path, self.client, tell=self._tell, now_s=self.clock.now_s)
         self.link = link_of(self._address, self.plan, self.client)
+        self.life = Life(
+            self.plan,
+            self.client,
+            self.uplink,
+            tell=self._tell,
+            now_s=self.clock.now_s,
+            is_stopping=lambda: self._is_stopping,
+            is_leaving=lambda: self._is_leaving or not self._is_member(),
+        )
         self._is_set_up = True
         self._tell(self._life("continued" if found else "started"))
         if self.client.warning:
             self._warn(self.client.warning)
 
+    def _is_member(self) -> bool:
+        return self.plan.faults.is_member(self.spec.path, self.clock.now_s())
+
     def _make_client(self) -> Client:
         raise NotImplementedError
 
-    def _train_stretch(self, should_stop: Callable[[], bool]) -> float:
-        """Train the round that is under way until its end, or until somebody wants the client to stop; seconds."""
-        began_s = self.clock.now_s()
-        with self._model:
-            train_s = self.client.train(should_stop)
-        self._busy_s += self.clock.now_s() - began_s
-        return train_s
-
-    def _end_round(self, train_s: float) -> float:
-        """All steps of the round are done: measure, tell. Returns the seconds of both, training and measuring."""
-        began_s, measure = self.clock.now_s(), None
-        if self.client.measure_is_due:
-            with self._model:
-                measure = self.client.measure(self.plan.config.evaluation.tokens)
-        now_s = self.clock.now_s()
-        self._busy_s += now_s - began_s
-        self._turns.expect(now_s - began_s)
-        busy = min(self._busy_s / max(now_s - self._began_s, 1e-9), 1.0)
-        self._tell(self.client.round_record(now_s=now_s, train_s=train_s, busy_fraction=busy, measure=measure))
-        return train_s + now_s - began_s
-
-    def _due_above(self) -> str | None:
-        """The node above whose model is to be measured now, if one is."""
-        return self._turns.due(self._busy_s) if self.client.measure_is_due else None
-
-    def _measure_above(self, path: str, found: tuple[int, Flat] | None, *, waited_s: float = 0.0) -> None:
-        """Measure the model of a node above on this client's text, and tell.
-
-        Args:
-            path: of the node.
-            found: version and values of its model; None if it could not be had.
-            waited_s: how long the client has done nothing but wait for it.
-        """
-        began_s, record = self.clock.now_s(), None
-        if found is not None:
-            version, values = found
-            with self._model:
-                record = self.client.measure_above(path, values, version=version, now_s=began_s)
-        spent_s = waited_s + self.clock.now_s() - began_s
-        self._busy_s += spent_s
-        self._turns.done(spent_s, measured=record is not None)
-        if record is not None:
-            self._tell(record)
+    def _get_ready(self) -> Steps[None]:
+        """Get ready; after a death, wait for the storage if need be."""
+        while True:
+            try:
+                yield GetReady()
+                return
+            except CheckpointError as error:
+                if not was_restarted():
+                    raise
+                self._warn(f"cannot go on yet: {error}")
+                try:
+                    yield Sleep(STORAGE_AGAIN_S)
+                except Stopped:
+                    raise error from None
 
     def _write(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Write a checkpoint, or go on without.
@@ -120,11 +107,6 @@ class Leaf:
             write_checkpoint(self.plan, self.spec.path, meta, arrays, incarnation=incarnation, clock=self.clock)
         except CheckpointError as error:
             self._warn(f"no checkpoint: {error}")
-
-    def _say_left_out(self) -> None:
-        """Warn of files beside the client's text that are not read."""
-        for text in self.client.left_out:
-            self._warn(text)
 
     def _warn(self, text: str) -> None:
         self._tell(self._life("warning", text))
