@@ -4,96 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from ray.exceptions import OwnerDiedError, RayTaskError
-from support.worlds import client, write_text
+from support.event_loop_ray import FakeRay, Handle, Ref, an_update, until
 
 import actors.drivers
 import actors.federation
 import actors.inner
 import actors.shared
-from actors.client_pool import ClientPoolActor
 from actors.federation import FederationActor
 from actors.shared import Address
 from actors.world import WorldActor
-from worldlm_ray.client import above
 from worldlm_ray.errors import CheckpointError
-from worldlm_ray.exchange.messages import Packed, Update, pack, unpack_model
+from worldlm_ray.exchange.messages import Packed, unpack_model
 from worldlm_ray.launch.run import with_living_owners
-from worldlm_ray.plan import build, rundir
+from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.records import OwnModelRecord, Record, VerdictRecord
+from worldlm_ray.records import VerdictRecord
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
-from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.tracking.audit import proofs
-
-
-class Ref:
-    """An object reference that can be awaited, as Ray's can."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __await__(self) -> Any:
-        yield from asyncio.sleep(0).__await__()
-        return self.value
-
-
-class Method:
-    """`actor.method.remote(...)`: runs when awaited."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.remote = call
-
-
-class Recorder:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-        self.record = Method(self.records.extend)
-
-
-class FakeRay:
-    """The few calls of Ray that actors make."""
-
-    def __init__(self) -> None:
-        self.actors: dict[str, Any] = {"recorder": Recorder()}
-        self.puts = 0
-
-    def put(self, values: Flat) -> Ref:
-        self.puts += 1
-        shared = values.copy()
-        shared.flags.writeable = False
-        return Ref(shared)
-
-    def get(self, ref: Ref) -> Any:
-        return ref.value
-
-    def get_runtime_context(self) -> Any:
-        return SimpleNamespace(was_current_actor_reconstructed=False)
-
-    def get_actor(self, name: str, *, namespace: str) -> Any:
-        assert namespace == "test"
-        return self.actors[name]
-
-
-class Handle:
-    """What `ray.get_actor` gives for an actor of ours."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def __getattr__(self, name: str) -> Method:
-        return Method(getattr(self.actor, name))
 
 
 @pytest.fixture
@@ -106,21 +40,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 def address(plan: Plan, path: str) -> Address:
     return Address(plan, path, RunClock.starting(), "test")
-
-
-def an_update(plan: Plan, sender: str, seq: int = 1, tokens: int = 10) -> tuple[bytes, list[Ref]]:
-    values = np.full(plan.layout.size, 0.5, np.float32)
-    update = Update(sender=sender, seq=seq, base_version=0, tokens=tokens, started_tokens=tokens, values=values)
-    packed = pack(update, plan.layout)
-    return packed.header, [Ref(packed.values)]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the event loop and the threads beside it turn until something is so."""
-    deadline = time.monotonic() + 20.0
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        await asyncio.sleep(0.002)
 
 
 class SlowStorage:
@@ -330,85 +249,6 @@ def test_a_push_that_does_not_fit_is_answered_with_its_reason(fake: FakeRay, tin
     assert (verdict.accepted, verdict.reason) == (False, "wrong_shape")
     recorded = [record for record in fake.actors["recorder"].records if isinstance(record, VerdictRecord)]
     assert [record.verdict for record in recorded] == ["wrong_shape"]
-
-
-class Deaf(Handle):
-    """A parent that never answers the first call of each method, though it has heard it."""
-
-    def __init__(self, actor: Any) -> None:
-        super().__init__(actor)
-        self.unanswered: list[str] = []
-
-    def __getattr__(self, name: str) -> Method:
-        answer = getattr(self.actor, name)
-        if name not in ("pull", "push") or name in self.unanswered:
-            return Method(answer)
-        self.unanswered.append(name)
-
-        async def silent(*arguments: Any) -> None:
-            await answer(*arguments)
-            await asyncio.Event().wait()
-
-        return Method(silent)
-
-
-def test_clients_of_one_process_ask_again_for_answers_that_never_come(
-    fake: FakeRay, tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(actors.drivers, "ANSWER_S", 0.3)
-    phones = client("phone", tmp_path, 1) | {"copies": 3}
-    write_text(tmp_path / "phone.txt", seed=1, size=40_000)
-    plan = rundir.create(tiny([phones], resources={"clients_per_process": 3}, budget={"rounds": 2}))
-    paths = [spec.path for spec in plan.root.clients]
-
-    async def scene() -> tuple[WorldActor, list[str], Deaf]:
-        world = WorldActor(address(plan, "world"))
-        fake.actors["world"] = parent = Deaf(world)
-        await world.start()
-        host = ClientPoolActor(address(plan, paths[0]), paths)
-        assert await asyncio.gather(*map(host.ready, paths)) == [0, 0, 0]
-        for path in paths:
-            await host.start(path)
-        ends = await asyncio.wait_for(asyncio.gather(*map(host.outcome, paths)), 60.0)
-        measure = await host.measure(paths[0])
-        assert measure is not None
-        assert measure.loss > 0.0
-        return world, ends, parent
-
-    world, ends, parent = asyncio.run(scene())
-    assert sorted(parent.unanswered) == ["pull", "push"]
-    assert ends == ["finished"] * 3
-    assert world.node.accepted == 6
-    assert set(world.node.refused) <= {"duplicate"}
-    assert world.node.tokens == 6 * plan.round_tokens(plan.root.clients[0])
-    found = proofs(plan.run_dir)
-    assert {proof.sender: proof.applied for proof in found} == {f"phone-{n}": [1, 2] for n in (1, 2, 3)}
-
-
-def test_clients_of_one_process_measure_the_published_model(
-    fake: FakeRay, tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(above, "SHARE", 1e9)
-    phones = client("phone", tmp_path, 1) | {"copies": 2}
-    write_text(tmp_path / "phone.txt", seed=1, size=40_000)
-    plan = rundir.create(tiny([phones], resources={"clients_per_process": 2}, budget={"rounds": 2}))
-    paths = [spec.path for spec in plan.root.clients]
-
-    async def scene() -> WorldActor:
-        world = WorldActor(address(plan, "world"))
-        fake.actors["world"] = Handle(world)
-        await world.start()
-        host = ClientPoolActor(address(plan, paths[0]), paths)
-        for path in paths:
-            await host.ready(path)
-            await host.start(path)
-        await asyncio.wait_for(asyncio.gather(*map(host.outcome, paths)), 60.0)
-        return world
-
-    world = asyncio.run(scene())
-    found = [record for record in fake.actors["recorder"].records if isinstance(record, OwnModelRecord)]
-    assert {(record.node, record.by) for record in found} == {("world", path) for path in paths}
-    assert {record.version for record in found} <= set(range(1, world.node.version + 1))
 
 
 def test_what_a_dead_actor_handed_out_is_asked_for_again() -> None:

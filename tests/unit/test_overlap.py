@@ -257,7 +257,6 @@ def test_a_client_with_workers_is_refused(tiny: Tiny) -> None:
     ("name", "changes"),
     [
         ("merge.common_fraction", {"merge": {"client": "adaptive", "common_fraction": 0.5}}),
-        ("resources.clients_per_process", {"resources": {"clients_per_process": 2}}),
         ("simulation.train", {"simulation": {"train": False}}),
     ],
 )

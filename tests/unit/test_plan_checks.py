@@ -152,7 +152,6 @@ CASES = [
         alice={"privacy": RECORD},
     ),
     Case(checks.shared_without_workers, f"{ALICE}.resources.clients_per_process", alice=SHARED | ZERO),
-    Case(checks.shared_without_noise, f"{ALICE}.resources.clients_per_process", alice=SHARED | {"privacy": RECORD}),
     Case(checks.shared_with_one_model, f"{ALICE}.resources.clients_per_process", alice=SHARED | {"merge": ADAPTIVE}),
     Case(checks.shared_without_changes, f"{ALICE}.resources.clients_per_process", fed={"min_clients": 1} | SHARED),
     Case(
@@ -162,7 +161,7 @@ CASES = [
         alice=OVERLAP,
     ),
     Case(checks.overlap_of_whole_models, f"{ALICE}.exchange.overlap", alice=OVERLAP | ZERO),
-    Case(checks.overlap_from_own_model, f"{ALICE}.exchange.overlap", alice=OVERLAP | SHARED),
+    Case(checks.overlap_from_own_model, f"{ALICE}.exchange.overlap", alice=OVERLAP | {"merge": ADAPTIVE}),
     Case(checks.batches_for_workers, f"{ALICE}.training.batch_size", alice={"training": {"accumulation_steps": 3}}),
     Case(checks.all_train_or_none, f"{ALICE}.simulation.train", alice={"simulation": {"train": False}}),
     Case(

@@ -20,6 +20,7 @@ from worldlm_ray.plan.tree import processes
 from worldlm_ray.tensors.buffers import Flat
 
 Tiny = Callable[..., Plan]
+PRIVATE = {"unit": "record", "noise_multiplier": 1.0, "grad_sample_mode": "hooks"}
 
 
 def phones(folder: Path, copies: int) -> dict[str, Any]:
@@ -64,6 +65,29 @@ def test_who_takes_turns_computes_the_same_bits(tiny: Tiny, tmp_path: Path, limi
         assert our.sample(tokens=5) == their.sample(tokens=5)
     lies_in_files = together.shelf.file_bytes > 0
     assert lies_in_files == (limit_bytes == 0)
+
+
+def test_private_clients_take_turns_at_one_trainer_with_their_own_noise(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = client("short", tmp_path, 1), client("long", tmp_path, 2)
+    write_text(tmp_path / "long.txt", seed=2, size=60_000)
+    privacy = {"unit": "record", "target_epsilon": 3.0, "grad_sample_mode": "hooks"}
+    plan = tiny([short, long], privacy=privacy, resources={"clients_per_process": 2}, budget={"rounds": 3})
+    [group] = processes(plan.root)
+    together = VirtualClients(plan, group)
+    clients = [together.make(spec.path) for spec in group]
+    drawn: list[tuple[str, float]] = []
+    trainer = together.shared.trainer
+    monkeypatch.setattr(trainer._noise, "add", lambda _, scale: drawn.append((path, scale)))  # type: ignore[attr-defined]
+    for one in clients * 2:
+        path = one.spec.path
+        live(one, build.initial(plan), 0)
+    noises = {one.spec.path: one.account.noise for one in clients if one.account is not None}
+    assert len(set(noises.values())) == 2, "a longer text needs less noise"
+    bound = plan.root.clients[0].settings.privacy.max_grad_norm
+    assert set(drawn) == {(path, noise * bound) for path, noise in noises.items()}
+    assert [len(one.account.ledger.entries()) for one in clients if one.account is not None] == [2, 2]
 
 
 def test_a_client_comes_back_from_its_checkpoint_among_others(tiny: Tiny, tmp_path: Path) -> None:
@@ -127,9 +151,18 @@ def test_those_who_train_differently_do_not_share(tiny: Tiny, tmp_path: Path) ->
         client("b", tmp_path, 2, training={"lr": 1e-2}),
         client("c", tmp_path, 3, placement={"labels": {"at": "sea"}}),
         client("d", tmp_path, 4, placement={"labels": {"at": "sea"}}),
+        client("e", tmp_path, 5, privacy=PRIVATE),
+        client("f", tmp_path, 6, privacy=PRIVATE),
+        client("g", tmp_path, 7, privacy=PRIVATE | {"max_grad_norm": 0.5}),
     ]
     plan = tiny(children, resources={"clients_per_process": 10})
-    assert [[spec.name for spec in group] for group in processes(plan.root)] == [["a"], ["b"], ["c", "d"]]
+    assert [[spec.name for spec in group] for group in processes(plan.root)] == [
+        ["a"],
+        ["b"],
+        ["c", "d"],
+        ["e", "f"],
+        ["g"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -137,10 +170,6 @@ def test_those_who_train_differently_do_not_share(tiny: Tiny, tmp_path: Path) ->
     [
         ({"training": {"zero_stage": 1}}, "a client that DeepSpeed trains"),
         ({"resources": {"clients_per_process": 4, "workers": 2}}, "a client that DeepSpeed trains"),
-        (
-            {"privacy": {"unit": "record", "target_epsilon": 8}, "merge": {"client": 1.0}},
-            "a client that trains with differential privacy",
-        ),
         ({"merge": {"client": "adaptive", "common_fraction": 0.5}}, "a client that trains its parent's model beside"),
     ],
 )

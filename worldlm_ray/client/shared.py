@@ -22,9 +22,11 @@ from worldlm_ray.data import prepare_shards
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
+from worldlm_ray.privacy.account import Account
 from worldlm_ray.storage import open_files
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.training.making import plain_trainer
+from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.making import trainer_of
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 
 STEP = "step"
@@ -62,15 +64,15 @@ class SharedTrainer:
         shelf: where clients' buffers lie.
     """
 
-    def __init__(self, trainer: Trainer, shelf: BufferStore) -> None:
+    def __init__(self, trainer: LocalTrainer, shelf: BufferStore) -> None:
         self.trainer, self.shelf = trainer, shelf
         self.swaps = 0
         """How often one client has taken the place of another."""
         self._sitting: Slot | None = None
 
-    def seat(self) -> Slot:
-        """A place for one client more."""
-        return Slot(self)
+    def seat(self, *, noise: float = 0.0) -> Slot:
+        """A place for one client more, whose privacy needs so much noise."""
+        return Slot(self, noise=noise)
 
     def sit(self, seat: Slot) -> None:
         """Let a client take the place of whoever has it."""
@@ -81,6 +83,7 @@ class SharedTrainer:
         self.trainer.write(seat.theta)
         self.trainer.forget()
         self.trainer.load_optimizer_state(seat.moments)
+        self.trainer.noise = seat.noise
         self._sitting = seat
 
     def rise(self) -> None:
@@ -99,8 +102,8 @@ class SharedTrainer:
 class Slot(Trainer):
     """The trainer of one client among many: see worldlm_ray/training/trainer.py for what its methods do."""
 
-    def __init__(self, shared: SharedTrainer) -> None:
-        self._shared = shared
+    def __init__(self, shared: SharedTrainer, *, noise: float = 0.0) -> None:
+        self._shared, self.noise = shared, noise
         self.theta: Flat = np.empty(0, np.float32)
         """The client's weights, unless it is sitting."""
         self.moments: dict[str, Flat] = {}
@@ -198,7 +201,11 @@ class VirtualClients:
         open_files.raise_limit()
         self.specs = {spec.path: spec for spec in specs}
         self.shelf = BufferStore(limit_bytes)
-        self.shared = SharedTrainer(plain_trainer(plan.shape, plan.layout, specs[0].settings), self.shelf)
+        settings = specs[0].settings
+        noise = 0.0 if settings.privacy.unit == "record" else None  # of each client: see Slot
+        trainer = trainer_of(plan.shape, plan.layout, settings, noise=noise)
+        assert isinstance(trainer, LocalTrainer), "clients whose trainer holds two models share no process"
+        self.shared = SharedTrainer(trainer, self.shelf)
         self._origin: Flat | None = None
 
     @cached_property
@@ -218,11 +225,14 @@ class VirtualClients:
     def make(self, path: str) -> Client:
         """A client of this process; like any other for who drives it, but only one may be driven at a time."""
         spec = self.specs[path]
-        client = Client(self.plan, spec, initial=self.initial, make_trainer=lambda account: self.shared.seat())
+        client = Client(self.plan, spec, initial=self.initial, make_trainer=self._seat)
         if self._origin is None:
             self._origin = client.merger.origin
         client.merger.origin = self._origin  # never changed: one for all
         return client
+
+    def _seat(self, account: Account | None) -> Slot:
+        return self.shared.seat(noise=0.0 if account is None else account.noise)
 
     def settle(self, client: Client) -> None:
         """Lay a client's buffers on the shelf, once it is as its checkpoint says."""

@@ -159,14 +159,6 @@ def shared_without_workers(plan: Plan) -> Iterable[ConfigError]:
             )
 
 
-def shared_without_noise(plan: Plan) -> Iterable[ConfigError]:
-    """The noise of DP-SGD belongs to one client's trainer."""
-    for _, client, key, number in _sharing(plan):
-        if client.settings.privacy.unit == "record":
-            got = f"{number}, but a client that trains with differential privacy has a trainer with noise of its own"
-            yield ConfigError(key, got, "set it to 1 there")
-
-
 def shared_with_one_model(plan: Plan) -> Iterable[ConfigError]:
     """Clients of a process take turns at one model and one optimizer."""
     for _, client, key, number in _sharing(plan):
@@ -215,7 +207,6 @@ def overlap_from_own_model(plan: Plan) -> Iterable[ConfigError]:
         settings = client.settings
         others = {
             "merge.common_fraction": bool(settings.merge.common_fraction),
-            "resources.clients_per_process": settings.resources.clients_per_process > 1,
             "simulation.train: false": not settings.simulation.train,
         }
         for name in (name for name, is_set in others.items() if is_set):
@@ -293,7 +284,6 @@ RULES: tuple[Rule, ...] = (
     backbone_to_judge_by,
     *privacy_checks.RULES,
     shared_without_workers,
-    shared_without_noise,
     shared_with_one_model,
     shared_without_changes,
     overlap_without_waiting,

@@ -111,7 +111,8 @@ def processes(root: NodeSpec) -> list[tuple[NodeSpec, ...]]:
 
 def _may_share(one: NodeSpec, other: NodeSpec) -> bool:
     a, b = one.settings, other.settings
-    return a.training == b.training and a.resources == b.resources and a.placement == b.placement
+    alike = a.training == b.training and a.privacy == b.privacy  # they take turns at one trainer
+    return alike and a.resources == b.resources and a.placement == b.placement
 
 
 def base_settings(config: RunConfig) -> NodeSettings:

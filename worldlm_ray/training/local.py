@@ -76,6 +76,9 @@ class LocalTrainer(Trainer):
         device: `cpu`, `cuda` or None for CUDA when there is a device.
     """
 
+    noise = 0.0
+    """Noise multiplier of the steps, where they are private."""
+
     def __init__(
         self,
         shape: ModelShape,
