@@ -215,7 +215,7 @@ def test_folders_of_different_nodes_never_meet(tmp_path: Path) -> None:
     assert load(below) == (2, [])
 
 
-def test_every_life_of_a_node_has_a_number_of_its_own(tmp_path: Path) -> None:
+def test_every_start_of_a_node_has_its_own_incarnation(tmp_path: Path) -> None:
     assert checkpoint.newest_incarnation(tmp_path) == 0
     assert [checkpoint.claim(tmp_path) for _ in range(3)] == [1, 2, 3]
     assert checkpoint.newest_incarnation(tmp_path) == 3

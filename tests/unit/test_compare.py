@@ -26,7 +26,7 @@ from worldlm_ray.experiments.comparison_progress import (
     TRAINING,
     WAITING,
     ComparisonProgress,
-    Stand,
+    RunProgress,
     headline,
 )
 from worldlm_ray.experiments.comparison_report import COLUMNS, best, markdown, summarize, table, write
@@ -49,8 +49,8 @@ def test_a_comparison_runs_reports_and_continues(tiny: Callable[..., Plan], tmp_
         on_progress=seen.append,
     )
     assert done == ["fedavg", "local"]
-    assert [(stand.method, stand.seed) for stand in seen[0]] == [("fedavg", 0), ("local", 0)]
-    assert {stand.state for stand in seen[-1]} == {DONE}
+    assert [(run.method, run.seed) for run in seen[0]] == [("fedavg", 0), ("local", 0)]
+    assert {run.state for run in seen[-1]} == {DONE}
     assert len(rows) == 2 * 4
     assert {row["steps"] for row in rows} == {2 * config.training.local_steps}
     again = compare(config, ["fedavg", "local", "worldlm"], [0], out=out, command="worldlm compare tiny again")
@@ -197,25 +197,25 @@ def test_the_table_fits_eighty_columns_and_is_whole_on_a_pipe() -> None:
 
 
 def test_the_time_left_follows_from_the_work_of_this_process() -> None:
-    stands = [
-        Stand(method="a", seed=0, state=DONE),
-        Stand(method="b", seed=0, state=TRAINING, trained=0.5),
-        Stand(method="c", seed=0, state=WAITING),
-        Stand(method="d", seed=0, state=MEASURING, trained=1.0),
+    runs = [
+        RunProgress(method="a", seed=0, state=DONE),
+        RunProgress(method="b", seed=0, state=TRAINING, trained=0.5),
+        RunProgress(method="c", seed=0, state=WAITING),
+        RunProgress(method="d", seed=0, state=MEASURING, trained=1.0),
     ]
     # 1 + 0.45 + 0 + 0.9 of 4 runs; one of them was there before. 1.35 took 27 s, 1.65 are left.
-    assert headline(stands, before=1.0, elapsed_s=27.0) == "1 of 4 runs, 59%, about 33 s left"
-    assert headline(stands[:1], before=0.0, elapsed_s=5.0) == "1 of 1 runs, 100%"
-    assert headline(stands[2:3], before=0.0, elapsed_s=5.0) == "0 of 1 runs, 0%"
+    assert headline(runs, before=1.0, elapsed_s=27.0) == "1 of 4 runs, 59%, about 33 s left"
+    assert headline(runs[:1], before=0.0, elapsed_s=5.0) == "1 of 1 runs, 100%"
+    assert headline(runs[2:3], before=0.0, elapsed_s=5.0) == "0 of 1 runs, 0%"
 
 
 def test_progress_is_a_line_now_and_then_on_a_pipe() -> None:
     now = [0.0]
     console = Terminal(file=io.StringIO())
-    stand = Stand(method="worldlm", seed=1, state=TRAINING, trained=0.4)
+    run = RunProgress(method="worldlm", seed=1, state=TRAINING, trained=0.4)
     with ComparisonProgress(console, clock=lambda: now[0]) as progress:
         for now[0] in (1.0, 5.0, 11.0, 12.0):
-            progress.show([stand])
+            progress.show([run])
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines == ["0 of 1 runs, 36%; worldlm, seed 1: 40%"]
 

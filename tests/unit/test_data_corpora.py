@@ -12,7 +12,7 @@ import pytest
 from worldlm_ray.data.corpora import CORPORA, Corpus, _docstrings_of, evenly, without_repeats
 from worldlm_ray.errors import DataError
 
-LICENCE = "# Licensed to whoever may want it, under terms that are long enough to count as a paragraph of text."
+LICENCE = "# Licensed to everyone who wants it, under terms that are long enough to count as a paragraph of text."
 
 
 def normal(paragraph: str) -> str:

@@ -25,7 +25,7 @@ from worldlm_ray.reports.describe import describe, tables
 
 
 def made(tiny: Callable[..., Plan], tokenizer: Path | str, **changes: Any) -> Plan:
-    """A new run with a tokenizer of its own."""
+    """A new run with this tokenizer."""
     raw = to_mapping(tiny().config)
     raw["data"]["tokenizer"] = str(tokenizer)
     return rundir.create(make_plan(from_mapping(raw | changes)))

@@ -65,8 +65,8 @@ def test_a_map_that_can_be_written_is_its_file_and_goes_with_its_last_view(tmp_p
 
 
 def test_buffers_beyond_the_memory_limit_need_no_open_files(few_files: int) -> None:
-    shelf = BufferStore(limit_bytes=0)
-    kept = [shelf.keep(np.full(8, number, np.float32)) for number in range(few_files * 2)]
+    store = BufferStore(limit_bytes=0)
+    kept = [store.keep(np.full(8, number, np.float32)) for number in range(few_files * 2)]
     kept[3][:] = 7.0
     assert [values[0] for values in kept[:5]] == [0.0, 1.0, 2.0, 7.0, 4.0]
 

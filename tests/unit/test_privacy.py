@@ -85,7 +85,7 @@ def test_the_rest_of_a_round_from_a_checkpoint_is_paid_for_again(tiny: Tiny, tmp
     assert (other.began, other.step) == (True, 2)
     other.train()
     assert other.step == other.training.local_steps
-    # From one checkpoint any number of lives may go on, each with records and noise of its own.
+    # Any number of processes may continue from one checkpoint, each with its own records and noise.
     entries = other.account.ledger.entries()  # type: ignore[union-attr]
     assert [entry["steps"] for entry in entries] == [4, 2]
     assert state[0]["loss_sum"] == 0.0
@@ -191,7 +191,7 @@ PROMISE = {"unit": "record", "target_epsilon": 4.0, "noise_multiplier": 1.0, "de
         ({"ledger_dir": "/elsewhere"}, "ledger_dir"),
     ],
 )
-def test_nobody_weakens_the_promise_of_the_node_above(
+def test_no_node_weakens_the_promise_of_the_node_above(
     tiny: Tiny, tmp_path: Path, below: dict[str, Any], name: str
 ) -> None:
     tree = [{"federation": "f", "privacy": PROMISE, "children": [client("a", tmp_path, 1, privacy=below)]}]

@@ -109,7 +109,7 @@ def test_clients_that_fall_silent_do_not_count_as_training(tmp_path: Path) -> No
     assert snapshot["tokens_per_s"] == snapshot["nodes"]["world/europe"]["tokens_per_s"] == 50.0
 
 
-def test_rounds_that_nobody_heard_of_are_counted_when_the_client_says_so(tmp_path: Path) -> None:
+def test_rounds_without_a_record_are_counted_when_the_client_reports_them(tmp_path: Path) -> None:
     run = tracker(tmp_path)
     run.record(round_of(ITALY, tokens=100, loss=2.0))
     run.record(ProgressRecord(node=ITALY, now_s=50.0, round=4, steps=40, tokens=400))
@@ -162,7 +162,7 @@ def test_bytes_belong_to_the_child_and_add_up(tmp_path: Path) -> None:
     assert scalar_tags(tmp_path, "world/europe") == {chart("bytes_down")}
     assert (snapshot["bytes_up"], snapshot["bytes_down"]) == (15, 15)
     assert snapshot["nodes"][ITALY]["version"] == 9
-    assert snapshot["nodes"]["world/europe"]["version"] == 0, "a federation has a version of its own"
+    assert snapshot["nodes"]["world/europe"]["version"] == 0, "a federation counts its version itself"
 
 
 @pytest.mark.parametrize(

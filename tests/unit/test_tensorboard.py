@@ -55,7 +55,7 @@ def test_losses_are_drawn_by_tokens_and_by_time(tmp_path: Path) -> None:
     assert walls == [STARTED_AT, pytest.approx(STARTED_AT + 10.9)]
 
 
-def test_every_node_is_a_run_of_its_own(tmp_path: Path) -> None:
+def test_every_node_is_a_separate_run(tmp_path: Path) -> None:
     run = tracker(tmp_path)
     run.record(start(ITALY), round_of(ITALY, tokens=200, loss=3.0, epsilon=1.0), verdict("italy"))
     run.record(aggregation(), PullRecord(node=ITALY, now_s=14.0, version=4, bytes=8))

@@ -144,7 +144,7 @@ def _encoded(text: str, ends: Sequence[int], tokenizer: Tokenizer) -> Iterator[T
     yield tokenizer.encode(text[start:])
 
 
-class _Cut:
+class _ShardWriter:
     """Writes the two parts of a client: train and held-out."""
 
     def __init__(self, folder: Path, config: DataConfig, tokenizer: Tokenizer, files: ExitStack) -> None:
@@ -191,13 +191,13 @@ def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) ->
     folder = next(iter(configs))
     try:
         with ExitStack() as files:
-            cuts = {folder: _Cut(folder, config, tokenizer, files) for folder, config in configs.items()}
-            if len(cuts) == 1:
+            writers = {folder: _ShardWriter(folder, config, tokenizer, files) for folder, config in configs.items()}
+            if len(writers) == 1:
                 for block in deal(blocks(documents), first):
-                    cuts[folder].add(block)
+                    writers[folder].add(block)
             else:
-                _deal_out(blocks(documents), configs, cuts)
-            parts = {folder: cut.end() for folder, cut in cuts.items()}
+                _write_shards(blocks(documents), configs, writers)
+            parts = {folder: writer.end() for folder, writer in writers.items()}
         for folder in configs:
             with _replacing(folder / "meta.json") as meta_file:
                 meta_file.write(json.dumps({name: vars(part) for name, part in parts[folder].items()}).encode())
@@ -208,17 +208,17 @@ def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) ->
     return parts
 
 
-def _deal_out(stream: Iterable[Block], configs: dict[Path, DataConfig], cuts: dict[Path, _Cut]) -> None:
+def _write_shards(stream: Iterable[Block], configs: dict[Path, DataConfig], writers: dict[Path, _ShardWriter]) -> None:
     """Give each block to the sections whose shard it belongs to: the result is that of `deal` for each section."""
-    takers: dict[int, dict[int, list[_Cut]]] = {}
+    takers: dict[int, dict[int, list[_ShardWriter]]] = {}
     for folder, config in configs.items():
         assert config.shard is not None
         shard, shards = shard_of(config.shard)
-        takers.setdefault(shards, {}).setdefault(shard - 1, []).append(cuts[folder])
+        takers.setdefault(shards, {}).setdefault(shard - 1, []).append(writers[folder])
     for index, block in enumerate(stream):
         for shards, theirs in takers.items():
-            for cut in theirs.get(index % shards, ()):
-                cut.add(apart(block) if shards > 1 else block)
+            for writer in theirs.get(index % shards, ()):
+                writer.add(apart(block) if shards > 1 else block)
 
 
 @contextmanager

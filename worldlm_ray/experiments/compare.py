@@ -35,7 +35,7 @@ from worldlm_ray.config.loading import from_mapping, to_mapping, to_yaml
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.data import prepare
 from worldlm_ray.errors import ConfigError, RunError
-from worldlm_ray.experiments.comparison_progress import DONE, MEASURING, TRAINING, WAITING, Stand
+from worldlm_ray.experiments.comparison_progress import DONE, MEASURING, TRAINING, WAITING, RunProgress
 from worldlm_ray.experiments.methods import configure, flat_name
 from worldlm_ray.plan import rundir, tree
 from worldlm_ray.plan.plan import Plan, make_plan
@@ -71,7 +71,7 @@ class _Curve:
         self._changed = False
         self._weights: dict[str, dict[str, list[float]]] = {}
 
-    def hear(self, record: Record) -> None:
+    def add_record(self, record: Record) -> None:
         """Take in how nodes blend: attention over key layers, and the weight of the parent's backbone."""
         parent = record.node.rpartition("/")[0]
         if isinstance(record, AttentionRecord):
@@ -98,7 +98,7 @@ class _Curve:
             for node, sources in self._weights.items()
         }
 
-    def look(self, simulation: Simulation) -> None:
+    def add_points(self, simulation: Simulation) -> None:
         """Add a point if the clients' loss has changed, and occasionally one of the world's model."""
         if not self._changed:
             return
@@ -129,7 +129,7 @@ def compare(
     jobs: int = 1,
     command: str = "",
     on_done: Callable[[str, int, float], None] = lambda method, seed, own: None,
-    on_progress: Callable[[list[Stand]], None] = lambda stands: None,
+    on_progress: Callable[[list[RunProgress]], None] = lambda runs: None,
 ) -> list[dict[str, Any]]:
     """Run what is missing and gather all results.
 
@@ -175,7 +175,7 @@ def _run_all(
     *,
     jobs: int,
     on_done: Callable[[str, int, float], None],
-    on_progress: Callable[[list[Stand]], None],
+    on_progress: Callable[[list[RunProgress]], None],
 ) -> None:
     """Run all pairs of a method and a seed, `jobs` at a time, each in a separate process."""
     mapping = to_mapping(config)
@@ -190,13 +190,13 @@ def _run_all(
                 for task in ended:
                     measured = task.result()
                     on_done(*tasks[task], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
-                on_progress([_stand(out, method, seed, since=began) for method, seed in wanted])
+                on_progress([_progress_of(out, method, seed, since=began) for method, seed in wanted])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the first failure must show now, not after the other runs
             raise
 
 
-def _stand(out: Path, method: str, seed: int, *, since: float) -> Stand:
+def _progress_of(out: Path, method: str, seed: int, *, since: float) -> RunProgress:
     """The progress of one run, by the files that its process has written since this comparison began or continued."""
     folder = out / "runs" / f"{method}-{seed}"
     state, trained = WAITING, 0.0
@@ -210,7 +210,7 @@ def _stand(out: Path, method: str, seed: int, *, since: float) -> Stand:
             status = read_status(folder)
             if float(status.get("updated_at", 0.0)) >= since:
                 state, trained = TRAINING, float(status.get("progress", 0.0))
-    return Stand(method=method, seed=seed, state=state, trained=trained)
+    return RunProgress(method=method, seed=seed, state=state, trained=trained)
 
 
 def _note(command: str, out: Path) -> None:
@@ -246,7 +246,7 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
             shutil.rmtree(folder)  # of an interrupted run: a simulation starts over
         plan = rundir.create(plan)
         curve = _Curve(plan)
-        simulate(plan, on_progress=curve.look, on_record=curve.hear)
+        simulate(plan, on_progress=curve.add_points, on_record=curve.add_record)
         found = {"curve": curve.points, "world_curve": curve.world, "taken": curve.taken}
         (folder / CURVE).write_text(json.dumps(found), encoding="utf-8")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

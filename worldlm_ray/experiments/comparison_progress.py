@@ -20,14 +20,14 @@ from worldlm_ray.reports.tables import duration
 WAITING, TRAINING, MEASURING, DONE = "waiting", "training", "measuring", "done"
 TRAINING_SHARE = 0.9
 """Fraction of a run's time, about. The rest goes into measuring every model on every text."""
-KNOWN_SHARE = 0.02
+KNOWN_FRACTION = 0.02
 """Fraction of a run that must be done before the remaining time is estimated."""
 BAR = 24
 """Characters of a bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stand:
+class RunProgress:
     """The progress of one run."""
 
     method: str
@@ -37,27 +37,27 @@ class Stand:
     """Fraction of its budget that is spent, 0 to 1."""
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """Fraction of its whole work, 0 to 1."""
         if self.state == DONE:
             return 1.0
         return TRAINING_SHARE * (1.0 if self.state == MEASURING else self.trained)
 
 
-def headline(stands: Sequence[Stand], *, before: float, elapsed_s: float) -> str:
+def headline(runs: Sequence[RunProgress], *, before: float, elapsed_s: float) -> str:
     """Runs done, fraction of all work, and the remaining time.
 
     Args:
-        stands: of all runs.
+        runs: their progress.
         before: sum of their fractions when this process began, from earlier processes.
         elapsed_s: seconds since then.
     """
-    total = sum(stand.share for stand in stands)
-    done = sum(stand.state == DONE for stand in stands)
-    text = f"{done} of {len(stands)} runs, {total / len(stands):.0%}"
-    if done == len(stands) or total - before < KNOWN_SHARE:
+    total = sum(run.fraction for run in runs)
+    done = sum(run.state == DONE for run in runs)
+    text = f"{done} of {len(runs)} runs, {total / len(runs):.0%}"
+    if done == len(runs) or total - before < KNOWN_FRACTION:
         return text
-    left_s = elapsed_s * (len(stands) - total) / (total - before)
+    left_s = elapsed_s * (len(runs) - total) / (total - before)
     return f"{text}, about {duration(left_s)} left"
 
 
@@ -85,31 +85,31 @@ class ComparisonProgress:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, stands: Sequence[Stand]) -> None:
+    def show(self, runs: Sequence[RunProgress]) -> None:
         """Draw the progress of the runs."""
         if self._before is None:
-            self._before = sum(stand.share for stand in stands)
-        head = headline(stands, before=self._before, elapsed_s=self._clock() - self._began)
-        active = [stand for stand in stands if stand.state in (TRAINING, MEASURING)]
+            self._before = sum(run.fraction for run in runs)
+        head = headline(runs, before=self._before, elapsed_s=self._clock() - self._began)
+        active = [run for run in runs if run.state in (TRAINING, MEASURING)]
         if self._live is not None:
             self._live.update(Text("\n".join([*map(_bar, active), head])), refresh=True)
             return
         if self._clock() - self._said_at < LINE_EVERY_S:
             return
-        line = "; ".join([head, *(f"{_name(stand)} {_how_far(stand)}" for stand in active)])
+        line = "; ".join([head, *(f"{_name(run)} {_how_far(run)}" for run in active)])
         if line != self._line:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
             self._line, self._said_at = line, self._clock()
 
 
-def _name(stand: Stand) -> str:
-    return f"{stand.method}, seed {stand.seed}:"
+def _name(run: RunProgress) -> str:
+    return f"{run.method}, seed {run.seed}:"
 
 
-def _how_far(stand: Stand) -> str:
-    return stand.state if stand.state == MEASURING else f"{stand.trained:.0%}"
+def _how_far(run: RunProgress) -> str:
+    return run.state if run.state == MEASURING else f"{run.trained:.0%}"
 
 
-def _bar(stand: Stand) -> str:
-    filled = round(BAR * stand.share)
-    return f"[{'#' * filled}{'.' * (BAR - filled)}] {_name(stand)} {_how_far(stand)}"
+def _bar(run: RunProgress) -> str:
+    filled = round(BAR * run.fraction)
+    return f"[{'#' * filled}{'.' * (BAR - filled)}] {_name(run)} {_how_far(run)}"

@@ -29,7 +29,7 @@ MAX_INNER = 8
 """Inner nodes with a line in a world with more than MAX_LINES nodes."""
 SHARED_LINES = MEAN, BEST, WORST = "all-clients-mean", "all-clients-best", "all-clients-worst"
 """Lines of all clients together. Paths of nodes begin with `world`: no node has such a name."""
-CROWD_POINTS = 16
+SHARED_POINTS = 16
 """Points per round of all clients, in the lines of all clients together."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-/]")
@@ -198,32 +198,32 @@ class Lines:
     """
 
     def __init__(self, kinds: Mapping[str, str]) -> None:
-        self.crowded = len(kinds) > MAX_LINES
+        self.are_shared = len(kinds) > MAX_LINES
         """Whether clients share three lines instead of one each."""
         shown: Iterable[str] = kinds
-        if self.crowded:
+        if self.are_shared:
             inner = [path for path, kind in kinds.items() if kind != "client"]
             shown = sorted(inner, key=lambda path: path.count("/"))[:MAX_INNER]
         self._shown = set(shown)
 
     def add(self, path: str) -> None:
         """Add a node that has joined the world: it gets a line while fewer than MAX_LINES exist."""
-        if not self.crowded and len(self._shown) < MAX_LINES:
+        if not self.are_shared and len(self._shown) < MAX_LINES:
             self._shown.add(path)
 
     def __contains__(self, path: str) -> bool:
         return path in self._shown
 
 
-class Crowd:
+class SharedLines:
     """The lines of all clients together: mean, best and worst."""
 
     def __init__(self, clients: int) -> None:
-        self._every = max(clients // CROWD_POINTS, 1)
+        self._every = max(clients // SHARED_POINTS, 1)
         self._heard = 0
         self._taus: list[int] = []
 
-    def hear_tau(self, tau: int) -> None:
+    def add_tau(self, tau: int) -> None:
         """Take in the staleness of an update that a client has sent."""
         self._taus.append(tau)
 

@@ -21,7 +21,7 @@ from worldlm_ray.records import (
     VerdictRecord,
     perplexity,
 )
-from worldlm_ray.tracking.charts import HISTOGRAM, Crowd, Lines, clean
+from worldlm_ray.tracking.charts import HISTOGRAM, Lines, SharedLines, clean
 from worldlm_ray.tracking.run_state import RunState
 from worldlm_ray.tracking.run_texts import quoted
 from worldlm_ray.tracking.sinks import Sink
@@ -53,7 +53,7 @@ class Drawing:
         self._every = max(len(clients) // SHOWN_CLIENTS, 1) if len(clients) > MANY_CLIENTS else 1
         self._hidden = set(clients) - set(clients[:: self._every])
         """Clients that the charts leave out."""
-        self._crowd = Crowd(len(clients))
+        self._shared = SharedLines(len(clients))
         self._new_taus: dict[str, list[int]] = {}
         """Staleness of what each child sent since the last aggregation of its parent."""
         self._images: dict[tuple[str, str], AttentionRecord] = {}
@@ -79,7 +79,7 @@ class Drawing:
         for _ in range(min(len(self._images), IMAGES_AT_END)):
             self._draw_image()
         now_s = self._state.now_s
-        self._show_crowd(now_s)
+        self._show_shared_lines(now_s)
         for path, node in self._state.nodes.items() if self._ended else ():
             if node.kind != "client":  # once, when all clients below have been measured
                 self._put(path, {"clients_loss": node.clients_loss}, now_s=now_s)
@@ -108,8 +108,8 @@ class Drawing:
     def show(self, record: Record) -> None:
         """Draw what a record changes, after the state has taken it in."""
         node, path, now_s = self._state.nodes[record.node], record.node, record.now_s
-        if isinstance(record, StartRecord | RoundRecord) and self._lines.crowded and self._crowd.is_due():
-            self._show_crowd(now_s)
+        if isinstance(record, StartRecord | RoundRecord) and self._lines.are_shared and self._shared.is_due():
+            self._show_shared_lines(now_s)
         if path in self._hidden:
             return
         match record:
@@ -178,16 +178,16 @@ class Drawing:
         loss = self._state.nodes[path].loss
         self._put(path, {"loss": loss, "perplexity": None if loss is None else perplexity(loss)}, now_s=now_s)
 
-    def _show_crowd(self, now_s: float) -> None:
+    def _show_shared_lines(self, now_s: float) -> None:
         """The lines of all clients together. Their step is the mean number of tokens per client."""
         clients = [node for node in self._state.nodes.values() if node.kind == "client"]
-        if not self._lines.crowded or not clients:
+        if not self._lines.are_shared or not clients:
             return
         world = self._state.nodes[self._root]
         tokens = world.tokens // len(clients)
         losses = [node.loss for node in clients if node.loss is not None]
         speeds = [node.tokens_per_s for node in clients if node.rounds]
-        for line, values in self._crowd.point(losses, world.clients_loss, speeds).items():
+        for line, values in self._shared.point(losses, world.clients_loss, speeds).items():
             self._draw(line, "client", values, now_s=now_s, tokens=tokens)
 
     def _show_verdict(self, record: VerdictRecord) -> None:
@@ -197,8 +197,8 @@ class Drawing:
             self._put(record.node, {f"refused_strangers/{record.verdict}": count}, now_s=record.now_s)
             return
         node = self._state.nodes[edge]
-        if record.tau >= 0 and node.kind == "client" and self._lines.crowded:
-            self._crowd.hear_tau(record.tau)
+        if record.tau >= 0 and node.kind == "client" and self._lines.are_shared:
+            self._shared.add_tau(record.tau)
         if edge in self._hidden:
             return
         if record.tau >= 0:

@@ -126,7 +126,7 @@ class RunState:
             case RoundRecord():
                 self._round(node, record)
             case ProgressRecord():
-                self._stand(node, record)
+                self._count_progress(node, record)
             case StartRecord():
                 self._start(node, record)
             case OwnModelRecord():
@@ -259,7 +259,9 @@ class RunState:
         for path in [path for path in texts if self.nodes[path].state == "left"]:
             del texts[path]
         counted = {id(self.nodes[path]) for path in texts}
-        training = [client for client in self._clients[record.node] if client.heldout_bytes and self._is_heard(client)]
+        training = [
+            client for client in self._clients[record.node] if client.heldout_bytes and self._is_training(client)
+        ]
         if not texts or any(id(client) not in counted for client in training):
             return
         newest = list(texts.values())
@@ -292,11 +294,11 @@ class RunState:
         if record.epsilon is not None:  # with client-level privacy the aggregator records it
             node.epsilon = record.epsilon
         self._measured(node, record)
-        self._stand(node, record)
+        self._count_progress(node, record)
         for inner in self.above[record.node] if record.loss is not None else ():
             self._average(inner)
 
-    def _stand(self, node: NodeState, record: RoundRecord | ProgressRecord) -> None:
+    def _count_progress(self, node: NodeState, record: RoundRecord | ProgressRecord) -> None:
         steps, tokens = record.steps - node.steps, record.tokens - node.tokens
         node.rounds, node.steps, node.tokens = record.round, record.steps, record.tokens
         for inner in self.above[record.node]:
@@ -309,9 +311,9 @@ class RunState:
 
     def _speed(self, clients: list[NodeState]) -> float:
         """Tokens per second of the clients that train."""
-        return sum(client.tokens_per_s for client in clients if self._is_heard(client))
+        return sum(client.tokens_per_s for client in clients if self._is_training(client))
 
-    def _is_heard(self, client: NodeState) -> bool:
+    def _is_training(self, client: NodeState) -> bool:
         """Whether a client counts as training."""
         return self.now_s - client.round_at_s <= SILENT * client.round_s
 
