@@ -24,7 +24,6 @@ from worldlm_ray.plan.faults import Faults, damaged
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.protocol.child import Child, Lost, Send, Sleep, Steps, Stopped, Uplink
 from worldlm_ray.protocol.life import Share
-from worldlm_ray.tensors.buffers import Flat
 
 ANSWER_S = 30.0
 """A task that awaits very many answers asks again for one that has not come within this time."""
@@ -57,8 +56,8 @@ class Link(Protocol):
         """
         ...
 
-    def share(self, update: Update) -> Flat:
-        """Move an update into the object store; returns a buffer with its values for the child to keep instead."""
+    def share(self, update: Update) -> Update:
+        """Move what travels of an update into the object store; returns the update with it, for the child to keep."""
         ...
 
 
@@ -104,11 +103,11 @@ class RayLink:
             self._parent = None
             raise Lost(type(error).__name__) from error
 
-    def share(self, update: Update) -> Flat:
+    def share(self, update: Update) -> Update:
         """See Link."""
         ref = self._reference(update)
         # Blocking is right here: the object is on this machine already.
-        return ray.get(ref) if update.codec == "fp32" else update.values
+        return update.in_shared_memory(ray.get(ref))
 
     def _reference(self, update: Update) -> Any:
         if update.seq not in self._refs:
@@ -165,7 +164,7 @@ class FaultyLink:
             raise Lost("its answer was lost on purpose")
         return answer
 
-    def share(self, update: Update) -> Flat:
+    def share(self, update: Update) -> Update:
         """See Link."""
         return self._link.share(update)
 

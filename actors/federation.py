@@ -34,7 +34,7 @@ class FederationActor(InnerActor):
     def _exchange(self) -> None:
         """Hand the update over to the task that talks to the parent."""
         update = self.node.begin_exchange()
-        self.node.use_shared_copy(update.values, self._link.share(update))
+        self.node.use_shared_copy(update.values, self._link.share(update).values)
         self._work.set()
 
     def _ask_for_news(self) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.nodes import LAYOUT, SPLIT, exchange, make, push
 
 from worldlm_ray.errors import ConfigError, MessageError
-from worldlm_ray.exchange.compression import CODECS, decode, encode, lossy, memory, nbytes
+from worldlm_ray.exchange import compression, messages
+from worldlm_ray.exchange.compression import CODECS, Bytes, decode, encode, encode_update, memory, nbytes
 from worldlm_ray.exchange.messages import Packed, Update, pack, read_header, unpack_update
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.simulation.simulator import simulate
@@ -60,7 +61,7 @@ def test_zeros_arrive_as_zeros(codec: str) -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40), st.sampled_from(CODECS.names()))
 def test_what_is_said_to_arrive_is_what_arrives(numbers: list[float], codec: str) -> None:
-    arrives = lossy(codec, np.array(numbers, np.float32), None)
+    _, arrives = encode_update(codec, np.array(numbers, np.float32), None)
     np.testing.assert_allclose(decode(codec, encode(codec, arrives), len(numbers)), arrives, rtol=1e-6, atol=1e-30)
 
 
@@ -72,7 +73,7 @@ def test_what_is_lost_goes_with_the_next_update(codec: str) -> None:
     for seed in range(50):
         update = some(5000, seed)
         sent += update
-        arrived += lossy(codec, update.copy(), lost)
+        arrived += encode_update(codec, update.copy(), lost)[1]
     off = np.abs(sent - arrived)
     assert off[:4000].max() <= 2 * LARGEST_ERROR[codec] * 6
     assert off[4000:].max() > off[:4000].max(), "key layers have no such memory"
@@ -96,6 +97,23 @@ def test_an_encoded_update_is_read_back() -> None:
     for wrong in (packed.values[:-1], packed.values.astype(np.float32), values):
         with pytest.raises(MessageError, match=r"wrong_shape: got .*, expected uint8 \[12\]"):
             unpack_update(replace(packed, values=wrong), LAYOUT)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+def test_an_update_is_encoded_once_and_sent_as_it_was(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encodings: list[str] = []
+
+    def counted(name: str, values: Flat) -> Bytes:
+        encodings.append(name)
+        return encode(name, values)
+
+    monkeypatch.setattr(compression, "encode", counted)
+    monkeypatch.setattr(messages, "encode", counted)
+    node = make(parent=True, buffer_size=1, codec=codec)
+    sent = exchange(node, push(node, "a", 1, change=[0.3, 0.72, 1.0]))
+    arrived = unpack_update(pack(sent, LAYOUT), LAYOUT)
+    assert encodings == [codec]
+    np.testing.assert_array_equal(arrived.values, sent.values)
 
 
 def test_an_unknown_codec_is_refused() -> None:

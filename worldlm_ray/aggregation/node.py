@@ -64,7 +64,7 @@ from worldlm_ray.config.federated import AggregationConfig, MergeConfig, Trigger
 from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
 from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError, PrivacyError
-from worldlm_ray.exchange.compression import lossy, memory
+from worldlm_ray.exchange.compression import encode_update, memory
 from worldlm_ray.exchange.limits import header_bytes
 from worldlm_ray.exchange.messages import Model, Update, unpack_update
 from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
@@ -717,10 +717,9 @@ class Node:
         self._sent = values = self._buffer()
         difference(self.theta[:split], self.anchor[:split], out=values[:split])
         np.subtract(self.theta[split:], self.parent_keys, out=values[split:])
-        values = lossy(self.codec, values, self.lost)
+        encoded, values = encode_update(self.codec, values, self.lost)
         self.seq += 1
-        most = self.unpushed_tokens if self.quota is None else self.quota.update_tokens
-        tokens = min(self.unpushed_tokens, most)
+        tokens = self.unpushed_tokens if self.quota is None else min(self.unpushed_tokens, self.quota.update_tokens)
         self.in_flight = Update(
             sender=self.path.rsplit("/", 1)[-1],
             seq=self.seq,
@@ -730,6 +729,7 @@ class Node:
             values=frozen(values),
             residuals=self.residuals.rise(),
             codec=self.codec,
+            encoded=encoded,
             base_incarnation=self.base_incarnation,
         )
         self.anchor = self.theta  # the next update measures from here

@@ -26,7 +26,7 @@ from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.client import checkpointing
 from worldlm_ray.client.rounds import LocalRounds
 from worldlm_ray.data import Dataset
-from worldlm_ray.exchange.compression import lossy, memory
+from worldlm_ray.exchange.compression import encode_update, memory
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.parent import Gate
@@ -298,7 +298,7 @@ class Client(LocalRounds):
         values[:split] -= self.base[:split]
         values[split:] -= self.parent_keys
         codec = self.spec.settings.exchange.codec
-        values = lossy(codec, values, self.lost)
+        encoded, values = encode_update(codec, values, self.lost)
         self.seq += 1
         self.began = False
         update = Update(
@@ -309,6 +309,7 @@ class Client(LocalRounds):
             started_tokens=self.round * self.round_tokens,
             values=values,
             codec=codec,
+            encoded=encoded,
             base_incarnation=self.base_incarnation,
         )
         self.outbox.add(update)
@@ -317,11 +318,11 @@ class Client(LocalRounds):
             self.trainer.read(self.base)
         return update
 
-    def use_shared_copy(self, own: Flat, shared: Flat) -> None:
-        """Keep another buffer with the values of an update in place of the given one."""
-        self.outbox.use_shared_copy(own, shared)
-        if self.in_flight is not None and self.in_flight.values is own:
-            self.in_flight = replace(self.in_flight, values=shared)
+    def use_shared_copy(self, shared: Update) -> None:
+        """Keep this copy of an update, of which a buffer lies in shared memory, in place of the client's own."""
+        self.outbox.use_shared(shared)
+        if self.in_flight is not None and self.in_flight.seq == shared.seq:
+            self.in_flight = shared
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """Everything that a restart needs, down to the step within a round: of this moment, whatever comes next.

@@ -92,8 +92,8 @@ def memory(name: str, backbone_size: int) -> Flat | None:
     return None if not loses(name) else np.zeros(backbone_size, np.float32)
 
 
-def lossy(name: str, values: Flat, lost: Flat | None) -> Flat:
-    """What arrives of an update, with what did not arrive of earlier ones.
+def encode_update(name: str, values: Flat, lost: Flat | None) -> tuple[Bytes | None, Flat]:
+    """Encode an update, with what did not arrive of earlier ones.
 
     Args:
         name: how it will travel.
@@ -101,16 +101,19 @@ def lossy(name: str, values: Flat, lost: Flat | None) -> Flat:
         lost: what was lost so far, of the first elements of the update; overwritten with what is lost now.
 
     Returns:
-        The values that `encode` then carries without a further loss.
+        The bytes that travel (None of fp32, whose values travel as they are), and the values that arrive.
     """
+    if name == "fp32":
+        return None, values
     if not loses(name):
-        return values
+        return encode(name, values), values
     if lost is not None:
         values[: lost.size] += lost
-    arrives = decode(name, encode(name, values), values.size)
+    encoded = encode(name, values)
+    arrives = decode(name, encoded, values.size)
     if lost is not None:
         np.subtract(values[: lost.size], arrives[: lost.size], out=lost)
-    return arrives
+    return encoded, arrives
 
 
 @codec("fp32")

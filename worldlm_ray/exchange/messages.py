@@ -10,7 +10,7 @@ anything uses it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -78,6 +78,12 @@ class Update:
     """How the values travel: a name of compression.CODECS."""
     base_incarnation: int = 1
     """The parent's when it gave the base version. Versions of an earlier life of the parent may never come again."""
+    encoded: Bytes | None = None
+    """At the sender, the values as they travel, where a codec has made other bytes of them."""
+
+    def in_shared_memory(self, shared: Any) -> Update:
+        """The update with another buffer in place of the one that travels (see `buffer_of`), of the same contents."""
+        return replace(self, values=shared) if self.codec == "fp32" else replace(self, encoded=shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +158,7 @@ def pack(message: Update | Model, layout: Layout) -> Packed:
 
 def pack_header(message: Update | Model, layout: Layout) -> bytes:
     """What travels beside the buffer."""
-    fields = {name: value for name, value in vars(message).items() if name != "values"}
+    fields = {name: value for name, value in vars(message).items() if name not in ("values", "encoded")}
     # Few and small: they travel in the header, as bytes.
     fields["residuals"] = [vars(residual) | {"values": residual.values.tobytes()} for residual in message.residuals]
     kind = type(message).__name__.lower()
@@ -161,10 +167,10 @@ def pack_header(message: Update | Model, layout: Layout) -> bytes:
 
 
 def buffer_of(message: Update | Model) -> Flat | Bytes:
-    """The buffer that travels: the message's own, or its encoding."""
+    """The buffer that travels: the message's own, or its encoding (made anew of an update from a checkpoint)."""
     if isinstance(message, Model) or message.codec == "fp32":
         return message.values
-    return encode(message.codec, message.values)
+    return encode(message.codec, message.values) if message.encoded is None else message.encoded
 
 
 def unpack_update(packed: Packed, layout: Layout, *, residuals: int = 0) -> Update:

@@ -74,6 +74,11 @@ class Outbox:
             if update.values is own:
                 self._updates[seq] = replace(update, values=shared)
 
+    def use_shared(self, shared: Update) -> None:
+        """Keep this copy of an update, of which a buffer lies in shared memory, in place of the one that was added."""
+        if shared.seq in self._updates:
+            self._updates[shared.seq] = shared
+
     def state(self) -> tuple[list[dict[str, Any]], dict[str, Flat]]:
         """For a checkpoint: plain values, and buffers."""
         entries = [fields(update) for update in self._updates.values()]
@@ -98,9 +103,10 @@ def revived(entry: dict[str, Any], values: Flat) -> Update:
     return Update(**{key: value for key, value in entry.items() if key in _FIELDS}, values=values)
 
 
-_FIELDS = frozenset(Update.__dataclass_fields__) - {"values", "residuals"}
+_BUFFERS = ("values", "encoded", "residuals")
+_FIELDS = frozenset(Update.__dataclass_fields__).difference(_BUFFERS)
 
 
 def fields(update: Update) -> dict[str, Any]:
     """An update without its buffers. Residuals are an extra: one that is sent again after a crash goes without."""
-    return {key: value for key, value in vars(update).items() if key not in ("values", "residuals")}
+    return {key: value for key, value in vars(update).items() if key not in _BUFFERS}

@@ -8,7 +8,7 @@ driver does it where that belongs: the model may have a thread, storage another 
     Train           steps of the round; the answer is the seconds that it took
     Beside          take other steps meanwhile; the answer is a handle of theirs
     Await           wait for such steps; the answer is their result
-    Share           move an update to where the parent can read it; the answer is the buffer to keep instead
+    Share           move an update to where the parent can read it; the answer is the update to keep instead
     Save            write a checkpoint; the answer is whether one was begun
     Look            get the model of a node above; the answer is the model, if any, and the seconds of waiting
     TakeTurn        wait until the client may hold a model; the answer ends the turn, where there are turns
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -282,9 +282,8 @@ class Life:
 
     def _deliver(self, update: Update) -> Steps[None]:
         with self._delivering():
-            shared = yield Share(update)
-            self._client.use_shared_copy(update.values, shared)
-            update = replace(update, values=shared)  # the client's own buffer goes
+            update = yield Share(update)  # the client's own buffer goes
+            self._client.use_shared_copy(update)
             yield from self._uplink.push(update)
 
     @contextmanager
