@@ -143,3 +143,28 @@ def test_a_member_speaks_like_an_actor() -> None:
 
     member: Any = hosts.Member(Host(), "world/a")
     assert member.measure.remote([1], tokens=2) == (("world/a", [1]), {"tokens": 2})
+
+
+PAUSES = {"unit": "record", "noise_multiplier": 1.0, "target_epsilon": 3.0, "on_exhausted": "pause"}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "settings"),
+    [
+        (4, {"exchange": {"overlap": True}}),
+        (30, {"privacy": PAUSES, "training": {"local_steps": 2, "batch_size": 40}}),
+    ],
+    ids=["overlap", "private and paused"],
+)
+def test_clients_of_a_process_overlap_and_pause(
+    cluster: None, tiny: Tiny, tmp_path: Path, rounds: int, settings: dict[str, Any]
+) -> None:
+    phones = crowd("phone", tmp_path, copies=3) | {"resources": {"clients_per_process": 3}} | settings
+    plan = in_folder(tiny([phones, client("free", tmp_path, 2)], budget={"rounds": rounds}), tmp_path / "run")
+    summary = launch.train(plan).summary
+    assert summary["status"] == "finished"
+    found = {proof.sender: proof for proof in proofs(plan.run_dir)}
+    assert all(proof.holds for proof in found.values())
+    done = [len(found[f"phone-{number}"].applied) for number in (1, 2, 3)]
+    assert done == [rounds] * 3 if "exchange" in settings else all(0 < each < rounds for each in done)
+    assert len(found["free"].applied) == rounds
