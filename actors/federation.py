@@ -70,11 +70,13 @@ class FederationActor(InnerActor):
         """Wait until a checkpoint knows the update in flight, or until the storage has refused for too long."""
         patience_s = self.plan.config.checkpoint.patience_s
         while not self.node.may_send:
-            await self._save()
-            if self._refused_s is None:
+            await self._checkpoints.save()
+            if self._checkpoints.refused_s is None:
                 continue
-            if patience_s is not None and self.clock.now_s() - self._refused_s >= patience_s:
-                self._warn("sends its parent what no checkpoint knows: if it dies now, that counts twice above it")
+            if patience_s is not None and self.clock.now_s() - self._checkpoints.refused_s >= patience_s:
+                self.records.warn(
+                    "sends its parent what no checkpoint knows: if it dies now, that counts twice above it"
+                )
                 return
             await asyncio.sleep(STORAGE_AGAIN_S)
 
@@ -98,10 +100,10 @@ class FederationActor(InnerActor):
         return await follow(carried(steps, self._link))
 
     def _finish(self) -> None:
-        self._audit.flush()
-        self._tell("finished")
+        self.records.audit.flush()
+        self.records.tell("finished")
         self._told = False
         self._work.set()
 
     def _record(self, record: Record) -> None:
-        self.recorder.record.remote([record])
+        self.records.send([record])

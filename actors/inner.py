@@ -8,9 +8,8 @@ lock. The order of one exchange, for concurrency's sake:
     3. the model is put into the object store once; the second and later children get the same reference, and the
        machine then works on the shared copy instead of its own
 
-Checkpoints are written by a thread beside. Buffers that change in place (a fold that is under way, an optimizer's) are
-written first, and only so long events wait; models, anchors and updates never change, and are written while the node
-goes on. What a child may forget it is told when the checkpoint is on disk.
+Checkpoints are written by a thread beside (actors/node_checkpoints.py). What a child may forget it is told when the
+checkpoint is on disk.
 
 Ray starts the actor again when its process dies. It then claims a new incarnation, goes back to its last checkpoint and
 begins by itself; its children notice, join again, and send what the checkpoint does not know.
@@ -19,19 +18,16 @@ begins by itself; its children notice, join again, and send what the checkpoint 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import time
 from collections.abc import Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
 
 from actors.graceful_shutdown import GracefulShutdown
+from actors.node_checkpoints import NodeCheckpoints
+from actors.node_records import NodeRecords
 from actors.shared import (
     STORAGE_AGAIN_S,
     Address,
@@ -41,7 +37,6 @@ from actors.shared import (
     schedule_kills,
     settle,
     was_restarted,
-    write_checkpoint,
 )
 from worldlm_ray.aggregation.events import (
     Answer,
@@ -63,17 +58,15 @@ from worldlm_ray.aggregation.events import (
     Serve,
     Wake,
 )
-from worldlm_ray.aggregation.node import Covered
 from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, WorldLMError
 from worldlm_ray.exchange.limits import checked
 from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import build, rundir
 from worldlm_ray.plan.quotas import quota
-from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
-from worldlm_ray.storage import checkpoint, filesystem
+from worldlm_ray.records import Record
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.tracking.audit import AuditLog
 
 
 class InnerActor(GracefulShutdown):
@@ -87,26 +80,18 @@ class InnerActor(GracefulShutdown):
         self.plan = address.plan
         self.spec = self.plan.node(address.path)
         self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
-        self.recorder = address.recorder
         self.contributions = build.contributions(self.plan, self.spec)
         initial = once_storage_answers(partial(build.initial, self.plan), address.path)
         self.node = build.inner_node(self.plan, self.spec, initial, self.contributions)
         self.faults = self.plan.faults
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
-        self._audit = AuditLog(self.plan.run_dir, self.spec.path, warn=self._warn)
-        self._began_s = self._saved_s = self.clock.now_s()
-        self._busy_s = 0.0
+        self.records = NodeRecords(self.spec.path, self.node, self.clock, address.recorder, self.plan.run_dir)
         self._verdict: Verdict | None = None
         self._pulls: dict[str, asyncio.Future[Carried]] = {}
         self._published: tuple[Flat, Any] | None = None
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._saving: asyncio.Task[None] | None = None
-        self._next_save: asyncio.Task[None] | None = None
-        self._refused_s: float | None = None
-        """Since when the storage refuses; None while it does not."""
-        self._steady = asyncio.Event()
-        """Unset while buffers that events change are being written."""
-        self._steady.set()
+        self._checkpoints = NodeCheckpoints(
+            self.plan, self.spec.path, self.node, self.clock, self.records, spawn=self._spawn
+        )
         self._is_up = False
         self._started = asyncio.Event()
         self._ended = asyncio.Event()
@@ -151,7 +136,7 @@ class InnerActor(GracefulShutdown):
         await self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=now_s))
         verdict = self._verdict
         assert verdict is not None
-        self._save_if_due()
+        self._checkpoints.save_if_due()
         return verdict
 
     async def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Carried:
@@ -162,14 +147,9 @@ class InnerActor(GracefulShutdown):
         # Who asks again waits with those who asked before; who is refused leaves the place to the next.
         future = self._pulls.setdefault(child, asyncio.get_running_loop().create_future())
         now_s = self.clock.now_s()
-        wish = Pull(
-            child=child,
-            incarnation=incarnation,
-            to=to,
-            started_tokens=started_tokens,
-            now_s=now_s,
+        await self._handle(
+            Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=now_s)
         )
-        await self._handle(wish)
         return await asyncio.shield(future)
 
     async def done(self, child: str, incarnation: int, to: int) -> None:
@@ -255,21 +235,23 @@ class InnerActor(GracefulShutdown):
 
     async def save(self) -> int:
         """Write a checkpoint now; returns the version in it."""
-        await self._save()
+        await self._checkpoints.save()
         return self.node.version
 
     # ---- life --------------------------------------------------------------------------------------------------
 
     def _set_up(self) -> None:
         incarnation = checkpoint.claim(self._place)
-        found = checkpoint.load(self._place, warn=self._warn)
+        found = checkpoint.load(self._place, warn=self.records.warn)
         if found is not None:
             self.node.restore(*found)
         self.node.incarnation = incarnation
         if incarnation > 1:
-            self._audit.restored(now_s=self.clock.now_s(), incarnation=incarnation, last_seq=self.node.covers().seqs)
+            self.records.audit.restored(
+                now_s=self.clock.now_s(), incarnation=incarnation, last_seq=self.node.covers().seqs
+            )
         self._is_up = True
-        self._tell("continued" if found else "started")
+        self.records.tell("continued" if found else "started")
 
     async def _begin_again(self) -> None:
         """After a death: wait for the storage if need be, then go on."""
@@ -277,7 +259,7 @@ class InnerActor(GracefulShutdown):
             try:
                 self._set_up()
             except CheckpointError as error:
-                self._warn(f"cannot go on yet: {error}")
+                self.records.warn(f"cannot go on yet: {error}")
                 await asyncio.sleep(STORAGE_AGAIN_S)
         await self.start()
 
@@ -289,50 +271,33 @@ class InnerActor(GracefulShutdown):
         while True:
             await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
             self._beat()
-            self._check_newest()
-            self._audit.flush()
+            self._checkpoints.check_newest()
+            self.records.audit.flush()
             await self._handle(Clock(now_s=self.clock.now_s()))
 
     def _beat(self) -> None:
         """A sign of life to the parent, where there is one and it would hear nothing otherwise."""
 
-    def _check_newest(self) -> None:
-        """The world has no parent that would tell it that another process plays it by now."""
-        try:
-            with filesystem.refusals(self._place):
-                newest = checkpoint.newest_incarnation(self._place)
-            if newest > self.node.incarnation:
-                end_process(f"{self.spec.path}: incarnation {self.node.incarnation} was replaced")
-        except OSError:
-            return  # the storage is away
-
     def shut_down(self) -> None:
         """See GracefulShutdown. The event loop turns no more meanwhile, but a checkpoint may be on its way."""
         if self._started.is_set():
-            self._disk.shutdown(wait=True, cancel_futures=True)
-            self._audit.flush()
-            with suppress(CheckpointError, SupersededError):
-                self._write(*self.node.state())
+            self._checkpoints.save_last()
 
     # ---- the machine -----------------------------------------------------------------------------------------
 
     async def _handle(self, event: Event) -> None:
-        while not self._steady.is_set():
-            await self._steady.wait()
-        began = time.perf_counter()
-        commands = self.node.handle(event)
+        await self._checkpoints.steady()
+        with self.records.busy():
+            commands = self.node.handle(event)
         if not self.node.ended:
-            self._ended.clear()  # somebody has come back
-        self._busy_s += time.perf_counter() - began
+            self._ended.clear()  # a child has come back
         self._perform(commands)
 
     def _perform(self, commands: list[Command]) -> None:
         records: list[Record] = []
         for command in commands:
             if isinstance(command, Note):
-                if isinstance(command.record, VerdictRecord):
-                    self._audit.verdict(command.record)
-                records.append(self._with_busy(command.record))
+                records.append(self.records.noted(command.record))
             elif isinstance(command, Charge):
                 self._charge(command.child)
             elif isinstance(command, Answer):
@@ -343,8 +308,8 @@ class InnerActor(GracefulShutdown):
                     header = pack(command.model, self.plan.layout).header
                     future.set_result((header, [self._publish()]))
             elif isinstance(command, Save):
-                if self._saving is None or self._saving.done():
-                    self._save()  # else it is asked for again if the one under way does not do
+                if self._checkpoints.is_idle:
+                    self._checkpoints.save()  # else it is asked for again if the one under way does not do
             elif isinstance(command, Exchange):
                 self._publish()
                 self._exchange()
@@ -354,8 +319,7 @@ class InnerActor(GracefulShutdown):
                 self._spawn(self._wake(command.at_s))
             elif isinstance(command, Finish):
                 self._finish()
-        if records:
-            self.recorder.record.remote(records)
+        self.records.send(records)
 
     def _charge(self, child: str) -> None:
         """Blocks: nothing that the update has touched may be published before this is on disk."""
@@ -372,8 +336,8 @@ class InnerActor(GracefulShutdown):
         raise NotImplementedError(f"{self.spec.path} has no parent")
 
     def _finish(self) -> None:
-        self._audit.flush()
-        self._tell("finished")
+        self.records.audit.flush()
+        self.records.tell("finished")
         self._ended.set()
 
     async def _wake(self, at_s: float) -> None:
@@ -404,91 +368,3 @@ class InnerActor(GracefulShutdown):
         except Exception as error:  # noqa: BLE001 - a boundary: the launcher raises it from `ended`
             self._error = error
             self._ended.set()
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------
-
-    def _save_if_due(self) -> None:
-        every_s = self.plan.config.checkpoint.every_s
-        if self.clock.now_s() - self._saved_s >= every_s and (self._saving is None or self._saving.done()):
-            self._save()
-
-    def _save(self) -> asyncio.Task[None]:
-        """Have a checkpoint written of the state as it is now, or as it is when the one under way is written.
-
-        Returns:
-            A task that ends when it is on disk, or when the storage has refused it: then the run goes on without, and
-            what children keep grows until the storage is back.
-        """
-        if self._saving is None or self._saving.done():
-            self._saving = self._begin_save()
-            return self._saving
-        if self._next_save is None:
-            self._next_save = self._spawn(self._save_after(self._saving))
-        return self._next_save
-
-    async def _save_after(self, before: asyncio.Task[None]) -> None:
-        await before
-        self._saving, self._next_save = self._begin_save(), None
-        await self._saving
-
-    def _begin_save(self) -> asyncio.Task[None]:
-        self._saved_s = self.clock.now_s()
-        self._audit.flush()  # a checkpoint knows of no update that the trail does not
-        meta, arrays = self.node.state()
-        if any(map(self.node.changes, arrays)):
-            self._steady.clear()  # events wait until these are written, and no longer
-        # Plain values are copied, which is nothing; buffers are not: the others never change.
-        return self._spawn(self._save_beside(self.node.covers(), json.loads(json.dumps(meta)), arrays))
-
-    async def _save_beside(self, covered: Covered, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
-        """Write while the machine goes on."""
-        loop = asyncio.get_running_loop()
-
-        def steady() -> None:
-            loop.call_soon_threadsafe(self._steady.set)
-
-        try:
-            await loop.run_in_executor(self._disk, partial(self._write, meta, arrays, on_steady=steady))
-        except SupersededError as error:
-            end_process(str(error))
-        except CheckpointError as error:
-            self._refused_s = self.clock.now_s() if self._refused_s is None else self._refused_s
-            self._warn(f"no checkpoint: {error}")
-        else:
-            self._refused_s = None
-            self.node.saved(covered)
-        finally:
-            self._steady.set()
-
-    def _write(self, meta: dict[str, Any], arrays: dict[str, Flat], **options: Any) -> None:
-        write_checkpoint(
-            self.plan,
-            self.spec.path,
-            meta,
-            arrays,
-            incarnation=self.node.incarnation,
-            clock=self.clock,
-            changing=[name for name in arrays if self.node.changes(name)],
-            **options,
-        )
-
-    # ---- what is told ----------------------------------------------------------------------------------------
-
-    def _with_busy(self, record: Record) -> Record:
-        if isinstance(record, AggregationRecord):
-            alive_s = max(self.clock.now_s() - self._began_s, 1e-9)
-            return replace(record, busy_fraction=min(self._busy_s / alive_s, 1.0))
-        return record
-
-    def _warn(self, text: str) -> None:
-        self._tell("warning", text)
-
-    def _tell(self, event: str, detail: str = "") -> None:
-        record = LifeRecord(
-            node=self.spec.path,
-            now_s=self.clock.now_s(),
-            event=event,
-            version=self.node.version,
-            detail=detail,
-        )
-        self.recorder.record.remote([record])

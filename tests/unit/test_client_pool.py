@@ -270,7 +270,7 @@ def test_clients_that_have_ended_tell_it_to_a_parent_that_has_forgotten(
     async def scene() -> WorldActor:
         pool = Pool(fake, plan)
         first = WorldActor(pool.address("world"))
-        monkeypatch.setattr(first, "_check_newest", lambda: None)  # it would end this process
+        monkeypatch.setattr(first._checkpoints, "check_newest", lambda: None)  # it would end this process
         await first.start()
         fake.actors["world"] = dying = Dying(first)
         await pool.live()

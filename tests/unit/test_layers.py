@@ -117,7 +117,17 @@ def test_the_layers_are_those_of_the_contributing_guide() -> None:
                 assert ranks[other] <= ranks[module], f"{file.name} of {module} imports {other}, which lies above it"
 
 
-SHARED_BY_ACTORS = {"above", "drivers", "inner", "leaf", "plans", "shared", "graceful_shutdown"}
+SHARED_BY_ACTORS = {
+    "above",
+    "drivers",
+    "inner",
+    "leaf",
+    "node_checkpoints",
+    "node_records",
+    "plans",
+    "shared",
+    "graceful_shutdown",
+}
 
 
 def test_an_actor_module_imports_only_what_actors_share() -> None:
