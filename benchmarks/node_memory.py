@@ -24,7 +24,7 @@ from actors.world import WorldActor
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.launch import cluster
-from worldlm_ray.launch.run import _options
+from worldlm_ray.launch.create import options_of
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.run_clock import RunClock
 
@@ -115,7 +115,7 @@ def measure(children: int) -> dict[str, Any]:
         recorder = ray.remote(RecorderActor).options(num_cpus=0, name=RECORDER, namespace=namespace).remote(plan)
         actors = {}
         for spec, cls in ((plan.root, WatchedWorld), (plan.root.children[0], WatchedFederation)):
-            actor = ray.remote(cls).options(name=spec.path, namespace=namespace, **_options(spec))
+            actor = ray.remote(cls).options(name=spec.path, namespace=namespace, **options_of(spec))
             actors[spec.path] = actor.remote(Address(plan, spec.path, clock, namespace))
             ray.get(actors[spec.path].ready.remote())
             ray.get(actors[spec.path].start.remote())

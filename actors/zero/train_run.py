@@ -136,7 +136,7 @@ class _Reservations(train.Callbacks):
         group = placement_group(*arguments, **named)
         if not self._client_lives():
             remove_placement_group(group)
-            end_process(f"{self._path} is gone, whom this worked for")
+            end_process(f"{self._path} is gone, the client of this controller")
         return group
 
     def _client_lives(self) -> bool:

@@ -16,7 +16,7 @@ import pytest
 from support.worlds import client, crowd
 
 from worldlm_ray import launch
-from worldlm_ray.launch import run as running
+from worldlm_ray.launch import create as creating
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.rundir import STATUS
@@ -100,12 +100,12 @@ def test_nodes_on_a_machine_with_another_clock_tell_the_same_time(
 ) -> None:
     began = tmp_path / "began"
     elsewhere = {"env_vars": {"BEGAN": str(began), "PYTHONPATH": customized(tmp_path / "site", ELSEWHERE)}}
-    options = running._options
+    options = creating.options_of
 
     def placed(spec: NodeSpec) -> dict[str, Any]:
         return options(spec) | ({"runtime_env": elsewhere} if "abroad" in spec.path else {})
 
-    monkeypatch.setattr(running, "_options", placed)
+    monkeypatch.setattr(creating, "options_of", placed)
     # One of each kind of actor: a client, a federation, and clients that share a process.
     phones = {
         "federation": "abroad",

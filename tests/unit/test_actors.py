@@ -22,7 +22,7 @@ from actors.shared import Address
 from actors.world import WorldActor
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.exchange.messages import Packed, unpack_model
-from worldlm_ray.launch.run import with_living_owners
+from worldlm_ray.launch.calls import with_living_owners
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import VerdictRecord

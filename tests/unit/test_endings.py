@@ -114,7 +114,8 @@ def test_the_summary_of_the_part_before_goes_when_the_nodes_have_started(conf: P
         on_step=lambda _: None,
     )
     run = importlib.import_module("worldlm_ray.launch.run")
-    world = run.World(MagicMock(), "", None, 0.0, True, {"world": MagicMock()}, {})
+    create = importlib.import_module("worldlm_ray.launch.create")
+    world = create.World(MagicMock(), "", None, 0.0, True, {"world": MagicMock()}, {})
     run._start(plan, world, watch, MagicMock())
     assert asked == [("ready", True), ("ready", True), ("start", True)]
     assert not summary.exists()

@@ -13,7 +13,7 @@ from support.worlds import write_text
 from worldlm_ray.config.schema import DataConfig, ResourcesConfig
 from worldlm_ray.errors import Interrupted
 from worldlm_ray.launch import preflight
-from worldlm_ray.launch.watch import Watch
+from worldlm_ray.launch.calls import Observer
 
 
 def test_a_machine_with_too_few_cores_is_a_warning_and_no_error(
@@ -42,6 +42,6 @@ class FakeRay:
 def test_machines_are_waited_for_until_the_time_is_up_or_the_user_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "ray", FakeRay())
     with pytest.raises(Interrupted):
-        preflight._wait(["a", "b"], Watch(should_stop=lambda: True))
+        preflight._wait(["a", "b"], Observer(should_stop=lambda: True))
     monkeypatch.setattr(preflight, "ANSWER_S", 0.0)
-    assert preflight._wait(["a", "b"], Watch()) == (["a"], ["b"])
+    assert preflight._wait(["a", "b"], Observer()) == (["a"], ["b"])

@@ -48,7 +48,7 @@ def connected(plan: Plan, address: str | None, should_stop: Callable[[], bool] =
         yield
         return
     with warnings.catch_warnings():
-        # Ray announces changes of its own defaults at every start; they concern nobody who runs a world.
+        # Ray announces changes of its defaults at every start; they do not concern a user of this package.
         warnings.simplefilter("ignore", FutureWarning)
         try:
             if address is None:
@@ -119,7 +119,7 @@ def on_the_head() -> dict[str, Any]:
 
 
 def _needed(inner: NodeSpec) -> list[NodeSpec]:
-    """Clients directly below without whom the run does not begin."""
+    """Clients directly below that the run waits for before it begins."""
     clients = [child for child in inner.children if child.kind == "client"][: inner.max_clients]
     return clients[: inner.min_clients] if inner.elastic else clients
 
@@ -163,7 +163,7 @@ def check_fits(plan: Plan) -> None:
 
 
 def wanted(spec: NodeSpec) -> str:
-    """What a client wants, and what nobody uses now, in words."""
+    """What a client wants, and what is free now, in words."""
     labels = "".join(f", {key}={value}" for key, value in spec.settings.placement.labels.items())
     free = ray.available_resources()
     wants = {name: amount * spec.settings.resources.worker_range[0] for name, amount in each(spec).items() if amount}
@@ -205,7 +205,7 @@ def remember(
 
 
 def recall(run_dir: Path) -> dict[str, Any] | None:
-    """Where a run lives or lived; None if nobody wrote it down."""
+    """Where a run lives or lived; None if it is not written down."""
     try:
         found = json.loads((run_dir / PLACE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 """A cluster description, as `ray up` takes it, checked without starting anything.
 
 Ray's own schema looks at the keys it knows. What it does not see, and what then costs an hour, is looked at here:
-tokens, files to be copied, addresses that nobody filled in, machines that do not answer, labels that a world asks for.
+tokens, files to be copied, example addresses, machines that do not answer, labels that a world asks for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOKEN_MODE = "RAY_AUTH_MODE=token"
 LABELS = "~/worldlm/labels"
 """Where onprem.yaml keeps the labels of its machines: a line each, ADDRESS KEY=VALUE[,KEY=VALUE...]."""
 EXAMPLES = [ipaddress.ip_network(text) for text in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24")]
-"""Addresses that belong to nobody (RFC 5737): what is to be filled in."""
+"""Addresses for documentation (RFC 5737): what is to be filled in."""
 SSH_PORT = 22
 ANSWER_S = 3.0
 FILL_IN = ("your-project-id", "ami-0000000000000000", "fs-00000000")
@@ -36,7 +36,7 @@ def check(path: Path, plan: Plan | None = None, *, reach: bool = True) -> list[s
 
     Args:
         path: of the YAML file.
-        plan: a world that shall run there; None if it does not matter.
+        plan: a world that will run there; None if it does not matter.
         reach: whether machines that have addresses are asked for an answer.
 
     Returns:
@@ -104,7 +104,7 @@ def _check_token(raw: dict[str, Any]) -> None:
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         for index, command in enumerate(raw.get(key) or []):
             if "ray start" in command and TOKEN_MODE not in command:
-                got = "starts Ray without token authentication: whoever reaches the port may run code"
+                got = "starts Ray without token authentication: anyone who reaches the port may run code"
                 raise ConfigError(f"{key}[{index}]", got, f"write `export {TOKEN_MODE};` before `ray start`")
     source = (raw.get("file_mounts") or {}).get(TOKEN)
     if source is None:

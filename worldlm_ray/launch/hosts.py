@@ -1,4 +1,4 @@
-"""Clients that share a process: one actor, and a handle for each of them that speaks like an actor of its own."""
+"""Clients that share a process: one actor, and a handle for each of them that speaks like an actor."""
 
 from __future__ import annotations
 

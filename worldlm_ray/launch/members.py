@@ -1,4 +1,4 @@
-"""Clients that join, and nodes that leave, while a run goes on: nobody else waits for them."""
+"""Clients that join, and nodes that leave, while a run goes on: the other nodes do not wait for them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from actors.plans import to_send
 from worldlm_ray.config.loading import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
+from worldlm_ray.launch.calls import answer, ask, plain
+from worldlm_ray.launch.create import World, create, find
 from worldlm_ray.launch.private.reservations import give_back, prefix
-from worldlm_ray.launch.run import World, create, find, plain
-from worldlm_ray.launch.watch import answer, ask
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tracking.node_state import DIVERGED, FINISHED
 
 POLL_S = 0.2
 PLACED_S = 10.0
-"""Seconds after which somebody who waits for a client to be placed is told what it waits for."""
+"""Seconds after which the user who waits for a client to be placed is told what it waits for."""
 
 
 def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = lambda _: None) -> float:

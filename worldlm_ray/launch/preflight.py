@@ -14,7 +14,7 @@ from worldlm_ray.config.schema import DataConfig, ResourcesConfig
 from worldlm_ray.data.text import check_sources, find_sources
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.launch import cluster
-from worldlm_ray.launch.watch import POLL_S, Watch
+from worldlm_ray.launch.calls import POLL_S, Observer
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.storage import filesystem
@@ -25,7 +25,7 @@ ANSWER_S = 60.0
 PACKAGE = "worldlm_ray"
 
 
-def check(plan: Plan, watch: Watch) -> None:
+def check(plan: Plan, observer: Observer) -> None:
     """Have every machine look whether it has what the nodes that may be placed there need.
 
     A client needs its text on every machine that carries its labels and has room for it: it may be started again on any
@@ -33,7 +33,7 @@ def check(plan: Plan, watch: Watch) -> None:
 
     Args:
         plan: the run.
-        watch: is warned of machines that have fewer cores than a client there asks for, whatever Ray was told.
+        observer: is warned of machines that have fewer cores than a client there asks for, whatever Ray was told.
 
     Raises:
         RunError: something is missing; a line for each.
@@ -44,27 +44,27 @@ def check(plan: Plan, watch: Watch) -> None:
     marker.write_text("")
     try:
         looks = {_look_on(machine, plan, marker): machine["NodeManagerHostname"] for machine in machines}
-        there, absent = _wait(list(looks), watch)
+        there, absent = _wait(list(looks), observer)
         problems = [f"{looks[ref]}: does not answer; look at `ray status`" for ref in absent]
         for ref in there:
             missing, warning = _answer(ref)
             problems += [f"{looks[ref]}: {problem}" for problem in missing]
             if warning:
-                watch.on_warning(f"{looks[ref]}: {warning}")
+                observer.on_warning(f"{looks[ref]}: {warning}")
     finally:
         marker.unlink(missing_ok=True)
     if problems:
         raise RunError("\n".join(sorted(problems)))
 
 
-def _wait(refs: list[Any], watch: Watch) -> tuple[list[Any], list[Any]]:
+def _wait(refs: list[Any], observer: Observer) -> tuple[list[Any], list[Any]]:
     """References whose answers have come within `ANSWER_S`, and the others."""
     deadline = time.monotonic() + ANSWER_S
     while True:
         there, absent = ray.wait(refs, num_returns=len(refs), timeout=POLL_S)
         if not absent or time.monotonic() > deadline:
             return there, absent
-        watch.check()
+        observer.check()
 
 
 def _look_on(machine: dict[str, Any], plan: Plan, marker: Any) -> Any:

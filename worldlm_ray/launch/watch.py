@@ -1,217 +1,209 @@
-"""What the process that drives a run says while it waits, and how it is interrupted.
-
-Ray starts an actor again for as long as it dies, without a word. A thread beside asks Ray every few seconds who has
-died and of what, and which actors have not come up yet.
-"""
+"""Watches a run whose nodes have begun, until it is over."""
 
 from __future__ import annotations
 
-import re
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
-from worldlm_ray.errors import Interrupted
-from worldlm_ray.launch.private import state
+from worldlm_ray.launch.calls import POLL_S, Observer, ask
+from worldlm_ray.launch.create import World, create
+from worldlm_ray.plan.faults import Fault
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import NodeSpec
+from worldlm_ray.storage.paths import pasted
 
-POLL_S = 0.5
-"""How often is looked whether an answer has come, or the user wants to leave."""
-LOOK_S = 3.0
-"""How often Ray is asked who has died."""
-WAITING_S = 15.0
-"""Seconds between two lines that say what is being waited for."""
-AGAIN_S = 60.0
-"""Seconds between two warnings of the same kind."""
-NAMED = 3
-"""So many nodes of those that are being waited for are named."""
-MEMORY = re.compile(r"was (?P<used>[\d.]+)GB used / (?P<limit>[\d.]+)GB limit \((?P<share>[\d.]+)\)")
-THRESHOLD = re.compile(r"exceeded threshold of \d+B \((?P<percent>[\d.]+)%")
-CURE = "train fewer or smaller clients on this machine, or free memory"
+ABSENT_S = 15.0
+"""A node that has not answered within this time when the run is to stop has no machine."""
+SILENT_S = 60.0
+"""The user is told once the recorder has not answered for so long."""
+SNAPSHOT_S = 5.0
+"""A recorder that has not answered within this time is asked again at the next look."""
 
 
-def _nothing(_: Any) -> None:
-    pass
-
-
-@dataclass(frozen=True)
 class Watch:
-    """Who is told what while a run is driven."""
-
-    on_progress: Callable[[dict[str, Any]], None] = _nothing
-    """About twice a second, with a snapshot of the run."""
-    on_phase: Callable[[str], None] = _nothing
-    """What begins, or what is being waited for."""
-    on_step: Callable[[str], None] = _nothing
-    """How far the phase has come."""
-    on_warning: Callable[[str], None] = _nothing
-    """What the user should know of."""
-    should_stop: Callable[[], bool] = lambda: False
-    """Whether the user wants to leave."""
-
-    def check(self) -> None:
-        """Leave if the user wants to.
-
-        Raises:
-            Interrupted: so it is.
-        """
-        if self.should_stop():
-            raise Interrupted("stopped")
-
-    def answer(self, refs: Any) -> Any:
-        """The value behind a reference, or the values behind several.
-
-        While `ray.get` waits, of all that a signal's handler may raise it lets only Ctrl-C through.
-
-        Raises:
-            Interrupted: the user wants to leave.
-        """
-        waiting = refs if isinstance(refs, list) else [refs]
-        while waiting:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-            if waiting:
-                self.check()
-        return ray.get(refs)
-
-    def ask(self, actor: Any, method: str, *arguments: Any, **named: Any) -> Any:
-        """The answer of an actor, once it is alive (again).
-
-        Raises:
-            Interrupted: the user wants to leave.
-        """
-        while True:
-            try:
-                return self.answer(getattr(actor, method).remote(*arguments, **named))
-            except ActorUnavailableError:
-                self.check()
-                time.sleep(POLL_S)
-
-
-def answer(refs: Any) -> Any:
-    """As `Watch.answer`, whatever the user wants."""
-    return Watch().answer(refs)
-
-
-def ask(actor: Any, method: str, *arguments: Any, **named: Any) -> Any:
-    """As `Watch.ask`, whatever the user wants."""
-    return Watch().ask(actor, method, *arguments, **named)
-
-
-@dataclass
-class Monitor:
-    """Says who dies of what, and what a run that does not begin is waiting for.
+    """Waits for the clients of a run and then for its world. Clients may join and leave meanwhile.
 
     Args:
-        watch: who is told.
-        deaths: who has died so far, the oldest first.
-        actors: what Ray knows of the actors of a namespace.
-        clock: monotonic seconds.
+        plan: the run.
+        world: its actors; clients that join are added, those that leave are taken out.
+        begun: paths of the nodes that have begun.
+        observer: is told of the progress; may want to stop.
     """
 
-    watch: Watch
-    deaths: Callable[[], Sequence[state.Death]] = state.deaths
-    actors: Callable[[str], Mapping[str, state.ActorState]] = state.actors
-    clock: Callable[[], float] = time.monotonic
-    namespace: str = ""
-    on_trouble: Callable[[str], None] = _nothing
-    waiting: dict[str, str] = field(default_factory=dict)
-    """Nodes that are not ready, with the names of their actors."""
-    total: int = 0
-    """How many nodes there are to wait for."""
-    _known: int = 0
-    """Deaths before this run."""
-    _killed: int = 0
-    _warned_at: float = float("-inf")
-    _said_at: float = 0.0
-    _troubled: bool = False
+    def __init__(self, plan: Plan, world: World, begun: Sequence[str], observer: Observer) -> None:
+        self._plan, self._world, self._observer = plan, world, observer
+        self._waiting = {actor.outcome.remote(): path for path, actor in world.clients.items()}
+        """Clients that have not ended, by the reference of their outcome."""
+        self._ends = {actor.ended.remote(): path for path, actor in world.inner.items()}
+        """Inner nodes that have not ended, by the reference of their end."""
+        self._begun, self._results = set(begun), dict[str, str]()
+        # A client that was to come before this process looked is there, or has come and gone.
+        self._joined = {fault for fault in plan.faults.all if fault.kind == "join" and fault.at_s <= world.began_s}
+        """Joins of the fault script that have been carried out."""
+        self._given_up = set[str]()
+        """Clients that never came."""
+        self._answers, self._asked_at = dict[str, Any](), 0.0
+        """Signs that clients that are to stop have a process, and when they were asked for."""
+        self._heard_at, self._is_silent = time.monotonic(), False
 
-    def __enter__(self) -> Monitor:
-        self._over = threading.Event()
-        self._known, self._said_at = len(self.deaths()), self.clock()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        return self
+    def until_over(self) -> str:
+        """Watch until the run is over.
 
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join(LOOK_S)
+        Returns:
+            `finished` or `stopped`.
 
-    def begin(self, namespace: str, waiting: Mapping[str, str], *, on_trouble: Callable[[str], None]) -> None:
-        """Wait for the nodes of a run.
-
-        Args:
-            namespace: of its actors.
-            waiting: names of the actors by the paths of the nodes.
-            on_trouble: told a warning for the run's files, or an empty text once it is over.
+        Raises:
+            RayError: an inner node failed.
         """
-        self.namespace, self.on_trouble, self.total = namespace, on_trouble, len(waiting)
-        self.waiting = dict(waiting)
+        while True:
+            self._take_results()
+            self._look()
+            if not self._given_up:
+                self._let_latecomers_in()
+            self._say_if_silent()
+            if self._observer.should_stop() and self._has_stopped():
+                return "stopped"
+            if (status := self._status()) is not None:
+                return status
 
-    def is_ready(self, path: str) -> None:
-        """A node need not be waited for any more."""
-        self.waiting.pop(path, None)
+    def _take_results(self) -> None:
+        """Take the ends of clients and inner nodes that have come, waiting a moment for them."""
+        every = [*self._waiting, *self._ends]
+        ready, _ = ray.wait(every, num_returns=len(every), timeout=POLL_S)
+        for ref in ready:
+            if ref in self._waiting:
+                path = self._waiting.pop(ref)
+                self._results[path] = ray.get(ref)
+                if self._results[path] == "left":
+                    self._replace(path)
+                continue
+            path = self._ends.pop(ref)
+            try:
+                ray.get(ref)  # raises what broke an inner node
+            except ActorUnavailableError:  # Ray starts it again, and it goes on without being told to
+                self._ends[self._world.inner[path].ended.remote()] = path
 
-    def _run(self) -> None:
-        while not self._over.wait(LOOK_S):
-            self.look()
+    def _look(self) -> None:
+        """Ask the recorder how far the run is."""
+        with suppress(GetTimeoutError, ActorUnavailableError):
+            snapshot = ray.get(self._world.recorder.snapshot.remote(), timeout=SNAPSHOT_S)
+            self._heard_at, self._is_silent = time.monotonic(), False
+            self._observer.on_progress(snapshot)
+            self._begun |= {
+                path for path, node in snapshot["nodes"].items() if node["state"] != "waiting" or node["steps"]
+            }
+            self._find_newcomers(snapshot)
 
-    def look(self) -> None:
-        """Ask Ray, and say what is new."""
-        now, found = self.clock(), self.deaths()[self._known :]
-        killed = [death for death in found if death.is_memory]
-        if len(killed) > self._killed and now - self._warned_at >= AGAIN_S:
-            self._killed, self._warned_at, self._troubled = len(killed), now, True
-            text = memory_warning(killed)
-            self.watch.on_warning(text)
-            self.on_trouble(text)
-        elif self._troubled and len(killed) == self._killed and now - self._warned_at >= 2 * AGAIN_S:
-            self._troubled = False
-            self.on_trouble("")
-        if self.waiting and now - self._said_at >= WAITING_S:
-            self._said_at = now
-            known = self.actors(self.namespace)
-            waiting = dict(self.waiting)  # only now: the run may have begun while Ray was asked
-            if waiting:
-                self.watch.on_phase(self._waits_for(waiting, known, found))
+    def _say_if_silent(self) -> None:
+        if time.monotonic() - self._heard_at > SILENT_S and not self._is_silent:
+            self._is_silent = True
+            self._observer.on_phase(f"nothing was heard of the run for {SILENT_S:.0f} s: {self._advice()}")
 
-    def _waits_for(
-        self, waiting: Mapping[str, str], known: Mapping[str, state.ActorState], found: Sequence[state.Death]
-    ) -> str:
-        named = [f"{path} ({_state(known.get(name))})" for path, name in list(waiting.items())[:NAMED]]
-        more = f" and {len(waiting) - NAMED} more" if len(waiting) > NAMED else ""
-        died = f"; the last process that died: {_first_sentence(found[-1].detail)}" if found else ""
-        return f"waiting for {len(waiting)} of {self.total} nodes: {', '.join(named)}{more}{died}"
+    def _advice(self) -> str:
+        if self._world.local:
+            return "still waiting"
+        folder = pasted(self._plan.run_dir)
+        return f"if its cluster lives, it goes on; leave (Ctrl-C twice), and come back with --resume {folder}"
 
+    # ---- the end -----------------------------------------------------------------------------------------------
 
-def memory_warning(killed: Sequence[state.Death]) -> str:
-    """What Ray's memory monitor does, in one line."""
-    detail, number = killed[-1].detail, len(killed)
-    used, limit = MEMORY.search(detail), THRESHOLD.search(detail)
-    where = _first_sentence(detail)
-    if used is not None:
-        where = f"{float(used['share']):.0%} of {float(used['limit']):.0f} GB used"
-        where += f", threshold {float(limit['percent']):.0f}%" if limit is not None else ""
-    return f"Ray ends actors for want of memory ({where}), {number} so far; {CURE}"
+    def _has_stopped(self) -> bool:
+        """Tell the clients to stop; returns whether none is left that can."""
+        if not self._answers:
+            self._asked_at = time.monotonic()
+            self._answers = {path: self._world.clients[path].process.remote() for path in self._waiting.values()}
+        # At every look: a client that has been restarted since would not know.
+        for path in self._begun & set(self._world.clients):
+            self._world.clients[path].stop.remote()
+        if time.monotonic() - self._asked_at <= ABSENT_S:
+            return False
+        # Without a machine, it cannot stop any more than it is: its checkpoint is on disk.
+        lost = {path for path, answer in self._answers.items() if not ray.wait([answer], timeout=0.0)[0]}
+        self._waiting = {ref: path for ref, path in self._waiting.items() if path not in lost}
+        return not self._waiting
 
+    def _status(self) -> str | None:
+        """How the run has ended; None if it goes on."""
+        absent = {ref: path for ref, path in self._waiting.items() if path not in self._begun}
+        clients = {spec.path for spec in self._plan.root.clients}
+        late = clients - set(self._world.clients) - set(self._results) - self._given_up
+        if len(absent) < len(self._waiting) or (not self._results and (absent or late)):
+            return None
+        # All others have ended. There never was room for these, or it was not their time yet.
+        self._waiting = {}
+        for path in [*absent.values(), *late]:
+            self._give_up(path)
+        if "stopped" in self._results.values():
+            return "stopped"
+        if "world" in self._ends.values():
+            return None
+        # A client that was given up as silent may have come back since the inner nodes said that all had ended.
+        self._ends = {actor.ended.remote(): path for path, actor in self._world.inner.items()}
+        ray.wait(list(self._ends), num_returns=len(self._ends), timeout=ABSENT_S)
+        return "finished"
 
-def _state(actor: state.ActorState | None) -> str:
-    if actor is None:
-        return "unknown to Ray"
-    restarts = f", started again {actor.restarts} times" if actor.restarts else ""
-    words = {
-        "ALIVE": "gets ready: reads its text and its checkpoint",
-        "PENDING_CREATION": "has no process yet",
-        "RESTARTING": "is being started again",
-        "DEPENDENCIES_UNREADY": "has no process yet",
-        "DEAD": "is dead",
-    }
-    return words.get(actor.state, actor.state.lower()) + restarts
+    def _give_up(self, path: str) -> None:
+        """A client that has never come: its parent need not wait for it any more."""
+        self._given_up.add(path)
+        if path in self._world.clients:
+            self._world.end(path)
+        parent, _, name = path.rpartition("/")
+        ask(self._world.inner[parent], "give_up", name)
 
+    # ---- clients come and go -----------------------------------------------------------------------------------
 
-def _first_sentence(detail: str) -> str:
-    text = " ".join(detail.split())
-    return re.split(r"(?<=[a-z])\. ", text, maxsplit=1)[0].rstrip(".")
+    def _find_newcomers(self, snapshot: dict[str, Any]) -> None:
+        """Wait for clients, too, that have joined since the last look."""
+        for path, node in snapshot["nodes"].items():
+            known = path in self._world.clients or path in self._results
+            if node["kind"] == "client" and not known and node["state"] != "waiting":
+                with suppress(ValueError):
+                    actor = ray.get_actor(path, namespace=self._world.namespace)
+                    self._world.clients[path] = actor
+                    self._waiting[actor.outcome.remote()] = path
+
+    def _replace(self, path: str) -> None:
+        """A client has left: its actor goes. Where a federation has more clients than places, the next one comes."""
+        self._world.end(path)
+        parent = self._plan.node(path.rsplit("/", 1)[0])
+        for spec in parent.children if parent.max_clients is not None else ():
+            is_known = spec.path in self._world.clients or spec.path in self._results
+            if spec.kind == "client" and not is_known and self._is_member(spec.path):
+                self._start(spec)
+                return
+
+    def _let_latecomers_in(self) -> None:
+        """Start clients that the fault script lets come by now, as far as there are places."""
+        now_s = self._world.clock.now_s() if self._plan.faults else 0.0
+        for fault in self._plan.faults.all:
+            if self._is_due(fault, now_s) and self._has_place(fault.node):
+                with suppress(ValueError):  # its last actor still has the name: at the next look, then
+                    self._start(self._plan.node(fault.node))
+                    joins = self._plan.faults.of(fault.node, kind="join")
+                    self._joined.update(join for join in joins if join.at_s <= now_s)
+                    self._results.pop(fault.node, None)
+
+    def _is_due(self, fault: Fault, now_s: float) -> bool:
+        """Whether a fault lets a client come that is not there. One that has not gone yet goes first, or stays."""
+        is_due = fault.kind == "join" and fault.at_s <= now_s and fault not in self._joined
+        is_absent = fault.node not in self._world.clients
+        return is_due and is_absent and self._plan.faults.is_member(fault.node, now_s)
+
+    def _is_member(self, path: str) -> bool:
+        return self._plan.faults.is_member(path, self._world.clock.now_s())
+
+    def _has_place(self, path: str) -> bool:
+        """Whether the federation of a client has a place for it."""
+        parent = self._plan.node(path.rsplit("/", 1)[0])
+        there = sum(spec.kind == "client" and spec.path in self._world.clients for spec in parent.children)
+        return parent.max_clients is None or there < parent.max_clients
+
+    def _start(self, spec: NodeSpec) -> None:
+        """Make the actor of a client that comes while the run goes on, and wait for it, too."""
+        self._world.clients[spec.path] = create(self._plan, spec, self._world, begin=True)
+        self._waiting[self._world.clients[spec.path].outcome.remote()] = spec.path

@@ -19,7 +19,7 @@ def starting() -> Iterator[None]:
     """While Ray starts: it takes no signal handler of this process, and its processes get no signal of ours.
 
     A scheduler or `timeout` sends SIGTERM to the whole process group. The run needs Ray to write its checkpoints then,
-    so Ray's processes have groups of their own. They still end with this process (PR_SET_PDEATHSIG).
+    so Ray's processes have separate groups. They still end with this process (PR_SET_PDEATHSIG).
     """
     popen, setter = services.ConsolePopen, utils.set_sigterm_handler
     services.ConsolePopen = functools.partial(popen, process_group=0)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-import worldlm_ray.launch.watch
 from worldlm_ray.errors import Interrupted
+from worldlm_ray.launch import calls
+from worldlm_ray.launch.calls import Observer
+from worldlm_ray.launch.monitor import AGAIN_S, LOOK_S, WAITING_S, Monitor, memory_warning
 from worldlm_ray.launch.private.state import ActorState, Death
-from worldlm_ray.launch.watch import AGAIN_S, LOOK_S, WAITING_S, Monitor, Watch, memory_warning
 
 KILLED = (
     "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: ab) was "
@@ -30,9 +31,9 @@ class Cluster:
         self.phases: list[str] = []
         self.warnings: list[str] = []
         self.troubles: list[str] = []
-        watch = Watch(on_phase=self.phases.append, on_warning=self.warnings.append)
+        observer = Observer(on_phase=self.phases.append, on_warning=self.warnings.append)
         self.monitor = Monitor(
-            watch, deaths=lambda: list(self.dead), actors=lambda _: self.known, clock=lambda: self.now
+            observer, deaths=lambda: list(self.dead), actors=lambda _: self.known, clock=lambda: self.now
         )
 
     def kill(self, number: int = 1) -> None:
@@ -135,13 +136,13 @@ class FakeRay:
 
 
 def test_waiting_ends_when_the_user_wants_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worldlm_ray.launch.watch, "ray", FakeRay())
+    monkeypatch.setattr(calls, "ray", FakeRay())
     asked = iter([False, False, True])
-    watch = Watch(should_stop=lambda: next(asked))
+    observer = Observer(should_stop=lambda: next(asked))
     with pytest.raises(Interrupted):
-        watch.answer(["there", "never"])
+        observer.answer(["there", "never"])
     assert next(asked, None) is None
-    assert Watch(should_stop=lambda: True).answer("there") == "there"
+    assert Observer(should_stop=lambda: True).answer("there") == "there"
     actor = SimpleNamespace(ready=SimpleNamespace(remote=lambda: "never"))
     with pytest.raises(Interrupted):
-        Watch(should_stop=lambda: True).ask(actor, "ready")
+        Observer(should_stop=lambda: True).ask(actor, "ready")
