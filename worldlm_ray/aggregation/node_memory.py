@@ -1,6 +1,6 @@
 """Memory of an inner node: the buffers that `Node`, its fold and its optimizer hold at the same time.
 
-The one place that knows them: `worldlm show` and `worldlm size` ask here.
+The one place that knows them: `worldlm show` and `examples/size_a_world.py` ask here.
 """
 
 from __future__ import annotations

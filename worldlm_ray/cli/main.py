@@ -289,48 +289,6 @@ def compare(
 
 
 @app.command()
-def scale(
-    conf: Conf,
-    overrides: Overrides = None,
-    nodes: Annotated[str, typer.Option(help="numbers of machines; 1,2,4 grows and shrinks again: 1,2,4,2,1")] = "1,2,4",
-    method: Annotated[str, typer.Option(help="a method of `worldlm compare`")] = "worldlm",
-    seconds: Annotated[float, typer.Option(help="length of a stage")] = 30.0,
-    run_dir: RunDir = None,
-) -> None:
-    """Train one world while machines come and go.
-
-    The machines are pretended ones on this machine. Prints speed, staleness and loss, and draws a plot.
-    """
-    from worldlm_ray.experiments import scaling
-    from worldlm_ray.experiments.methods import configure
-    from worldlm_ray.launch import scale as experiment
-    from worldlm_ray.plan import rundir
-    from worldlm_ray.plan.plan import make_plan
-    from worldlm_ray.reports import trail
-
-    machines = experiment.parse(nodes)
-    checks.positive(seconds, "--seconds")
-    plan = rundir.create(experiment.elastic(make_plan(configure(_load(conf, overrides or [], run_dir), method))))
-    console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
-    progress, ends = Progress(console, errors), "the experiment ends with the stages so far"
-    with rundir.held_anew(plan), progress, Stop(progress.notice, ends) as stop:
-        stages, looks = experiment.scale(
-            plan, machines, stage_s=seconds, on_progress=progress.show, on_phase=progress.phase, should_stop=stop.asked
-        )
-    tokens = {spec.path: plan.round_tokens(spec) for spec in plan.root.clients}
-    rows = scaling.figures(plan.run_dir, stages, round_tokens=tokens, looks=looks)
-    (plan.run_dir / "scaling.json").write_text(json.dumps(scaling.as_json(rows), indent=1), encoding="utf-8")
-    picture = plan.run_dir / "scaling.png"
-    scaling.plot(picture, rows, run_dir=plan.run_dir, round_tokens=tokens, looks=looks)
-    console.print(scaling.table(rows))
-    console.print(f"plot: {pasted(picture)}", highlight=False, soft_wrap=True)
-    found = trail.look(plan.run_dir)
-    console.print(found.conclusion(plan.run_dir), highlight=False, soft_wrap=True)
-    if found.holds is False:
-        raise typer.Exit(1)
-
-
-@app.command()
 def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb: PerGb = None) -> None:
     """Show the tree, sizes, memory and privacy of a configuration."""
     from worldlm_ray.plan.plan import make_plan
@@ -356,43 +314,6 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb:
             rows = planned(plan)
         console.print(planned_table(rows))
         _warn(weak_deltas(plan, rows))
-
-
-@app.command()
-def size(
-    clients: Annotated[float, typer.Option(help="clients of the whole world, such as 1e6")],
-    parameters: Annotated[float, typer.Option(help="of the model, such as 70e9")],
-    fan_out: Annotated[int, typer.Option(help="children of an aggregator, at most")] = 32,
-    round_s: Annotated[float, typer.Option(help="seconds of training between two exchanges of a client")] = 600.0,
-    push_every: Annotated[int, typer.Option(help="aggregations between two exchanges of a federation")] = 1,
-    codec: Annotated[str, typer.Option(help="of updates: fp32, bf16, int8 or int4")] = "fp32",
-    link_gbit: Annotated[float, typer.Option(help="network of every machine, Gbit/s", min=1e-6)] = 10.0,
-    copy_gb_per_s: Annotated[
-        float | None, typer.Option(help="memory speed; without it this machine's", min=0.1)
-    ] = None,
-) -> None:
-    """Estimate what a world of any size needs.
-
-    Nodes, how busy they are, network and memory, from measured constants.
-    """
-    from worldlm_ray.experiments import sizing
-
-    wish = sizing.Wish(
-        clients=int(clients),
-        parameters=int(parameters),
-        fan_out=fan_out,
-        round_s=round_s,
-        push_every=push_every,
-        codec=codec,
-    )
-    copied = sizing.measure_copy() if copy_gb_per_s is None else 1e9 * copy_gb_per_s
-    machine = sizing.Machine(copy_bytes_per_s=copied, link_bytes_per_s=1e9 / 8 * link_gbit)
-    found = sizing.tiers(wish, machine)
-    console.print(sizing.table(wish, machine, found))
-    for tier in found:
-        if max(tier.busy, tier.link) > 1.0:
-            what = "is busier than it can be" if tier.busy > tier.link else "needs more network than it has"
-            console.print(f"{tier.name} {what}: exchange less often, have fewer children, or push less", style="yellow")
 
 
 @app.command()

@@ -15,7 +15,6 @@ another process started the run goes on, and `worldlm train --resume` finds it.
     watch       watch a run until it is over
     calls       calls of actors that the user may interrupt, and their errors
     monitor     says which actors die, and which have not come up yet
-    scale       machines come and go while a world trains
     members     clients join and nodes leave while the run goes on
 """
 

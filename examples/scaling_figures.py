@@ -37,7 +37,7 @@ class Figures:
     begin_s: float
     end_s: float
     clients: int
-    """Clients of whom an update was accepted."""
+    """Clients from which an update was accepted."""
     tokens_per_s: float
     """Of accepted updates."""
     efficiency: float
@@ -125,7 +125,6 @@ def plot(
     figure = Figure(figsize=(10, 7.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(2, 2, sharex=True).flat)
-    most = max(row.machines for row in rows)
     titles = (
         "tokens/s",
         "efficiency: tokens/s per machine, against the first stage",
@@ -133,22 +132,7 @@ def plot(
         "clients' mean loss (nats/byte)",
     )
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.grid(alpha=0.25)
-        axis.margins(x=0.01)
-        for row in rows:
-            axis.axvspan(row.begin_s, row.end_s, color="tab:blue", alpha=0.04 + 0.14 * row.machines / most, lw=0)
-            axis.annotate(
-                f"{row.machines}",
-                ((row.begin_s + row.end_s) / 2, 1.0),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="top",
-                fontsize=9,
-                color="tab:blue",
-            )
-        if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel("run time (s); the number of machines above")
+        _frame(axis, title, rows)
     speed, efficiency, staleness, loss = axes
     lines = _accepted(run_dir)
     speed.stairs(*_speeds(lines, round_tokens), color="0.6", lw=1, baseline=None, label=f"accepted in {BIN_S:g} s")
@@ -165,6 +149,27 @@ def plot(
     for axis in (speed, efficiency):
         axis.set_ylim(0.0, 1.1 * axis.get_ylim()[1])
     figure.savefig(path)
+
+
+def _frame(axis: Any, title: str, rows: Sequence[Figures]) -> None:
+    """The title, the grid and the stages of one picture."""
+    most = max(row.machines for row in rows)
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.grid(alpha=0.25)
+    axis.margins(x=0.01)
+    for row in rows:
+        axis.axvspan(row.begin_s, row.end_s, color="tab:blue", alpha=0.04 + 0.14 * row.machines / most, lw=0)
+        axis.annotate(
+            f"{row.machines}",
+            ((row.begin_s + row.end_s) / 2, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="top",
+            fontsize=9,
+            color="tab:blue",
+        )
+    if axis.get_subplotspec().is_last_row():
+        axis.set_xlabel("run time (s); the number of machines above")
 
 
 def _speeds(lines: Sequence[dict[str, Any]], round_tokens: Mapping[str, int]) -> tuple[list[float], list[float]]:

@@ -1,4 +1,6 @@
-"""worldlm size: what a world of any size needs, from what was measured and this machine's memory.
+"""What a world of any size needs, from what was measured and this machine's memory.
+
+    python examples/size_a_world.py --clients 1e6 --parameters 125e6 --round-s 600 --push-every 32
 
     t_update = FIXED_S + COPIES * model bytes / copy bandwidth        an aggregator's work per child's update
     busy     = updates per second * t_update + exchanges with the parent per second * t_exchange
@@ -10,12 +12,14 @@ wait.
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rich.console import Console
 
 from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.config.federated import AggregationConfig
@@ -98,7 +102,7 @@ def tiers(wish: Wish, machine: Machine) -> list[Tier]:
     """Every depth of the tree, the world first.
 
     Raises:
-        ConfigError: a number is not positive, or an aggregator shall have fewer than two children.
+        ConfigError: a number is not positive, or an aggregator would have fewer than two children.
     """
     for name in ("clients", "parameters", "round_s", "push_every"):
         if getattr(wish, name) <= 0:
@@ -189,3 +193,38 @@ def table(wish: Wish, machine: Machine, found: Sequence[Tier]) -> FittingTable:
         f"{wish.codec} upwards; one federation serves {most:,} such clients, limited by {limit}"
     )
     return shown
+
+
+def main() -> None:
+    """Print the tiers of a world: nodes, how busy they are, network and memory."""
+    parser = argparse.ArgumentParser(description="Estimate what a world of any size needs, from measured constants.")
+    parser.add_argument("--clients", type=float, required=True, help="of the whole world, such as 1e6")
+    parser.add_argument("--parameters", type=float, required=True, help="of the model, such as 70e9")
+    parser.add_argument("--fan-out", type=int, default=32, help="children of an aggregator, at most")
+    parser.add_argument("--round-s", type=float, default=600.0, help="seconds between two exchanges of a client")
+    parser.add_argument("--push-every", type=int, default=1, help="aggregations between a federation's exchanges")
+    parser.add_argument("--codec", default="fp32", help="of updates: fp32, bf16, int8 or int4")
+    parser.add_argument("--link-gbit", type=float, default=10.0, help="network of every machine, Gbit/s")
+    parser.add_argument("--copy-gb-per-s", type=float, help="memory speed; without it this machine's")
+    asked = parser.parse_args()
+    wish = Wish(
+        clients=int(asked.clients),
+        parameters=int(asked.parameters),
+        fan_out=asked.fan_out,
+        round_s=asked.round_s,
+        push_every=asked.push_every,
+        codec=asked.codec,
+    )
+    copied = measure_copy() if asked.copy_gb_per_s is None else 1e9 * asked.copy_gb_per_s
+    machine = Machine(copy_bytes_per_s=copied, link_bytes_per_s=1e9 / 8 * asked.link_gbit)
+    found = tiers(wish, machine)
+    console = Console()
+    console.print(table(wish, machine, found))
+    for tier in found:
+        if max(tier.busy, tier.link) > 1.0:
+            what = "is busier than it can be" if tier.busy > tier.link else "needs more network than it has"
+            console.print(f"{tier.name} {what}: exchange less often, have fewer children, or push less", style="yellow")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,14 @@
-"""worldlm size: arithmetic by hand, and what grows with what."""
+"""The size of a world: arithmetic by hand, and what grows with what."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
+import size_a_world
+from size_a_world import Machine, Wish, most_children, tiers
 
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.experiments import sizing
-from worldlm_ray.experiments.sizing import Machine, Wish, most_children, tiers
 
 MACHINE = Machine(copy_bytes_per_s=10e9, link_bytes_per_s=1e9)
 WISH = Wish(clients=1_000, parameters=100_000_000, fan_out=32, round_s=100.0)
@@ -25,7 +25,7 @@ def test_a_small_world_by_hand() -> None:
     moved_s = 2 * 0.4e9 / 1e9
     updates = 10 / (100.0 + moved_s)
     assert world.updates_per_s == pytest.approx(updates)
-    assert world.busy == pytest.approx(updates * (sizing.FIXED_S + sizing.COPIES * 0.04))
+    assert world.busy == pytest.approx(updates * (size_a_world.FIXED_S + size_a_world.COPIES * 0.04))
     assert world.link == pytest.approx(updates * moved_s)
     assert world.memory_bytes == 2 * 400_000_000
     assert clients.link == pytest.approx(moved_s / 100.0)
@@ -39,7 +39,7 @@ def test_one_client_still_has_a_world() -> None:
 def test_a_federation_does_not_push_more_often_than_an_exchange_takes() -> None:
     hasty = dataclasses.replace(WISH, round_s=0.01)
     world = tiers(hasty, MACHINE)[0]
-    shortest = sizing.FIXED_S + sizing.EXCHANGE_COPIES * 0.04 + 0.8
+    shortest = size_a_world.FIXED_S + size_a_world.EXCHANGE_COPIES * 0.04 + 0.8
     assert world.updates_per_s == pytest.approx(32 / shortest)
 
 
@@ -51,7 +51,7 @@ def test_what_serves_more_children() -> None:
     fast = dataclasses.replace(MACHINE, link_bytes_per_s=100e9)
     assert most_children(WISH, fast)[1] == "its memory's speed"
     calm = dataclasses.replace(WISH, clients=few, fan_out=few)
-    assert max(tiers(calm, MACHINE)[0].link, tiers(calm, MACHINE)[0].busy) <= sizing.FULL
+    assert max(tiers(calm, MACHINE)[0].link, tiers(calm, MACHINE)[0].busy) <= size_a_world.FULL
 
 
 def test_memory_of_a_node_does_not_grow_with_clients_nor_depth() -> None:
