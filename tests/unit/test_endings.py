@@ -122,7 +122,7 @@ def test_the_summary_of_the_part_before_goes_when_the_nodes_have_started(conf: P
 
 
 def test_a_simulation_that_is_stopped_says_what_is_kept(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worldlm_ray.cli.main.Stop.asked", lambda _: True)
+    monkeypatch.setattr("worldlm_ray.cli.runs.Stop.asked", lambda _: True)
     done = worldlm("simulate", str(conf))
     assert done.exit_code == 130, done.output
     assert "keeps what there is; a simulation is not continued" in done.output
@@ -190,7 +190,7 @@ def test_the_watch_of_a_run_ends_when_the_run_does(conf: Path, monkeypatch: pyte
         if len(looks) == 3:
             (plan.run_dir / "summary.json").write_text("{}", encoding="utf-8")
 
-    monkeypatch.setattr("worldlm_ray.cli.main.time.sleep", sleep)
+    monkeypatch.setattr("worldlm_ray.cli.runs.time.sleep", sleep)
     done = worldlm("status", str(plan.run_dir), "--watch")
     assert (done.exit_code, len(looks)) == (0, 3)
     assert done.output.splitlines()[-1] == "ended: see summary.json"

@@ -1,0 +1,133 @@
+"""Commands that compare methods, and that use the models of a run that has ended: compare, evaluate, sample, export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from worldlm_ray.cli.common import Conf, Json, Overrides, Run, console, errors, filled, load
+from worldlm_ray.config import checks
+from worldlm_ray.reports.progress import Progress
+from worldlm_ray.storage.paths import pasted
+
+
+def compare(
+    conf: Conf,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="names with commas, `all` for every method; +VARIANT changes one, such as worldlm+merge_all"),
+    ] = "fedavg,local,worldlm",
+    seeds: Annotated[int, typer.Option(help="runs per method: seeds 0, 1, ...")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
+    out: Annotated[str | None, typer.Option(help="folder of the comparison; runs/NAME-comparison unless given")] = None,
+) -> None:
+    """Compare methods on one world at equal work.
+
+    Simulated runs, a table, plots and an HTML report. A comparison that was interrupted goes on where it was.
+    """
+    from worldlm_ray.experiments.compare import check_overrides, make_folder
+    from worldlm_ray.experiments.compare import compare as run
+    from worldlm_ray.experiments.comparison_progress import ComparisonProgress
+    from worldlm_ray.experiments.methods import METHODS
+    from worldlm_ray.plan import rundir
+
+    check_overrides(overrides or [])
+    filled(out, "--out")
+    config = load(conf, overrides or [], None)
+    names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
+    checks.positive(seeds, "--seeds")
+    checks.positive(jobs, "--jobs")
+    folder = Path(f"runs/{config.name}-comparison" if out is None else out).absolute()
+    make_folder(folder)
+    total, done = len(dict.fromkeys(names)) * seeds, 0
+    console.print(f"{total} runs in {pasted(folder)}", highlight=False, soft_wrap=True)
+    command = " ".join(pasted(word) for word in ["worldlm", *sys.argv[1:]])
+    with rundir.held(folder), ComparisonProgress(console) as progress:
+
+        def on_done(method: str, seed: int, own: float) -> None:
+            nonlocal done
+            done += 1
+            said = f"[{done}/{total}] {method}, seed {seed}: clients' own models {own:.4f} nats/byte"
+            console.print(said, highlight=False, soft_wrap=True)
+
+        run(
+            config,
+            names,
+            range(seeds),
+            out=folder,
+            jobs=jobs,
+            command=command,
+            on_done=on_done,
+            on_progress=progress.show,
+        )
+    from worldlm_ray.experiments.comparison_report import summarize, table, write
+    from worldlm_ray.experiments.verdict import equal_work, verdict
+
+    page = write(folder)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    console.print(table(summarize(results)))
+    for sentence in [*verdict(results["runs"]), equal_work(results["runs"])]:
+        console.print(sentence, highlight=False, soft_wrap=not console.is_terminal)
+    console.print(f"report: {pasted(page)}", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    run: Run,
+    tokens: Annotated[int, typer.Option(help="held-out tokens per client, at most")] = 65_536,
+    as_json: Json = False,
+) -> None:
+    """Measure every model of a run on held-out text.
+
+    The models are those of the newest checkpoints.
+    """
+    from worldlm_ray.experiments.evaluate import evaluate as measure
+    from worldlm_ray.experiments.evaluate import table, values
+
+    checks.positive(tokens, "--tokens")
+    with Progress(errors) as progress:  # stdout is for the result
+        measures = measure(run, tokens=tokens, on_phase=progress.phase)
+    if as_json:
+        console.print_json(json.dumps(values(measures)))
+        return
+    if not measures:
+        console.print("nothing to show: the losses of every client of this run are private (privacy.report_metrics)")
+        return
+    console.print(table(run, measures))
+
+
+def sample(
+    run: Run,
+    node: Annotated[str, typer.Option(help="path of the node, such as world/code/python, or its end")] = "world",
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    tokens: Annotated[int, typer.Option(help="tokens to generate")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.8,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+) -> None:
+    """Generate text from a node's model, from its checkpoint."""
+    from worldlm_ray.experiments.evaluate import sample as generate
+
+    checks.positive(tokens, "--tokens")
+    checks.not_negative(temperature, "--temperature")
+    checks.not_negative(seed, "--seed")
+    text = generate(run, node, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed)
+    console.print(prompt + text, markup=False, highlight=False, soft_wrap=True)
+
+
+def export(
+    run: Run,
+    folder: Annotated[str, typer.Argument(help="folder to write")],
+    node: Annotated[str, typer.Option(help="path of the node, such as world/code/python, or its end")] = "world",
+) -> None:
+    """Write a node's model as a Hugging Face folder."""
+    from worldlm_ray.experiments.export import export as write
+
+    filled(folder, "FOLDER")
+    path, notes = write(run, node, Path(folder))
+    for line in notes:
+        errors.print(line, markup=False, highlight=False)
+    console.print(f"{path} is in {pasted(folder)}", highlight=False, soft_wrap=True)

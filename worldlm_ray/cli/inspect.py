@@ -1,0 +1,98 @@
+"""Commands that look at a configuration or a run: show, presets, audit, privacy."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from worldlm_ray.cli.common import Conf, Json, Overrides, Run, console, load, warn
+from worldlm_ray.config import loading
+
+PerGb = Annotated[
+    float | None, typer.Option("--per-gb", min=0.0, help="price of a GB between places: adds up what moves")
+]
+
+
+def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb: PerGb = None) -> None:
+    """Show the tree, sizes, memory and privacy of a configuration."""
+    from worldlm_ray.plan.plan import make_plan
+    from worldlm_ray.reports.describe import crossing_table, describe, left_out, misfits, tables
+
+    plan = make_plan(load(conf, overrides or [], None))
+    facts = describe(plan)
+    if as_json:
+        console.print_json(json.dumps(facts))
+        return
+    for table in tables(facts):
+        console.print(table)
+    if facts["crossings"]:
+        console.print(crossing_table(facts, per_gb=per_gb))
+    elif per_gb is not None:
+        console.print("nothing moves between places: no node sets its own placement.labels")
+    for line in [*misfits(facts), *left_out(plan)]:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    from worldlm_ray.reports.spending import planned, planned_table, private_clients, weak_deltas
+
+    if private_clients(plan):
+        with console.status("reading the private clients' texts"):
+            rows = planned(plan)
+        console.print(planned_table(rows))
+        warn(weak_deltas(plan, rows))
+
+
+def presets() -> None:
+    """List the configurations that ship with the package."""
+    for name, path in loading.presets().items():
+        console.print(f"{name:16} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}", highlight=False)
+
+
+def privacy(run: Run, as_json: Json = False) -> None:
+    """Print the privacy spent by a run, and check it.
+
+    Ledgers are compared with the audit trail: every accepted update must be paid for.
+    """
+    from worldlm_ray.plan import rundir
+    from worldlm_ray.reports import trail
+    from worldlm_ray.reports.spending import statement_table, statements, unpaid, weak_deltas
+
+    plan = rundir.reopen(run, check_data=False)
+    rows, missing = statements(plan), unpaid(plan)
+    if rows and (found := trail.look(plan.run_dir)).damage:
+        missing.append(f"not known, since {found.conclusion(plan.run_dir)}")
+    if as_json:
+        console.print_json(json.dumps({"ledgers": [vars(row) for row in rows], "unpaid": missing}))
+    elif not rows:
+        console.print("nothing was spent: no client of this run trains with differential privacy, or none has begun")
+    else:
+        console.print(statement_table(rows))
+        console.print(
+            "every accepted update was paid for" if not missing else "NOT PAID FOR: " + "; ".join(missing),
+            highlight=False,
+        )
+    warn(weak_deltas(plan, rows))
+    if missing:
+        raise typer.Exit(1)
+
+
+def audit(run: Run, as_json: Json = False) -> None:
+    """Prove from the audit trail that no update was lost.
+
+    Edge by edge: no accepted update was lost, and none was applied twice.
+    """
+    from worldlm_ray.plan import rundir
+    from worldlm_ray.reports import trail
+    from worldlm_ray.reports.tables import audit_table
+
+    folder = rundir.find(run)
+    found = trail.look(folder)
+    if as_json:
+        edges = [vars(proof) for proof in found.proofs]
+        values = {"edges": edges, "holds": found.holds, "damage": found.damage, "torn_lines": found.torn}
+        console.print_json(json.dumps(values))
+    else:
+        console.print(audit_table(found.proofs))
+        console.print(found.conclusion(folder), highlight=False, soft_wrap=True)
+    if found.holds is False:
+        raise typer.Exit(1)

@@ -1,0 +1,269 @@
+"""Commands of a living run: train, simulate, join, leave, status."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from worldlm_ray.cli.common import Conf, Json, Overrides, Run, RunDir, console, errors, load, speak_of, warn
+from worldlm_ray.errors import ConfigError, Interrupted, WorldLMError
+from worldlm_ray.reports.progress import Progress, Stop
+from worldlm_ray.storage.filesystem import expanded
+from worldlm_ray.storage.paths import pasted
+
+WATCH_S = 1.0
+"""Seconds between two looks of `status --watch`."""
+
+
+def train(
+    conf: Annotated[str | None, typer.Argument(help="a preset's name or the path of a YAML file")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="continue this run: its folder, or its name under runs/")] = None,
+    run_dir: RunDir = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="of a Ray cluster, such as auto or ray://host:10001; none starts a local one"),
+    ] = None,
+) -> None:
+    """Train a world on Ray.
+
+    Ctrl-C writes checkpoints and leaves; a second one leaves at once. Exit codes: 0 finished, 2 an error of one line,
+    130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+    """
+    changes = list(overrides or [])
+    if resume is not None and conf is not None:
+        # With --resume there is no CONF: what stands in its place is the first override.
+        changes.insert(0, conf)
+    if resume is not None and run_dir is not None:
+        raise ConfigError("--run-dir", "cannot be given with --resume", "the run stays in its folder")
+    if resume is None and conf is None:
+        raise ConfigError("CONF", "nothing to train", "name a preset, a YAML file, or --resume RUN")
+    from worldlm_ray.plan import rundir
+    from worldlm_ray.plan.plan import make_plan
+
+    with ExitStack() as holding:
+        if resume is not None:
+            folder = rundir.find(resume)
+            holding.enter_context(rundir.held(folder))
+            speak_of(str(folder / rundir.CONFIG), changes)
+            plan = rundir.resume(resume, changes, check_data=address is None)
+        else:
+            assert conf is not None
+            # On a cluster every machine looks for the texts of its own clients.
+            plan = rundir.create(make_plan(load(conf, changes, run_dir), check_data=address is None))
+            holding.enter_context(rundir.held_anew(plan))
+        console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
+        warn(plan.warnings)
+        outcome, code = _train(plan, address, is_new=resume is None)
+    _report(plan.run_dir, outcome.summary, outcome.samples)
+    if outcome.summary["status"] == "stopped":
+        raise typer.Exit(code)
+
+
+def _train(plan: Any, address: str | None, *, is_new: bool) -> tuple[Any, int]:
+    """Train on Ray with a progress display; a new run that could not begin leaves no folder.
+
+    Returns:
+        The outcome, and the exit code if the run was stopped.
+    """
+    from worldlm_ray.plan import rundir
+
+    with Progress(console, errors) as progress, Stop(progress.notice) as stop:
+        from worldlm_ray import launch  # takes seconds, in which a signal must find its handler
+
+        def phase(name: str) -> None:
+            progress.phase(name)
+            stop.phase(name)
+
+        try:
+            outcome = launch.train(
+                plan,
+                address=address,
+                on_progress=progress.show,
+                on_phase=phase,
+                on_step=progress.step,
+                on_warning=progress.alert,
+                should_stop=stop.asked,
+            )
+            progress.warn(outcome.summary["warnings"])
+        except Interrupted as error:
+            if is_new:
+                rundir.discard(plan)
+            progress.notice(f"worldlm: {error}")
+            raise typer.Exit(stop.code) from None
+        except WorldLMError:
+            if is_new:
+                rundir.discard(plan)
+            raise
+    return outcome, stop.code
+
+
+def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+    """Train a world in one process, under a virtual clock.
+
+    Training is real; machines and network are simulated.
+
+    With simulation.train=false nothing is trained: staleness, times and bytes of very large worlds.
+    """
+    from worldlm_ray.plan import rundir
+    from worldlm_ray.plan.plan import make_plan
+
+    plan = rundir.create(make_plan(load(conf, overrides or [], run_dir)), simulated=True)
+    from worldlm_ray.simulation.simulator import simulate as run
+    from worldlm_ray.tracking.status import record_failure
+    from worldlm_ray.training.local import too_many_cores
+
+    console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
+    warn(plan.warnings)
+    began, events = time.monotonic(), 0
+    progress, keeps = Progress(console, errors), "what there is by now is kept"
+    with rundir.held_anew(plan), progress, Stop(progress.notice, keeps) as stop:
+        progress.phase("simulating")
+        if warning := too_many_cores({spec.path: spec.settings.resources for spec in plan.root.clients}):
+            progress.alert(warning)
+
+        def look(simulation: Any) -> None:
+            nonlocal events
+            events = simulation.events
+            progress.warn(simulation.tracker.warnings)
+            progress.show_if_due(simulation.tracker.snapshot)
+
+        try:
+            outcome = run(plan, on_progress=look, should_stop=stop.asked)
+        except Exception as error:
+            rundir.discard(plan, began=events > 0)
+            record_failure(plan.run_dir, str(error) or type(error).__name__)
+            raise
+        progress.warn(outcome.summary["warnings"])
+    if outcome.summary.get("trained", True):
+        _report(plan.run_dir, outcome.summary, outcome.samples)
+    else:
+        _report_costs(outcome.summary, events=events, took_s=time.monotonic() - began)
+    if outcome.summary["status"] == "stopped":
+        raise typer.Exit(stop.code)
+
+
+def _report_costs(summary: dict[str, Any], *, events: int, took_s: float) -> None:
+    """What a simulation without training says."""
+    from worldlm_ray.reports.tables import amount, budget_line, cost_table
+
+    console.print(cost_table(summary))
+    if line := budget_line(summary):
+        console.print(line, highlight=False, soft_wrap=True)
+    cpu_s = time.process_time()
+    memory = f"{amount(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}B"
+    console.print(
+        f"nothing was trained: no losses. {events:,} events in {took_s:.1f} s ({cpu_s:.1f} s of CPU, "
+        f"{events / cpu_s:,.0f} events each); at most {memory} of memory",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def join(
+    run: Run,
+    overrides: Overrides = None,
+    under: Annotated[str, typer.Option(help="path of the federation, such as world/europe")] = "world",
+    client: Annotated[str, typer.Option(help="name of the new client")] = "",
+    data: Annotated[list[str] | None, typer.Option(help="a file with its text; may be given several times")] = None,
+) -> None:
+    """Let a client join a living run.
+
+    It starts from its federation's model. The other clients go on meanwhile.
+    """
+    from worldlm_ray.plan import membership, rundir
+
+    if not client:
+        raise ConfigError("--client", "the new client has no name", "give one")
+    plan = rundir.reopen(run, check_data=False)
+    under = plan.find(under).path
+    files = [str(expanded(path).absolute()) for path in data or []]
+    changed = membership.with_client(plan, under, client, files=files, overrides=overrides or [])
+    from worldlm_ray import launch
+
+    with Progress(console) as progress:
+        took_s = launch.join(plan, changed, f"{under}/{client}", on_phase=progress.phase)
+    console.print(f"{under}/{client} has joined: its first update was accepted after {took_s:.1f} s", highlight=False)
+
+
+def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as world/europe/italy, or its end")]) -> None:
+    """Let a node and all below it leave a living run.
+
+    It leaves after the round that is under way. What it has pushed stays.
+    """
+    from worldlm_ray.plan import membership, rundir
+
+    plan = rundir.reopen(run, check_data=False)
+    node = plan.find(node).path
+    changed = membership.without(plan, node)
+    from worldlm_ray import launch
+
+    with Progress(console) as progress:
+        launch.leave(plan, changed, node, on_phase=progress.phase)
+    console.print(f"{node} has left", highlight=False)
+
+
+def status(
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="refresh until the run ends, or Ctrl-C")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the table of a run's nodes, living or ended."""
+    from worldlm_ray.plan import rundir
+    from worldlm_ray.reports.liveness import liveness
+    from worldlm_ray.reports.tables import live_table
+    from worldlm_ray.tracking.status import has_ended, read_status
+
+    folder = rundir.find(run)
+    if as_json:
+        console.print_json(json.dumps(read_status(folder)))
+        return
+    with suppress(KeyboardInterrupt), ExitStack() as drawing:
+        live = Live(console=console, auto_refresh=False, transient=True) if watch and console.is_terminal else None
+        if live is not None:
+            drawing.enter_context(live)
+        while watch and not has_ended(folder, snapshot := read_status(folder)):
+            if live is not None:
+                below = Text(liveness(folder, snapshot))
+                live.update(Group(live_table(snapshot | {"run": folder.name}), below), refresh=True)
+            time.sleep(WATCH_S)
+    snapshot = read_status(folder)
+    console.print(live_table(snapshot | {"run": folder.name}))
+    said = liveness(folder, snapshot)
+    if said == "running" and has_ended(folder, snapshot):
+        said = "ended: see summary.json"  # a moment ago
+    console.print(said, highlight=False, soft_wrap=True)
+
+
+def _report(run_dir: Path, summary: dict[str, Any], samples: dict[str, str]) -> None:
+    from worldlm_ray.reports.tables import budget_line, final_table
+
+    console.print(final_table(summary, samples))
+    if line := budget_line(summary):
+        console.print(line, highlight=False, soft_wrap=True)
+    if summary["status"] == "stopped":
+        if summary["backend"] == "ray":
+            said = f"stopped early; continue with:\nworldlm train --resume {pasted(_near(run_dir))}"
+        else:
+            said = f"stopped early: {pasted(_near(run_dir))} keeps what there is; a simulation is not continued"
+        console.print(said, highlight=False, soft_wrap=True)
+    console.print(
+        f"look at it with:  tensorboard --logdir {pasted(run_dir / 'tensorboard')}", highlight=False, soft_wrap=True
+    )
+    where = "losses come first; CUSTOM SCALARS: every curve on one page; TEXT: the settings"
+    console.print(where, style="dim", highlight=False)
+
+
+def _near(path: Path) -> Path:
+    """A path as short as it can be from the current folder: long ones break at the end of a terminal's line."""
+    here = Path.cwd()
+    return path.relative_to(here) if isinstance(path, type(here)) and path.is_relative_to(here) else path
