@@ -57,7 +57,7 @@ def check(simulation: Simulation, records: list[Any], why: str) -> None:
     assert {r.verdict for r in records if isinstance(r, VerdictRecord)} <= refusals | {"accepted"}, why
     trained = 0
     for path, one in simulation.clients.items():
-        if path in simulation.gone:
+        if path in simulation.absent:
             assert plan.faults.turns(path), (why, path)
             assert one.round <= ROUNDS, (why, path)
         else:
@@ -220,7 +220,13 @@ def test_a_federation_that_is_cut_off_is_given_up_and_taken_back(tiny: Tiny, tmp
     plan = world(tiny, "synchronous", liveness=IMPATIENT)
     simulation, records = run(plan, tmp_path / "cut", ["2s cut world/north for 9s"])
     check(simulation, records, "a cut")
-    assert [event for event, _ in lives(records, "world/north")] == ["lost", "training", "finished"]
+    assert [event for event, _ in lives(records, "world/north")] == [
+        "lost",
+        "waiting",
+        "training",
+        "training",
+        "finished",
+    ]
     assert rounds_between(records, "world/south/c", 5.0, 11.0) >= 4
 
 
@@ -249,7 +255,7 @@ def test_one_leaves_and_one_comes_and_nobody_waits(tiny: Tiny, tmp_path: Path, t
     plan = world(tiny, aggregation={"trigger": trigger, "time_up_s": 2.5})
     simulation, records = run(plan, tmp_path / "turns", ["3.5s leave world/north/a", "4.2s join world/south/d"])
     check(simulation, records, "turns")
-    assert set(simulation.gone) == {"world/north/a"}
+    assert set(simulation.absent) == {"world/north/a"}
     assert simulation.clients["world/north/a"].round == 4, "it ends the round that is under way"
     assert [event for event, _ in lives(records, "world/north/a")] == ["left"]
     assert [event for event, _ in lives(records, "world/south/d")] == ["started", "finished"]
@@ -311,7 +317,7 @@ def test_one_that_left_comes_back_where_it_was(tiny: Tiny, tmp_path: Path) -> No
     plan = world(tiny, "synchronous")
     simulation, records = run(plan, tmp_path / "back", ["2.5s leave world/north", "6.5s join world/north/a"])
     check(simulation, records, "back")
-    assert set(simulation.gone) == {"world/north/b"}
+    assert set(simulation.absent) == {"world/north/b"}
     assert [event for event, _ in lives(records, "world/north/a")] == ["left", "continued", "finished"]
     numbers = [r.round for r in records if isinstance(r, RoundRecord) and r.node == "world/north/a"]
     assert numbers == list(range(1, ROUNDS + 1)), "no round twice"
@@ -340,12 +346,12 @@ def test_a_federation_is_filled_as_places_become_free(tiny: Tiny, tmp_path: Path
     north = {"federation": "north", "max_clients": 2, "children": [client(n, tmp_path, ord(n)) for n in names]}
     plan = world(tiny, trigger, children=[north, client("e", tmp_path, 9)])
     simulation, records = run(plan, tmp_path / "filled", ["2.5s leave world/north/a"])
-    assert set(simulation.gone) == {"world/north/a", "world/north/d"}
+    assert set(simulation.absent) == {"world/north/a", "world/north/d"}
     assert simulation.clients["world/north/c"].round == ROUNDS
     assert rounds_between(records, "world/north/c", 0.0, 3.0) == 0
     # Without faults, too: who has no place is not waited for.
     calm, _ = run(plan, tmp_path / "calm", [])
-    assert set(calm.gone) == {"world/north/c", "world/north/d"}
+    assert set(calm.absent) == {"world/north/c", "world/north/d"}
     assert calm.clients["world/north/b"].round == ROUNDS
 
 

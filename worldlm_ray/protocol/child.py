@@ -151,13 +151,8 @@ class Uplink:
         tries = 0
         while True:
             try:
-                packed = yield from self._ask()
-                if not isinstance(packed, Packed):
-                    text = f"the answer to a pull is no header and one buffer, but {type(packed).__name__}"
-                    raise MessageError("malformed", text)
-                model = unpack_model(packed, self._layout, residuals=self._offered)
-                now_s = self._now_s()
-                self._tell(PullRecord(node=self._path, now_s=now_s, version=model.version, bytes=packed.nbytes))
+                model, size = self._read((yield from self._ask()))
+                self._tell(PullRecord(node=self._path, now_s=self._now_s(), version=model.version, bytes=size))
                 return model
             except MessageError as error:  # something on the way may have damaged it
                 tries += 1
@@ -207,8 +202,7 @@ class Uplink:
             raise Lost(str(error)) from error
         if doubt:
             self._life("warning", f"its parent's welcome is not believed: {doubt}")
-        self._to = welcome.incarnation
-        self._child.welcomed(welcome)
+        self._welcomed(welcome)
         after = welcome.last_seq
         while updates := self._child.outbox.after(after):
             yield from self._push(updates[0])
@@ -216,7 +210,7 @@ class Uplink:
 
     def _push(self, update: Update) -> Steps[None]:
         header = pack_header(update, self._layout)
-        size = len(header) + nbytes(update.codec, update.values.size)
+        size = self._size(header, update)
         self._tell(PushRecord(node=self._path, now_s=self._now_s(), bytes=size))
         while True:
             verdict = yield from self._verdict(header, update, size)
@@ -230,6 +224,25 @@ class Uplink:
                 return
             # Sent again after a restart, while its forerunner waits for its siblings': not before that is through.
             yield from self._ask()
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._to = welcome.incarnation
+        self._child.welcomed(welcome)
+
+    def _size(self, header: bytes, update: Update) -> int:
+        """Bytes of an update on the wire."""
+        return len(header) + nbytes(update.codec, update.values.size)
+
+    def _read(self, answer: Any) -> tuple[Model, int]:
+        """The model in a pull's answer, and its bytes on the wire.
+
+        Raises:
+            MessageError: it is none.
+        """
+        if not isinstance(answer, Packed):
+            text = f"the answer to a pull is no header and one buffer, but {type(answer).__name__}"
+            raise MessageError("malformed", text)
+        return unpack_model(answer, self._layout, residuals=self._offered), answer.nbytes
 
     def _verdict(self, header: bytes, update: Update, size: int) -> Steps[Verdict]:
         found = yield from self._call("push", header, update, nbytes=size)

@@ -1,0 +1,234 @@
+"""The links of a simulated world: calls from children to parents, which take time and may fail.
+
+A child's side of the protocol is worldlm_ray/protocol/child.py, as on Ray. A task takes its steps as virtual time goes
+by: a `Send` travels for the link's latency and the bytes over its bandwidth, and so does its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from worldlm_ray.aggregation.events import Done, Event, Heartbeat, Joined, Left, Pull, Push
+from worldlm_ray.errors import MessageError, SupersededError
+from worldlm_ray.exchange.messages import Model
+from worldlm_ray.exchange.replies import Verdict
+from worldlm_ray.plan.faults import damaged
+from worldlm_ray.protocol.child import Lost, Send, Sleep, Steps
+from worldlm_ray.simulation.world import World
+
+BITS_PER_GBIT = 1e9
+NOTICED_S = 1.0
+"""Virtual seconds until a caller learns that its call has failed."""
+
+Take = Callable[[str, Event], Verdict | None]
+"""Lets a node handle an event; returns its verdict if the event was a push."""
+
+
+_FINAL: dict[str, type[Done] | type[Left] | type[Heartbeat]] = {"done": Done, "left": Left, "heartbeat": Heartbeat}
+
+
+@dataclass(eq=False)
+class Task:
+    """The steps that a child is taking."""
+
+    child: str
+    steps: Steps[None]
+    background: bool = False
+    """Whether the run may end without it."""
+    call: int = 0
+    """Number of the call under way. Whatever belongs to an older one comes too late."""
+    is_answered: bool = True
+    """Whether the parent has answered the call under way."""
+    awaits_model: bool = False
+    """Whether the answer is a model, which may come much later than the call."""
+
+
+class Network:
+    """Links that never fail.
+
+    Args:
+        world: the nodes.
+        take: lets a node handle an event.
+    """
+
+    def __init__(self, world: World, take: Take) -> None:
+        self._world, self._clock, self._take = world, world.clock, take
+        self._tasks: dict[str, list[Task]] = {}
+        """By child."""
+
+    # ---- tasks ---------------------------------------------------------------------------------------------------
+
+    def start(self, child: str, steps: Steps[None], *, background: bool = False) -> None:
+        """Take steps of a child, beside those that it takes already."""
+        task = Task(child, steps, background)
+        self._tasks.setdefault(child, []).append(task)
+        self._advance(task)
+
+    def restart(self, child: str, steps: Steps[None]) -> None:
+        """Take other steps in place of all that a child takes."""
+        self.drop(child)
+        self.start(child, steps)
+
+    def drop(self, child: str) -> None:
+        """Take no more steps of a child."""
+        for task in self._tasks.pop(child, []):
+            task.call += 1
+
+    def take_at_once(self, child: str, steps: Steps[None]) -> None:
+        """Take steps whose calls take no time, before the run begins."""
+        value = None
+        while True:
+            try:
+                send = steps.send(value)
+            except StopIteration:
+                return
+            value, _ = self._handle(child, send)
+
+    def fail_calls_to(self, parent: str) -> None:
+        """A parent has died: calls that it has not answered fail."""
+        below = [task for child, tasks in self._tasks.items() if self._world.parent(child) == parent for task in tasks]
+        for task in below:
+            if not task.is_answered:
+                self._fail(task)
+
+    def serve(self, child: str, model: Model) -> None:
+        """Answer a child's pull."""
+        size = self._world.bytes_down(model)
+        for task in [task for task in self._tasks.get(child, ()) if task.awaits_model]:
+            self._answer(task, (model, size), size)
+
+    def _advance(self, task: Task, value: Any = None, error: Exception | None = None) -> None:
+        try:
+            step = task.steps.throw(error) if error is not None else task.steps.send(value)
+        except (StopIteration, SupersededError):
+            if task in self._tasks.get(task.child, ()):
+                self._tasks[task.child].remove(task)
+            return
+        task.call += 1
+        if isinstance(step, Sleep):
+            self._later(task, self._clock.now_s + step.seconds, lambda: self._advance(task))
+        else:
+            task.is_answered = task.awaits_model = False
+            self._send(task, step)
+
+    def _later(self, task: Task, at_s: float, action: Callable[[], None]) -> None:
+        """Do what belongs to the call under way, unless another one is by then."""
+        call = task.call
+
+        def act() -> None:
+            if task.call == call:
+                action()
+
+        self._clock.at(at_s, act, of=task.child, background=task.background)
+
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    def arrival_s(self, child: str, nbytes: int) -> float:
+        """When a message that leaves now arrives over the link between a child and its parent, either way."""
+        link = self._world.specs[child].settings.simulation
+        return self._clock.now_s + link.latency_s + 8 * nbytes / (link.bandwidth_gbps * BITS_PER_GBIT)
+
+    def heartbeats(self) -> None:
+        """Every child tells its parent that it lives; there is no answer."""
+        for child, uplink in self._world.uplinks.items():
+            send = uplink.heartbeat() if self._world.incarnations[child] else None
+            if send is not None:
+                at_s = self.arrival_s(child, 0)
+                self._clock.at(at_s, lambda child=child, send=send: self._hear(child, send), background=True)  # type: ignore[misc]
+
+    def _hear(self, child: str, send: Send) -> None:
+        if self._world.incarnations[self._world.parent(child)]:
+            try:
+                self._handle(child, send)
+            except MessageError:
+                return
+
+    def _send(self, task: Task, send: Send) -> None:
+        self._later(task, self.arrival_s(task.child, send.nbytes), lambda: self._deliver(task, send))
+
+    def _deliver(self, task: Task, send: Send) -> None:
+        if not self._world.incarnations[self._world.parent(task.child)]:
+            self._fail(task)
+            return
+        task.awaits_model = send.method == "pull"
+        try:
+            answer, is_there = self._handle(task.child, send)
+        except MessageError as error:
+            self._answer(task, error)
+            return
+        if is_there:
+            self._answer(task, answer)
+
+    def _handle(self, child: str, send: Send) -> tuple[Any, bool]:
+        """Let the parent handle a call; returns its answer, and whether it is there already.
+
+        Raises:
+            MessageError: the parent refuses.
+        """
+        path, (name, incarnation, *rest) = self._world.parent(child), send.arguments
+        common = {"incarnation": incarnation, "now_s": self._clock.now_s}
+        if send.method == "join":
+            self._take(path, Joined(child=name, seq=rest[0], **common))
+            return self._world.nodes[path].welcome(name), True
+        to, *rest = rest
+        if send.method == "push":
+            header, update = rest
+            packed = self._world.packed(child, header, update)
+            return self._take(path, Push(sender=name, packed=packed, to=to, **common)), True
+        if send.method == "pull":
+            self._take(path, Pull(child=name, started_tokens=rest[0], to=to, **common))
+            return None, False
+        self._take(path, _FINAL[send.method](child=name, to=to, **common))
+        return self._world.nodes[path].children[name].gone if send.method == "left" else None, True
+
+    def _answer(self, task: Task, value: Any, nbytes: int = 0) -> None:
+        """Send a call's answer, or the error that it raised, on its way."""
+        if task.is_answered:
+            return
+        task.is_answered, task.awaits_model = True, False
+        value, error = (None, value) if isinstance(value, MessageError) else (value, None)
+        self._later(task, self.arrival_s(task.child, nbytes), lambda: self._advance(task, value, error))
+
+    def _fail(self, task: Task) -> None:
+        """The caller learns after a while that there will be no answer."""
+        task.call += 1
+        task.is_answered, task.awaits_model = True, False
+        self._later(task, self._clock.now_s + NOTICED_S, lambda: self._advance(task, error=Lost("no answer")))
+
+
+class FaultyNetwork(Network):
+    """Links on which happens what the run's fault script says: cut, drop, repeat, corrupt, delay."""
+
+    def arrival_s(self, child: str, nbytes: int) -> float:
+        """See Network."""
+        return super().arrival_s(child, nbytes) + self._world.faults.delay_s(child, self._clock.now_s)
+
+    def _send(self, task: Task, send: Send) -> None:
+        super()._send(task, send)
+        if self._is(task.child, "repeat"):
+            at_s = self.arrival_s(task.child, send.nbytes)
+            self._clock.at(at_s, lambda: self._hear(task.child, send), background=task.background)
+
+    def _hear(self, child: str, send: Send) -> None:
+        if not self._is(child, "cut"):
+            super()._hear(child, send)
+
+    def _deliver(self, task: Task, send: Send) -> None:
+        if self._is(task.child, "cut"):
+            self._fail(task)
+            return
+        if send.method == "push" and self._is(task.child, "corrupt"):
+            *who, header, update = send.arguments
+            send = Send(send.method, (*who, damaged(header), update), send.nbytes)
+        super()._deliver(task, send)
+
+    def _answer(self, task: Task, value: Any, nbytes: int = 0) -> None:
+        if not task.is_answered and (self._is(task.child, "drop") or self._is(task.child, "cut")):
+            self._fail(task)
+        else:
+            super()._answer(task, value, nbytes)
+
+    def _is(self, child: str, kind: str) -> bool:
+        return self._world.faults.now(child, kind, self._clock.now_s)
