@@ -95,9 +95,9 @@ class Tree:
     def waiting(self) -> Flat:
         """What the federation has taken in since its last update, and what codecs have lost so far."""
         found = (self.north.theta - self.north.anchor)[: self.plan.layout.backbone_size]
-        for node in (self.north, *self.clients.values()):
-            if node.lost is not None:
-                found = found + node.lost
+        for error in (self.north.lost, *(one.link.codec_error for one in self.clients.values())):
+            if error is not None:
+                found = found + error
         return found
 
     def flush(self) -> None:
@@ -158,4 +158,4 @@ def test_what_a_codec_loses_goes_with_the_next_update(tiny: Tiny, tmp_path: Path
         tree.send()
         tree.hear()
         np.testing.assert_allclose(tree.arrived + tree.waiting, tree.trained, atol=1e-4)
-    assert all(node.lost is not None and node.lost.any() for node in tree.clients.values())
+    assert all(one.link.codec_error is not None and one.link.codec_error.any() for one in tree.clients.values())

@@ -272,7 +272,7 @@ def test_a_newcomer_begins_from_its_federations_model(tiny: Tiny, tmp_path: Path
     class Watched(Client):
         def begin(self, model: Any, *, now_s: float) -> Any:
             found = super().begin(model, now_s=now_s)
-            begun.setdefault(self.spec.path, (model.version, self.base.copy(), model.values.copy()))
+            begun.setdefault(self.spec.path, (model.version, self.link.anchor.copy(), model.values.copy()))
             return found
 
     def make(plan: Plan, spec: Any, **settings: Any) -> Client:
@@ -293,7 +293,7 @@ def test_nobody_waits_for_a_federation_that_nobody_has_come_to(tiny: Tiny, tmp_p
     class Watched(Client):
         def begin(self, model: Any, *, now_s: float) -> Any:
             found = super().begin(model, now_s=now_s)
-            begun.setdefault(self.spec.path, []).append((now_s, self.base.copy()))
+            begun.setdefault(self.spec.path, []).append((now_s, self.link.anchor.copy()))
             return found
 
     def make(plan: Plan, spec: Any, **settings: Any) -> Client:

@@ -139,9 +139,9 @@ def test_what_a_codec_loses_goes_with_the_next_update(tiny: Tiny) -> None:
         trained += each.trainer.read() - before
         sent += each.update().values
         each.begin_ahead()
-    assert each.lost is not None
-    assert np.abs(each.lost).max() > 0.0
-    np.testing.assert_allclose((sent[part] + each.lost), trained[part], atol=1e-5)
+    assert each.link.codec_error is not None
+    assert np.abs(each.link.codec_error).max() > 0.0
+    np.testing.assert_allclose((sent[part] + each.link.codec_error), trained[part], atol=1e-5)
 
 
 def test_before_the_first_step_a_merge_is_the_plain_one_to_the_bit(tiny: Tiny) -> None:

@@ -156,7 +156,7 @@ def test_an_exchange_that_brings_a_broken_model_in_mid_round_changes_nothing(
     one.begin_ahead()
     asked = iter([False, True])
     one.train(lambda: next(asked))
-    own, base = one.trainer.read(), one.base.copy()
+    own, base = one.trainer.read(), one.link.anchor.copy()
     [said] = warnings(one.merge(a_model(np.full(plan.layout.size, np.nan, np.float32)), now_s=1.0))
     assert "not_finite" in said
     assert (one.step, one.in_flight, one.began) == (1, None, True)

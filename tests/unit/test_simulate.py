@@ -115,7 +115,7 @@ def test_synchronous_children_begin_every_round_from_the_same_world(tiny: Tiny, 
     plan = tiny(uneven(tmp_path, order=order), aggregation={"trigger": "synchronous"}, budget={"rounds": 2})
     simulation, _ = run(plan)
     backbone = slice(0, plan.layout.backbone_size)
-    assert len({one.base[backbone].tobytes() for one in simulation.clients.values()}) == 1
+    assert len({one.link.anchor[backbone].tobytes() for one in simulation.clients.values()}) == 1
 
 
 # ---- the same again ----------------------------------------------------------------------------------------

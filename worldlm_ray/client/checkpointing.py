@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from worldlm_ray.errors import CheckpointError, PrivacyError
-from worldlm_ray.exchange.outbox import fields, limited, revived
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.tensors.buffers import Flat
 
@@ -20,9 +17,6 @@ _STATE = (
     "steps",
     "tokens",
     "loss_sum",
-    "seq",
-    "base_version",
-    "base_incarnation",
     "progress",
     "learning_rate",
     "began",
@@ -40,18 +34,12 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     meta["layout"] = client.plan.layout.hash
     meta["followed"] = client.followed
     meta["charges"] = 0 if client.account is None else len(client.account.ledger.entries())
-    arrays = {"theta": client.trainer.read(), "base": client.base.copy(), "parent_keys": client.parent_keys.copy()}
+    meta["link"], arrays = client.link.state()
+    meta["whole"] = client.link.in_flight is not None and client.is_whole
+    arrays["theta"] = client.trainer.read()
     if client.merger.heard is not None:
         arrays["heard"] = client.merger.heard
-    if client.lost is not None:
-        arrays["lost"] = client.lost.copy()
     arrays |= {f"optimizer.{name}": values for name, values in client.trainer.optimizer_state().items()}
-    meta["outbox"], kept = client.outbox.state()
-    arrays |= kept
-    if client.in_flight is not None:
-        meta["in_flight"], meta["whole"] = fields(client.in_flight), client.is_whole
-        if all(values is not client.in_flight.values for values in kept.values()):
-            arrays["in_flight"] = client.in_flight.values
     return meta, arrays
 
 
@@ -66,25 +54,18 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     for name in _STATE:
         setattr(client, name, meta[name])
     client.followed = meta.get("followed")
-    if meta.get("whole", False):
+    if meta["whole"]:
         client.step = client.training.local_steps  # it waits for the exchange, to be pushed
     elif client.began:
         # A round may have been shortened by a change of local_steps: it ends with one more step.
         client.step = min(client.step, client.training.local_steps - 1)
     if client.account is not None:
         _pay_again(client, client.account, meta["charges"])
-    client.base, client.parent_keys = np.array(arrays["base"]), np.array(arrays["parent_keys"])
-    if client.lost is not None and "lost" in arrays:
-        client.lost[:] = arrays["lost"]
+    client.link.restore(meta["link"], arrays, most_tokens=client.round_tokens)
+    client.link.anchor[:] = arrays["anchor"]
     if client.merger.heard is not None and "heard" in arrays:
         client.merger.heard = arrays["heard"]
     client.trainer.write(arrays["theta"])
-    client.outbox.restore(meta["outbox"], arrays)
-    client.outbox.limit_tokens(client.round_tokens)
-    if "in_flight" in meta:
-        kept = client.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
-        update = kept[0] if kept else revived(meta["in_flight"], arrays["in_flight"])
-        client.in_flight = limited(update, client.round_tokens)
     prefix = "optimizer."
     client.trainer.load_optimizer_state({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
 

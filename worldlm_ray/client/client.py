@@ -11,7 +11,7 @@ A client does not know what drives it: an actor on Ray and the simulator call th
 Where exchange and training overlap (`exchange.overlap`), a round after the first starts with `begin_ahead`, from the
 client's own model, while the last update is on its way up and the parent's model on its way down. That model is taken
 by `merge` between two steps of the round, and what has been trained since the push is kept, as at an inner node
-(worldlm_ray/aggregation/merge.py): `base` is the model that was pushed, moved with the parent since.
+(worldlm_ray/aggregation/merge.py): `anchor` is the model that was pushed, moved with the parent since.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.client import checkpointing
 from worldlm_ray.client.rounds import LocalRounds
 from worldlm_ray.data import Dataset
-from worldlm_ray.exchange.compression import encode_update, memory
+from worldlm_ray.exchange.link import ParentLink
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.outbox import Outbox
-from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
@@ -62,17 +61,16 @@ class Client(LocalRounds):
     ) -> None:
         super().__init__(plan, spec, dataset=dataset, make_trainer=make_trainer)
         initial = build.initial(plan) if initial is None else initial
-        self.base = np.array(initial)
-        """The merged model that the current local round began from. Where a round begins ahead of an exchange: the
-        model that was pushed, moved with the parent since."""
-        self.in_flight: Update | None = None
-        """The update of an exchange that a round has begun ahead of; None once it has come back."""
-        self.trainer.write(self.base)
-        self.parent_keys = self.base[plan.layout.backbone_size :].copy()
-        """What an update's key layers are measured from: the parent's, as this client last heard them. Where its
-        model has been refused since, the client's own, as they were last sent."""
-        self.lost = memory(spec.settings.exchange.codec, plan.layout.backbone_size)
-        """What the codec has lost of the updates so far; None of one that loses nothing."""
+        self.link = ParentLink(
+            spec.path,
+            plan.layout,
+            codec=spec.settings.exchange.codec,
+            max_step=spec.settings.merge.max_model_step,
+            anchor=np.array(initial),
+        )
+        """What it knows of the link to its parent. `anchor` is the merged model that the current local round began
+        from. Where a round begins ahead of an exchange: the model that was pushed, moved with the parent since."""
+        self.trainer.write(initial)
         self.merger = Merger(
             path=spec.path,
             layout=plan.layout,
@@ -81,17 +79,32 @@ class Client(LocalRounds):
             agreement=spec.settings.merge.agreement,
             initial=initial,
         )
-        self.gate = Gate(spec.path, plan.layout, max_step=spec.settings.merge.max_model_step)
-        """Which models of the parent it takes."""
-        self.incarnation = self.base_incarnation = 1
-        """How often this client has been started (for the backend to set); the same of its parent, at the last pull."""
-        self.outbox = Outbox()
-        """What the parent has not made durable yet."""
-        self.seq = self.base_version = 0
+        self.incarnation = 1
+        """How often this client has been started: for the backend to set."""
         self.start_over = False
         """Whether the next pull replaces the model and the optimizer's state."""
         self.followed: float | None = None
         """How far a paused client moves to its parent at every pull, once that is settled."""
+
+    @property
+    def seq(self) -> int:
+        """Of its newest update."""
+        return self.link.seq
+
+    @property
+    def outbox(self) -> Outbox:
+        """What the parent has not made durable yet."""
+        return self.link.outbox
+
+    @property
+    def in_flight(self) -> Update | None:
+        """The update of an exchange that a round has begun ahead of; None once it has come back."""
+        return self.link.in_flight
+
+    @property
+    def base_version(self) -> int:
+        """The parent's version at the last merge."""
+        return self.link.base_version
 
     @property
     def overlaps(self) -> bool:
@@ -107,15 +120,15 @@ class Client(LocalRounds):
         missed = welcome.last_seq - self.seq
         if missed > 0:
             self.round += missed - self.is_whole  # one that only waited for its exchange is counted already
-            self.seq, self.began, self.step = welcome.last_seq, False, 0
-            self.in_flight = None
+            self.began, self.step = False, 0
+            self.link.seq, self.link.in_flight = welcome.last_seq, None
             self.steps = self.round * self.training.local_steps
             self.tokens = self.round * self.round_tokens
-        self.outbox.durable(welcome.durable_seq)
+        self.link.welcomed(welcome)
 
     def answered(self, verdict: Verdict) -> None:
         """The parent's word about an update. A model that has diverged is given up for the parent's."""
-        self.outbox.heed(verdict)
+        self.link.answered(verdict)
         self.start_over = self.start_over or verdict.reason in ("not_finite", "norm_exceeded")
 
     def begin(self, model: Model | None, *, now_s: float) -> list[Record]:
@@ -146,17 +159,15 @@ class Client(LocalRounds):
     def _let_in(self, model: Model | None, *, now_s: float) -> tuple[Model | None, list[Record]]:
         """The parent's model, unless it is refused, and what tracking is told of that."""
         newcomer = self.start_over or self.round == 0
-        own = None if newcomer or self.gate.max_step is None else self.trainer.read()
-        record = self.gate.refusal(model, seq=self.seq, own=own, now_s=now_s)
-        return (None if self.gate.shut else model), [] if record is None else [record]
+        own = None if newcomer or self.link.gate.max_step is None else self.trainer.read()
+        taken, warnings = self.link.look_at(model, own=own, now_s=now_s)
+        return taken, [*warnings]
 
     def _keep_own(self) -> None:
         """Begin a round from the client's own model, of which all that an update could carry is in an update."""
-        pushed, self.in_flight = self.in_flight, None
-        if pushed is None:
-            self._read_pushed(self.base)
-        # An update carries all key layers. The next one must not carry the same change of them again.
-        self.parent_keys[:] = self.base[self.plan.layout.backbone_size :]
+        if self.link.end_exchange() is None:
+            self._read_pushed(self.link.anchor)
+        self.link.refused()
         self._start()
 
     def _read_pushed(self, out: Flat | None = None) -> Flat:
@@ -193,8 +204,8 @@ class Client(LocalRounds):
             self._give_up()
         taken, records = self._let_in(model, now_s=now_s)
         if taken is None:
-            self.in_flight = None
-            self.parent_keys[:] = self.base[self.plan.layout.backbone_size :]
+            self.link.end_exchange()
+            self.link.refused()
             return records
         records += self._take(taken, now_s=now_s)
         self.progress -= self._world_progress(self.step)  # the parent speaks of now, `_rate` counts from the first step
@@ -203,20 +214,21 @@ class Client(LocalRounds):
     def _take(self, model: Model, *, now_s: float) -> list[Record]:
         """Merge the parent's model, and keep what was trained since the push."""
         records: list[Record] = []
-        pushed, self.in_flight = self.in_flight, None
+        pushed = self.link.end_exchange()
         if self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
             self.merger.judge(model, None, now_s=now_s)
-            self.base[:] = model.values
-            self.trainer.write(self.base)
+            self.link.anchor[:] = model.values
+            self.trainer.write(self.link.anchor)
             if self.start_over:
                 self.trainer.forget()
                 self.start_over = False
         elif model.version > 0:
             records = self._blend(model, pushed, now_s=now_s)
         elif pushed is None:
-            self.trainer.read(self.base)
-        self._heard(model)
+            self.trainer.read(self.link.anchor)
+        self.link.heard(model)
+        self.progress = model.progress
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []
 
@@ -231,56 +243,44 @@ class Client(LocalRounds):
         Returns:
             What tracking is told, as by `begin`; nothing where the parent has no newer model.
         """
-        if model.version == 0 or (model.version, model.incarnation) == (self.base_version, self.base_incarnation):
-            self.outbox.durable(model.durable_seq)
+        if model.version == 0 or self.link.knows(model):
+            self.link.outbox.durable(model.durable_seq)
             return []
         taken, doubts = self._let_in(model, now_s=now_s)
         if taken is None:
             return doubts
-        own, pushed = self.trainer.read(), self.in_flight
-        self.in_flight = None
-        moved = Moved(now=own, since=self.base) if pushed is None else Moved(now=own, change=pushed.values)
+        own, pushed = self.trainer.read(), self.link.end_exchange()
+        moved = Moved(now=own, since=self.link.anchor) if pushed is None else Moved(now=own, change=pushed.values)
         m, judged = self.merger.judge(model, moved if self.round else None, now_s=now_s)
         if self.followed is None:
             self.followed = m if self.round else 1.0
         else:
             judged = replace(judged, m=self.followed, agreement=None)
-        self.merger.backbone(self.followed, own, own, model, out=self.base)
-        weights = self._merge_keys(self.followed, own, own, model, now_s=now_s, merged=self.base)
-        self._heard(model)
+        self.merger.backbone(self.followed, own, own, model, out=self.link.anchor)
+        weights = self._merge_keys(self.followed, own, own, model, now_s=now_s, merged=self.link.anchor)
+        self.link.heard(model)
+        self.progress = model.progress
         return [*doubts, judged, *weights]
-
-    def _heard(self, model: Model) -> None:
-        """What a client remembers of the parent's model that it took."""
-        self.parent_keys[:] = model.values[self.plan.layout.backbone_size :]
-        self.base_version, self.progress = model.version, model.progress
-        self.base_incarnation = model.incarnation
-        self.outbox.durable(model.durable_seq)
-        self.seq = max(self.seq, model.last_seq)
 
     def _blend(self, model: Model, pushed: Update | None, *, now_s: float) -> list[Record]:
         """Move to the parent's model, or keep the client's own and train the parent's beside it, if so configured."""
-        own = self.trainer.read()
-        moved = Moved(now=own, since=self.base) if pushed is None else Moved(now=self.base, change=pushed.values)
+        own, anchor = self.trainer.read(), self.link.anchor
+        moved = Moved(now=own, since=anchor) if pushed is None else Moved(now=anchor, change=pushed.values)
         if (beside := self.trainer.beside()) is not None:
-            moved = Moved(now=own, change=beside - self.base)
+            moved = Moved(now=own, change=beside - anchor)
         m, judged = self.merger.judge(model, moved, now_s=now_s)
         if m == 0.0 and self.trainer.train_beside(model.values):
-            self.base[:] = model.values
+            anchor[:] = model.values
             return [judged]
         # Before the first step after a push there is no progress to keep: the plain rule, to the bit.
-        ahead = pushed is not None and self.began and self.step > 0
-        keys_from = own
-        if not ahead:
-            merged = self.base
-            self.merger.backbone(m, own, own, model, out=merged)
-        else:
-            merged = np.empty_like(own)
-            keys_from = self.base
-            anchor = self.merger.backbone(m, own, self.base, model, out=merged)
-            assert anchor is not None, "the base is a buffer of its own"
-            self.base = anchor
-        return [judged, *self._merge_keys(m, own, keys_from, model, now_s=now_s, merged=merged)]
+        if pushed is None or not self.began or self.step == 0:
+            self.merger.backbone(m, own, own, model, out=anchor)
+            return [judged, *self._merge_keys(m, own, own, model, now_s=now_s, merged=anchor)]
+        merged = np.empty_like(own)
+        moved_anchor = self.merger.backbone(m, own, anchor, model, out=merged)
+        assert moved_anchor is not None, "the anchor and the model are two buffers"
+        self.link.anchor = moved_anchor
+        return [judged, *self._merge_keys(m, own, anchor, model, now_s=now_s, merged=merged)]
 
     def _merge_keys(
         self, m: float, own: Flat, keys_from: Flat, model: Model, *, now_s: float, merged: Flat
@@ -293,36 +293,19 @@ class Client(LocalRounds):
 
     def update(self) -> Update:
         """The finished round as an update; the round is over."""
-        split = self.plan.layout.backbone_size
-        values = self._read_pushed()
-        values[:split] -= self.base[:split]
-        values[split:] -= self.parent_keys
-        codec = self.spec.settings.exchange.codec
-        encoded, values = encode_update(codec, values, self.lost)
-        self.seq += 1
+        theta = self._read_pushed()
+        tokens, started_tokens = self.step * self.step_tokens, self.round * self.round_tokens
+        update = self.link.make_update(theta, out=theta, tokens=tokens, started_tokens=started_tokens)
         self.began = False
-        update = Update(
-            sender=self.spec.name,
-            seq=self.seq,
-            base_version=self.base_version,
-            tokens=self.step * self.step_tokens,
-            started_tokens=self.round * self.round_tokens,
-            values=values,
-            codec=codec,
-            encoded=encoded,
-            base_incarnation=self.base_incarnation,
-        )
-        self.outbox.add(update)
+        self.link.keep(update)
         if self.overlaps:
-            self.in_flight = update
-            self.trainer.read(self.base)
+            self.link.in_flight = update
+            self.trainer.read(self.link.anchor)
         return update
 
     def use_shared_copy(self, shared: Update) -> None:
         """Keep this copy of an update, of which a buffer lies in shared memory, in place of the client's own."""
-        self.outbox.use_shared(shared)
-        if self.in_flight is not None and self.in_flight.seq == shared.seq:
-            self.in_flight = shared
+        self.link.use_shared_copy(shared)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """Everything that a restart needs, down to the step within a round: of this moment, whatever comes next.

@@ -236,4 +236,5 @@ class VirtualClients:
 
     def settle(self, client: Client) -> None:
         """Lay a client's buffers on the shelf, once it is as its checkpoint says."""
-        client.base, client.parent_keys = self.shelf.keep(client.base), self.shelf.keep(client.parent_keys)
+        link = client.link
+        link.anchor, link.parent_keys = self.shelf.keep(link.anchor), self.shelf.keep(link.parent_keys)

@@ -84,8 +84,16 @@ class Child(Protocol):
     """What a client and a federation have in common."""
 
     incarnation: int
-    seq: int
-    outbox: Outbox
+
+    @property
+    def seq(self) -> int:
+        """Of its newest update."""
+        ...
+
+    @property
+    def outbox(self) -> Outbox:
+        """What the parent has not made durable yet."""
+        ...
 
     @property
     def started_tokens(self) -> int:
