@@ -24,8 +24,10 @@ from typing import Any
 
 from worldlm_ray.aggregation.attention import with_prior
 from worldlm_ray.aggregation.fold import Fold
+from worldlm_ray.aggregation.rules import aggregation_rule
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
+from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.outbox import fields, revived
@@ -46,10 +48,9 @@ class _Kept:
     """Scores of its key layers when it came, by the temperature."""
 
 
+@aggregation_rule("capped")
 class CappedFold(Fold):
-    """The updates of one aggregation, weighed when all of them are there."""
-
-    kind = "capped"
+    """The updates of one aggregation, weighed when all of them are there. Source: ours; see the module."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -57,6 +58,11 @@ class CappedFold(Fold):
         self._divisor = 0.0
         self._own: list[float] | None = None
         """The node's own logits, once they are settled."""
+
+    @classmethod
+    def models_held(cls, rules: AggregationConfig, children: int) -> int:
+        """All updates are kept; of `time_up` more than children, if one pushes more than once."""
+        return rules.buffer_size if rules.trigger == "goal_achieved" else children
 
     def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
         """Keep an update; see `Fold.add`."""

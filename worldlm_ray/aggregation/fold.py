@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray.aggregation.attention import OnlineAttention, log_sum, scores, with_prior
+from worldlm_ray.aggregation.rules import aggregation_rule
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config.federated import AggregationConfig
@@ -31,8 +32,11 @@ OWN = "(own)"
 _FIRST, _SUM = "first", "sum"
 
 
+@aggregation_rule("mean")
 class Fold:
-    """The running sums of one aggregation.
+    """The running sums of one aggregation: the mean, weighted by tokens and staleness.
+
+    Source: FedAvg, arXiv 1602.05629; FedBuff, algorithm 1; the softmax blend of key layers: attention.py.
 
     The rules that say what kind of fold it is hold until the aggregation is made: the sums of one are none of another.
 
@@ -44,7 +48,8 @@ class Fold:
         buffer: to fold into, instead of a new one; its contents do not matter. Fresh memory costs as much as a copy.
     """
 
-    kind = "plain"
+    kind: str
+    """Its name among the rules."""
 
     def __init__(
         self,
@@ -71,6 +76,16 @@ class Fold:
         self.contributors: list[str] = []
         self.shares: dict[str, float] = {}
         """Weight of every child's work in the sum; after `finish`, in the mean."""
+
+    @classmethod
+    def models_held(cls, rules: AggregationConfig, children: int) -> int:
+        """Models that are kept until the aggregation is made, beside the one that is built: none."""
+        return 0
+
+    @classmethod
+    def incompatible_with(cls, rules: AggregationConfig) -> str | None:
+        """A setting that does not go with the rule, as `key is value`; None if all do."""
+        return None
 
     def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
         """Fold an update in: one pass over its backbone, and one over its key layers.
@@ -228,14 +243,18 @@ class Fold:
 
     def _kind_rules(self) -> dict[str, Any]:
         """The settings on which the kind depends, by key."""
-        return {"aggregation.max_share": self.rules.max_share, "aggregation.robust.rule": self.rules.robust.rule}
+        return {
+            "aggregation.rule": self.rules.rule,
+            "aggregation.max_share": self.rules.max_share,
+            "aggregation.robust.rule": self.rules.robust.rule,
+        }
 
     def _require_kind(self, saved: dict[str, Any]) -> None:
         """Refuse sums of another kind."""
         old = "capped" if "kept" in saved else "robust" if "counts" in saved else self.kind
         if (old := saved.get("kind", old)) == self.kind:
             return
-        mine, before = self._kind_rules(), saved.get("rules", {})
+        mine, before = self._kind_rules(), {"aggregation.rule": "mean"} | saved.get("rules", {})
         if self.kind != "robust" and old != "robust":
             del mine["aggregation.robust.rule"]  # max_share alone makes the difference
         changed = [key for key in mine if before.get(key) != mine[key]]

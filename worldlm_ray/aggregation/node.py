@@ -31,7 +31,6 @@ from worldlm_ray.aggregation.admission import (
     judge,
     refuse_malformed,
 )
-from worldlm_ray.aggregation.capped_fold import CappedFold
 from worldlm_ray.aggregation.events import (
     Answer,
     Charge,
@@ -54,11 +53,10 @@ from worldlm_ray.aggregation.events import (
     Serve,
     Wake,
 )
-from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.merge import Merger, Moved
 from worldlm_ray.aggregation.private_fold import ClientPrivacy, PrivateFold
 from worldlm_ray.aggregation.residuals import NO_RESIDUALS, Pool
-from worldlm_ray.aggregation.robust_fold import RobustFold
+from worldlm_ray.aggregation.rules import AggregationRule, rule_of
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig, Trigger
 from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
@@ -244,7 +242,7 @@ class Node:
         self.refused: dict[str, int] = {}
         self.arrived: dict[str, tuple[int, int]] = {}
         """By child, of its updates that were accepted, or refused for what they held: highest seq, and all tokens."""
-        self._fold: Fold | None = None
+        self._fold: AggregationRule | None = None
         self._made: Flat | None = None
         """The buffer that the published model lies in, if an aggregation has made it."""
         self._spare: list[Flat] = []
@@ -563,14 +561,11 @@ class Node:
             keys = self.theta[self.layout.backbone_size :] + update.values[self.layout.backbone_size :]
             self.residuals.look(update.sender, keys, fit, tokens=update.tokens, passed=update.residuals)
 
-    def _new_fold(self, first_s: float) -> Fold:
+    def _new_fold(self, first_s: float) -> AggregationRule:
         named: dict[str, Any] = {"origin": self.merger.origin, "first_s": first_s, "buffer": self._buffer()}
         if self.privacy is not None:
             return PrivateFold(self.layout, self.aggregation, self.privacy, **named)
-        kind = Fold if self.aggregation.max_share == 1.0 else CappedFold
-        if self.aggregation.robust.rule != "none":
-            kind = RobustFold
-        return kind(self.layout, self.aggregation, **named)
+        return rule_of(self.aggregation)(self.layout, self.aggregation, **named)
 
     def _buffer(self) -> Flat:
         """A buffer as large as the model, whatever it holds."""

@@ -5,6 +5,7 @@ The one place that knows them: `worldlm show` and `examples/size_a_world.py` ask
 
 from __future__ import annotations
 
+from worldlm_ray.aggregation.rules import rule_of
 from worldlm_ray.aggregation.server_optimizer import state_buffers
 from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.exchange.compression import loses
@@ -41,8 +42,5 @@ def node_bytes(
     found += model * (not is_world and adaptive)
     found += backbone_bytes * (not is_world and loses(codec))
     found += backbone_bytes * len(state_buffers(rules.server_optimizer))
-    if rules.robust.rule != "none":
-        found += model * children  # a median needs every child's update until the aggregation is made
-    elif rules.max_share < 1.0:  # so does a cap; of `time_up` more are kept if a child pushes more than once
-        found += model * (rules.buffer_size if rules.trigger == "goal_achieved" else children)
+    found += model * rule_of(rules).models_held(rules, children)
     return found

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray.aggregation.fold import Fold
+from worldlm_ray.aggregation.rules import aggregation_rule
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.staleness import discount
 from worldlm_ray.config import names
+from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.config.registry import Registry
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
@@ -63,16 +65,26 @@ def median(rows: Flat, trim: float) -> Flat:
     return np.median(rows, axis=0).astype(np.float32)
 
 
+@aggregation_rule("robust")
 class RobustFold(Fold):
-    """The updates of one aggregation, and what most of them agree on."""
+    """The updates of one aggregation, and what most of them agree on. Source: Yin et al., arXiv 1803.01498."""
 
-    kind = "robust"
     _sums: dict[str, Flat]
     _counts: dict[str, int]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._sums, self._counts = {}, {}
+
+    @classmethod
+    def models_held(cls, rules: AggregationConfig, children: int) -> int:
+        """Every child's update is kept until the aggregation is made."""
+        return children
+
+    @classmethod
+    def incompatible_with(cls, rules: AggregationConfig) -> str | None:
+        """It needs a rule for a coordinate."""
+        return "aggregation.robust.rule is none" if rules.robust.rule == "none" else None
 
     def add(self, update: Update, tau: int, theta: Flat) -> list[float]:
         """Keep an update."""

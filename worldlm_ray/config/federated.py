@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from worldlm_ray.config.names import CODECS, ROBUST_RULES, SCORES, SERVER_OPTIMIZERS, STALENESS
+from worldlm_ray.config.names import AGGREGATION_RULES, CODECS, ROBUST_RULES, SCORES, SERVER_OPTIMIZERS, STALENESS
 
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
+RuleName = Annotated[str, AGGREGATION_RULES]
 CodecName = Annotated[str, CODECS]
 RobustRule = Annotated[str, ROBUST_RULES]
 StalenessName = Annotated[str, STALENESS]
@@ -101,6 +102,9 @@ class AggregationConfig:
     staleness: StalenessConfig = field(default_factory=StalenessConfig)
     max_staleness: int | None = None
     """Updates older than this many versions are refused."""
+    rule: RuleName = "mean"
+    """How updates become the next model: `mean`, weighted by tokens, or a rule that you add (CONTRIBUTING.md). `robust`
+    and `capped` are chosen by `robust.rule` and `max_share`, and go with no other."""
     max_update_norm: float | None = None
     """Updates with a larger L2 norm are refused."""
     max_share: float = 1.0

@@ -21,3 +21,10 @@ ROBUST_RULES: Registry[Any] = Registry(
     "robust rule", "aggregation.robust.rule", "worldlm_ray.aggregation.robust_fold", off="none"
 )
 CODECS: Registry[Any] = Registry("codec", "exchange.codec", "worldlm_ray.exchange.compression")
+AGGREGATION_RULES: Registry[Any] = Registry(
+    "aggregation rule",
+    "aggregation.rule",
+    "worldlm_ray.aggregation.fold",
+    "worldlm_ray.aggregation.capped_fold",
+    "worldlm_ray.aggregation.robust_fold",
+)

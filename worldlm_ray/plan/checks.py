@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from worldlm_ray.aggregation.rules import rule_name, rule_of
 from worldlm_ray.data import check_sources
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import initial_model, privacy_checks
@@ -123,6 +124,20 @@ def capped_weights(plan: Plan) -> Iterable[ConfigError]:
             what = "client-level privacy" if unit == "client" else f"aggregation.robust.rule {rules.robust.rule}"
             got = f"got {rules.max_share:g}, but {what} gives all children one weight"
             yield ConfigError(f"{node.key}.aggregation.max_share", got, "set it to 1 here")
+
+
+def one_aggregation_rule(plan: Plan) -> Iterable[ConfigError]:
+    """A setting that chooses a rule would replace the named one in silence."""
+    for node in plan.distinct_inner:
+        rules, named = node.settings.aggregation, node.settings.aggregation.rule
+        chosen, key, cure = rule_name(rules), f"{node.key}.aggregation.rule", "set one of the two"
+        if named != "mean" and node.settings.privacy.unit == "client":
+            yield ConfigError(key, f"{named}, but privacy.unit client has another rule", "set it to mean here")
+        elif named not in ("mean", chosen):
+            setting = "max_share" if chosen == "capped" else "robust.rule"
+            yield ConfigError(key, f"{named}, but aggregation.{setting} chooses {chosen}", cure)
+        elif wrong := rule_of(rules).incompatible_with(rules):
+            yield ConfigError(key, f"{chosen} does not go with it: {wrong}", "change either")
 
 
 def caps_that_add_up(plan: Plan) -> Iterable[ConfigError]:
@@ -291,6 +306,7 @@ RULES: tuple[Rule, ...] = (
     overlap_from_own_model,
     batches_for_workers,
     all_train_or_none,
+    one_aggregation_rule,
     capped_weights,
     caps_that_add_up,
     known_faults,
