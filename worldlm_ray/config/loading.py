@@ -19,8 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from worldlm_ray.config.checks import check_run
+from worldlm_ray.config.rule_files import is_file
+from worldlm_ray.config.rule_files import load as load_rules
 from worldlm_ray.config.schema import INHERITED, BudgetConfig, DataConfig, NodeSettings, RunConfig
-from worldlm_ray.config.values import Problems, hints_of, merged, one_of
+from worldlm_ray.config.values import Problems, converted, hints_of, merged, one_of
 from worldlm_ray.config.yaml_text import Document, value_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.storage import filesystem
@@ -84,7 +86,7 @@ def load(
         override(raw, text)
     for note in _one_budget(raw, overrides):
         say(note)
-    config = from_mapping(raw)
+    config = from_mapping(raw, run_dir=run_dir, beside=find(conf).parent)
     return config if run_dir is None else replace(config, run_dir=run_dir)
 
 
@@ -124,12 +126,16 @@ def _one_budget(raw: DictConfig, overrides: Sequence[str]) -> list[str]:
     return [f"budget.{chosen[0]} on the command line takes the place of budget.{kind}" for kind in replaced]
 
 
-def from_mapping(raw: DictConfig | dict[str, Any], *, resolved: bool = False) -> RunConfig:
+def from_mapping(
+    raw: DictConfig | dict[str, Any], *, resolved: bool = False, run_dir: str | None = None, beside: Path | None = None
+) -> RunConfig:
     """Check a mapping against the schema and return the configuration.
 
     Args:
         raw: the mapping.
         resolved: whether ${...} in it is text, as in what `to_mapping` returns, and no reference to another key.
+        run_dir: folder of an existing run, which may have moved; the mapping's unless given.
+        beside: folder of the file that the mapping comes from: files of `rules` may lie there.
 
     Raises:
         ConfigError: an unknown key, a wrong type or an impossible value, by its dotted key.
@@ -137,10 +143,25 @@ def from_mapping(raw: DictConfig | dict[str, Any], *, resolved: bool = False) ->
     """
     mapping = raw if resolved and isinstance(raw, dict) else _resolved(raw)
     problems = Problems()
+    with problems.kept():
+        mapping = _with_rules(mapping, run_dir, beside)
     config = merged(RunConfig(), mapping, prefix="", problems=problems)
     check_run(config, problems)
     problems.check()
     return config
+
+
+def _with_rules(mapping: dict[str, Any], run_dir: str | None, beside: Path | None) -> dict[str, Any]:
+    """Import the rules that a mapping names, before names are checked; returns the mapping with their paths."""
+    if not mapping.get("rules"):
+        return mapping
+    rules: list[str] = converted(mapping["rules"], list[str], "rules")
+    if beside is not None:
+        there = [rule for rule in rules if is_file(rule) and (beside / rule).is_file()]
+        rules = [str(beside / rule) if rule in there else rule for rule in rules]
+    kept = mapping.get("kept")
+    load_rules(rules, kept if isinstance(kept, dict) else {}, run_dir or mapping.get("run_dir"))
+    return mapping | {"rules": rules}
 
 
 def _resolved(raw: DictConfig | dict[str, Any]) -> dict[str, Any]:

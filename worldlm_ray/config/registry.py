@@ -96,10 +96,11 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def names(self) -> tuple[str, ...]:
-        """Every name, ours first."""
+        """Every name, ours first, whatever was imported first."""
         self._import_ours()
         import_entry_points()
-        return tuple(self._entries)
+        rank = {module: place for place, module in enumerate(self.modules)}
+        return tuple(sorted(self._entries, key=lambda name: rank.get(self._entries[name].source.__module__, len(rank))))
 
     def documented(self) -> dict[str, str]:
         """The docstring of each name."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from worldlm_ray.config import rule_files
 from worldlm_ray.config.federated import AggregationConfig, ExchangeConfig, MergeConfig
 
 PrivacyUnit = Literal["none", "record", "client"]
@@ -264,6 +265,9 @@ class RunConfig:
     """Folder of the run; `runs/NAME` unless given."""
     data_dir: str | None = None
     """A folder that data files of this config refer to as ${data_dir}."""
+    rules: list[str] = field(default_factory=list)
+    """Python modules, or files that end in .py, that add staleness functions, aggregation rules and the like. Their
+    code runs in every process of the run: see worldlm_ray/config/rule_files.py."""
     model: ModelConfig = field(default_factory=ModelConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -284,6 +288,15 @@ class RunConfig:
     """Files that the run's folder keeps copies of, with their fingerprints: written when the run is made."""
     world: Any = None
     """The tree: see worldlm_ray/plan/tree.py."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Import the rules in the process that unpickles a configuration: its names mean nothing without them.
+
+        Raises:
+            ConfigError: one of them cannot be imported there.
+        """
+        vars(self).update(state)
+        rule_files.load(self.rules, self.kept, self.run_dir)
 
 
 SMALLEST_PRV_NOISE = 0.1

@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from worldlm_ray.config.rule_files import is_file
 from worldlm_ray.config.schema import RunConfig
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """A configuration whose relative paths of data, tokenizers and a model to begin from are absolute.
+    """A configuration whose relative paths of rules, data, tokenizers and a model to begin from are absolute.
 
     They are taken from the folder where the command was given. `~` stays: on another machine it is another folder.
     """
@@ -20,7 +21,10 @@ def absolute(config: RunConfig) -> RunConfig:
     changed = absolute_data(
         {"files": data.files, "tokenizer": data.tokenizer, "cache_dir": data.cache_dir, "pool": data.pool}
     )
-    return replace(config, model=model, data=replace(data, **changed), world=_each(config.world, absolute_data))
+    rules = [absolute_path(rule) if is_file(rule) else rule for rule in config.rules]
+    return replace(
+        config, rules=rules, model=model, data=replace(data, **changed), world=_each(config.world, absolute_data)
+    )
 
 
 def absolute_data(section: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     RUN/files/tokenizer.json             what the run's text is encoded with
     RUN/files/tokenizer_config.json ...  what lies beside it
     RUN/files/config.json ...            of the model that the run begins from
+    RUN/files/my_rule.py                 a file of `rules`
 
 They are copied when the run is made. Its configuration holds a fingerprint of each (`kept`), and every process of the
 run checks the copies against them: other contents under the same name would be another model in silence.
@@ -10,18 +11,19 @@ run checks the copies against them: other contents under the same name would be 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from worldlm_ray.config import rule_files
+from worldlm_ray.config.rule_files import fingerprint
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.data.tokenizer import tokenizer_file
 from worldlm_ray.errors import RunError
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
 
-FOLDER = "files"
+FOLDER = rule_files.FOLDER
 TOKENIZER, MODEL_CONFIG, GENERATION_CONFIG = "tokenizer.json", "config.json", "generation_config.json"
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 """Copied from beside a tokenizer.json."""
@@ -40,7 +42,7 @@ def collect(config: RunConfig, tokenizer: str) -> dict[str, bytes]:
         OSError: one of them cannot be read.
         RunError: one of them is too large.
     """
-    found = dict[str, bytes]()
+    found = {rule_files.file_name(rule): rule_files.read(rule) for rule in config.rules if rule_files.is_file(rule)}
     if tokenizer != "bytes":
         file = tokenizer_file(tokenizer)
         with filesystem.refusals(file):
@@ -95,11 +97,6 @@ def remove(config: RunConfig) -> None:
 def fingerprints(files: Mapping[str, bytes]) -> dict[str, str]:
     """The fingerprint of each file, by name."""
     return {name: fingerprint(contents) for name, contents in files.items()}
-
-
-def fingerprint(contents: bytes) -> str:
-    """Of a file's contents."""
-    return hashlib.blake2b(contents, digest_size=16).hexdigest()
 
 
 def place(config: RunConfig, name: str) -> Path | None:

@@ -287,7 +287,7 @@ def reopen(run: str, overrides: list[str] | None = None, *, check_data: bool = T
     """
     run_dir = find(run)
     for key in (text.partition("=")[0].strip() for text in overrides or []):
-        if key in ("model", "model.initial_from", "kept", "data") or key.rsplit(".", 1)[-1] == "tokenizer":
+        if key in ("model", "model.initial_from", "kept", "data", "rules") or key.rsplit(".", 1)[-1] == "tokenizer":
             raise ConfigError(key, "belongs to what the run began with", "leave it out, or begin a new run")
     config = load(str(run_dir / CONFIG), overrides or [], run_dir=str(run_dir))
     return make_plan(absolute.absolute(config), check_data=check_data)
