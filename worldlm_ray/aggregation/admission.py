@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from worldlm_ray.aggregation.events import Event, Joined
 from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import MessageError
-from worldlm_ray.exchange.limits import LARGEST_COUNT, LARGEST_NORM, MOST_RESTARTS, MOST_SKIPPED, checked
+from worldlm_ray.exchange.limits import LARGEST_COUNT, MOST_RESTARTS, MOST_SKIPPED, checked, checked_norm
 from worldlm_ray.exchange.messages import Packed, Update, read_header
 from worldlm_ray.exchange.quota import Quota
 from worldlm_ray.exchange.replies import ACCEPTED, Verdict
-from worldlm_ray.tensors.buffers import rough_norm
 
 TRAINED = ("stale", "not_finite", "norm_exceeded", "too_soon", "privacy_exhausted")
 """Refusals of an update that was trained and will not come again: its tokens are spent."""
@@ -136,11 +135,10 @@ def _standing(update: Update, rules: AggregationConfig, sender: Sender, tau: int
 
 def _values(update: Update, rules: AggregationConfig) -> tuple[str, str]:
     """Finite, and not larger than allowed. One pass over the buffer."""
-    norm = rough_norm(update.values)
-    if not math.isfinite(norm):
-        return "not_finite", "nan or infinity in the values"
-    if norm > LARGEST_NORM:
-        return "not_finite", f"norm {norm:.4g} is too large to be summed in fp32"
+    try:
+        norm = checked_norm(update.values)
+    except MessageError as error:
+        return error.reason, error.detail
     if rules.max_update_norm is not None and norm > rules.max_update_norm:
         return "norm_exceeded", f"norm {norm:.4g} is above max_update_norm {rules.max_update_norm:g}"
     return ACCEPTED, ""

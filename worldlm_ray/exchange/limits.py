@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from worldlm_ray.errors import MessageError
+from worldlm_ray.tensors.buffers import Flat, rough_norm
 from worldlm_ray.tensors.layout import Layout
 
 LARGEST_NORM = 1e15
@@ -70,6 +71,24 @@ def checked(name: str, value: Any, kind: type, *, longest: int = LONGEST_NAME, m
     if isinstance(value, int | float) and value > most:
         raise MessageError("malformed", f"{name} is {shown(value)}, expected at most {most:g}")
     return value
+
+
+def checked_norm(values: Flat, what: str = "the values") -> float:
+    """The L2 norm of what has arrived, in fp32: to some digits.
+
+    Args:
+        values: a buffer.
+        what: its name, for the refusal.
+
+    Raises:
+        MessageError: not_finite: nan, infinity, or a norm above LARGEST_NORM.
+    """
+    norm = rough_norm(values)
+    if not math.isfinite(norm):
+        raise MessageError("not_finite", f"nan or infinity in {what}")
+    if norm > LARGEST_NORM:
+        raise MessageError("not_finite", f"norm {norm:.4g} of {what} is too large to be summed in fp32")
+    return norm
 
 
 def shown(value: Any) -> str:

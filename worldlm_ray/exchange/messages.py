@@ -21,14 +21,14 @@ from worldlm_ray.exchange.compression import CODECS, Bytes, decode, encode, nbyt
 from worldlm_ray.exchange.limits import (
     HEADER_BYTES,
     LARGEST_COUNT,
-    LARGEST_NORM,
     LARGEST_SHARE,
     LONGEST_PATH,
     checked,
+    checked_norm,
     header_bytes,
     shown,
 )
-from worldlm_ray.tensors.buffers import Flat, rough_norm
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 
 SCHEMA = 7
@@ -269,6 +269,5 @@ def _residual(raw: Any, layout: Layout) -> Residual:
     if len(fields["values"]) != 4 * sizes.get(layer, -1):
         raise MessageError("wrong_shape", f"a residual of {shown(layer)} has {len(fields['values'])} bytes")
     values = np.frombuffer(fields["values"], np.float32)
-    if not rough_norm(values) <= LARGEST_NORM:
-        raise MessageError("not_finite", f"nan, infinity or a norm above {LARGEST_NORM:g} in a residual of {layer!r}")
+    checked_norm(values, f"a residual of {layer!r}")
     return Residual(**(fields | {"origin": origin, "layer": layer, "values": values}))

@@ -7,10 +7,10 @@ import math
 import numpy as np
 
 from worldlm_ray.errors import MessageError
-from worldlm_ray.exchange.limits import LARGEST_NORM, MOST_SKIPPED
+from worldlm_ray.exchange.limits import MOST_SKIPPED, checked_norm
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.records import LifeRecord
-from worldlm_ray.tensors.buffers import Flat, rough_norm, squared_norm
+from worldlm_ray.tensors.buffers import Flat, squared_norm
 from worldlm_ray.tensors.layout import Layout
 
 
@@ -41,10 +41,7 @@ def check_model(model: Model, layout: Layout, *, seq: int, own: Flat | None, max
         MessageError: not_finite, step_exceeded or implausible_seq.
     """
     check_seqs(model, seq=seq)
-    norm = rough_norm(model.values)
-    if not norm <= LARGEST_NORM:
-        got = f"norm {norm:.4g} is too large" if math.isfinite(norm) else "nan or infinity in the values"
-        raise MessageError("not_finite", got)
+    checked_norm(model.values)
     if max_step is None or own is None:
         return
     split = layout.backbone_size
