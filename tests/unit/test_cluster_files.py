@@ -222,8 +222,9 @@ def test_every_folder_of_the_package_travels_in_the_wheel() -> None:
     import tomllib
 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "worldlm_ray").rglob("__init__.py")}
-    assert set(settings["packages"]) == folders | {"worldlm_ray.conf", "worldlm_ray.cluster", "actors"}
+    inits = [path for top in ("worldlm_ray", "actors") for path in (ROOT / top).rglob("__init__.py")]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in inits}
+    assert set(settings["packages"]) == folders | {"worldlm_ray.conf", "worldlm_ray.cluster"}
     shipped = {path.name for path in (ROOT / "cluster").iterdir() if path.is_file() and path.suffix != ".py"}
     patterns = settings["package-data"]["worldlm_ray.cluster"]
     assert all(any(Path(name).match(pattern) for pattern in patterns) for name in shipped)
