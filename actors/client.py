@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 
 class ClientActor(GracefulShutdown, Leaf):
-    """A client. Its life takes a thread of its own; calls come beside it, and checkpoints are written beside it.
+    """A client. Its life takes a separate thread; calls come beside it, and checkpoints are written beside it.
 
     Args:
         address: the run and the node's path.
@@ -213,7 +213,7 @@ class ClientActor(GracefulShutdown, Leaf):
         return self._take(steps())
 
     def _beat(self) -> None:
-        """Signs of life to the parent, beside the training."""
+        """Heartbeats to the parent, beside the training."""
         while not self._ended.wait(self.plan.config.liveness.heartbeat_s):
             send_heartbeat(self.uplink, self.link)
 

@@ -153,7 +153,7 @@ class ClientPoolActor(GracefulShutdown):
         return path not in await asyncio.shield(self._heard)
 
     async def _beat(self) -> None:
-        """Signs of life to the parent, for all clients together."""
+        """Heartbeats to the parent, for all clients together."""
         while True:
             await asyncio.sleep(self.plan.config.liveness.heartbeat_s)
             members = {member.spec.name: member for member in self.members.values()}
@@ -232,7 +232,7 @@ class _Member(Leaf):
         return self._is_set_up and self.life.delivers_since_s is not None
 
     def heartbeat(self) -> Send | None:
-        """The client's sign of life; None while no parent would hear it."""
+        """The client's heartbeat; None while no parent would hear it."""
         if not (self.is_living or self.is_staying) or self.link.parent is None:
             return None
         return self.uplink.heartbeat()

@@ -179,7 +179,7 @@ def link_of(address: Address, plan: Plan, child: Child) -> Link:
 
 
 def send_heartbeat(uplink: Uplink, link: Link) -> None:
-    """A sign of life whose answer is not waited for: it comes from beside the thread that talks to the parent."""
+    """A heartbeat whose answer is not waited for: it comes from beside the thread that talks to the parent."""
     send, parent = uplink.heartbeat(), link.parent
     if send is not None and parent is not None:
         parent.heartbeat.remote(*send.arguments)
@@ -299,7 +299,7 @@ async def settled_in_time(ref: Any) -> Any:
     """The value behind a reference, for processes that await very many.
 
     Under load an answer may never come though both sides live: it happened to one of some thousands. Asking again
-    costs nothing, since whoever asks twice is served once and what is sent twice is dropped.
+    costs nothing, since a child that asks twice is served once and what is sent twice is dropped.
 
     Raises:
         GetTimeoutError: the value has not come within `ANSWER_S`.

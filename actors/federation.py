@@ -47,7 +47,7 @@ class FederationActor(InnerActor):
             await self._work.wait()
         await self._follow(self._uplink.join())
         while True:
-            if self._told and not self.node.ended:  # somebody below has come back: so does this node
+            if self._told and not self.node.ended:  # a client below has come back: so does this node
                 self._told = False
                 await self._follow(self._uplink.join())
             if self.node.in_flight is not None or self.node.wants_news:
@@ -81,7 +81,7 @@ class FederationActor(InnerActor):
             await asyncio.sleep(STORAGE_AGAIN_S)
 
     def _beat(self) -> None:
-        """A sign of life while an exchange is under way: storage may refuse, and a synchronous parent be long."""
+        """A heartbeat while an exchange is under way: storage may refuse, and a synchronous parent be long."""
         if self._talking:
             send_heartbeat(self._uplink, self._link)
 

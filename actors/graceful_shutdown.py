@@ -24,7 +24,7 @@ class GracefulShutdown:
     """
 
     loop: asyncio.AbstractEventLoop | None = None
-    """An asynchronous actor's: its last words are said there, and nothing else happens there any more."""
+    """An asynchronous actor's: it shuts down there, and nothing else happens there any more."""
     reclaimed = False
     """Whether the process has been told to end: what it does from now on is no answer to anybody who asked."""
 

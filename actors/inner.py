@@ -6,7 +6,7 @@ lock. The order of one exchange, for concurrency's sake:
     1. a child's `push` awaits the buffer, then folds it in one go and answers
     2. its `pull` leaves a future; the machine's Serve command, at once or after a later event, resolves it
     3. the model is put into the object store once; the second and later children get the same reference, and the
-       machine then works on the shared copy instead of its own
+       machine then works on the shared copy instead of a private one
 
 Checkpoints are written by a thread beside (actors/node_checkpoints.py). What a child may forget it is told when the
 checkpoint is on disk.
@@ -177,7 +177,7 @@ class InnerActor(GracefulShutdown):
         for child, incarnation, to in checked("sent", sent, list, longest=len(self.node.children)):
             try:
                 await self._handle(Heartbeat(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
-            except MessageError:  # whoever is superseded learns of it when it joins
+            except MessageError:  # a superseded child learns of it when it joins
                 lost.append(child)
         return lost
 
@@ -264,7 +264,7 @@ class InnerActor(GracefulShutdown):
         await self.start()
 
     async def _live(self) -> None:
-        """What a node does besides answering its children: nothing, at the world."""
+        """What a node does beside answering its children: nothing, at the world."""
 
     async def _tick(self) -> None:
         """Now and then look at the clock, and whether this process still is the one that counts."""
@@ -276,7 +276,7 @@ class InnerActor(GracefulShutdown):
             await self._handle(Clock(now_s=self.clock.now_s()))
 
     def _beat(self) -> None:
-        """A sign of life to the parent, where there is one and it would hear nothing otherwise."""
+        """A heartbeat to the parent, where there is one and it would hear nothing otherwise."""
 
     def shut_down(self) -> None:
         """See GracefulShutdown. The event loop turns no more meanwhile, but a checkpoint may be on its way."""

@@ -44,7 +44,7 @@ class RecorderActor:
             once_storage_answers(self.ready, "the recorder")
 
     def ready(self) -> bool:
-        """Begin, unless it has: whoever has died has, once the storage let it.
+        """Begin, unless it has: a recorder that was restarted has, once the storage let it.
 
         Raises:
             CheckpointError, RunError: the storage refuses.

@@ -121,7 +121,7 @@ def _run_time_of(name: str, namespace: str) -> float | None:
 
 
 def was_restarted() -> bool:
-    """Whether Ray has started this actor again after a death: nobody will tell it to begin."""
+    """Whether Ray has started this actor again after a death: no call will tell it to begin."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
@@ -163,7 +163,7 @@ def beside(work: Callable[[], T]) -> Future[T]:
     def perform() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - a boundary: whoever asks for the result gets it
+        except BaseException as error:  # noqa: BLE001 - a boundary: the caller that asks for the result gets it
             future.set_exception(error)
 
     threading.Thread(target=perform, daemon=True).start()

@@ -1,4 +1,4 @@
-"""The worldlm command as a user meets it: processes of their own, kill -9, wrong configurations."""
+"""The worldlm command as a user meets it: separate processes, kill -9, wrong configurations."""
 
 from __future__ import annotations
 

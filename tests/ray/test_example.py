@@ -1,4 +1,4 @@
-"""The example on Ray, as a user runs it: a process of its own, a Ray of its own."""
+"""The example on Ray, as a user runs it: a separate process with its own Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A private client on Ray whose budget is spent and that stays: it follows its parent, and nobody waits for it."""
+"""A private client on Ray whose budget is spent and that stays: it follows its parent, and blocks nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals and wrong addresses as a user meets them: processes of their own, exit codes, what the terminal shows."""
+"""Signals and wrong addresses as a user meets them: separate processes, exit codes, what the terminal shows."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def outlive_the_head(cluster: Cluster) -> None:
     with a_run(cluster, "redis", rounds=60) as done:
         wait_for(run, "world/us/us0", 6)
         # All that runs on the head: Ray's daemons, what they have placed there, and the command that watches. The
-        # shell that kills them carries this line in its own name: none of the words may match itself.
+        # script that kills them carries this line in its own name: none of the words may match itself.
         cluster.hosts.run(1, "kill -9 $(grep -lsE '[w]orldlm|[g]cs_s|[r]ay' /proc/[0-9]*/cmdline | cut -d/ -f3)")
         time.sleep(5.0)
         back = cluster.hosts.run(1, cluster.head_start)

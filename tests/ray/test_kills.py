@@ -1,4 +1,4 @@
-"""Faults on purpose in real processes: whoever is killed, nothing is lost and nothing applied twice."""
+"""Faults on purpose in real processes: any node is killed, nothing is lost and nothing applied twice."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def two_kinds(folder: Path) -> list[dict[str, Any]]:
 
 
 undisturbed: dict[str, list[tuple[float, float]]] = {}
-"""Losses of runs that nobody was killed in, by who their children are, once they have been measured."""
+"""Losses of undisturbed runs, by who their children are, once they have been measured."""
 
 
 def spread(known: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -217,7 +217,7 @@ def test_storage_that_is_taken_away_comes_back(
     thread.start()
     summary = launch.train(plan, on_progress=looks.append).summary
     thread.join()
-    assert any(node["state"] == "warning" for look in looks for node in look["nodes"].values()), "nobody warned"
+    assert any(node["state"] == "warning" for look in looks for node in look["nodes"].values()), "no node warned"
     found = check(plan, summary)
     assert len(found) == 6
     for path in plan.kinds:
@@ -247,7 +247,7 @@ def test_sigterm_leaves_a_checkpoint(
 
 
 def test_sigterm_does_not_wait_for_siblings(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
-    """Whoever waits for a slow sibling when its machine is reclaimed is elsewhere before that one is through."""
+    """A client that waits for a slow sibling when its machine is reclaimed is elsewhere before that one is through."""
     slow = client("slow", tmp_path, 5, training={"step_delay_s": 5.0})
     children = [crowd("phone", tmp_path, copies=3), client("quick", tmp_path, 4), slow]
     plan = a_plan(tiny, tmp_path / "run", [], children, budget={"rounds": 2}, aggregation={"trigger": "synchronous"})

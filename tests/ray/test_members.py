@@ -30,11 +30,11 @@ from worldlm_ray.tracking.status import read_status
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 Tiny = Callable[..., Plan]
 ROUNDS = 24
-"""Of about a second each: whoever joins in the middle has time to start before the others have ended."""
+"""Of about a second each: a client that joins in the middle has time to start before the others have ended."""
 
 
 class Background:
-    """A run on a thread of its own."""
+    """A run on a separate thread."""
 
     def __init__(self, tiny: Tiny, folder: Path, children: Any = None, **changes: Any) -> None:
         settings: dict[str, Any] = {
@@ -130,7 +130,7 @@ def test_clients_come_and_go_by_the_fault_script(cluster: None, tiny: Tiny, tmp_
     nodes = summary["nodes"]
     for path in ("world/north/a", "world/north/b", "world/south/d"):
         assert nodes[path]["steps"] == nodes[path]["accepted"] * 4 == ROUNDS * 4, path
-    assert nodes["world/south/c"]["steps"] == 0, "nobody waited for one that comes too late"
+    assert nodes["world/south/c"]["steps"] == 0, "a client that comes too late blocks nothing"
     assert all(proof.holds for proof in proofs(run.plan.run_dir))
     lines = [line for line in audit.read(run.plan.run_dir) if line.get("verdict")]
     heard = {name: [line["now_s"] for line in lines if line["sender"] == name] for name in "ad"}
@@ -184,7 +184,7 @@ def test_a_run_outlives_the_process_that_started_it(cluster: None, tiny: Tiny, t
     assert "the run lives: watching it" in done.stdout
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert {summary["nodes"][spec.path]["steps"] for spec in plan.root.clients} == {25 * 4}
-    assert all(proof.again == 0 for proof in proofs(run)), "nobody was restarted"
+    assert all(proof.again == 0 for proof in proofs(run)), "no node was restarted"
 
 
 def wait_for_accepted(run: Path, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Clients that share a process: each is a whole client to its parent, whoever dies."""
+"""Clients that share a process: each is a whole client to its parent, whichever dies."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Ref:
     def _run(self, call: Callable[[], Any]) -> None:
         try:
             self.value = call()
-        except Exception as error:  # noqa: BLE001 - as Ray: whoever asks for the value gets it
+        except Exception as error:  # noqa: BLE001 - as Ray: the caller that asks for the value gets it
             self.error = error
         self.ready.set()
 

@@ -1,4 +1,4 @@
-"""How a process of a run learns the run time: whom it asks, and what it does where nobody answers."""
+"""How a process of a run learns the run time: which actor it asks, and what it does without an answer."""
 
 from __future__ import annotations
 

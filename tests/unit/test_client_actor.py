@@ -46,7 +46,7 @@ class Parent:
         self.gate, self.dead = threading.Event(), False
         self.gate.set()
         self.held = threading.Event()
-        """Set once somebody stands before a closed gate."""
+        """Set once a thread stands before a closed gate."""
         self._one = threading.Lock()
 
     def _handle(self, event: Any) -> list[Any]:

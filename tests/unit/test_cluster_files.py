@@ -25,7 +25,7 @@ Change = Callable[[dict[str, Any]], None]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes onprem.yaml, filled in, with a change of its own."""
+    """Writes onprem.yaml, filled in, with one change."""
     monkeypatch.chdir(ROOT)
     token, key, labels = tmp_path / "token", tmp_path / "key", tmp_path / "labels"
     for file in (token, key):

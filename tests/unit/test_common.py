@@ -16,7 +16,7 @@ from worldlm_ray.records import MergeRecord
 from worldlm_ray.training.local import LocalTrainer
 
 PARTED = {"client": "adaptive", "agreement": 1.0, "common_fraction": 0.25}
-"""Nobody agrees that much."""
+"""No client agrees that much."""
 
 
 @pytest.fixture

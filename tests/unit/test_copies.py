@@ -38,18 +38,18 @@ def test_a_shard_that_is_set_is_that_of_every_copy(tiny: Tiny, tmp_path: Path) -
 
 
 def test_copies_of_a_federation_share_its_text_out_among_all_clients(tiny: Tiny, tmp_path: Path) -> None:
-    inside = [client("phone", tmp_path, 1) | {"copies": 2}, client("desk", tmp_path, 2)]
+    inside = [client("phone", tmp_path, 1) | {"copies": 2}, client("tablet", tmp_path, 2)]
     plan = tiny([{"federation": "region", "copies": 3, "min_clients": 1, "children": inside}])
     assert shards(plan) == {
         "world/region-1/phone-1": "1/6",
         "world/region-1/phone-2": "2/6",
-        "world/region-1/desk": "1/3",
+        "world/region-1/tablet": "1/3",
         "world/region-2/phone-1": "3/6",
         "world/region-2/phone-2": "4/6",
-        "world/region-2/desk": "2/3",
+        "world/region-2/tablet": "2/3",
         "world/region-3/phone-1": "5/6",
         "world/region-3/phone-2": "6/6",
-        "world/region-3/desk": "3/3",
+        "world/region-3/tablet": "3/3",
     }
     assert [spec.min_clients for spec in plan.root.children] == [1, 1, 1]
     assert list(plan.kinds)[:3] == ["world", "world/region-1", "world/region-1/phone-1"]

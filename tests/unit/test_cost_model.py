@@ -68,7 +68,7 @@ def without_values(records: list[Record]) -> list[Record]:
 
 
 def uneven(folder: Path) -> list[dict[str, Any]]:
-    """Two federations and a client of their own, of different speeds, codecs and links."""
+    """Two federations and a single client, of different speeds, codecs and links."""
     slow, thin = {"tokens_per_s": 40.0}, {"bandwidth_gbps": 1e-5}
     phones = client("phone", folder, 1) | {"copies": 4}
     write_text(folder / "phone.txt", seed=1, size=80_000)

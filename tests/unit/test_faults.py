@@ -33,7 +33,7 @@ SCRIPTS = 8
 
 
 def run(plan: Plan, folder: Path, faults: list[str], make_client: Any = drifting) -> tuple[Simulation, list[Any]]:
-    """A whole run with these faults, in a folder of its own."""
+    """A whole run with these faults, in its own folder."""
     return whole_run(plan, folder, make_client=make_client, faults=faults)
 
 
@@ -49,7 +49,7 @@ def world(tiny: Tiny, trigger: str = "goal_achieved", *, children: Any = None, *
 
 
 def check(simulation: Simulation, records: list[Any], why: str) -> None:
-    """Nothing lost, nothing twice, nobody left behind."""
+    """Nothing lost, nothing twice, no node left behind."""
     plan = simulation.plan
     for proof in proofs(plan.run_dir):
         assert proof.holds, (why, proof)
@@ -81,7 +81,7 @@ def a_script(seed: int, plan: Plan) -> list[str]:
         line += f" by {rng.uniform(0, 3):.2f}s" if kind == "delay" else ""
         lines.append(f"{line} for {rng.uniform(0.1, longest_s):.2f}s")
     turning = rng.sample([spec.path for spec in plan.root.clients], rng.randint(0, 2))
-    if rng.random() < 0.25:  # nobody of a federation is there at first
+    if rng.random() < 0.25:  # no client of a federation is there at first
         late = rng.choice([spec.path for spec in plan.root.inner if spec.kind == "federation"])
         turning = [path for path in turning if not path.startswith(f"{late}/")]
         lines.append(f"{rng.uniform(0, 10):.2f}s join {late}")
@@ -307,7 +307,7 @@ def test_nobody_waits_for_a_federation_that_nobody_has_come_to(tiny: Tiny, tmp_p
     earlier = [base for begun_s, base in begun["world/south/c"] if begun_s < at_s]
     moved, before = (np.abs(each - build.initial(plan)).max() for each in (model, earlier[-1]))
     assert moved > 0.5 * before, "the world's"
-    # Killed before anybody has come, a federation still does not join; in the middle of its first news, it asks again.
+    # Killed before any client has come, a federation still does not join. In its first refresh it asks again.
     for number, at_s in enumerate([2.0, 5.305, 5.315, 5.325, 5.4]):
         faulty, records = run(plan, tmp_path / f"killed-{number}", [*script, f"{at_s}s kill world/north for 1s"])
         check(faulty, records, f"killed at {at_s}")
@@ -321,7 +321,7 @@ def test_one_that_left_comes_back_where_it_was(tiny: Tiny, tmp_path: Path) -> No
     assert [event for event, _ in lives(records, "world/north/a")] == ["left", "continued", "finished"]
     numbers = [r.round for r in records if isinstance(r, RoundRecord) and r.node == "world/north/a"]
     assert numbers == list(range(1, ROUNDS + 1)), "no round twice"
-    assert rounds_between(records, "world/south/c", 2.5, 6.5) >= 3, "nobody waited for a federation without clients"
+    assert rounds_between(records, "world/south/c", 2.5, 6.5) >= 3, "a federation without clients blocks nothing"
     heard = [r.now_s for r in records if isinstance(r, MergeRecord) and r.node == "world/north"]
     assert any(6.5 <= at_s < 7.0 for at_s in heard), "it begins from what the world has learned meanwhile"
 

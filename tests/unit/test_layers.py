@@ -1,4 +1,4 @@
-"""Who may import whom: the core runs without Ray, and inner nodes run without torch."""
+"""Which package may import which: the core runs without Ray, and inner nodes run without torch."""
 
 from __future__ import annotations
 

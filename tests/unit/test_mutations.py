@@ -59,7 +59,7 @@ ODD: list[Any] = [
 ROUND = 5
 """Tokens of a local round of either child."""
 STEP = 0.5
-"""merge.max_model_step of whoever has a parent."""
+"""merge.max_model_step of nodes with a parent."""
 NORM = 10.0
 """aggregation.max_update_norm of the node."""
 LIES: list[Any] = [
@@ -178,7 +178,7 @@ def test_mutated_update_messages_change_nothing_beyond_their_allowance(
         before, state = deepcopy(node.children), digest(node)
         folded = node.tokens + (0 if node._fold is None else node._fold.tokens)
         packed = mutated_message(pack(update, layout), chance)
-        sender = chance.choice(["a", "a", "a", "b", "nobody"])
+        sender = chance.choice(["a", "a", "a", "b", "stranger"])
         commands = node.handle(Push(sender=sender, packed=packed, now_s=float(number)))
         [reason] = [command.verdict.reason for command in commands if isinstance(command, Answer)]
         seen[reason] += 1

@@ -643,7 +643,7 @@ def test_who_comes_where_all_have_left_begins_from_what_the_parent_has_learned_s
     assert of(Serve, pull(node, comes)) == [], "what it knows is old"
     [serve] = of(Serve, answer(node, parent_model(7, 8.0)))
     np.testing.assert_array_equal(serve.model.values[:SPLIT], 8.0)
-    assert not of(Refresh, node.handle(Joined(child=NAMES[1], now_s=9.0))), "somebody is here"
+    assert not of(Refresh, node.handle(Joined(child=NAMES[1], now_s=9.0))), "a child is here"
 
 
 def test_one_that_is_done_and_joins_again_asks_for_no_news() -> None:

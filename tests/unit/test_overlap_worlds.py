@@ -83,7 +83,7 @@ def test_an_exchange_that_is_longer_than_a_round_is_waited_for(tiny: Tiny, tmp_p
     all_arrives(simulation)
     heard = [record for record in records if isinstance(record, VerdictRecord)]
     assert [(record.seq, record.base_version, record.tau) for record in heard] == [(n, n - 1, 0) for n in range(1, 5)]
-    # The first pull, a round, three exchanges, the last push and the last word, each with its answer.
+    # The first pull, a round, three exchanges, the last push and the final message, each with its answer.
     assert simulation.now_s == pytest.approx(2.0 + 2.0 + 3 * 4.0 + 2.0 + 2.0, rel=0.01)
 
 

@@ -70,7 +70,7 @@ def test_the_step_is_measured_in_multiples_of_the_own_model(layout: Layout) -> N
     check_model(model, layout, seq=0, own=own, max_step=0.501)
     with pytest.raises(MessageError, match=r"^step_exceeded: it lies 0\.5 times .*max_model_step 0\.499$"):
         check_model(model, layout, seq=0, own=own, max_step=0.499)
-    check_model(model, layout, seq=0, own=None, max_step=0.499)  # a newcomer has nothing of its own
+    check_model(model, layout, seq=0, own=None, max_step=0.499)  # a newcomer has no model yet
 
 
 def test_a_model_that_could_not_be_read_keeps_no_refusal_quiet(layout: Layout) -> None:

@@ -77,8 +77,8 @@ def test_a_paused_client_outlives_kills_and_cuts(tiny: Tiny, tmp_path: Path) -> 
     _, records = run(plan, tmp_path / "calm")
     [since_s] = paused_s(records)
     times = [since_s + wait_s for wait_s in (2.3, 5.0, 8.0)]
-    whom = ["kill world/north/spent for 1s", "kill world/north for 1s", "cut world/north/spent for 2s"]
-    faults = [f"{at_s:.2f}s {what}" for at_s, what in zip(times, whom, strict=True)]
+    events = ["kill world/north/spent for 1s", "kill world/north for 1s", "cut world/north/spent for 2s"]
+    faults = [f"{at_s:.2f}s {what}" for at_s, what in zip(times, events, strict=True)]
     simulation, records = run(plan, tmp_path / "faulty", faults=faults)
     spent = simulation.clients["world/north/spent"]
     assert spent.account is not None

@@ -170,7 +170,7 @@ CASES = [
         fed={"privacy": CLIENT, "aggregation": {"max_share": 0.75, "trigger": "synchronous"}},
     ),
     Case(checks.caps_that_add_up, f"{FED}.aggregation.max_share", fed={"aggregation": {"max_share": 0.5}}),
-    Case(checks.known_faults, "faults[0]", {"faults": ["5s kill world/nobody"]}),
+    Case(checks.known_faults, "faults[0]", {"faults": ["5s kill world/stranger"]}),
     Case(checks.faults_of_single_clients, "faults", {"faults": ["5s leave world/fed/alice"]}, fed=SHARED),
     Case(checks.readable_texts, f"{ALICE}.data.files[0]", alice={"data": {"files": ["no/such/file.txt"]}}),
 ]

@@ -24,7 +24,7 @@ from worldlm_ray.launch.reach import Unreachable
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine of the test may have a cluster, or settings, of its own."""
+    """The machine of the test may have a cluster, or settings."""
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
 

@@ -71,7 +71,7 @@ def test_a_child_is_offered_what_fits_it_and_is_not_its_own() -> None:
     for child, keys in (("a", flat(0, 0, 1, 0)), ("b", flat(0, 0, 1, 1)), ("c", flat(0, 0, -1, 1))):
         look(ours, child, keys, (1.0, 1.0))
     assert [r.origin for r in ours.offer("b")] == ["world/europe/a"]
-    assert ours.offer("a") == ours.offer("c") == ours.offer("nobody") == ()
+    assert ours.offer("a") == ours.offer("c") == ours.offer("stranger") == ()
 
 
 def test_residuals_age_and_go_and_the_newer_replaces_the_older() -> None:

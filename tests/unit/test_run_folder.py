@@ -327,7 +327,7 @@ def test_a_run_that_has_begun_is_kept(tiny: Any, tmp_path: Path) -> None:
     assert (plan.run_dir / "config.yaml").is_file()
 
 
-ODD = ["sweep[lr]", "a[/b]", "with space", "it's", '"quoted"', "~nobody-of-this-name", ":smile:", "#1", "ü 中"]
+ODD = ["sweep[lr]", "a[/b]", "with space", "it's", '"quoted"', "~no-user-of-this-name", ":smile:", "#1", "ü 中"]
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -363,9 +363,9 @@ def test_nothing_that_is_printed_is_read_as_markup(capsys: pytest.CaptureFixture
 
 
 def test_a_home_folder_that_is_no_ones_is_the_name_of_a_file(tiny: Any) -> None:
-    nobody = "~nobody-of-this-name/t.txt"
-    assert filesystem.expanded(nobody) == Path(nobody)
-    with pytest.raises(ConfigError, match="nobody-of-this-name"):
-        tiny([{"client": "a", "data": {"files": [nobody]}}])
-    with pytest.raises(ConfigError, match="nobody-of-this-name"):
-        load("~nobody-of-this-name/conf.yaml")
+    unknown = "~no-user-of-this-name/t.txt"
+    assert filesystem.expanded(unknown) == Path(unknown)
+    with pytest.raises(ConfigError, match="no-user-of-this-name"):
+        tiny([{"client": "a", "data": {"files": [unknown]}}])
+    with pytest.raises(ConfigError, match="no-user-of-this-name"):
+        load("~no-user-of-this-name/conf.yaml")

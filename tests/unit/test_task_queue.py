@@ -76,7 +76,7 @@ def test_a_group_that_says_it_failed_is_lost_at_once(queue: TaskQueue) -> None:
 def test_the_group_of_an_earlier_life_of_the_client_is_sent_away(queue: TaskQueue) -> None:
     queue.started(STRANGER, 2)
     assert queue.next(STRANGER, 0, 0.01) == LEAVE
-    queue.failed(STRANGER, "nobody cares")
+    queue.failed(STRANGER, "no effect")
     assert queue.wait_for_group(None) == (OLD, 2)
 
 

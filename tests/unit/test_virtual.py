@@ -11,7 +11,7 @@ import pytest
 from support.worlds import client, write_text
 
 from worldlm_ray.client.client import Client
-from worldlm_ray.client.shared import BufferStore, VirtualClients, seated_bytes
+from worldlm_ray.client.shared import BufferStore, VirtualClients, slot_bytes
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan import build
@@ -63,7 +63,7 @@ def test_who_takes_turns_computes_the_same_bits(tiny: Tiny, tmp_path: Path, limi
         assert our.report(64) == their.report(64)
         assert our.report(64, parameters=build.initial(plan)) == their.report(64, parameters=build.initial(plan))
         assert our.sample(tokens=5) == their.sample(tokens=5)
-    lies_in_files = together.shelf.file_bytes > 0
+    lies_in_files = together.store.file_bytes > 0
     assert lies_in_files == (limit_bytes == 0)
 
 
@@ -114,16 +114,16 @@ def test_between_its_turns_a_client_holds_flat_buffers(tiny: Tiny, tmp_path: Pat
         one = together.make(spec.path)
         together.settle(one)
         live(one, build.initial(plan), 0)
-    together.shared.rise()
+    together.shared.deactivate()
     step_counts = 2 * 4
-    assert together.shelf.memory_bytes == 2 * seated_bytes(plan) + step_counts
+    assert together.store.memory_bytes == 2 * slot_bytes(plan) + step_counts
 
 
-def test_a_shelf_that_is_full_puts_buffers_into_files() -> None:
-    shelf = BufferStore(100)
+def test_a_store_that_is_full_puts_buffers_into_files() -> None:
+    store = BufferStore(100)
     small, large = np.arange(20, dtype=np.float32), np.arange(30, dtype=np.float32)
-    kept = [shelf.keep(small), shelf.keep(large), shelf.keep(small[:5])]
-    assert (shelf.memory_bytes, shelf.file_bytes) == (100, 120)
+    kept = [store.keep(small), store.keep(large), store.keep(small[:5])]
+    assert (store.memory_bytes, store.file_bytes) == (100, 120)
     kept[1] += 1
     np.testing.assert_array_equal(kept[1], np.arange(1, 31))
     np.testing.assert_array_equal(large, np.arange(30))

@@ -32,7 +32,7 @@ class Sender:
     exhausted: bool = False
     """Whether its privacy budget holds no further update."""
     quota: Quota | None = None
-    """What it may claim; None where nobody has said."""
+    """What it may claim; None where it is not known."""
 
 
 def check_plain(event: Event) -> None:
@@ -43,7 +43,7 @@ def check_plain(event: Event) -> None:
     """
     for name, value in vars(event).items():
         if name in _PLAIN:
-            jumps = name == "incarnation" and isinstance(event, Joined)  # has a limit and a name of its own
+            jumps = name == "incarnation" and isinstance(event, Joined)  # has its own limit and name
             checked(name, value, _PLAIN[name], most=math.inf if jumps else LARGEST_COUNT)
 
 

@@ -83,7 +83,7 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class ParentModel:
-    """The parent's model arrived: the end of an exchange, or the news that was asked for."""
+    """The parent's model arrived: the end of an exchange, or of a refresh."""
 
     model: Model | None
     """None where what came was no model: the node goes on with its own."""
@@ -128,7 +128,7 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class Refresh:
-    """Join the parent, pull, and bring its model as a ParentModel: a child has come where nobody was."""
+    """Join the parent, pull, and bring its model as a ParentModel: the first child has come."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,7 +204,7 @@ class Fold:
     def _own_logits(self, own: Flat, absent: Sequence[Sequence[float]]) -> list[float]:
         """The weight of those absent (and of the node itself, where that was asked for) for each key layer."""
         tokens, rules = self.tokens / len(self.contributors), self.rules.attention
-        # Of a child that nobody has seen yet, these here are the best guess.
+        # Of a child that has sent nothing yet, these here are the best guess.
         middle = [sum(column) / len(column) for column in zip(*self.fits, strict=True)]
         logits = [with_prior(log_sum([fit or middle for fit in absent]), tokens)] if absent else []
         if rules.self_weight > 0.0:

@@ -395,7 +395,7 @@ class Node:
 
     def answered(self, verdict: Verdict) -> None:
         """The parent's word about an update of this node."""
-        self.outbox.heed(verdict)
+        self.outbox.apply(verdict)
 
     def use_shared_copy(self, own: Flat, shared: Flat) -> Flat:
         """Use another buffer with the same values in place of one of the node's own.

@@ -34,7 +34,7 @@ class ClientPrivacy:
     """What a node promises the clients directly below it."""
 
     federations: frozenset[str]
-    """Children whose updates carry noise of their own. Everybody else is a client: clipped, and paid for."""
+    """Children whose updates carry their own noise. All others are clients: clipped, and paid for."""
     bound: float
     """L2 norm to which a whole update is clipped (C)."""
     noise: float

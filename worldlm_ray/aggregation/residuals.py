@@ -3,8 +3,8 @@
 At an aggregation, a child's key layer whose score against the node's own is below `residuals.threshold` has next to no
 weight in the blend: what its owner learned would be lost. Up to `per_round` of them become residuals. The node keeps
 them in a bounded pool, offers each pulling child those that its own key layers fit best (and that do not come from it),
-and passes on to its parent those that fitted nobody in half of their time. At a child they are candidates of attention
-beside its own and its parent's, discounted by age.
+and passes on to its parent those that fitted no child in half of their time. At a child they are candidates of
+attention beside its own and its parent's, discounted by age.
 
 Source: WorldLM (arXiv 2405.14446), for the idea; threshold, pool, ages and offers are ours.
 """

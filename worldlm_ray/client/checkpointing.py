@@ -76,7 +76,7 @@ def _pay_again(client: Client, account: Account, charges: int) -> None:
     if found < charges:
         raise PrivacyError(
             f"{account.ledger.path}: holds {found} of the {charges} charges that {client.spec.path} has made; "
-            "restore the file from a copy: without it nobody knows what was spent"
+            "restore the file from a copy: without it the spending is unknown"
         )
     left = client.training.local_steps - client.step
     if client.began and left and not account.charge(client.round + 1, steps=left):

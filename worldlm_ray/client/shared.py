@@ -2,8 +2,8 @@
 
 A client needs the model and the optimizer only while it trains. In between it is a few flat buffers: its weights, its
 moments, the base of its round, its parent's key layers. `SharedTrainer` has the only model and optimizer; each client
-holds a `Slot`, which is a trainer to it: whoever is asked to train takes the place of whoever did last, and the buffers
-of the two are copied. What a client computes does not depend on who trained before it.
+holds a `Slot`, which is a trainer to it. Training a client swaps its state in and the state of the client before out:
+the buffers of the two are copied. What a client computes does not depend on who trained before it.
 
 Buffers lie in memory up to a limit and in mapped files beyond it: those the system writes out when memory is short.
 """
@@ -44,7 +44,7 @@ class BufferStore:
         self.memory_bytes = self.file_bytes = 0
 
     def keep(self, values: Flat) -> Flat:
-        """A copy of a buffer on the shelf, to be changed in place from now on."""
+        """A copy of a buffer in the store, to be changed in place from now on."""
         if self.limit_bytes is None or self.memory_bytes + values.nbytes <= self.limit_bytes:
             self.memory_bytes += values.nbytes
             return np.array(values)
@@ -61,42 +61,42 @@ class SharedTrainer:
 
     Args:
         trainer: what trains.
-        shelf: where clients' buffers lie.
+        store: where clients' buffers lie.
     """
 
-    def __init__(self, trainer: LocalTrainer, shelf: BufferStore) -> None:
-        self.trainer, self.shelf = trainer, shelf
+    def __init__(self, trainer: LocalTrainer, store: BufferStore) -> None:
+        self.trainer, self.store = trainer, store
         self.swaps = 0
         """How often one client has taken the place of another."""
-        self._sitting: Slot | None = None
+        self._active: Slot | None = None
 
-    def seat(self, *, noise: float = 0.0) -> Slot:
+    def slot(self, *, noise: float = 0.0) -> Slot:
         """A place for one client more, whose privacy needs so much noise."""
         return Slot(self, noise=noise)
 
-    def sit(self, seat: Slot) -> None:
-        """Let a client take the place of whoever has it."""
-        if self._sitting is seat:
+    def activate(self, slot: Slot) -> None:
+        """Swap a client into the model."""
+        if self._active is slot:
             return
-        self.rise()
+        self.deactivate()
         self.swaps += 1
-        self.trainer.write(seat.theta)
+        self.trainer.write(slot.theta)
         self.trainer.forget()
-        self.trainer.load_optimizer_state(seat.moments)
-        self.trainer.noise = seat.noise
-        self._sitting = seat
+        self.trainer.load_optimizer_state(slot.moments)
+        self.trainer.noise = slot.noise
+        self._active = slot
 
-    def rise(self) -> None:
-        """Take down what whoever sits there has learned; nobody sits there then."""
-        seat, self._sitting = self._sitting, None
-        if seat is None:
+    def deactivate(self) -> None:
+        """Swap the active client out: keep what it has learned."""
+        slot, self._active = self._active, None
+        if slot is None:
             return
-        self.trainer.read(seat.theta)
-        seat.take_moments(self.trainer.optimizer_state())
+        self.trainer.read(slot.theta)
+        slot.take_moments(self.trainer.optimizer_state())
 
-    def is_sitting(self, seat: Slot) -> bool:
+    def is_active(self, slot: Slot) -> bool:
         """Whether the model is this client's now."""
-        return self._sitting is seat
+        return self._active is slot
 
 
 class Slot(Trainer):
@@ -111,7 +111,7 @@ class Slot(Trainer):
 
     def read(self, out: Flat | None = None) -> Flat:
         """The parameters: a copy, into `out` if given."""
-        if self._shared.is_sitting(self):
+        if self._shared.is_active(self):
             return self._shared.trainer.read(out)
         if out is None:
             return np.array(self.theta)
@@ -120,10 +120,10 @@ class Slot(Trainer):
 
     def write(self, values: Flat) -> None:
         """Set the parameters; the optimizer's state stays."""
-        if self._shared.is_sitting(self):
+        if self._shared.is_active(self):
             self._shared.trainer.write(values)
         elif self.theta.size == 0:
-            self.theta = self._shared.shelf.keep(values)
+            self.theta = self._shared.store.keep(values)
         else:
             self.theta[:] = values
 
@@ -135,24 +135,24 @@ class Slot(Trainer):
         should_stop: Callable[[], bool] = lambda: False,
     ) -> RoundResult:
         """Take one optimizer step per batch."""
-        self._shared.sit(self)
+        self._shared.activate(self)
         return self._shared.trainer.run(batches, rate, should_stop=should_stop)
 
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
         """Summed loss in nats and number of tokens."""
-        # Of other parameters, the model of whoever sits there is put back afterwards: nobody has to move.
-        if parameters is None and not self._shared.is_sitting(self):
+        # Of other parameters, the model of the active client is put back afterwards.
+        if parameters is None and not self._shared.is_active(self):
             parameters = self.theta
         return self._shared.trainer.evaluate(batches, parameters=parameters)
 
     def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
         """Token ids that continue a prompt."""
-        self._shared.sit(self)
+        self._shared.activate(self)
         return self._shared.trainer.sample(prompt, tokens=tokens, temperature=temperature, seed=seed)
 
     def optimizer_state(self) -> dict[str, Flat]:
         """The moments and the step count."""
-        if self._shared.is_sitting(self):
+        if self._shared.is_active(self):
             return self._shared.trainer.optimizer_state()
         return {name: np.array(values) for name, values in self.moments.items()}
 
@@ -160,14 +160,14 @@ class Slot(Trainer):
         """Restore what `optimizer_state` gave."""
         if not saved:
             return
-        if self._shared.is_sitting(self):
+        if self._shared.is_active(self):
             self._shared.trainer.load_optimizer_state(saved)
         else:
             self.take_moments(saved)
 
     def forget(self) -> None:
         """Drop the moments and the step count."""
-        if self._shared.is_sitting(self):
+        if self._shared.is_active(self):
             self._shared.trainer.forget()
         self.moments = {}
 
@@ -177,12 +177,12 @@ class Slot(Trainer):
             if name in self.moments:
                 self.moments[name][:] = values
             else:
-                self.moments[name] = self._shared.shelf.keep(values)
+                self.moments[name] = self._shared.store.keep(values)
         if not state:
             self.moments = {}
 
 
-def seated_bytes(plan: Plan) -> int:
+def slot_bytes(plan: Plan) -> int:
     """Bytes of one client between its turns, without updates that its parent has not made durable yet."""
     return plan.layout.nbytes * (2 + len(MOMENTS)) + 4 * plan.layout.key_size
 
@@ -200,12 +200,12 @@ class VirtualClients:
         self.plan = plan
         open_files.raise_limit()
         self.specs = {spec.path: spec for spec in specs}
-        self.shelf = BufferStore(limit_bytes)
+        self.store = BufferStore(limit_bytes)
         settings = specs[0].settings
         noise = 0.0 if settings.privacy.unit == "record" else None  # of each client: see Slot
         trainer = trainer_of(plan.shape, plan.layout, settings, noise=noise)
         assert isinstance(trainer, LocalTrainer), "clients whose trainer holds two models share no process"
-        self.shared = SharedTrainer(trainer, self.shelf)
+        self.shared = SharedTrainer(trainer, self.store)
         self._origin: Flat | None = None
 
     @cached_property
@@ -232,9 +232,9 @@ class VirtualClients:
         return client
 
     def _seat(self, account: Account | None) -> Slot:
-        return self.shared.seat(noise=0.0 if account is None else account.noise)
+        return self.shared.slot(noise=0.0 if account is None else account.noise)
 
     def settle(self, client: Client) -> None:
-        """Lay a client's buffers on the shelf, once it is as its checkpoint says."""
+        """Keep a client's buffers in the store, once it is as its checkpoint says."""
         link = client.link
-        link.anchor, link.parent_keys = self.shelf.keep(link.anchor), self.shelf.keep(link.parent_keys)
+        link.anchor, link.parent_keys = self.store.keep(link.anchor), self.store.keep(link.parent_keys)

@@ -38,7 +38,7 @@ class AttentionConfig:
     personal: bool = False
     """Key layers are never taken from the parent: a client's stay its own (FedPer)."""
     self_weight: float = 0.0
-    """A node's own key layer counts as this many children, besides standing for those absent."""
+    """A node's own key layer counts as this many children, and stands for those absent as well."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A client's text: files of its own, or a corpus that every installation holds."""
+    """A client's text: its own files, or a corpus that every installation holds."""
 
     files: list[str] = field(default_factory=list)
     """Files, folders and globs: .txt, .jsonl, .ndjson, .json, all also compressed (.gz, .zst, .bz2, .xz), and .parquet.
@@ -232,7 +232,7 @@ class LivenessConfig:
     """How nodes notice that another has died, or cannot be reached."""
 
     heartbeat_s: float = 2.0
-    """Seconds between two signs of life from a child to its parent."""
+    """Seconds between two heartbeats from a child to its parent."""
     k: float = 6.0
     """A child is given up once it is silent for the median of its gaps and k median absolute deviations ..."""
     grace_s: float = 30.0

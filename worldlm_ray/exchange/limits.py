@@ -1,6 +1,6 @@
 """How large what arrives may be: checked before it is used, and of a header before it is parsed.
 
-Whoever sends is known, but may be broken or lie. A length is limited before msgpack makes objects of the bytes; a count
+The sender is known, but may be broken or lie. A length is limited before msgpack makes objects of the bytes; a count
 stays where fp64 and JSON hold it exactly; what can only rise, rises by a bounded jump.
 """
 

@@ -115,12 +115,12 @@ class ParentLink:
 
     def answered(self, verdict: Verdict) -> None:
         """The parent's verdict on an update."""
-        self.outbox.heed(verdict)
+        self.outbox.apply(verdict)
 
     # ---- down ------------------------------------------------------------------------------------------------
 
     def look_at(self, model: Model | None, *, own: Flat | None, now_s: float) -> tuple[Model | None, list[LifeRecord]]:
-        """The parent's model, unless it is refused, and a warning if that is news.
+        """The parent's model, unless it is refused, and a warning at the first refusal.
 
         Args:
             model: what has come; None for what was no model.

@@ -73,7 +73,7 @@ class Update:
     values: Flat
     """[change of the backbone | change of the key layers]."""
     residuals: tuple[Residual, ...] = ()
-    """What fitted nobody below the sender."""
+    """What fitted no child of the sender."""
     codec: str = "fp32"
     """How the values travel: a name of compression.CODECS."""
     base_incarnation: int = 1

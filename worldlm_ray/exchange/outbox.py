@@ -49,7 +49,7 @@ class Outbox:
         """What a parent that has accepted up to `seq` has not got, in the order in which it was made."""
         return [self._updates[number] for number in sorted(self._updates) if number > seq]
 
-    def heed(self, verdict: Verdict) -> None:
+    def apply(self, verdict: Verdict) -> None:
         """Take the parent's word about an update: drop what it will never take, and what it cannot lose."""
         self.durable(verdict.durable_seq)
         if verdict.reason not in (ACCEPTED, "duplicate", *_AGAIN):
@@ -99,7 +99,7 @@ def limited(update: Update, most: int) -> Update:
 
 
 def revived(entry: dict[str, Any], values: Flat) -> Update:
-    """The update that `fields` wrote down; what an earlier version wrote besides is left out."""
+    """The update that `fields` wrote down; what an earlier version wrote in addition is left out."""
     return Update(**{key: value for key, value in entry.items() if key in _FIELDS}, values=values)
 
 

@@ -170,7 +170,7 @@ def shared_without_workers(plan: Plan) -> Iterable[ConfigError]:
     for _, client, key, number in _sharing(plan):
         if deepspeed_config.is_zero(client.settings):
             yield ConfigError(
-                key, f"{number}, but a client that DeepSpeed trains has workers of its own", "set it to 1 there"
+                key, f"{number}, but a client that DeepSpeed trains has its own workers", "set it to 1 there"
             )
 
 

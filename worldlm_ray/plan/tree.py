@@ -7,7 +7,7 @@ depth.
 
 Many that are alike are written once. `client: phone` with `copies: 1000` stands for phone-0001 to phone-1000; a
 federation may have copies, too, each with all that is below it. Of a text that several copies are given, each client
-has a part of its own (`data.shard`), so that together they have all of it, once; where `data.shard` is set, or
+has its part (`data.shard`), so that together they have all of it, once; where `data.shard` is set, or
 `data.pool`, they all have the same. Settings are resolved once for all copies, which share their key.
 """
 

@@ -4,7 +4,7 @@
     push        send an update
     pull        get the parent's model
     done, left  the last message
-    heartbeat   a sign of life
+    heartbeat   that the child lives
 
 A parent may die at any moment and come back from a checkpoint, or the network between the two may fail. Whatever cut a
 call off, the child joins again and goes on from what the parent then says it has.
@@ -189,7 +189,7 @@ class Uplink:
         return True
 
     def heartbeat(self) -> Send | None:
-        """A sign of life to be sent without waiting for its answer; None while no parent is joined."""
+        """A heartbeat to be sent without waiting for its answer; None while no parent is joined."""
         return Send("heartbeat", (self._name, self._child.incarnation, self._to)) if self._to else None
 
     # ---- calls ---------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class Uplink:
                 raise Lost(verdict.detail)
             if verdict.reason != "out_of_turn":
                 return
-            # Sent again after a restart, while its forerunner waits for its siblings': not before that is through.
+            # Sent again after a restart, while the one before waits for its siblings': not before that is through.
             yield from self._ask()
 
     def _welcomed(self, welcome: Welcome) -> None:

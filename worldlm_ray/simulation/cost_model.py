@@ -146,7 +146,7 @@ class CostClient:
 
     def answered(self, verdict: Verdict) -> None:
         """The parent's word about an update."""
-        self.outbox.heed(verdict)
+        self.outbox.apply(verdict)
 
     def begin(self, model: Model, *, now_s: float) -> list[Record]:
         """Begin a local round."""

@@ -12,8 +12,8 @@ events at the same times, a hundred thousand clients in minutes.
 
 Faults on purpose (worldlm_ray/plan/faults.py) are simulated, too: a node that is killed comes back from its last
 checkpoint, a call whose answer is lost fails after a while, and its caller joins its parent again, as on Ray. Where
-something can fail, children send signs of life and parents look at the clock, all of them at once every
-`liveness.heartbeat_s`; where nothing can, nobody could be silent, and nobody looks.
+something can fail, children send heartbeats and parents look at the clock, all of them at once every
+`liveness.heartbeat_s`. Where nothing can fail, no child can be silent, and no parent looks.
 
 Clients come and go as on Ray, too: by the fault script, and in federations that have fewer places than clients.
 """

@@ -1,7 +1,7 @@
 """The common model of a client that has left for its own: its parent's, which it goes on training beside.
 
 With `merge: {client: adaptive}` a client that no longer agrees with the others keeps its own model. If it then pushed
-what it did to that, its parent's model would be the mean of models that never met again, good for nobody. With
+what it did to that, its parent's model would be the mean of models that never met again, good for no client. With
 `merge.common_fraction` a part of every batch trains the model that was pulled, as in FedAvg, and this is what is
 pushed; the rest trains the client's own. No token is trained twice, and none more than without.
 
