@@ -28,7 +28,7 @@ Tiny = Callable[..., Plan]
 @pytest.fixture
 def zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that begin with zeros: whole numbers stay whole numbers, and sums are exact."""
-    monkeypatch.setattr(Plan, "initial", lambda self: frozen(np.zeros(self.layout.size, np.float32)))
+    monkeypatch.setattr("worldlm_ray.plan.build.initial", lambda plan: frozen(np.zeros(plan.layout.size, np.float32)))
 
 
 def small_world(tiny: Tiny, folder: Path, **changes: Any) -> Plan:
