@@ -8,8 +8,9 @@ from typing import TypeVar
 from actors.drivers import carried, follow, link_of, send_heartbeat
 from actors.inner import InnerActor
 from actors.shared import STORAGE_AGAIN_S, Address
-from worldlm_ray.aggregation.events import ParentModel
+from worldlm_ray.aggregation.events import ParentModel, Send, Shared, UpdateDue, UpdateSent
 from worldlm_ray.protocol.child import Steps, Uplink
+from worldlm_ray.protocol.node_child import NodeAsChild
 from worldlm_ray.records import Record
 
 T = TypeVar("T")
@@ -28,13 +29,14 @@ class FederationActor(InnerActor):
         """Whether the parent knows that everything below has ended."""
         self._talking = False
         super().__init__(address)
-        self._uplink = Uplink(self.plan, address.path, self.node, tell=self._record, now_s=self.clock.now_s)
-        self._link = link_of(address, self.plan, self.node)
+        child = NodeAsChild(self.node)
+        self._uplink = Uplink(self.plan, address.path, child, tell=self._record, now_s=self.clock.now_s)
+        self._link = link_of(address, self.plan, child)
 
     def _exchange(self) -> None:
         """Hand the update over to the task that talks to the parent."""
-        update = self.node.begin_exchange()
-        self.node.use_shared_copy(update.values, self._link.share(update).values)
+        [due] = [command for command in self.node.handle(UpdateDue()) if isinstance(command, Send)]
+        self.node.handle(Shared(own=due.update.values, copy=self._link.share(due.update).values))
         self._work.set()
 
     def _ask_for_news(self) -> None:
@@ -42,7 +44,7 @@ class FederationActor(InnerActor):
 
     async def _live(self) -> None:
         """Talk to the parent: one task does, so that nothing overtakes. Children are served all the while."""
-        while self.node.is_deserted and not self.node.ended:
+        while self.node.children.have_never_joined and not self.node.ended:
             self._work.clear()
             await self._work.wait()
         await self._follow(self._uplink.join())
@@ -50,11 +52,12 @@ class FederationActor(InnerActor):
             if self._told and not self.node.ended:  # a client below has come back: so does this node
                 self._told = False
                 await self._follow(self._uplink.join())
-            if self.node.in_flight is not None or self.node.wants_news:
+            if self.node.in_flight is not None or self.node.wants_refresh:
                 self._talking = True
                 if self.node.in_flight is not None:
                     await self._until_known()
-                    await self._follow(self._uplink.push(self.node.send()))
+                    self.node.handle(UpdateSent())
+                    await self._follow(self._uplink.push(self.node.in_flight))
                 model = await self._follow(self._uplink.pull())
                 self._talking = False
                 await self._handle(ParentModel(model=model, now_s=self.clock.now_s()))

@@ -38,7 +38,9 @@ from actors.shared import (
     settle,
     was_restarted,
 )
+from worldlm_ray.aggregation.children import Status
 from worldlm_ray.aggregation.events import (
+    Admit,
     Answer,
     Charge,
     Clock,
@@ -56,11 +58,14 @@ from worldlm_ray.aggregation.events import (
     Refresh,
     Save,
     Serve,
+    Shared,
+    Started,
     Wake,
 )
 from worldlm_ray.errors import CheckpointError, MessageError, SupersededError, WorldLMError
 from worldlm_ray.exchange.limits import checked
 from worldlm_ray.exchange.messages import Packed, pack
+from worldlm_ray.exchange.quota import Quota
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import build, rundir
 from worldlm_ray.plan.quotas import quota
@@ -86,12 +91,13 @@ class InnerActor(GracefulShutdown):
         self.faults = self.plan.faults
         self._place = checkpoint.folder(self.plan.run_dir, self.spec.path)
         self.records = NodeRecords(self.spec.path, self.node, self.clock, address.recorder, self.plan.run_dir)
-        self._verdict: Verdict | None = None
         self._pulls: dict[str, asyncio.Future[Carried]] = {}
         self._published: tuple[Flat, Any] | None = None
         self._checkpoints = NodeCheckpoints(
             self.plan, self.spec.path, self.node, self.clock, self.records, spawn=self._spawn
         )
+        self._due: list[Command] = []
+        """What is to be done when the node starts."""
         self._is_up = False
         self._started = asyncio.Event()
         self._ended = asyncio.Event()
@@ -106,18 +112,23 @@ class InnerActor(GracefulShutdown):
     async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
         """A child is here; returns what it must know."""
         await self._started.wait()
-        await self._learn(checked("child", child, str))
-        await self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=self.clock.now_s()))
-        return self.node.welcome(child)
+        found = await self._quota(checked("child", child, str))
+        now_s = self.clock.now_s()
+        commands = await self._handle(Joined(child=child, incarnation=incarnation, seq=seq, quota=found, now_s=now_s))
+        [welcome] = [command.welcome for command in commands if isinstance(command, Admit)]
+        return welcome
 
-    async def _learn(self, child: str) -> None:
+    async def _quota(self, child: str) -> Quota | None:
         """What a child may claim that has come since this node's plan was made: the run's folder says it.
+
+        Returns:
+            None where the node knows.
 
         Raises:
             MessageError: the run has no such child.
         """
-        if child in self.node.quotas:
-            return
+        if child in self.node.children.quotas:
+            return None
         read = partial(rundir.renewed, self.plan)
         try:
             plan = await asyncio.get_running_loop().run_in_executor(None, read)
@@ -126,16 +137,15 @@ class InnerActor(GracefulShutdown):
         spec = plan.specs.get(f"{self.spec.path}/{child}")
         if spec is None:
             raise MessageError("unknown_sender", f"{self.spec.path} has no child {child!r}")
-        self.node.quotas[child] = quota(spec, plan.round_tokens, plan.config.budget)
+        return quota(spec, plan.round_tokens, plan.config.budget)
 
     async def push(self, sender: str, incarnation: int, to: int, header: bytes, refs: list[Any]) -> Verdict:
         """Take an update. The buffer is mapped from the object store and folded without a copy."""
         values = await refs[0]
         await self._started.wait()
         packed, now_s = Packed(header, values), self.clock.now_s()
-        await self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=now_s))
-        verdict = self._verdict
-        assert verdict is not None
+        commands = await self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=now_s))
+        [verdict] = [command.verdict for command in commands if isinstance(command, Answer)]
         self._checkpoints.save_if_due()
         return verdict
 
@@ -163,7 +173,7 @@ class InnerActor(GracefulShutdown):
         await self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=self.clock.now_s()))
         if child not in self.node.children:
             raise MessageError("unknown_sender", f"{self.spec.path} has no child {child!r}")
-        return self.node.children[child].gone
+        return self.node.children[child].left_durable
 
     async def heartbeat(self, child: str, incarnation: int, to: int) -> None:
         """A child lives."""
@@ -202,7 +212,7 @@ class InnerActor(GracefulShutdown):
         self._publish()
         self.loop = asyncio.get_running_loop()
         self._started.set()
-        self._perform(self.node.resume())
+        self._perform(self._due)
         self._spawn(self._live())
         self._spawn(self._tick())
 
@@ -216,7 +226,7 @@ class InnerActor(GracefulShutdown):
 
     async def give_up(self, child: str) -> None:
         """There is no room for a client that has never been there."""
-        if self.node.children[child].awaited:
+        if self.node.children[child].status is Status.EXPECTED:
             await self._handle(Done(child=child, to=self.node.incarnation, now_s=self.clock.now_s()))
 
     async def ended(self) -> None:
@@ -245,7 +255,7 @@ class InnerActor(GracefulShutdown):
         found = checkpoint.load(self._place, warn=self.records.warn)
         if found is not None:
             self.node.restore(*found)
-        self.node.incarnation = incarnation
+        self._due = self.node.handle(Started(incarnation=incarnation))
         if incarnation > 1:
             self.records.audit.restored(
                 now_s=self.clock.now_s(), incarnation=incarnation, last_seq=self.node.covers().seqs
@@ -285,13 +295,14 @@ class InnerActor(GracefulShutdown):
 
     # ---- the machine -----------------------------------------------------------------------------------------
 
-    async def _handle(self, event: Event) -> None:
+    async def _handle(self, event: Event) -> list[Command]:
         await self._checkpoints.steady()
         with self.records.busy():
             commands = self.node.handle(event)
         if not self.node.ended:
             self._ended.clear()  # a child has come back
         self._perform(commands)
+        return commands
 
     def _perform(self, commands: list[Command]) -> None:
         records: list[Record] = []
@@ -300,8 +311,6 @@ class InnerActor(GracefulShutdown):
                 records.append(self.records.noted(command.record))
             elif isinstance(command, Charge):
                 self._charge(command.child)
-            elif isinstance(command, Answer):
-                self._verdict = command.verdict
             elif isinstance(command, Serve):
                 future = self._pulls.pop(command.child, None)
                 if future is not None and not future.done():
@@ -351,7 +360,8 @@ class InnerActor(GracefulShutdown):
             values = self.node.theta
             ref = ray.put(values)
             # Blocking is right here: the object is on this machine already, and no event may come in between.
-            self._published = (self.node.use_shared_copy(values, ray.get(ref)), ref)
+            self.node.handle(Shared(own=values, copy=ray.get(ref)))
+            self._published = (self.node.theta, ref)
         return self._published[1]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from actors.node_records import NodeRecords
 from actors.shared import end_process, write_checkpoint
-from worldlm_ray.aggregation.node import Covered, Node
+from worldlm_ray.aggregation.events import Covered, Saved
+from worldlm_ray.aggregation.node import Node
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.run_clock import RunClock
@@ -137,7 +138,7 @@ class NodeCheckpoints:
             self._records.warn(f"no checkpoint: {error}")
         else:
             self.refused_s = None
-            self._node.saved(covered)
+            self._node.handle(Saved(covered=covered))
         finally:
             self._steady.set()
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import exchange
-from worldlm_ray.aggregation.events import Joined, Pull, Push
+from worldlm_ray.aggregation.events import Joined, Pull, Push, Saved, Shared
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.exchange.messages import Packed, Update, pack
@@ -41,14 +42,10 @@ def seconds_per_update(layout: Layout, children: int) -> float:
     """Median over updates, each of another child in turn."""
     names = tuple(f"c{index}" for index in range(children))
     node = Node(
-        path="world",
-        children=names,
-        aggregation=AggregationConfig(),
-        merge=MergeConfig(),
-        has_parent=False,
-        layout=layout,
-        initial=frozen(np.zeros(layout.size, np.float32)),
-        budget=BudgetConfig(rounds=10**6),
+        NodePlace(path="world", children=names, has_parent=False),
+        NodeRules(aggregation=AggregationConfig(), merge=MergeConfig(), budget=BudgetConfig(rounds=10**6)),
+        layout,
+        frozen(np.zeros(layout.size, np.float32)),
     )
     for name in names:
         node.handle(Joined(child=name, incarnation=1, seq=0, now_s=0.0))
@@ -65,10 +62,10 @@ def seconds_per_update(layout: Layout, children: int) -> float:
         node.handle(Pull(child=name, incarnation=1, to=1, started_tokens=100 * seq, now_s=0.0))
         node.handle(Push(sender=name, packed=Packed(packed.header, values), incarnation=1, to=1, now_s=0.0))
         np.copyto(shared, node.theta)  # a backend puts it into shared memory
-        node.use_shared_copy(node.theta, shared)
+        node.handle(Shared(own=node.theta, copy=shared))
         times.append(time.perf_counter() - began)
         if number % 50 == 0:
-            node.saved(node.covers())  # as after a checkpoint
+            node.handle(Saved(covered=node.covers()))  # as after a checkpoint
     assert node.version == UPDATES
     return statistics.median(times)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,8 +17,13 @@ from worldlm_ray.aggregation.events import (
     ParentModel,
     Pull,
     Push,
+    Send,
+    UpdateDue,
+    UpdateSent,
 )
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
+from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config.federated import (
     AggregationConfig,
     AttentionConfig,
@@ -28,6 +33,7 @@ from worldlm_ray.config.federated import (
 )
 from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
 from worldlm_ray.exchange.messages import Model, Update, pack
+from worldlm_ray.exchange.quota import Quotas
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout, make_layout
 
@@ -43,6 +49,30 @@ UNIT_SGD = ServerOptimizerConfig(lr=1.0)
 """The rate given: a lone update is not scaled by the share of children that it comes from."""
 
 
+def a_node(
+    *,
+    layout: Layout,
+    initial: Flat,
+    privacy: ClientPrivacy | None = None,
+    contributions: Mapping[str, int] | None = None,
+    quotas: Quotas | None = None,
+    **changes: Any,
+) -> Node:
+    """A node by the fields of its place and of its rules: a world with default rules, unless they say otherwise."""
+    place = {"path": "world", "has_parent": changes.get("path", "world") != "world"}
+    place |= {key: changes.pop(key) for key in list(changes) if key in NodePlace.__dataclass_fields__}
+    rules = {"aggregation": AggregationConfig(), "merge": MergeConfig(), "budget": BudgetConfig(rounds=1_000)} | changes
+    return Node(
+        NodePlace(**place),
+        NodeRules(**rules),
+        layout,
+        initial,
+        privacy=privacy,
+        contributions=contributions,
+        quotas=quotas,
+    )
+
+
 def make(
     children: Iterable[str] = NAMES,
     *,
@@ -51,13 +81,13 @@ def make(
     budget: BudgetConfig | None = None,
     layout: Layout = LAYOUT,
     initial: Flat = START,
-    awaited: Iterable[str] = (),
+    optional: Iterable[str] = (),
     liveness: LivenessConfig | None = None,
     codec: str = "fp32",
     **rules: Any,
 ) -> Node:
     rules = {"attention": UNIFORM, "server_optimizer": UNIT_SGD} | rules
-    return Node(
+    return a_node(
         path="world/europe" if parent else "world",
         children=tuple(children),
         aggregation=AggregationConfig(**rules),
@@ -65,7 +95,7 @@ def make(
         has_parent=parent,
         layout=layout,
         initial=initial.copy(),
-        awaited=tuple(awaited),
+        optional=tuple(optional),
         budget=budget or BudgetConfig(rounds=1_000),
         liveness=liveness,
         codec=codec,
@@ -116,8 +146,21 @@ def reason(commands: Iterable[Command]) -> str:
 def exchange(node: Node, commands: Iterable[Command]) -> Update:
     """Carry out the one exchange that is asked for, as far as the update."""
     assert of(Exchange, commands) == [Exchange()]
-    node.begin_exchange()
-    return node.send()
+    begun(node)
+    node.handle(UpdateSent())
+    assert node.in_flight is not None
+    return node.in_flight
+
+
+def exchanging(node: Node) -> bool:
+    """Whether an exchange with the parent is under way, from the command on."""
+    return node.parent is not None and node.parent.is_open
+
+
+def begun(node: Node) -> Update:
+    """The update that an exchange begins with."""
+    [due] = of(Send, node.handle(UpdateDue()))
+    return due.update
 
 
 def parent_model(version: int, body: Any, keys: Any = 0.0, **fields: Any) -> Model:
@@ -138,14 +181,17 @@ def keys(node: Node) -> list[float]:
 def fingerprint(node: Node, *, counters: bool = True) -> tuple[str, dict[str, bytes]]:
     """Everything a checkpoint would hold, as bytes."""
     meta, arrays = node.state()
-    meta = {name: value for name, value in meta.items() if counters or name not in ("refused", "arrived")}
+    if not counters:
+        del meta["intake"]["refused"]
+        for child in meta["children"].values():
+            del child["judged_seq"], child["judged_tokens"]
     return json.dumps(meta, sort_keys=True), {name: values.tobytes() for name, values in arrays.items()}
 
 
 def to_version(node: Node, version: int) -> None:
     """Aggregate updates that change nothing, from a child that is not one of a, b, c."""
     node.handle(Joined(child="filler", now_s=0.0))
-    size = node.aggregation.buffer_size
+    size = node.rules.aggregation.buffer_size
     for seq in range(1, size * (version - node.version) + 1):
         push(node, "filler", seq, base=node.version)
     node.handle(Left(child="filler", now_s=0.0))

@@ -142,10 +142,10 @@ def test_an_exchange_goes_out_when_it_is_on_disk(
         assert (await actor.push("a", 1, 1, *an_update(plan, "a"))).accepted
         await until(lambda: storage.begun == 1)
         await asyncio.sleep(0.1)
-        assert world.node.accepted == 0, "a crash now would send another update under the same seq"
+        assert world.node.intake.accepted == 0, "a crash now would send another update under the same seq"
         await actor.pull("a", 1, 1, 20)
         storage.rest.set()
-        await until(lambda: world.node.accepted == 1)
+        await until(lambda: world.node.intake.accepted == 1)
 
     asyncio.run(scene())
 
@@ -185,16 +185,16 @@ def test_a_federation_serves_its_children_while_it_exchanges(fake: FakeRay, tiny
         verdict = await actor.push("a", 1, 1, *an_update(plan, "a"))
         assert verdict.accepted
         # The exchange has begun and is not back: the child is answered all the same.
-        assert actor.node.exchanging
+        assert actor.node.parent.is_open
         await actor.pull("a", 1, 1, 20)
-        still = actor.node.exchanging
-        await until(lambda: not actor.node.exchanging)
+        still = actor.node.parent.is_open
+        await until(lambda: not actor.node.parent.is_open)
         return actor, world, still
 
     actor, world, still_exchanging = asyncio.run(scene())
     assert still_exchanging
-    assert not actor.node.exchanging
-    assert actor.node.base_version == world.node.version == 1
+    assert not actor.node.parent.is_open
+    assert actor.node.parent.base_version == world.node.version == 1
 
 
 @pytest.mark.parametrize("patience_s", [None, 0.3])
@@ -223,14 +223,14 @@ def test_a_federation_whose_storage_refuses_sends_nothing_until_its_patience_end
         await actor.join("a", 1, 0)
         assert (await actor.push("a", 1, 1, *an_update(plan, "a"))).accepted
         await until(lambda: len(refused) >= 4)
-        assert world.node.accepted == 0
+        assert world.node.intake.accepted == 0
         await actor.pull("a", 1, 1, 20)  # the children are served all the while
         refuses[0] = patience_s is not None
-        await until(lambda: not actor.node.exchanging)
+        await until(lambda: not actor.node.parent.is_open)
         return world
 
     world = asyncio.run(scene())
-    assert world.node.accepted == 1
+    assert world.node.intake.accepted == 1
     warned = any("no checkpoint knows" in getattr(r, "detail", "") for r in fake.actors["recorder"].records)
     assert warned == (patience_s is not None)
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from support.nodes import a_node, begun
 from support.worlds import client
 
 from worldlm_ray.aggregation.events import Answer, Done, Event, Heartbeat, Joined, Note, ParentModel, Pull, Push
@@ -38,13 +39,13 @@ TRILLION = 10**12
 
 @pytest.fixture
 def node(layout: Layout) -> Node:
-    return a_node(layout)
+    return small_node(layout)
 
 
-def a_node(layout: Layout, *, parent: bool = False, **rules: Any) -> Node:
+def small_node(layout: Layout, *, parent: bool = False, **rules: Any) -> Node:
     quota = Quota(update_tokens=ROUND, started_tokens=ROUND, residuals=1)
     own = Quota(update_tokens=3 * ROUND, started_tokens=4 * ROUND) if parent else None
-    found = Node(
+    found = a_node(
         path="world/f" if parent else "world",
         children=("a", "b"),
         aggregation=AggregationConfig(**({"residuals": ResidualsConfig(per_round=1)} | rules)),
@@ -107,20 +108,20 @@ def test_a_residual_has_no_more_tokens_than_its_update_may_have_and_comes_from_b
 
 
 def test_a_federation_claims_no_more_than_its_quota_and_keeps_the_rest_for_the_next_update(layout: Layout) -> None:
-    node = a_node(layout, parent=True, push_every=5)
+    node = small_node(layout, parent=True, push_every=5)
     commands = [
         command
         for seq in range(1, 6)
         for command in node.handle(Push(sender="a", packed=pack(update(node, seq), layout), now_s=1.0))
     ]
     assert "500 tokens have gathered" in warnings(commands)[0].detail
-    assert node.begin_exchange().tokens == 3 * ROUND
-    model = node.model("a")
+    assert begun(node).tokens == 3 * ROUND
+    model = node.serving.model("a", incarnation=1)
     node.handle(ParentModel(model=model, now_s=1.0))
     for seq in range(6, 11):
         push(node, update(node, seq))
-    assert node.begin_exchange().tokens == 3 * ROUND
-    assert node.unpushed_tokens == 4 * ROUND
+    assert begun(node).tokens == 3 * ROUND
+    assert node.parent.unpushed_tokens == 4 * ROUND
 
 
 def test_a_child_that_goes_on_under_a_smaller_round_claims_no_more_than_that() -> None:
@@ -135,9 +136,9 @@ def test_the_plan_gives_a_client_one_round_and_a_federation_what_is_below_it(tin
     world = build.inner_node(plan, plan.root, build.initial(plan))
     north = build.inner_node(plan, plan.node("world/north"), build.initial(plan))
     one = plan.round_tokens(plan.node("world/north/a"))
-    assert north.quotas["a"] == Quota(update_tokens=one, started_tokens=one)
-    assert world.quotas["north"] == Quota(update_tokens=ROUNDS_APART * 2 * one, started_tokens=4 * one)
-    assert (north.quota, world.quota) == (world.quotas["north"], None)
+    assert north.children.quotas["a"] == Quota(update_tokens=one, started_tokens=one)
+    assert world.children.quotas["north"] == Quota(update_tokens=ROUNDS_APART * 2 * one, started_tokens=4 * one)
+    assert (north.to_parent.quota, world.parent) == (world.children.quotas["north"], None)
 
 
 @pytest.mark.parametrize("timed", ["world/north", "world/north/deep"])
@@ -153,15 +154,15 @@ def test_a_federation_with_time_up_claims_as_many_short_rounds_as_there_were(
     south = {"federation": "south", "children": [client("c", tmp_path, 3)]}
     plan = tiny([north | (counted if timed.endswith("deep") else rules), south | counted], budget=budget)
     world = build.inner_node(plan, plan.root, build.initial(plan))
-    assert world.quotas["north"].update_tokens == most
+    assert world.children.quotas["north"].update_tokens == most
     one = plan.round_tokens(plan.node("world/south/c"))
-    assert world.quotas["south"].update_tokens == ROUNDS_APART * one
+    assert world.children.quotas["south"].update_tokens == ROUNDS_APART * one
 
 
 def test_no_update_of_a_federation_has_more_tokens_than_the_run(tiny: Callable[..., Plan]) -> None:
     plan = tiny(budget={"rounds": 3})
     world = build.inner_node(plan, plan.root, build.initial(plan))
-    assert world.quotas["north"].update_tokens == 3 * 2 * plan.round_tokens(plan.node("world/north/a"))
+    assert world.children.quotas["north"].update_tokens == 3 * 2 * plan.round_tokens(plan.node("world/north/a"))
 
 
 # ---- rounds begun --------------------------------------------------------------------------------------------------
@@ -185,16 +186,16 @@ def test_a_lie_about_begun_rounds_counts_as_one_round_and_is_said_once(node: Nod
 
 def test_an_update_that_was_refused_for_its_age_is_spent_once(layout: Layout) -> None:
     """Else a world whose clients have all diverged would never come to the end of its budget."""
-    node = a_node(layout, max_staleness=0)
+    node = small_node(layout, max_staleness=0)
     assert push(node, update(node)) == ACCEPTED
     for _ in range(2):
         assert push(node, update(node, 2, base_version=0)) == "stale"
     node.handle(Pull(child="a", started_tokens=3 * ROUND, now_s=1.0))
     node.handle(Pull(child="a", started_tokens=9 * ROUND, now_s=1.0))
     assert node.children["a"].started_tokens == 3 * ROUND
-    again = a_node(layout, max_staleness=0)
+    again = small_node(layout, max_staleness=0)
     again.restore(*node.state())
-    assert again.arrived == {"a": (2, 2 * ROUND)}
+    assert (again.children["a"].judged_seq, again.children["a"].judged_tokens) == (2, 2 * ROUND)
 
 
 def test_a_correct_child_is_counted_as_before(node: Node) -> None:
@@ -220,7 +221,7 @@ def test_a_world_with_a_lying_child_spends_its_budget(tiny: Callable[..., Plan],
     simulation = Simulation(plan, tracker, make_client=Liar)
     assert simulation.run() == "finished"
     tracker.close()
-    assert simulation.nodes["world"].tokens >= 2_048
+    assert simulation.nodes["world"].published.tokens >= 2_048
 
 
 # ---- incarnations and sequence numbers -----------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_a_seq_from_far_ahead_does_not_make_later_updates_duplicates(node: Node)
 
 
 def test_a_child_whose_updates_are_all_refused_may_count_on(layout: Layout) -> None:
-    node = a_node(layout, max_update_norm=1e-9)
+    node = small_node(layout, max_update_norm=1e-9)
     for seq in range(1, 4):
         assert push(node, update(node, seq * MOST_SKIPPED)) == "norm_exceeded"
 

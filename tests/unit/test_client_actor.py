@@ -19,7 +19,7 @@ import actors.drivers
 import actors.shared
 from actors.client import ClientActor
 from actors.shared import Address
-from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Left, Pull, Push, Serve
+from worldlm_ray.aggregation.events import Admit, Answer, Done, Heartbeat, Joined, Left, Pull, Push, Serve, Started
 from worldlm_ray.client import above
 from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Packed, pack
@@ -42,7 +42,7 @@ class Parent:
 
     def __init__(self, plan: Plan, *, incarnation: int = 1) -> None:
         self.plan, self.node = plan, build.inner_node(plan, plan.root, build.initial(plan))
-        self.node.incarnation = incarnation
+        self.node.handle(Started(incarnation=incarnation))
         self.gate, self.dead = threading.Event(), False
         self.gate.set()
         self.held = threading.Event()
@@ -60,8 +60,9 @@ class Parent:
             return self.node.handle(event)
 
     def join(self, child: str, incarnation: int, seq: int) -> Any:
-        self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=0.0))
-        return self.node.welcome(child)
+        commands = self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=0.0))
+        [welcome] = [command.welcome for command in commands if isinstance(command, Admit)]
+        return welcome
 
     def push(self, sender: str, incarnation: int, to: int, header: bytes, refs: list[Ref]) -> Any:
         packed = Packed(header, refs[0].value)
@@ -174,7 +175,7 @@ def test_a_client_trains_while_its_checkpoint_is_written(
     storage = SlowStorage(monkeypatch)
     actor = living(plan)
     # Not a byte is written, and the client comes to the end of its budget.
-    until(lambda: bool(storage.given) and parent.node.accepted == ROUNDS)
+    until(lambda: bool(storage.given) and parent.node.intake.accepted == ROUNDS)
     assert actor.client.steps == ROUNDS * 4
     assert (len(storage.given), storage.written) == (1, 0), "one write at a time"
     ends: list[str] = []
@@ -193,7 +194,7 @@ def test_a_client_trains_while_its_checkpoint_is_written(
         assert arrays[name].tobytes() == values.tobytes(), name
     assert (meta["round"], meta["seq"]) == (1, 1)
     same = Client(plan, plan.root.clients[0])
-    same.begin(Parent(plan).node.model("a"), now_s=0.0)
+    same.begin(Parent(plan).node.serving.model("a", incarnation=1), now_s=0.0)
     same.train()
     update = same.update()
     if overlap:
@@ -228,7 +229,7 @@ def test_storage_that_refuses_is_a_warning(fake: FakeRay, living: Any, tiny: Tin
     plan = a_plan(tiny, tmp_path, checkpoint={"every_s": 0.0}, faults=[f"0s disk {PATH} for 1000s"])
     parent = parent_of(fake, plan)
     assert living(plan).outcome() == "finished"
-    assert parent.node.accepted == ROUNDS
+    assert parent.node.intake.accepted == ROUNDS
     warnings = [r.detail for r in fake.records if isinstance(r, LifeRecord) and r.event == "warning"]
     assert warnings
     assert all("the storage refuses on purpose" in text for text in warnings)
@@ -251,15 +252,15 @@ def test_a_client_trains_a_round_while_it_exchanges_and_then_waits(
     until(lambda: actor.client.round >= 1)
     parent.gate.clear()
     until(lambda: parent.held.is_set() and actor.client.is_whole)
-    held, accepted = actor.client.round, parent.node.accepted
+    held, accepted = actor.client.round, parent.node.intake.accepted
     assert held >= 2
     time.sleep(0.2)
     assert actor.client.round == held, "no second round before the exchange has come back"
-    assert parent.node.accepted == accepted
+    assert parent.node.intake.accepted == accepted
     parent.gate.set()
     assert actor.outcome() == "finished"
-    assert (actor.client.round, actor.client.steps, parent.node.accepted) == (ROUNDS, ROUNDS * 4, ROUNDS)
-    assert parent.node.tokens == ROUNDS * actor.client.round_tokens
+    assert (actor.client.round, actor.client.steps, parent.node.intake.accepted) == (ROUNDS, ROUNDS * 4, ROUNDS)
+    assert parent.node.published.tokens == ROUNDS * actor.client.round_tokens
     # Every update was measured from the model that the one before had brought.
     assert actor.client.base_version == ROUNDS - 1
 
@@ -288,7 +289,7 @@ def test_a_client_that_is_stopped_in_mid_exchange_goes_on_and_sends_again(
     assert second.outcome() == "finished"
     assert second.client.round == ROUNDS
     assert fresh.node.children["a"].last_seq == ROUNDS
-    assert fresh.node.tokens == ROUNDS * second.client.round_tokens, "what was in flight was sent again, once"
+    assert fresh.node.published.tokens == ROUNDS * second.client.round_tokens, "what was in flight was sent again, once"
 
 
 def test_a_parent_that_dies_during_an_exchange_is_sent_what_it_has_lost(
@@ -305,8 +306,8 @@ def test_a_parent_that_dies_during_an_exchange_is_sent_what_it_has_lost(
     parent.gate.set()
     assert actor.outcome() == "finished"
     assert actor.client.steps == ROUNDS * 4
-    assert fresh.node.tokens == ROUNDS * actor.client.round_tokens
-    assert fresh.node.refused == {}
+    assert fresh.node.published.tokens == ROUNDS * actor.client.round_tokens
+    assert fresh.node.intake.refused == {}
 
 
 def test_a_client_that_leaves_has_its_last_update_arrive(
@@ -318,7 +319,7 @@ def test_a_client_that_leaves_has_its_last_update_arrive(
     until(lambda: actor.client.round >= 2)
     actor.leave()
     assert actor.outcome() == "left"
-    assert parent.node.accepted == actor.client.seq == actor.client.round
+    assert parent.node.intake.accepted == actor.client.seq == actor.client.round
     assert not actor.client.began
 
 
@@ -349,5 +350,5 @@ def test_a_node_that_does_not_give_its_model_is_not_waited_for(
     monkeypatch.setattr(parent, "published", never.wait)
     assert living(plan).outcome() == "finished"
     never.set()
-    assert parent.node.accepted == 2
+    assert parent.node.intake.accepted == 2
     assert not any(isinstance(record, OwnModelRecord) for record in fake.records)

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.nodes import a_node
 from support.worlds import client
 
-from worldlm_ray.aggregation.events import Answer, Charge, Joined, Note, Pull, Push, Serve
+from worldlm_ray.aggregation.events import Answer, Charge, Joined, Note, Pull, Push, Serve, Started
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig, StalenessConfig
@@ -46,7 +47,7 @@ def node(layout: Layout, endless: BudgetConfig, **changes: Any) -> Node:
     }
     rules = changes.pop("rules", {"buffer_size": 2})
     contributions = changes.pop("contributions", None)
-    made = Node(
+    made = a_node(
         path="world",
         children=("a", "b", "f"),
         aggregation=AggregationConfig(staleness=StalenessConfig(fn="constant"), **rules),
@@ -131,7 +132,7 @@ def test_nobody_is_in_one_sum_twice(layout: Layout, endless: BudgetConfig) -> No
     again = push(world, layout, "a", still, seq=2)
     assert reason(again) == "too_soon"
     assert not [command for command in again if isinstance(command, Charge)]
-    assert world.contributions == {"a": 1}
+    assert world.privacy.contributions == {"a": 1}
 
 
 def test_a_client_whose_budget_is_spent_is_refused_and_told_to_stop(layout: Layout, endless: BudgetConfig) -> None:
@@ -166,11 +167,11 @@ def test_an_open_sum_is_paid_for_again_after_a_restart(layout: Layout, endless: 
     push(one, layout, "a", [0.3, 0.0, 0.0, 0.0, 0.4, 0.0, 0.0])
     other = node(layout, endless, contributions={"a": 1})
     other.restore(*one.state())
-    assert [command for command in other.resume() if isinstance(command, Charge)] == [Charge(child="a")]
-    assert other.contributions == {"a": 2}
+    assert [command for command in other.handle(Started()) if isinstance(command, Charge)] == [Charge(child="a")]
+    assert other.privacy.contributions == {"a": 2}
     poor = node(layout, endless, contributions={"a": 1}, limits={"a": 1})
     poor.restore(*one.state())
-    assert poor.resume() == []
+    assert poor.handle(Started()) == []
     push(poor, layout, "b", [0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0])
     assert poor.version == 0, "the sum with what cannot be paid is gone"
 

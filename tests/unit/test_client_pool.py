@@ -84,9 +84,9 @@ def test_clients_of_one_process_ask_again_for_answers_that_never_come(
     world, ends, parent = asyncio.run(scene())
     assert sorted(parent.unanswered) == ["pull", "push"]
     assert ends == ["finished"] * 3
-    assert world.node.accepted == 6
-    assert set(world.node.refused) <= {"duplicate"}
-    assert world.node.tokens == 6 * plan.round_tokens(plan.root.clients[0])
+    assert world.node.intake.accepted == 6
+    assert set(world.node.intake.refused) <= {"duplicate"}
+    assert world.node.published.tokens == 6 * plan.round_tokens(plan.root.clients[0])
     found = proofs(plan.run_dir)
     assert {proof.sender: proof.applied for proof in found} == {f"phone-{n}": [1, 2] for n in (1, 2, 3)}
 
@@ -196,7 +196,7 @@ def test_clients_of_one_process_train_a_round_while_they_exchange(
     pool, ends = asyncio.run(scene())
     assert ends == ["finished"] * 2
     assert [pool.client(number).steps for number in range(2)] == [20, 20]
-    assert (pool.world.node.accepted, pool.world.node.refused) == (10, {})
+    assert (pool.world.node.intake.accepted, pool.world.node.intake.refused) == (10, {})
     assert {proof.sender: proof.applied for proof in proofs(plan.run_dir)} == {
         f"phone-{n}": [1, 2, 3, 4, 5] for n in (1, 2)
     }
@@ -283,7 +283,7 @@ def test_clients_that_have_ended_tell_it_to_a_parent_that_has_forgotten(
         await until(lambda: second.node.ended)
         return second
 
-    assert asyncio.run(scene()).node.accepted == 2
+    assert asyncio.run(scene()).node.intake.accepted == 2
 
 
 def test_a_client_of_a_pool_that_leaves_has_its_update_arrive(
@@ -294,7 +294,7 @@ def test_a_client_of_a_pool_that_leaves_has_its_update_arrive(
     async def scene() -> Pool:
         pool = Pool(fake, plan)
         world = await pool.begin()
-        await until(lambda: world.node.accepted >= 4)
+        await until(lambda: world.node.intake.accepted >= 4)
         for path in pool.paths:
             await pool.pool.leave(path)
         assert await pool.ends() == ["left"] * 2
@@ -302,7 +302,7 @@ def test_a_client_of_a_pool_that_leaves_has_its_update_arrive(
 
     pool = asyncio.run(scene())
     rounds = [pool.client(number).round for number in range(2)]
-    assert sum(rounds) == pool.world.node.accepted
+    assert sum(rounds) == pool.world.node.intake.accepted
     assert rounds == [pool.client(number).seq for number in range(2)]
 
 
@@ -333,4 +333,4 @@ def test_clients_of_a_pool_stop_while_their_parent_is_silent_and_go_on_later(
     pool, ends = asyncio.run(scene())
     assert ends == ["finished"] * 2
     assert [pool.client(number).steps for number in range(2)] == [20, 20]
-    assert pool.world.node.tokens == 10 * plan.round_tokens(plan.root.clients[0])
+    assert pool.world.node.published.tokens == 10 * plan.round_tokens(plan.root.clients[0])

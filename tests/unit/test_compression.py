@@ -126,10 +126,10 @@ def test_an_unknown_codec_is_refused() -> None:
 def test_a_federation_remembers_what_its_codec_has_lost_over_a_restart() -> None:
     node, twin = (make(parent=True, buffer_size=1, codec="int4") for _ in range(2))
     sent = exchange(node, push(node, "a", 1, change=[0.3, 0.72, 1.0]))
-    assert (sent.codec, node.lost is not None and node.lost.any()) == ("int4", True)
+    assert (sent.codec, node.parent.codec_error is not None and node.parent.codec_error.any()) == ("int4", True)
     twin.restore(*node.state())
-    np.testing.assert_array_equal(twin.lost, node.lost)
-    np.testing.assert_allclose(sent.values[:SPLIT] + node.lost, [0.3, 0.72, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(twin.parent.codec_error, node.parent.codec_error)
+    np.testing.assert_allclose(sent.values[:SPLIT] + node.parent.codec_error, [0.3, 0.72, 1.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8"])

@@ -64,7 +64,7 @@ def check(simulation: Simulation, records: list[Any], why: str) -> None:
             assert one.round == ROUNDS, (why, path)
         trained += one.round * one.round_tokens
     # Every token of every client has arrived at the world, through whatever died on the way, once.
-    assert simulation.nodes["world"].tokens == trained, why
+    assert simulation.nodes["world"].published.tokens == trained, why
     assert np.isfinite(simulation.nodes["world"].theta).all(), why
 
 

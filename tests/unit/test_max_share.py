@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.nodes import a_node
 from support.worlds import client, two_levels
 
 from worldlm_ray.aggregation.capped_fold import CappedFold, capped
@@ -83,8 +84,8 @@ def test_no_weight_is_above_the_share_and_as_little_as_possible_is_cut(
     assert all(now == pytest.approx(max(found)) for now in lower)
 
 
-def a_node(layout: Layout, **rules: Any) -> Node:
-    return Node(
+def a_world(layout: Layout, **rules: Any) -> Node:
+    return a_node(
         path="world",
         children=("a", "b", "c"),
         aggregation=AggregationConfig(
@@ -122,7 +123,7 @@ def shares(commands: list[Command]) -> dict[str, float]:
 def test_a_child_with_all_the_tokens_has_its_share_and_no_more(layout: Layout) -> None:
     """Without the cap the mean is the liar's 10; with a cap of a half it is 5 + 0.25 + 0.25 times 1."""
     for share, expected in ((1.0, 10.0), (0.5, 0.5 * 10 + 0.5 * 1)):
-        node = a_node(layout, max_share=share)
+        node = a_world(layout, max_share=share)
         push(node, "a", 10**12, 10.0)
         push(node, "b", 5, 1.0)
         commands = push(node, "c", 5, 1.0)
@@ -132,8 +133,8 @@ def test_a_child_with_all_the_tokens_has_its_share_and_no_more(layout: Layout) -
 
 
 def test_the_score_earns_no_child_more_than_its_share_either(layout: Layout) -> None:
-    node = a_node(layout, max_share=0.4, attention=AttentionConfig(score="fedatt", temperature=0.01))
-    node.theta = np.ones(layout.size, np.float32)
+    node = a_world(layout, max_share=0.4, attention=AttentionConfig(score="fedatt", temperature=0.01))
+    node.published.theta = np.ones(layout.size, np.float32)
     push(node, "a", 5, 100.0)  # as far away as this, the softmax is all its own
     push(node, "b", 5, 1.0)
     found = shares(push(node, "c", 5, 1.0))
@@ -144,7 +145,7 @@ def test_the_score_earns_no_child_more_than_its_share_either(layout: Layout) -> 
 
 
 def test_where_one_child_comes_alone_the_own_model_has_the_rest(layout: Layout) -> None:
-    node = a_node(layout, max_share=0.4)
+    node = a_world(layout, max_share=0.4)
     for seq in (1, 2, 3):
         commands = push(node, "a", 5, 10.0, seq=seq)
     assert node.version == 1
@@ -153,23 +154,23 @@ def test_where_one_child_comes_alone_the_own_model_has_the_rest(layout: Layout) 
 
 
 def test_equal_children_are_blended_as_without_a_cap(layout: Layout) -> None:
-    plain, capped_ = a_node(layout), a_node(layout, max_share=0.34)
+    plain, capped_ = a_world(layout), a_world(layout, max_share=0.34)
     for index, sender in enumerate("abc"):
         for node in (plain, capped_):
             push(node, sender, 5, float(index))
     assert capped_.theta == pytest.approx(plain.theta)
-    assert capped_.children["a"].share == pytest.approx(plain.children["a"].share)
+    assert capped_.children["a"].own_share == pytest.approx(plain.children["a"].own_share)
 
 
 def test_a_fold_with_a_cap_survives_a_restart(layout: Layout) -> None:
-    whole, before = a_node(layout, max_share=0.5), a_node(layout, max_share=0.5)
+    whole, before = a_world(layout, max_share=0.5), a_world(layout, max_share=0.5)
     for node in (whole, before):
         push(node, "a", 1_000, 10.0)
         push(node, "b", 5, 1.0)
     meta, arrays = before.state()
-    again = a_node(layout, max_share=0.5)
+    again = a_world(layout, max_share=0.5)
     again.restore(json.loads(json.dumps(meta)), {name: values.copy() for name, values in arrays.items()})
-    assert isinstance(again._fold, CappedFold)
+    assert isinstance(again.intake.fold, CappedFold)
     for node in (whole, again):
         push(node, "c", 5, 1.0)
     assert again.theta.tobytes() == whole.theta.tobytes()
@@ -195,40 +196,40 @@ def test_a_fold_with_a_cap_survives_a_restart(layout: Layout) -> None:
 def test_an_open_aggregation_of_another_kind_is_refused_by_the_key(
     layout: Layout, before: dict[str, Any], after: dict[str, Any], said: str
 ) -> None:
-    node = a_node(layout, **before)
+    node = a_world(layout, **before)
     push(node, "a", 5, 1.0)
     meta, arrays = node.state()
     with pytest.raises(CheckpointError, match=rf"^world: aggregation\.{said}") as caught:
-        a_node(layout, **after).restore(json.loads(json.dumps(meta)), arrays)
+        a_world(layout, **after).restore(json.loads(json.dumps(meta)), arrays)
     assert "\n" not in str(caught.value)
-    a_node(layout, **before).restore(meta, arrays)  # with the old value it goes on
+    a_world(layout, **before).restore(meta, arrays)  # with the old value it goes on
 
 
 def test_an_open_aggregation_of_an_earlier_version_is_told_apart(layout: Layout) -> None:
-    node = a_node(layout, max_share=0.5)
+    node = a_world(layout, max_share=0.5)
     push(node, "a", 5, 1.0)
     meta, arrays = node.state()
-    del meta["fold"]["kind"], meta["fold"]["rules"]
+    del meta["intake"]["fold"]["kind"], meta["intake"]["fold"]["rules"]
     with pytest.raises(CheckpointError, match=r"^world: aggregation\.max_share is 1\.0, .*its value of before$"):
-        a_node(layout).restore(meta, arrays)
+        a_world(layout).restore(meta, arrays)
 
 
 def test_kept_updates_are_not_copied_for_a_checkpoint(layout: Layout) -> None:
-    node = a_node(layout, max_share=0.5)
+    node = a_world(layout, max_share=0.5)
     push(node, "a", 5, 1.0)
     assert {name for name in node.state()[1] if name.startswith("fold.") and not Node.changes(name)} == {"fold.kept.0"}
 
 
 def test_another_share_does_not_end_an_open_aggregation(layout: Layout) -> None:
-    node = a_node(layout, max_share=0.5)
+    node = a_world(layout, max_share=0.5)
     push(node, "a", 5, 1.0)
-    again = a_node(layout, max_share=0.4)
+    again = a_world(layout, max_share=0.4)
     again.restore(*node.state())
-    assert again.state()[0]["fold"]["contributors"] == ["a"]
+    assert again.state()[0]["intake"]["fold"]["contributors"] == ["a"]
 
 
 def test_a_child_that_comes_twice_has_one_share(layout: Layout) -> None:
-    node = a_node(layout, max_share=0.5)
+    node = a_world(layout, max_share=0.5)
     push(node, "a", 100, 1.0)
     push(node, "a", 100, 1.0, seq=2)
     push(node, "b", 1, 3.0)

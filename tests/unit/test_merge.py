@@ -128,4 +128,4 @@ def test_anything_else_is_refused(m: Any) -> None:
 def test_a_number_is_taken_as_it_is_and_nothing_is_remembered() -> None:
     rule = merger(0.25)
     m, record = rule.judge(model(1, 1, 1, 1), Moved(now=flat(1, 1), since=flat(0, 0)), now_s=0.0)
-    assert (m, record.agreement, rule.heard) == (0.25, None, None)
+    assert (m, record.agreement, rule.last_parent_model) == (0.25, None, None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.nodes import a_node
 from support.worlds import client
 
 from worldlm_ray.aggregation.events import Push
@@ -51,7 +52,7 @@ def node_of(config: RunConfig, path: str = "world") -> Node:
     spec = plan.node(path)
     keys = ["head.*"] if config.model.key_layers else []
     layout = make_layout(SHAPES, keys, layers=1)
-    return Node(
+    return a_node(
         path=path,
         children=tuple(child.name for child in spec.children),
         aggregation=spec.settings.aggregation,
@@ -117,17 +118,17 @@ def test_fedbuff_divides_by_the_number_of_updates_and_discounts_by_one_over_the_
 def test_hierfavg_exchanges_once_in_two_rounds_of_a_federation(world: RunConfig) -> None:
     node = node_of(configure(world, "hierfavg"), "world/north")
     for round_ in range(2):
-        assert not node.exchanging
+        assert not node.parent.is_open
         push(node, "a", [1, 0, 0, 0], base=round_)
         push(node, "b", [3, 0, 0, 0], base=round_)
     assert node.theta[0] == 4.0
-    assert node.exchanging
+    assert node.parent.is_open
 
 
 def test_halos_delays_momentum_at_both_levels_and_merges_a_quarter(world: RunConfig) -> None:
     plan = make_plan(configure(world, "halos"))
     north, root = plan.node("world/north").settings, plan.root.settings
-    assert (north.aggregation.server_optimizer.name, root.aggregation.server_optimizer.name) == (
+    assert (north.rules.aggregation.server_optimizer.name, root.aggregation.server_optimizer.name) == (
         "delayed_nesterov",
     ) * 2
     node = node_of(configure(world, "halos"), "world/north")

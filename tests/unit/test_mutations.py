@@ -15,6 +15,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from support.nodes import a_node
 from support.worlds import TINY_MODEL
 
 from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Note, ParentModel, Pull, Push
@@ -68,9 +69,9 @@ LIES: list[Any] = [
 """Values that are well formed somewhere."""
 
 
-def a_node(layout: Layout, *, parent: bool = False) -> Node:
+def small_node(layout: Layout, *, parent: bool = False) -> Node:
     quota = Quota(update_tokens=ROUND, started_tokens=ROUND, residuals=1)
-    made = Node(
+    made = a_node(
         path="world/f" if parent else "world",
         children=("a", "b"),
         aggregation=AggregationConfig(
@@ -148,22 +149,22 @@ def mutated_message(packed: Packed, chance: random.Random) -> Packed:
 def within_allowance(node: Node, before: dict[str, Child], theta: Flat, folded: int, speaker: str) -> None:
     """Whether an event of one child has changed no more than that child may change."""
     assert np.linalg.norm(node.theta - theta) <= NORM * 1.01
-    fold = 0 if node._fold is None else node._fold.tokens
-    assert node.tokens + fold - folded <= ROUND
+    fold = 0 if node.intake.fold is None else node.intake.fold.tokens
+    assert node.published.tokens + fold - folded <= ROUND
     for name, child in node.children.items():
         was = before[name]
-        assert child.started_tokens <= node.arrived.get(name, (0, 0))[1] + ROUND
+        assert child.started_tokens <= child.judged_tokens + ROUND
         assert child.incarnation <= was.incarnation + MOST_RESTARTS
         assert child.last_seq <= was.last_seq + MOST_SKIPPED
         if name != speaker:
-            mine = (child.last_seq, child.incarnation, child.started_tokens, child.active, child.left)
-            assert mine == (was.last_seq, was.incarnation, was.started_tokens, was.active, was.left)
+            mine = (child.last_seq, child.incarnation, child.started_tokens, child.is_active, child.has_left)
+            assert mine == (was.last_seq, was.incarnation, was.started_tokens, was.is_active, was.has_left)
 
 
 def test_mutated_update_messages_change_nothing_beyond_their_allowance(
     layout: Layout, many: Callable[[int], int]
 ) -> None:
-    chance, node, seen = random.Random(0), a_node(layout), Counter[str]()
+    chance, node, seen = random.Random(0), small_node(layout), Counter[str]()
     for number in range(1, many(1_000) + 1):
         seq, theta = node.children["a"].last_seq + 1, node.theta
         update = Update(
@@ -176,7 +177,7 @@ def test_mutated_update_messages_change_nothing_beyond_their_allowance(
             residuals=(a_residual(layout, theta),),
         )
         before, state = deepcopy(node.children), digest(node)
-        folded = node.tokens + (0 if node._fold is None else node._fold.tokens)
+        folded = node.published.tokens + (0 if node.intake.fold is None else node.intake.fold.tokens)
         packed = mutated_message(pack(update, layout), chance)
         sender = chance.choice(["a", "a", "a", "b", "stranger"])
         commands = node.handle(Push(sender=sender, packed=packed, now_s=float(number)))
@@ -202,7 +203,7 @@ def a_call(chance: random.Random) -> dict[str, Any]:
 def test_mutated_call_messages_change_nothing_beyond_their_allowance(
     layout: Layout, many: Callable[[int], int]
 ) -> None:
-    chance, node, seen = random.Random(1), a_node(layout), Counter[str]()
+    chance, node, seen = random.Random(1), small_node(layout), Counter[str]()
     kinds = {
         Pull: ("incarnation", "to", "started_tokens"),
         Joined: ("incarnation", "seq"),
@@ -222,12 +223,12 @@ def test_mutated_call_messages_change_nothing_beyond_their_allowance(
         if reason != ACCEPTED:
             assert digest(node) == state, f"call {number} was refused as {reason} and changed the state"
         if set(node.children) != set(before):  # the backend asks the run's folder whether there is such a child
-            node = a_node(layout)
+            node = small_node(layout)
             continue
         if isinstance(fields["child"], str):
-            within_allowance(node, before, theta, node.tokens, fields["child"])
+            within_allowance(node, before, theta, node.published.tokens, fields["child"])
         if node.children["a"].incarnation > 1:
-            node = a_node(layout)
+            node = small_node(layout)
     assert {"malformed", "restarted", "implausible_incarnation", ACCEPTED} <= set(seen)
     print(f"{seen.total():,} mutated calls: {dict(seen.most_common())}")
 
@@ -256,12 +257,12 @@ def read(packed: Packed, layout: Layout) -> tuple[Model | None, str]:
 
 
 def test_mutated_model_messages_leave_a_federation_its_own(layout: Layout, many: Callable[[int], int]) -> None:
-    chance, node, seen = random.Random(2), a_node(layout, parent=True), Counter[str]()
+    chance, node, seen = random.Random(2), small_node(layout, parent=True), Counter[str]()
     for number in range(many(1_000)):
         theta, seq, children = node.theta, node.seq, deepcopy(node.children)
         model, reason = read(a_parents(layout, theta, min(seq, 10**9), chance), layout)
         commands = node.handle(ParentModel(model=model, now_s=float(number)))
-        if node.gate.shut:
+        if node.parent.gate.shut:
             reason = reason if model is None else "gate"
             assert node.theta is theta
             assert node.seq == seq
@@ -273,7 +274,7 @@ def test_mutated_model_messages_leave_a_federation_its_own(layout: Layout, many:
         assert {n: c.last_seq for n, c in node.children.items()} == {n: c.last_seq for n, c in children.items()}
         assert not [command for command in commands if not isinstance(command, Note)]
         if number % 10 == 9:  # a walk of many small steps would lead anywhere
-            node = a_node(layout, parent=True)
+            node = small_node(layout, parent=True)
     assert {"malformed", "wrong_shape", "header_too_large", "gate", ACCEPTED} <= set(seen)
     print(f"{seen.total():,} mutated models to a federation: {dict(seen.most_common())}")
 

@@ -21,8 +21,10 @@ from support.nodes import (
     SPLIT,
     START,
     answer,
+    begun,
     body,
     exchange,
+    exchanging,
     fingerprint,
     keys,
     make,
@@ -48,7 +50,11 @@ from worldlm_ray.aggregation.events import (
     Note,
     Push,
     Refresh,
+    Saved,
     Serve,
+    Shared,
+    Started,
+    UpdateSent,
     Wake,
 )
 from worldlm_ray.aggregation.node import Node
@@ -307,7 +313,7 @@ def busy() -> Node:
     exchange(node, push(node, "a", 3, base=1, change=0.5))
     push(node, "a", 4, base=2, change=0.25)
     node.handle(Left(child="gone", now_s=0.5))
-    assert (node.version, node.exchanging, node.refused) == (2, True, {})
+    assert (node.version, exchanging(node), node.intake.refused) == (2, True, {})
     assert "fold.first" in node.state()[1]
     return node
 
@@ -318,7 +324,7 @@ def test_a_refusal_is_named_counted_and_leaves_no_trace(name: str, busy: Node) -
     theta, before = busy.theta, fingerprint(busy, counters=False)
     commands = busy.handle(event())
     assert reason(commands) == expected
-    assert busy.refused == {expected: 1}
+    assert busy.intake.refused == {expected: 1}
     assert fingerprint(busy, counters=False) == before
     assert busy.theta is theta
 
@@ -339,7 +345,7 @@ def test_a_refusal_tells_the_sender_and_tracking_and_nobody_else(name: str, busy
 def test_refusals_add_up_by_name(busy: Node) -> None:
     for name in ("nan in the keys", "too old", "nan in the backbone"):
         busy.handle(REFUSALS[name][1]())
-    assert busy.refused == {"not_finite": 2, "stale": 1}
+    assert busy.intake.refused == {"not_finite": 2, "stale": 1}
 
 
 @pytest.mark.parametrize("trigger", ["goal_achieved", "synchronous", "time_up"])
@@ -418,7 +424,7 @@ def test_a_full_buffer_triggers_an_aggregation(size: int) -> None:
         push(node, name, len(versions) + 1)
         versions.append(node.version)
     assert versions == [count // size for count in range(1, 7)]
-    assert node.tokens == 10 * size * node.version
+    assert node.published.tokens == 10 * size * node.version
 
 
 def test_one_child_may_fill_the_buffer_alone() -> None:
@@ -481,7 +487,7 @@ def test_a_synchronous_round_takes_one_update_of_each_child(first: str) -> None:
     assert fingerprint(node, counters=False) == before
     for name in {"a", "b", "c"} - {first}:
         push(node, name, 1, tokens=10)
-    assert (node.version, node.tokens, node.accepted) == (1, 30, 3)
+    assert (node.version, node.published.tokens, node.intake.accepted) == (1, 30, 3)
 
 
 def test_time_up_waits_for_its_time() -> None:
@@ -522,7 +528,7 @@ def test_the_last_child_to_go_drains_the_buffer_and_finish_comes_once(event: typ
     commands += node.handle(Clock(now_s=2.0))
     commands += node.handle(event(child="a", now_s=3.0))
     assert node.version == 1
-    assert node.tokens == 10
+    assert node.published.tokens == 10
     assert of(Finish, commands) == [Finish()]
 
 
@@ -552,7 +558,7 @@ def test_what_a_child_had_pushed_stays_when_it_leaves() -> None:
     node.handle(Left(child="c", now_s=1.0))
     push(node, "a", 1)
     push(node, "b", 1)
-    assert node.tokens == 50
+    assert node.published.tokens == 50
     assert body(node) == pytest.approx([1 + 60 / 50, 2 + 60 / 50, 3 + 60 / 50])
 
 
@@ -607,14 +613,14 @@ def test_there_is_one_exchange_at_a_time() -> None:
 
 
 def test_the_first_child_of_all_waits_for_news_of_the_parent(tmp_path: Path) -> None:
-    node = federation(awaited=NAMES)
-    assert node.is_deserted
+    node = federation(optional=NAMES)
+    assert node.children.have_never_joined
     assert of(Refresh, node.handle(Joined(child="a", now_s=1.0)))
-    assert not node.is_deserted
+    assert not node.children.have_never_joined
     assert of(Serve, pull(node, "a")) == [], "it would begin from what was there before the run"
     assert not of(Refresh, node.handle(Joined(child="b", now_s=1.0))), "once"
-    twin = saved_and_loaded(node, tmp_path, federation(awaited=NAMES))
-    assert twin.resume() == [Refresh()]
+    twin = saved_and_loaded(node, tmp_path, federation(optional=NAMES))
+    assert twin.handle(Started()) == [Refresh()]
     [serve] = of(Serve, answer(node, parent_model(3, 8.0, keys=5.0)))
     assert serve.model.version == 1
     np.testing.assert_array_equal(serve.model.values[:SPLIT], 8.0)
@@ -625,7 +631,7 @@ def test_the_first_child_of_all_waits_for_news_of_the_parent(tmp_path: Path) -> 
 
 
 def test_news_of_a_parent_that_has_none_keep_nobody_waiting() -> None:
-    node = federation(awaited=NAMES)
+    node = federation(optional=NAMES)
     node.handle(Joined(child="a", now_s=1.0))
     pull(node, "a")
     [serve] = of(Serve, answer(node, parent_model(0, 8.0)))
@@ -665,7 +671,7 @@ def test_merging_moves_the_backbone_a_share_of_the_way(merge: float, expected: l
     exchange(node, push(node, "a", 1, change=1.0))  # own: 2, 3, 4
     answer(node, parent_model(5, 8.0, progress=0.5))
     assert body(node) == expected
-    assert (node.base_version, node.progress, node.exchanging) == (5, 0.5, False)
+    assert (node.parent.base_version, node.budget.progress, exchanging(node)) == (5, 0.5, False)
 
 
 @pytest.mark.parametrize("merge", [0.0, 0.25, 1.0])
@@ -704,11 +710,11 @@ def test_key_layers_attend_to_the_parent_by_tokens() -> None:
 def test_a_parent_of_version_zero_has_nothing_to_say() -> None:
     node = federation(push_every=1)
     exchange(node, push(node, "a", 1, change=1.0))
-    theta, anchor = node.theta, node.anchor
+    theta, anchor = node.theta, node.parent.anchor
     answer(node, parent_model(0, 99.0, keys=99.0))
     assert node.theta is theta
-    assert node.anchor is anchor
-    assert not node.exchanging
+    assert node.parent.anchor is anchor
+    assert not exchanging(node)
 
 
 def test_a_parents_word_that_the_run_is_finished_is_passed_on() -> None:
@@ -848,20 +854,20 @@ def test_a_restored_node_continues_to_the_same_bits(name: str, tmp_path: Path) -
     node = make(**rules)
     for index in range(pushes):
         if of(Exchange, random_push(node, NAMES[index % 3], index + 1, rng)):
-            node.begin_exchange()
+            begun(node)
     twin = saved_and_loaded(node, tmp_path, make(**rules))
     assert fingerprint(twin) == fingerprint(node)
-    assert twin.resume() == [Exchange()] * node.exchanging
+    assert twin.handle(Started()) == [Exchange()] * exchanging(node)
     rest = np.random.Generator(np.random.PCG64(6))
     other = np.random.Generator(np.random.PCG64(6))
     for index in range(pushes, pushes + 7):
         random_push(node, NAMES[index % 3], index + 1, rest)
         random_push(twin, NAMES[index % 3], index + 1, other)
-        if index % 2 and node.has_parent:
+        if index % 2 and (node.parent is not None):
             model = parent_model(index, [3, 1, 4], keys=[9, 19, 31, 42], tokens=12.0)
             for one in (node, twin):
                 if of(Exchange, answer(one, model)):
-                    one.begin_exchange()
+                    begun(one)
         assert fingerprint(twin) == fingerprint(node)
 
 
@@ -895,15 +901,16 @@ def test_nothing_is_sent_that_no_checkpoint_knows(tmp_path: Path) -> None:
     node = federation()
     earlier = node.covers()
     push(node, "a", 1, change=1.0)
-    made = node.begin_exchange()
-    node.saved(earlier)
+    made = begun(node)
+    node.handle(Saved(covered=earlier))
     assert not node.may_send
     assert not node.outbox.after(0), "a parent that has come back and asks what it lacks must not get it either"
     twin = saved_and_loaded(node, tmp_path, federation())
     assert twin.may_send, "its own checkpoint knows it"
-    node.saved(node.covers())
+    node.handle(Saved(covered=node.covers()))
     assert node.may_send
-    assert node.send() is made
+    node.handle(UpdateSent())
+    assert node.in_flight is made
     assert [update.seq for update in node.outbox.after(0)] == [1]
 
 
@@ -912,7 +919,7 @@ def test_an_update_in_flight_is_sent_again_with_the_same_seq(tmp_path: Path) -> 
     first = exchange(node, push(node, "a", 1, change=1.0, tokens=17))
     push(node, "b", 1, base=1, change=2.0)
     twin = saved_and_loaded(node, tmp_path, federation())
-    sent, resent = vars(first).copy(), vars(exchange(twin, twin.resume())).copy()
+    sent, resent = vars(first).copy(), vars(exchange(twin, twin.handle(Started()))).copy()
     np.testing.assert_array_equal(sent.pop("values"), resent.pop("values"))
     assert sent == resent
     following = exchange(twin, answer(twin, parent_model(1, 8.0)))
@@ -921,7 +928,7 @@ def test_an_update_in_flight_is_sent_again_with_the_same_seq(tmp_path: Path) -> 
 
 
 def test_resuming_without_an_exchange_does_nothing() -> None:
-    assert federation().resume() == []
+    assert federation().handle(Started()) == []
 
 
 def test_duplicates_are_known_after_a_restart(tmp_path: Path) -> None:
@@ -939,7 +946,7 @@ def test_a_restored_node_can_still_finish(tmp_path: Path) -> None:
         node.handle(Done(child=name, now_s=1.0))
     twin = saved_and_loaded(node, tmp_path, make(buffer_size=5))
     assert of(Finish, twin.handle(Done(child="c", now_s=2.0))) == [Finish()]
-    assert twin.tokens == 10
+    assert twin.published.tokens == 10
 
 
 def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
@@ -962,10 +969,10 @@ def test_a_shared_copy_takes_the_place_of_the_published_model_and_nothing_else_c
     node = federation()
     exchange(node, push(node, "a", 1, change=1.0))
     before, copy = fingerprint(node), node.theta.copy()
-    used = node.use_shared_copy(node.theta, copy)
-    assert node.theta is node.anchor is used
-    assert np.shares_memory(used, copy)
-    assert not used.flags.writeable
+    node.handle(Shared(own=node.theta, copy=copy))
+    assert node.theta is node.parent.anchor
+    assert np.shares_memory(node.theta, copy)
+    assert not node.theta.flags.writeable
     assert fingerprint(node) == before
 
 
@@ -973,10 +980,10 @@ def test_a_shared_copy_leaves_an_anchor_of_its_own_alone() -> None:
     node = federation()
     exchange(node, push(node, "a", 1, change=1.0))
     push(node, "b", 1, change=2.0)
-    before, anchor = fingerprint(node), node.anchor
+    before, anchor = fingerprint(node), node.parent.anchor
     assert anchor is not node.theta
-    node.use_shared_copy(node.theta, node.theta.copy())
-    assert node.anchor is anchor
+    node.handle(Shared(own=node.theta, copy=node.theta.copy()))
+    assert node.parent.anchor is anchor
     assert fingerprint(node) == before
 
 
@@ -984,8 +991,8 @@ def test_a_shared_copy_may_be_of_the_update_in_flight() -> None:
     node = federation()
     sent = exchange(node, push(node, "a", 1, change=1.0))
     before, copy, theta = fingerprint(node), sent.values.copy(), node.theta
-    node.use_shared_copy(sent.values, copy)
-    assert np.shares_memory(node.begin_exchange().values, copy)
+    node.handle(Shared(own=sent.values, copy=copy))
+    assert np.shares_memory(begun(node).values, copy)
     assert node.theta is theta
     assert fingerprint(node) == before
 
@@ -994,7 +1001,7 @@ def test_beginning_an_exchange_again_gives_the_same_update() -> None:
     node = federation()
     sent = exchange(node, push(node, "a", 1, change=1.0))
     push(node, "b", 1, change=2.0)
-    assert node.begin_exchange() is sent
+    assert begun(node) is sent
 
 
 def test_the_published_model_cannot_be_written() -> None:
@@ -1052,7 +1059,7 @@ class Walk:
         kind, child, number = operation
         name = NAMES[child]
         self.now_s += 1.0
-        if kind == "parent" and self.node.exchanging:
+        if kind == "parent" and exchanging(self.node):
             self.parent_version += abs(number)
             self._after(answer(self.node, parent_model(self.parent_version, number), now_s=self.now_s))
         elif kind == "clock":
@@ -1085,7 +1092,7 @@ class Walk:
         self._after(commands)
 
     def _contributed(self, name: str) -> bool:
-        meta, _ = self.node.state()
+        meta = self.node.state()[0]["intake"]
         return name in meta["held"] or name in meta.get("fold", {}).get("contributors", ())
 
     def _after(self, commands: list[Command]) -> None:
@@ -1095,20 +1102,20 @@ class Walk:
         assert np.isfinite(node.theta).all()
         if not self.published or self.published[-1][0] is not node.theta:
             self.published.append((node.theta, node.theta.tobytes()))
-        meta, _ = node.state()
+        meta = node.state()[0]["intake"]
         folded = meta.get("fold", {}).get("tokens", 0)
         held = sum(entry["update"]["tokens"] for entry in meta["held"].values())
-        assert node.tokens + folded + held == self.accepted_tokens
+        assert node.published.tokens + folded + held == self.accepted_tokens
         if of(Exchange, commands):
-            self.exchanged_tokens += node.begin_exchange().tokens
-        if node.has_parent:
-            assert self.exchanged_tokens + node.unpushed_tokens == node.tokens
+            self.exchanged_tokens += begun(node).tokens
+        if node.parent is not None:
+            assert self.exchanged_tokens + node.to_parent.unpushed_tokens == node.published.tokens
         if of(Finish, commands):
             assert not folded
             assert not held
-            assert not node.exchanging
-            assert not (node.has_parent and node.unpushed_tokens)
-            assert not any(child.active for child in node.children.values())
+            assert not exchanging(node)
+            assert not (node.parent is not None and node.parent.unpushed_tokens)
+            assert not any(child.is_active for child in node.children.values())
 
     def end(self) -> None:
         for seqs in self.accepted.values():
@@ -1133,7 +1140,7 @@ def test_invariants_hold_over_random_histories(trigger: str, parent: bool, opera
         walk.do(operation)
     for name in NAMES:
         walk.do(("done", NAMES.index(name), 0))
-    while walk.node.exchanging:
+    while exchanging(walk.node):
         walk.do(("parent", 0, 1))
     assert walk.node.ended
     walk.end()
@@ -1148,7 +1155,7 @@ def test_the_staleness_function_of_the_config_is_used() -> None:
 
 def test_a_federation_that_had_finished_trains_again_when_its_run_goes_on() -> None:
     node = federation()
-    node.finished = True
+    node.budget.finished = True
     other = federation()
     other.restore(*node.state())
     [serve] = of(Serve, pull(other, "a"))
@@ -1230,5 +1237,5 @@ def test_what_an_adaptive_federation_heard_survives_a_restart() -> None:
     answer(node, parent_model(1, 5.0))
     meta, arrays = node.state()
     again.restore(meta, arrays)
-    assert again.merger.heard is not None
-    assert again.merger.heard[:SPLIT].tolist() == [5.0, 5.0, 5.0]
+    assert again.parent.merger.last_parent_model is not None
+    assert again.parent.merger.last_parent_model[:SPLIT].tolist() == [5.0, 5.0, 5.0]

@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 import pytest
+from support.nodes import a_node
 
-from worldlm_ray.aggregation.events import Clock, Heartbeat, Joined, Note, Pull, Serve
+from worldlm_ray.aggregation.events import Clock, Heartbeat, Joined, Note, Pull, Serve, Started
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig
 from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
@@ -19,7 +20,7 @@ from worldlm_ray.tensors.layout import Layout
 
 def a_world(layout: Layout, *, seconds: float = 100.0) -> Node:
     """Of two clients that have joined, with a budget of seconds."""
-    node = Node(
+    node = a_node(
         path="world",
         children=("a", "b"),
         aggregation=AggregationConfig(),
@@ -58,7 +59,7 @@ def test_a_restart_with_a_clock_that_is_behind_makes_no_progress_negative(layout
     meta, arrays = node.state()
     again = a_world(layout)
     again.restore(json.loads(json.dumps(meta | ({"now_s": 540.0} if written else {}))), arrays)
-    again.resume()
+    again.handle(Started())
     share, finished = progress(again, 3.0)
     assert share == pytest.approx(0.4 if written else 0.0)
     assert not finished

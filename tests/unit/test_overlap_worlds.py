@@ -43,7 +43,7 @@ def run(plan: Plan, **settings: Any) -> tuple[Simulation, list[Record]]:
 def all_arrives(simulation: Simulation) -> None:
     """Every token that was trained is in the world's model, once."""
     trained = sum(each.round * each.round_tokens for each in simulation.clients.values())
-    assert simulation.nodes["world"].tokens == trained
+    assert simulation.nodes["world"].published.tokens == trained
     assert all(each.tokens == each.round * each.round_tokens for each in simulation.clients.values())
 
 
@@ -116,7 +116,7 @@ def test_a_budget_in_tokens_is_spent_to_the_round(tiny: Tiny, tmp_path: Path) ->
     plan = tiny(children, exchange=OVERLAP, budget={"tokens": 10 * ROUND_TOKENS + 1})
     simulation, _ = run(plan)
     all_arrives(simulation)
-    assert simulation.nodes["world"].tokens == 11 * ROUND_TOKENS
+    assert simulation.nodes["world"].published.tokens == 11 * ROUND_TOKENS
 
 
 def test_a_round_that_has_begun_is_finished_when_time_is_up(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.nodes import a_node, begun
 from support.worlds import client, two_levels
 
 from worldlm_ray.aggregation.events import Command, Exchange, Joined, Note, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.serving import Serving
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig
 from worldlm_ray.config.schema import BudgetConfig
@@ -170,7 +172,7 @@ def test_an_exchange_that_brings_a_broken_model_in_mid_round_changes_nothing(
 
 
 def a_federation(layout: Layout, **merge: Any) -> Node:
-    found = Node(
+    found = a_node(
         path="world/f",
         children=("a",),
         aggregation=AggregationConfig(),
@@ -198,7 +200,7 @@ def noted(commands: list[Command]) -> list[Record]:
 def test_a_federation_goes_on_with_its_own_model_and_asks_again(layout: Layout, kind: str) -> None:
     node = a_federation(layout)
     a_round(node, 1)
-    first = node.begin_exchange()
+    first = begun(node)
     own = node.theta
     broken: dict[str, Model | None] = {
         "nan": a_model(np.full(layout.size, np.nan, np.float32)),
@@ -207,24 +209,24 @@ def test_a_federation_goes_on_with_its_own_model_and_asks_again(layout: Layout, 
     }
     records = noted(node.handle(ParentModel(model=broken[kind], now_s=2.0)))
     assert node.theta is own
-    assert (node.in_flight, node.exchanging, node.base_version) == (None, False, 0)
+    assert (node.in_flight, node.parent.is_open, node.parent.base_version) == (None, False, 0)
     if kind != "no model":
         [said] = warnings(records)
         assert "refuses the model of its parent world (" in said
     served = node.handle(Pull(child="a", started_tokens=5, now_s=3.0))
     assert [command.model.values is own for command in served if isinstance(command, Serve)] == [True]
     assert any(isinstance(command, Exchange) for command in a_round(node, 2))
-    second = node.begin_exchange()
+    second = begun(node)
     assert np.allclose(second.values, first.values), "key layers, too, are measured from what was pushed"
     node.handle(ParentModel(model=a_model(node.theta + np.float32(0.1), version=4), now_s=4.0))
-    assert node.base_version == 4
+    assert node.parent.base_version == 4
 
 
 def test_key_layers_that_rest_move_the_world_once_whatever_the_parent_brings(layout: Layout, tmp_path: Path) -> None:
     """A federation's key layers move by 0.01 in its first round, then rest; it cannot read any model of its parent."""
     node, split = a_federation(layout), layout.backbone_size
     a_round(node, 1)
-    world = node.parent_keys + node.begin_exchange().values[split:]
+    world = node.parent.parent_keys + begun(node).values[split:]
     for seq in range(2, 5):
         node.handle(ParentModel(model=None, now_s=float(seq)))
         again = a_federation(layout)
@@ -233,13 +235,13 @@ def test_key_layers_that_rest_move_the_world_once_whatever_the_parent_brings(lay
         still = np.zeros(layout.size, np.float32)
         message = Update(sender="a", seq=seq, base_version=node.version, tokens=5, started_tokens=5, values=still)
         node.handle(Push(sender="a", packed=pack(message, layout), now_s=float(seq)))
-        world = world + node.begin_exchange().values[split:]
+        world = world + begun(node).values[split:]
     assert np.allclose(world, node.theta[split:])
 
 
 def test_children_of_a_newcomer_whose_parent_is_broken_are_served_all_the_same(layout: Layout) -> None:
     node = a_federation(layout)
-    node.wants_news = True
+    node.parent.wants_refresh = True
     node.handle(Pull(child="a", started_tokens=5, now_s=1.0))
     commands = node.handle(ParentModel(model=a_model(np.full(layout.size, np.nan, np.float32)), now_s=2.0))
     assert [command.model.version for command in commands if isinstance(command, Serve)] == [0]
@@ -252,7 +254,7 @@ def test_a_federation_counts_on_from_what_the_parent_of_a_refused_model_knows(la
     assert any("has forgotten 7 of its updates" in said for said in warnings(records))
     assert any("step_exceeded" in said for said in warnings(records))
     a_round(node, 1)
-    assert node.begin_exchange().seq == 8
+    assert begun(node).seq == 8
     node.handle(ParentModel(model=a_model(far, last_seq=2**52), now_s=3.0))
     assert node.seq == 8, "what is not believed is not counted on from"
 
@@ -268,11 +270,11 @@ def test_a_parent_that_says_it_has_aggregated_no_tokens_leaves_the_own_key_layer
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-class Broken(Node):
-    """A world that gives NaN to its children, always."""
+class Broken(Serving):
+    """Gives NaN to a world's children, always."""
 
-    def model(self, child: str) -> Model:
-        given = super().model(child)
+    def model(self, child: str, *, incarnation: int) -> Model:
+        given = super().model(child, incarnation=incarnation)
         return replace(given, values=np.full_like(given.values, np.nan), version=max(given.version, 1))
 
 
@@ -283,7 +285,7 @@ def test_a_simulated_world_bears_a_broken_root(
     tracker = Tracker(plan.run_dir, kinds=plan.kinds, hparams=plan.hparams(), budget=plan.config.budget)
     records: list[Record] = []
     simulation = Simulation(plan, tracker, on_record=records.append)
-    monkeypatch.setattr(simulation.nodes["world"], "__class__", Broken)
+    monkeypatch.setattr(simulation.nodes["world"].serving, "__class__", Broken)
     assert simulation.run() == "finished"
     tracker.close()
     assert all(np.isfinite(each.trainer.read()).all() for each in simulation.clients.values())

@@ -9,6 +9,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from support.nodes import a_node, begun
 
 from worldlm_ray.aggregation.events import ParentModel, Pull, Push
 from worldlm_ray.aggregation.merge import Merger
@@ -162,7 +163,7 @@ def test_a_residual_is_a_candidate_of_its_layer_discounted_by_age() -> None:
 
 def node(**rules: Any) -> Node:
     rules = {"buffer_size": 1, "residuals": ResidualsConfig(per_round=2, max_age=1)} | rules
-    return Node(
+    return a_node(
         path="world/europe",
         children=("a", "b"),
         aggregation=AggregationConfig(**rules),
@@ -183,18 +184,18 @@ def push(ours: Node, child: str, seq: int, *keys: float) -> None:
 
 def test_a_layer_that_does_not_fit_reaches_the_sibling_that_it_fits_or_rises() -> None:
     ours = node(residuals=ResidualsConfig(per_round=2, max_age=2))
-    ours.theta = flat(0, 1, 0, 1, 0)
+    ours.published.theta = flat(0, 1, 0, 1, 0)
     push(ours, "a", 1, 1, 0, -1, 1)  # its head points the other way
     assert [r.name for r in ours.residuals.held] == ["head of world/europe/a"]
     push(ours, "b", 1, 1, 0, -1, 2)
     [serve] = [c for c in ours.handle(Pull(child="b", started_tokens=0, now_s=0.0)) if hasattr(c, "model")]
     assert [r.name for r in serve.model.residuals] == ["head of world/europe/a"]
     assert unpack_model(pack(serve.model, LAYOUT), LAYOUT, residuals=1).residuals[0].values.tolist() == [-1, 1]
-    ours.begin_exchange()
+    begun(ours)
     ours.handle(ParentModel(model=replace(serve.model, version=0), now_s=0.0))
     ours.residuals.fits.clear()
     push(ours, "a", 2, 1, 0, -1, 2)
-    assert [r.name for r in ours.begin_exchange().residuals] == ["head of world/europe/a"]
+    assert [r.name for r in begun(ours).residuals] == ["head of world/europe/a"]
 
 
 def broken(change: dict[str, Any]) -> Packed:

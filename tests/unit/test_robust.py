@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support.nodes import NAMES, SPLIT, START, make, of, push
 
+from worldlm_ray.aggregation.children import patience_s
 from worldlm_ray.aggregation.events import Clock, Heartbeat, Joined, Note
-from worldlm_ray.aggregation.node import patience_s
 from worldlm_ray.config.federated import RobustConfig, StalenessConfig
 from worldlm_ray.config.schema import LivenessConfig
 from worldlm_ray.errors import ConfigError
@@ -153,8 +153,8 @@ def test_time_in_which_a_node_was_dead_is_no_silence_of_its_children() -> None:
     twin = synchronous()
     twin.restore(meta, {name: np.array(values) for name, values in arrays.items()})
     twin.handle(Clock(now_s=1_000.0))
-    assert all(child.active for child in twin.children.values())
+    assert all(child.is_active for child in twin.children.values())
     for now_s in (1_002.0, 1_004.0, 1_006.0):
         beats(twin, "a", [now_s])
     twin.handle(Clock(now_s=1_006.0))
-    assert [child.active for child in twin.children.values()] == [True, False, False], "from then on it is"
+    assert [child.is_active for child in twin.children.values()] == [True, False, False], "from then on it is"

@@ -85,9 +85,9 @@ def test_a_world_of_any_depth_trains_to_the_end(tiny: Tiny, tmp_path: Path, dept
         assert last.train_loss < first.train_loss
     for path, node in simulation.nodes.items():
         assert node.ended
-        assert node.refused == {}
+        assert node.intake.refused == {}
         # Everything that was trained below has arrived: nothing is lost on the way up.
-        assert node.tokens == sum(simulation.clients[spec.path].tokens for spec in plan.node(path).clients)
+        assert node.published.tokens == sum(simulation.clients[spec.path].tokens for spec in plan.node(path).clients)
         assert finished_s(records, path) > 0
     if trigger == "synchronous":
         assert {node.version for node in simulation.nodes.values()} == {3}
@@ -96,7 +96,7 @@ def test_a_world_of_any_depth_trains_to_the_end(tiny: Tiny, tmp_path: Path, dept
 def test_time_up_ends_too(tiny: Tiny) -> None:
     simulation, _ = run(tiny(aggregation={"trigger": "time_up", "time_up_s": 0.2, "quorum": 1}))
     assert all(node.ended for node in simulation.nodes.values())
-    assert simulation.nodes["world"].tokens == 4 * 2 * ROUND_TOKENS
+    assert simulation.nodes["world"].published.tokens == 4 * 2 * ROUND_TOKENS
 
 
 def uneven(folder: Path, *, order: int) -> list[dict[str, Any]]:
@@ -225,7 +225,7 @@ def test_a_budget_of_tokens_reaches_down_to_federations(tiny: Tiny) -> None:
     budget = 24 * ROUND_TOKENS
     simulation, _ = run(tiny(budget={"tokens": budget}))
     total = sum(one.tokens for one in simulation.clients.values())
-    assert simulation.nodes["world"].tokens == total
+    assert simulation.nodes["world"].published.tokens == total
     # What a federation has begun is known to the world an exchange later.
     assert budget <= total <= budget + 2 * 4 * ROUND_TOKENS
 

@@ -1,13 +1,21 @@
-"""What can happen to an inner node, what it may ask of its backend, and what it decides about an update.
+"""What can happen to an inner node, and what it may ask of its backend.
 
 event                                  what may come back
-Joined(child, seq)                     Save, Serve, Exchange
+Joined(child, seq)                     Admit(welcome), Save, Serve, Exchange, Refresh
 Push(sender, packed)                   Charge, Answer(verdict), Note(records), Save, Exchange, Serve, Wake
 Pull(child, started_tokens)            Serve(child), now or once the child may go on
 ParentModel(model)                     Serve, Exchange
 Done(child), Left(child)               Serve, Exchange, Finish; Save where a child leaves, which waits for that
-Heartbeat(child)                            nothing, or as Joined if the child had been given up
+Heartbeat(child)                       nothing, or as Push if the child had been given up
 Clock                                  as Push
+
+Started(incarnation)                   Charge, Exchange or Refresh, Wake: what was due before
+UpdateDue                              Send(update)
+UpdateSent, Welcomed, Answered,
+Saved, Shared                          nothing
+
+The first are of the children, of the parent's model and of time. The others are of the backend itself: each is what it
+has done with a command, or what the parent has answered.
 
 Events from children carry two incarnations: the child's own, and `to`, that of the node which the child has joined. A
 node that has been restarted answers `restarted` until a child has joined again, since only then does it know what the
@@ -16,11 +24,14 @@ child still keeps for it; an earlier life of a child is answered `superseded`.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from worldlm_ray.exchange.messages import Model, Packed
-from worldlm_ray.exchange.replies import Verdict
+from worldlm_ray.exchange.messages import Model, Packed, Update
+from worldlm_ray.exchange.quota import Quota
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.records import Record
+from worldlm_ray.tensors.buffers import Flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,8 @@ class Joined:
     incarnation: int = 1
     seq: int = 0
     """Of the last update that the child knows it has made: it keeps no later one."""
+    quota: Quota | None = None
+    """What it may claim, of a child that has come since the node's plan was made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +110,73 @@ class Clock:
     now_s: float
 
 
-Event = Push | Pull | ParentModel | Done | Left | Joined | Heartbeat | Clock
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The node begins, or goes on from what it has restored."""
+
+    incarnation: int = 1
+    """How often it has been started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateDue:
+    """The update that an Exchange command has asked for is to be made now.
+
+    It holds all work since the last one. After a restart that lost the parent's answer it is the same update again.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateSent:
+    """The update in flight is sent now. The node keeps it until the parent cannot lose it any more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcomed:
+    """The parent is there, perhaps again."""
+
+    welcome: Welcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """The parent has judged an update of this node."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Covered:
+    """What of a node a checkpoint knows."""
+
+    seqs: Mapping[str, int]
+    """Highest accepted seq of every child."""
+    left: Collection[str] = ()
+    """Children that have left."""
+    seq: int = 0
+    """The node's own: its newest update for its parent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint is on disk: children need not keep what it covers, and those that left may end."""
+
+    covered: Covered
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shared:
+    """The published model, or the update in flight, lies in shared memory: the node need not hold a second copy."""
+
+    own: Flat
+    """The node's buffer."""
+    copy: Flat
+    """The same values in shared memory; the node uses it from now on."""
+
+
+ChildEvent = Push | Pull | ParentModel | Done | Left | Joined | Heartbeat | Clock
+BackendEvent = Started | UpdateDue | UpdateSent | Welcomed | Answered | Saved | Shared
+Event = ChildEvent | BackendEvent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +184,13 @@ class Answer:
     """Tell the child that pushed what became of its update."""
 
     verdict: Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admit:
+    """Tell the child that has joined what it must know."""
+
+    welcome: Welcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +203,18 @@ class Serve:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Push what `Node.begin_exchange` gives to the parent, then pull, and bring the model back as a ParentModel.
-
-    A backend saves the node first, and sends (`Node.send`) what a checkpoint knows (`Node.may_send`).
+    """Exchange with the parent: an UpdateDue event gives the update; push it, pull, and bring the model (ParentModel).
 
     The update is not in the command: a backend may move the published model to shared memory first, so that the two
     never stand in private memory together.
     """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Send:
+    """Push this update to the parent, once a checkpoint knows it (`Node.may_send`); UpdateSent says that it goes."""
+
+    update: Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,4 +253,4 @@ class Charge:
     child: str
 
 
-Command = Answer | Serve | Exchange | Refresh | Wake | Save | Finish | Note | Charge
+Command = Answer | Admit | Serve | Send | Exchange | Refresh | Wake | Save | Finish | Note | Charge

@@ -90,9 +90,9 @@ class Merger:
     ) -> None:
         self.path, self.layout, self.rules = path, layout, rules
         self.m, self.agreement = m, agreement
-        self.origin = initial[layout.backbone_size :].copy()
+        self.initial_keys = initial[layout.backbone_size :].copy()
         """The run's initial key layers: scores measure displacements from here."""
-        self.heard = frozen(initial) if self.adaptive else None
+        self.last_parent_model = frozen(initial) if self.adaptive else None
         """The parent's model at the last pull; kept only where m is adaptive."""
 
     @property
@@ -112,12 +112,14 @@ class Merger:
             m, and what tracking is told.
         """
         m, cosine = self.m, None
-        if self.heard is not None:
+        if self.last_parent_model is not None:
             m = 1.0
             if moved is not None:
-                cosine = agreement(moved, model.values, self.heard, share=model.share, size=self.layout.backbone_size)
+                cosine = agreement(
+                    moved, model.values, self.last_parent_model, share=model.share, size=self.layout.backbone_size
+                )
                 m = float(cosine >= self.agreement)
-            self.heard = frozen(model.values)
+            self.last_parent_model = frozen(model.values)
         record = MergeRecord(node=self.path, now_s=now_s, version=model.version, m=float(m), agreement=cosine)
         return float(m), record
 
@@ -174,7 +176,7 @@ class Merger:
         if own_tokens <= 0.0 and model.tokens <= 0.0:
             own_tokens = 1.0  # neither has aggregated anything: the node keeps its own
         candidates = [(OWN, own, own_tokens), (PARENT, model.values[part], model.tokens)]
-        blend = attend(self.rules.attention, layout.key_layers, own, candidates, self.origin, out=keys)
+        blend = attend(self.rules.attention, layout.key_layers, own, candidates, self.initial_keys, out=keys)
         for residual in model.residuals:
             self._fold_residual(blend, residual, own)
         weights = blend.weights()
@@ -199,7 +201,7 @@ class Merger:
             if layer.name == residual.layer:
                 here = slice(layer.start, layer.stop)
                 values[here] = residual.values
-                [found] = scores(self.rules.attention, [layer], own, values, self.origin)
+                [found] = scores(self.rules.attention, [layer], own, values, self.initial_keys)
                 [fit[index]] = with_prior(
                     [found], residual.tokens * discount(self.rules.residuals.discount, residual.age)
                 )

@@ -37,8 +37,8 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     meta["link"], arrays = client.link.state()
     meta["whole"] = client.link.in_flight is not None and client.is_whole
     arrays["theta"] = client.trainer.read()
-    if client.merger.heard is not None:
-        arrays["heard"] = client.merger.heard
+    if client.merger.last_parent_model is not None:
+        arrays["heard"] = client.merger.last_parent_model
     arrays |= {f"optimizer.{name}": values for name, values in client.trainer.optimizer_state().items()}
     return meta, arrays
 
@@ -63,8 +63,8 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
         _pay_again(client, client.account, meta["charges"])
     client.link.restore(meta["link"], arrays, most_tokens=client.round_tokens)
     client.link.anchor[:] = arrays["anchor"]
-    if client.merger.heard is not None and "heard" in arrays:
-        client.merger.heard = arrays["heard"]
+    if client.merger.last_parent_model is not None and "heard" in arrays:
+        client.merger.last_parent_model = arrays["heard"]
     client.trainer.write(arrays["theta"])
     prefix = "optimizer."
     client.trainer.load_optimizer_state({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})

@@ -227,8 +227,8 @@ class VirtualClients:
         spec = self.specs[path]
         client = Client(self.plan, spec, initial=self.initial, make_trainer=self._seat)
         if self._origin is None:
-            self._origin = client.merger.origin
-        client.merger.origin = self._origin  # never changed: one for all
+            self._origin = client.merger.initial_keys
+        client.merger.initial_keys = self._origin  # never changed: one for all
         return client
 
     def _seat(self, account: Account | None) -> Slot:

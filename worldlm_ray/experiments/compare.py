@@ -111,7 +111,7 @@ class _Curve:
         if loss is not None and (not self.points or loss != self.points[-1]["loss"]):
             self.points.append(at | {"loss": loss})
         node = simulation.nodes["world"]
-        if node.version > self._version and node.tokens >= len(self.world) * self._total / WORLD_POINTS:
+        if node.version > self._version and node.published.tokens >= len(self.world) * self._total / WORLD_POINTS:
             self._version = node.version
             losses = [
                 client.measure(self._tokens * client.dataset.parts, parameters=node.theta).loss

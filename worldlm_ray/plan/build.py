@@ -8,6 +8,7 @@ import numpy as np
 
 from worldlm_ray import huggingface
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.initial import initial_parameters
@@ -83,24 +84,40 @@ def contributions(plan: Plan, spec: NodeSpec) -> Contributions | None:
     )
 
 
-def inner_node(plan: Plan, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
-    """The state machine of an inner node; with the ledgers of its clients if it promises them privacy."""
-    return Node(
+def inner_node(
+    plan: Plan, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None, *, watch: bool = True
+) -> Node:
+    """The state machine of an inner node.
+
+    Args:
+        plan: the run.
+        spec: the node.
+        initial: the run's initial parameters.
+        contributions: the ledgers of its clients, if it promises them privacy.
+        watch: whether it gives up silent children.
+    """
+    place = NodePlace(
         path=spec.path,
         children=tuple(child.name for child in spec.children),
+        has_parent=spec.kind != "world",
+        optional=frozenset(child.name for child in spec.children if _may_come_late(plan, child, spec)),
+        min_clients=spec.min_clients or 0,
+    )
+    rules = NodeRules(
         aggregation=spec.settings.aggregation,
         merge=spec.settings.merge,
-        has_parent=spec.kind != "world",
-        layout=plan.layout,
-        initial=initial,
         budget=plan.config.budget,
+        save_every=plan.config.checkpoint.every_updates,
+        liveness=plan.config.liveness if watch else None,
+        codec=spec.settings.exchange.codec,
+    )
+    return Node(
+        place,
+        rules,
+        plan.layout,
+        initial,
         privacy=None if contributions is None else _client_privacy(spec, contributions),
         contributions=None if contributions is None else contributions.counts(),
-        save_every=plan.config.checkpoint.every_updates,
-        awaited=[child.name for child in spec.children if _may_come_late(plan, child, spec)],
-        min_clients=spec.min_clients or 0,
-        liveness=plan.config.liveness,
-        codec=spec.settings.exchange.codec if spec.kind != "world" else "fp32",
         quotas=quotas(spec, plan.round_tokens, plan.config.budget),
     )
 

@@ -83,16 +83,19 @@ class Stopped(Exception):
 class Child(Protocol):
     """What a client and a federation have in common."""
 
-    incarnation: int
+    @property
+    def incarnation(self) -> int:
+        """How often the child has been started."""
+        ...
 
     @property
     def seq(self) -> int:
-        """Of its newest update."""
+        """Of the last update that the child knows it has made."""
         ...
 
     @property
     def outbox(self) -> Outbox:
-        """What the parent has not made durable yet."""
+        """What the parent might still lose."""
         ...
 
     @property

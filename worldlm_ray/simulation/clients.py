@@ -159,7 +159,7 @@ class Clients:
                 yield from self._pull(path)
         else:
             node = world.nodes[path]
-            if node.wants_news or (node.in_flight is not None and node.is_sent):
+            if node.wants_refresh or node.is_sent:
                 yield from self._inner.pull(path)
 
     def _pull(self, path: str) -> Steps[None]:

@@ -54,11 +54,13 @@ def initial(plan: Plan) -> Flat:
     return NOTHING if isinstance(plan, CostPlan) else build.initial(plan)
 
 
-def inner_node(plan: Plan, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None) -> Node:
+def inner_node(
+    plan: Plan, spec: NodeSpec, initial: Flat, contributions: Contributions | None = None, *, watch: bool = True
+) -> Node:
     """The state machine of an inner node; without what depends on values where there is a cost model."""
     if isinstance(plan, CostPlan):
         spec = replace(spec, settings=_plain(spec.settings))
-    return build.inner_node(plan, spec, initial, contributions)
+    return build.inner_node(plan, spec, initial, contributions, watch=watch)
 
 
 def _plain(settings: NodeSettings) -> NodeSettings:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from worldlm_ray.aggregation.children import Status
 from worldlm_ray.aggregation.events import (
+    Admit,
     Answer,
     Charge,
     Clock,
@@ -18,10 +20,12 @@ from worldlm_ray.aggregation.events import (
     Refresh,
     Save,
     Serve,
+    UpdateDue,
+    UpdateSent,
     Wake,
 )
 from worldlm_ray.exchange.messages import Update
-from worldlm_ray.exchange.replies import Verdict
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.protocol.child import Steps
 from worldlm_ray.records import VerdictRecord
 from worldlm_ray.simulation.cost_model import CostPlan
@@ -52,18 +56,21 @@ class InnerNodes:
         self.resume: Callable[[str], Steps[None]]
         """Makes the steps by which a child joins its parent again and goes on; set by the simulation."""
 
-    def take(self, path: str, event: Event) -> Verdict | None:
-        """Let a node handle an event; returns its verdict if the event was a push."""
-        world, verdict = self._world, None
+    def take(self, path: str, event: Event) -> Verdict | Welcome | None:
+        """Let a node handle an event; returns what it answers to a push or to a child that joins."""
+        world = self._world
+        reply: Verdict | Welcome | None = None
         for command in world.nodes[path].handle(event):
             if isinstance(command, Answer):
-                verdict = command.verdict
+                reply = command.verdict
+            elif isinstance(command, Admit):
+                reply = command.welcome
             else:
                 self.perform(path, command)
         if path in world.final and not world.nodes[path].ended and world.incarnations[path]:
             del world.final[path]  # a client below has come back: so does the federation
             self.network.restart(path, self.resume(path))
-        return verdict
+        return reply
 
     def perform(self, path: str, command: Command) -> None:
         """Carry out what a node commands."""
@@ -81,7 +88,7 @@ class InnerNodes:
         elif isinstance(command, Save):
             self._checkpoints.save(path)
         elif isinstance(command, Exchange):
-            node.begin_exchange()
+            node.handle(UpdateDue())
             self._send_once_known(path)
         elif isinstance(command, Refresh):
             if path not in world.catching_up:  # which asks for it, too
@@ -105,7 +112,7 @@ class InnerNodes:
     def give_up_optional_children(self) -> None:
         """No child that has not joined will come any more: no node waits for one."""
         for path, node in self._world.nodes.items():
-            optional = [name for name, child in node.children.items() if child.awaited]
+            optional = [name for name, child in node.children.items() if child.status is Status.EXPECTED]
             for name in optional if self._world.incarnations[path] else ():
                 self.take(path, Done(child=name, to=node.incarnation, now_s=self._clock.now_s))
 
@@ -138,7 +145,9 @@ class InnerNodes:
             self._checkpoints.save(path)
         known = node.may_send or not world.faults  # where nothing can fail, no checkpoint is needed
         if known or (patience_s is not None and self._checkpoints.refused_for_s(path) >= patience_s):
-            update = node.send()
+            update = node.in_flight
+            assert update is not None, "an exchange has begun"
+            node.handle(UpdateSent())
             if path not in world.catching_up:  # which sends it, too
                 self.network.start(path, self._exchange(path, update))
             return

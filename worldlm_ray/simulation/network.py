@@ -13,7 +13,7 @@ from typing import Any
 from worldlm_ray.aggregation.events import Done, Event, Heartbeat, Joined, Left, Pull, Push
 from worldlm_ray.errors import MessageError, SupersededError
 from worldlm_ray.exchange.messages import Model
-from worldlm_ray.exchange.replies import Verdict
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan.faults import damaged
 from worldlm_ray.protocol.child import Lost, Send, Sleep, Steps
 from worldlm_ray.simulation.world import World
@@ -22,8 +22,8 @@ BITS_PER_GBIT = 1e9
 NOTICED_S = 1.0
 """Virtual seconds until a caller learns that its call has failed."""
 
-Take = Callable[[str, Event], Verdict | None]
-"""Lets a node handle an event; returns its verdict if the event was a push."""
+Take = Callable[[str, Event], Verdict | Welcome | None]
+"""Lets a node handle an event; returns what it answers to a push or to a child that joins."""
 
 
 _FINAL: dict[str, type[Done] | type[Left] | type[Heartbeat]] = {"done": Done, "left": Left, "heartbeat": Heartbeat}
@@ -170,8 +170,7 @@ class Network:
         path, (name, incarnation, *rest) = self._world.parent(child), send.arguments
         common = {"incarnation": incarnation, "now_s": self._clock.now_s}
         if send.method == "join":
-            self._take(path, Joined(child=name, seq=rest[0], **common))
-            return self._world.nodes[path].welcome(name), True
+            return self._take(path, Joined(child=name, seq=rest[0], **common)), True
         to, *rest = rest
         if send.method == "push":
             header, update = rest
@@ -181,7 +180,7 @@ class Network:
             self._take(path, Pull(child=name, started_tokens=rest[0], to=to, **common))
             return None, False
         self._take(path, _FINAL[send.method](child=name, to=to, **common))
-        return self._world.nodes[path].children[name].gone if send.method == "left" else None, True
+        return self._world.nodes[path].children[name].left_durable if send.method == "left" else None, True
 
     def _answer(self, task: Task, value: Any, nbytes: int = 0) -> None:
         """Send a call's answer, or the error that it raised, on its way."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from worldlm_ray.aggregation.events import Saved, Started
 from worldlm_ray.plan.faults import Fault
 from worldlm_ray.simulation.network import NOTICED_S
 from worldlm_ray.simulation.world import World
@@ -57,7 +58,7 @@ class Checkpoints:
             self._saved[path] = (json.loads(json.dumps(meta)), copies)
         self._saved_s[path] = now_s
         if path in world.nodes:
-            world.nodes[path].saved(world.nodes[path].covers())
+            world.nodes[path].handle(Saved(covered=world.nodes[path].covers()))
 
     def refused_for_s(self, path: str) -> float:
         """For how long a node's storage has refused."""
@@ -123,9 +124,8 @@ class Restarts:
         node = world.start_node(path)
         if found is not None:
             node.restore(*found)
-        node.incarnation = incarnation
         self._inner.audit[path].restored(now_s=self._clock.now_s, incarnation=incarnation, last_seq=node.covers().seqs)
-        for command in node.resume():
+        for command in node.handle(Started(incarnation=incarnation)):
             self._inner.perform(path, command)
         for child in world.specs:
             # Children that wait for no answer find out by their heartbeat.

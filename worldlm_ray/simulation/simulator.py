@@ -109,9 +109,6 @@ class Simulation:
                 self._clients.begin(path)
         if world.faults:
             clock.at(self.plan.config.liveness.heartbeat_s, self._look, background=True)
-        else:
-            for node in self.nodes.values():
-                node.liveness = None
         while not clock.is_empty and not (world.faults and self._is_over()):
             if self.should_stop():
                 return "stopped"

@@ -13,6 +13,7 @@ from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import parent_path
 from worldlm_ray.protocol.child import Child, Uplink
+from worldlm_ray.protocol.node_child import NodeAsChild
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.simulation import cost_model
 from worldlm_ray.simulation.clock import Clock
@@ -52,7 +53,8 @@ class World:
         """Children that are joining their parent and sending it again what it has lost."""
 
     def _make_node(self, path: str) -> Node:
-        return cost_model.inner_node(self.plan, self.specs[path], self.initial, self.contributions[path])
+        paid, watch = self.contributions[path], bool(self.faults)
+        return cost_model.inner_node(self.plan, self.specs[path], self.initial, paid, watch=watch)
 
     def start_node(self, path: str) -> Node:
         """A new inner node in place of one that died."""
@@ -72,7 +74,8 @@ class World:
 
     def connect(self, path: str) -> None:
         """Give a child a link to its parent that has not joined yet."""
-        self.uplinks[path] = SimulatedUplink(self, path, self.child(path))
+        child = self.clients.get(path) or NodeAsChild(self.nodes[path])
+        self.uplinks[path] = SimulatedUplink(self, path, child)
 
     def parent(self, path: str) -> str:
         """Path of a child's parent."""
@@ -86,7 +89,7 @@ class World:
 
     def has_never_joined(self, path: str) -> bool:
         """Whether a node is a federation that has no child yet: such a one does not join its parent."""
-        return path in self.nodes and self.nodes[path].has_parent and self.nodes[path].is_deserted
+        return path in self.nodes and path != "world" and self.nodes[path].children.have_never_joined
 
     def note(self, path: str, event: str, detail: str = "", **more: Any) -> None:
         """Record an event in a node's life."""

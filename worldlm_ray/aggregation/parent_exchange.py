@@ -1,0 +1,302 @@
+"""A node's exchange with its parent: what it sends, what it takes, and what of either is still under way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from worldlm_ray.aggregation.budget import Budget
+from worldlm_ray.aggregation.children import Children
+from worldlm_ray.aggregation.events import Command, Note, ParentModel
+from worldlm_ray.aggregation.merge import Merger, Moved
+from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
+from worldlm_ray.aggregation.published import Published
+from worldlm_ray.aggregation.residuals import Pool
+from worldlm_ray.errors import AggregationError
+from worldlm_ray.exchange.compression import encode_update, memory
+from worldlm_ray.exchange.messages import Model, Update
+from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
+from worldlm_ray.exchange.parent import Gate
+from worldlm_ray.exchange.quota import Quota
+from worldlm_ray.records import LifeRecord
+from worldlm_ray.tensors.buffers import Flat, difference, frozen
+from worldlm_ray.tensors.layout import Layout
+
+
+class ParentExchange:
+    """What a node with a parent knows of it.
+
+    Args:
+        place: the node's place.
+        rules: how it merges, and its codec.
+        layout: the model's layout.
+        initial: the run's initial parameters.
+        published: the node's model.
+        quota: what the node may claim; None without a limit.
+    """
+
+    def __init__(
+        self,
+        place: NodePlace,
+        rules: NodeRules,
+        layout: Layout,
+        initial: Flat,
+        *,
+        published: Published,
+        quota: Quota | None,
+    ) -> None:
+        self.place, self.rules, self.layout = place, rules, layout
+        self.published, self.quota = published, quota
+        self.merger = Merger(
+            path=place.path,
+            layout=layout,
+            rules=rules.aggregation,
+            m=rules.merge.federation,
+            agreement=rules.merge.agreement,
+            initial=initial,
+        )
+        self.gate = Gate(place.path, layout, max_step=rules.merge.max_model_step)
+        """Which models of the parent it takes."""
+        self.anchor = published.theta
+        """The model as it was last pushed, moved with the parent since: where the backbone's next update begins."""
+        self.parent_keys = self.merger.initial_keys
+        """What its key layers are measured from: the parent's, as this node last heard them. Where its model has been
+        refused since, this node's own, as they were last pushed."""
+        self.base_version = 0
+        """The parent's version at the last merge."""
+        self.base_incarnation = 1
+        """The parent's incarnation then."""
+        self.seq = 0
+        self.unpushed_aggregations = 0
+        self.unpushed_tokens = 0
+        self.codec_error = memory(rules.codec, layout.backbone_size)
+        """What the codec has lost of the updates so far; None of one that loses nothing."""
+        self.in_flight: Update | None = None
+        """The update of an exchange that has not come back yet."""
+        self.is_sent = False
+        """Whether it is on its way: the parent may have it."""
+        self._covered_seq = 0
+        """The newest of its updates that a checkpoint knows."""
+        self.outbox = Outbox()
+        """What the parent has not made durable yet."""
+        self._is_asked = False
+        """Whether a command has asked for an exchange that has not begun."""
+        self.wants_refresh = False
+        """Whether the children wait until the node has heard its parent: the first of them to be there has come."""
+
+    # ---- when ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an exchange is under way, from the command on."""
+        return self._is_asked or self.in_flight is not None
+
+    @property
+    def awaits_model(self) -> bool:
+        """Whether the parent's model is on its way."""
+        return self.is_open or self.wants_refresh
+
+    def aggregated(self, tokens: int) -> None:
+        """Count an aggregation for the next update."""
+        self.unpushed_aggregations += 1
+        self.unpushed_tokens += tokens
+
+    def is_due(self, *, any_active: bool) -> bool:
+        """Whether an exchange should begin; without active children nothing more will gather."""
+        if self.awaits_model or not self.unpushed_aggregations:
+            return False
+        return not any_active or self.unpushed_aggregations >= self.rules.aggregation.push_every
+
+    def ask(self, now_s: float) -> list[Command]:
+        """Note that an exchange is asked for; warn where the next update cannot claim all tokens that have gathered."""
+        self._is_asked = True
+        if self.quota is None or self.unpushed_tokens <= self.quota.update_tokens:
+            return []
+        most, gathered = self.quota.update_tokens, self.unpushed_tokens
+        said = f"{gathered} tokens have gathered for one update, which may claim {most}: the rest goes with the next"
+        return [Note(record=LifeRecord(node=self.place.path, now_s=now_s, event="warning", detail=said))]
+
+    # ---- up --------------------------------------------------------------------------------------------------
+
+    def make_update(self, children: Children, residuals: Pool) -> Update:
+        """Begin the exchange that was asked for: the update holds all work since the last one.
+
+        After a restart that lost the answer it is the same update again.
+
+        Args:
+            children: whose work is in it.
+            residuals: those that fitted no child go along.
+        """
+        self._is_asked = False
+        if self.in_flight is not None:
+            return self.in_flight
+        self.is_sent = False
+        theta, split = self.published.theta, self.layout.backbone_size
+        values = self.published.update_buffer()
+        difference(theta[:split], self.anchor[:split], out=values[:split])
+        np.subtract(theta[split:], self.parent_keys, out=values[split:])
+        encoded, values = encode_update(self.rules.codec, values, self.codec_error)
+        self.seq += 1
+        most = self.unpushed_tokens if self.quota is None else self.quota.update_tokens
+        tokens = min(self.unpushed_tokens, most)
+        self.in_flight = Update(
+            sender=self.place.name,
+            seq=self.seq,
+            base_version=self.base_version,
+            tokens=tokens,
+            started_tokens=children.started_tokens,
+            values=frozen(values),
+            residuals=residuals.rise(),
+            codec=self.rules.codec,
+            encoded=encoded,
+            base_incarnation=self.base_incarnation,
+        )
+        self.anchor = theta  # the next update measures from here
+        self.unpushed_aggregations, self.unpushed_tokens = 0, self.unpushed_tokens - tokens
+        children.pass_on_shares()
+        return self.in_flight
+
+    @property
+    def may_send(self) -> bool:
+        """Whether a checkpoint knows the update in flight.
+
+        Not before may the parent have it: a node that dies and does not know what it has sent would take its children's
+        updates, which they send again, for new, and send them on a second time.
+        """
+        return self.in_flight is not None and self._covered_seq >= self.in_flight.seq
+
+    def sent(self) -> None:
+        """The update in flight is sent now."""
+        if self.in_flight is None:
+            raise AggregationError(f"{self.place.path}: there is no update to send")
+        self.is_sent = True
+        self.outbox.add(self.in_flight)
+
+    def covered(self, seq: int) -> None:
+        """A checkpoint knows the updates up to this one."""
+        self._covered_seq = max(self._covered_seq, seq)
+
+    def use_shared_copy(self, own: Flat, shared: Flat) -> None:
+        """Use another buffer with the same values in place of one of the node's own."""
+        if self.anchor is own:
+            self.anchor = shared
+        if self.in_flight is not None and self.in_flight.values is own:
+            self.in_flight = replace(self.in_flight, values=shared)
+        self.outbox.use_shared_copy(own, shared)
+
+    # ---- down ------------------------------------------------------------------------------------------------
+
+    def take(self, event: ParentModel, *, budget: Budget, children: Children) -> list[Command]:
+        """Move to the parent and keep whatever the children did meanwhile.
+
+        A model that is refused ends the exchange all the same: the node goes on with its own, and asks again after the
+        next aggregation. What was pushed is measured from, as always.
+        """
+        is_newcomer = self.wants_refresh and self.published.version == 0
+        own = None if is_newcomer else self.published.theta
+        doubt = self.gate.refusal(event.model, seq=self.seq, own=own, now_s=event.now_s)
+        notes: list[Command] = [] if doubt is None else [Note(record=doubt)]
+        model, pushed, split = event.model, self.in_flight, self.layout.backbone_size
+        self.wants_refresh, self.in_flight = False, None
+        notes += self._count_on(self.gate.last_seq, event.now_s)
+        if model is None or self.gate.shut:
+            budget.finished = model.finished if model is not None else budget.finished
+            if pushed is not None:  # the next update must not carry the same change of the key layers again
+                self.parent_keys = frozen(self.anchor[split:].copy())
+            return notes
+        self.base_version, self.base_incarnation = model.version, model.incarnation
+        budget.progress, budget.finished = model.progress, model.finished
+        self.outbox.durable(model.durable_seq)
+        self.parent_keys = frozen(model.values[split:].copy())
+        if model.version == 0:
+            return notes  # the parent has aggregated nothing yet: it has nothing to say
+        if is_newcomer:
+            self._begin_from(model, now_s=event.now_s)
+            return notes
+        return notes + self._merge(model, pushed, children=children, now_s=event.now_s)
+
+    def _merge(self, model: Model, pushed: Update | None, *, children: Children, now_s: float) -> list[Command]:
+        moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
+        m, judged = self.merger.judge(model, moved, now_s=now_s)
+        theta, merged = self.published.theta, self.published.buffer()
+        anchor = self.merger.backbone(m, theta, self.anchor, model, out=merged)
+        own_tokens = self.published.mean_tokens
+        record = self.merger.keys(m, theta, self.anchor, model, own_tokens=own_tokens, now_s=now_s, out=merged)
+        children.scale_shares(1.0 - m + m * model.share)
+        self.published.publish(merged, keep_old=True)
+        self.anchor = self.published.theta if anchor is None else frozen(anchor)
+        notes: list[Command] = [Note(record=judged)]
+        return notes if record is None else [*notes, Note(record=record)]
+
+    def _count_on(self, last_seq: int, now_s: float) -> list[Command]:
+        """Count on from what the parent knows, though its model be refused: it drops the numbers that it has seen."""
+        forgotten = last_seq - self.seq
+        if forgotten <= 0:
+            return []
+        self.seq = last_seq
+        # They were sent without a checkpoint.
+        said = f"has forgotten {forgotten} of its updates: what its children send again counts twice above it"
+        return [Note(record=LifeRecord(node=self.place.path, now_s=now_s, event="warning", detail=said))]
+
+    def _begin_from(self, model: Model, *, now_s: float) -> None:
+        """A newcomer has nothing of its own to keep. The parent's model is its first version: its children take it."""
+        self.merger.judge(model, None, now_s=now_s)
+        values = self.published.buffer()
+        np.copyto(values, model.values)
+        self.published.publish(values, keep_old=True)
+        self.anchor = self.published.theta
+        self.published.version = 1
+
+    # ---- durability ------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
+        """What a restart needs."""
+        meta: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
+        arrays: dict[str, Flat] = {}
+        if self.anchor is not self.published.theta:
+            arrays["anchor"] = self.anchor
+        if self.layout.key_layers:
+            arrays["parent_keys"] = self.parent_keys
+        if self.codec_error is not None:
+            arrays["codec_error"] = self.codec_error
+        if self.merger.last_parent_model is not None:
+            arrays["last_parent_model"] = self.merger.last_parent_model
+        meta["outbox"], kept = self.outbox.state()
+        arrays |= kept
+        if self.in_flight is not None:
+            meta["in_flight"] = fields(self.in_flight)
+            if all(values is not self.in_flight.values for values in kept.values()):
+                arrays["in_flight"] = self.in_flight.values
+        return meta, arrays
+
+    def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
+        """Become what `state` described; the published model is restored before."""
+        for name in _STATE:
+            setattr(self, name, meta[name])
+        self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.published.theta
+        self.parent_keys = frozen(arrays.get("parent_keys", self.parent_keys))
+        if self.codec_error is not None and "codec_error" in arrays:
+            self.codec_error[:] = arrays["codec_error"]
+        if self.merger.last_parent_model is not None and "last_parent_model" in arrays:
+            self.merger.last_parent_model = frozen(arrays["last_parent_model"])
+        self.in_flight, self.is_sent, self._covered_seq = None, False, self.seq
+        self.outbox.restore(meta["outbox"], arrays)
+        if self.quota is not None:
+            self.outbox.limit_tokens(self.quota.update_tokens)
+        if "in_flight" in meta:
+            kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
+            self.in_flight = kept[0] if kept else revived(meta["in_flight"], arrays["in_flight"])
+            if self.quota is not None:
+                self.in_flight = limited(self.in_flight, self.quota.update_tokens)
+
+
+_STATE = (
+    "base_version",
+    "base_incarnation",
+    "seq",
+    "unpushed_aggregations",
+    "unpushed_tokens",
+    "wants_refresh",
+)
