@@ -92,7 +92,7 @@ def test_a_node_answers_while_its_checkpoint_is_written(
     world = asyncio.run(scene())
     found = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))
     assert found is not None
-    assert found[0]["version"] == 4
+    assert found[0]["published"]["version"] == 4
     np.testing.assert_array_equal(found[1]["theta"], world.node.theta)
 
 
@@ -121,7 +121,7 @@ def test_events_wait_only_until_what_they_change_is_written(
     asyncio.run(scene())
     found = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))
     assert found is not None
-    assert found[0]["fold"]["contributors"] in ([first], [first, second])
+    assert found[0]["intake"]["fold"]["contributors"] in ([first], [first, second])
 
 
 def test_an_exchange_goes_out_when_it_is_on_disk(
