@@ -68,6 +68,7 @@ from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.exchange.quota import Quota
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import build, rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.quotas import quota
 from worldlm_ray.records import Record
 from worldlm_ray.storage import checkpoint
@@ -119,25 +120,11 @@ class InnerActor(GracefulShutdown):
         return welcome
 
     async def _quota(self, child: str) -> Quota | None:
-        """What a child may claim that has come since this node's plan was made: the run's folder says it.
-
-        Returns:
-            None where the node knows.
-
-        Raises:
-            MessageError: the run has no such child.
-        """
+        """What a child may claim that has come since this node's plan was made; None where the node knows."""
         if child in self.node.children.quotas:
             return None
-        read = partial(rundir.renewed, self.plan)
-        try:
-            plan = await asyncio.get_running_loop().run_in_executor(None, read)
-        except WorldLMError as error:
-            raise MessageError("unknown_sender", f"{child}: the run's folder cannot be read ({error})") from error
-        spec = plan.specs.get(f"{self.spec.path}/{child}")
-        if spec is None:
-            raise MessageError("unknown_sender", f"{self.spec.path} has no child {child!r}")
-        return quota(spec, plan.round_tokens, plan.config.budget)
+        read = partial(_quota_of, self.plan, self.spec.path, child)
+        return await asyncio.get_running_loop().run_in_executor(None, read)
 
     async def push(self, sender: str, incarnation: int, to: int, header: bytes, refs: list[Any]) -> Verdict:
         """Take an update. The buffer is mapped from the object store and folded without a copy."""
@@ -378,3 +365,19 @@ class InnerActor(GracefulShutdown):
         except Exception as error:  # noqa: BLE001 - a boundary: the launcher raises it from `ended`
             self._error = error
             self._ended.set()
+
+
+def _quota_of(plan: Plan, path: str, child: str) -> Quota:
+    """What a child may claim: the run's folder says it.
+
+    Raises:
+        MessageError: the run has no such child.
+    """
+    try:
+        renewed = rundir.renewed(plan)
+    except WorldLMError as error:
+        raise MessageError("unknown_sender", f"{child}: the run's folder cannot be read ({error})") from error
+    spec = renewed.specs.get(f"{path}/{child}")
+    if spec is None:
+        raise MessageError("unknown_sender", f"{path} has no child {child!r}")
+    return quota(spec, renewed.round_tokens, renewed.config.budget)

@@ -16,6 +16,7 @@ from typing import Any
 
 from actors.node_records import NodeRecords
 from actors.shared import end_process, write_checkpoint
+from worldlm_ray.aggregation import node_checkpoint
 from worldlm_ray.aggregation.events import Covered, Saved
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.errors import CheckpointError, SupersededError
@@ -117,7 +118,7 @@ class NodeCheckpoints:
         self._saved_s = self._clock.now_s()
         self._records.audit.flush()
         meta, arrays = self._node.state()
-        if any(map(self._node.changes, arrays)):
+        if any(map(node_checkpoint.changes, arrays)):
             self._steady.clear()  # events wait until these are written, and no longer
         # Plain values are copied, which is nothing; buffers are not: the others never change.
         return self._spawn(self._write_beside(self._node.covers(), json.loads(json.dumps(meta)), arrays))
@@ -150,6 +151,6 @@ class NodeCheckpoints:
             arrays,
             incarnation=self._node.incarnation,
             clock=self._clock,
-            changing=[name for name in arrays if self._node.changes(name)],
+            changing=[name for name in arrays if node_checkpoint.changes(name)],
             **options,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from worldlm_ray.config.federated import (
 from worldlm_ray.config.schema import BudgetConfig, LivenessConfig
 from worldlm_ray.exchange.messages import Model, Update, pack
 from worldlm_ray.exchange.quota import Quotas
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout, make_layout
 
@@ -197,3 +199,16 @@ def to_version(node: Node, version: int) -> None:
     node.handle(Left(child="filler", now_s=0.0))
     assert node.version == version
     assert body(node) == [1, 2, 3]
+
+
+def federation(**changes: Any) -> Node:
+    return make(**({"parent": True, "buffer_size": 1} | changes))
+
+
+def saved_and_loaded(node: Node, place: Path, fresh: Node) -> Node:
+    """A new node in the state of the old one, by way of a checkpoint on disk."""
+    checkpoint.save(place, *node.state())
+    loaded = checkpoint.load(place)
+    assert loaded is not None
+    fresh.restore(*loaded)
+    return fresh

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.drift import drifting
+from support.nodes import exchange, of
 from support.worlds import client as client_entry
 from support.worlds import two_levels
 
-from worldlm_ray.aggregation.events import Answer, Command, Exchange, ParentModel, Pull, Push, Serve
+from worldlm_ray.aggregation.events import Answer, Exchange, ParentModel, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Model, Update, pack, unpack_model
@@ -28,7 +29,7 @@ Tiny = Callable[..., Plan]
 @pytest.fixture
 def zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that begin with zeros: whole numbers stay whole numbers, and sums are exact."""
-    monkeypatch.setattr("worldlm_ray.plan.build.initial", lambda plan: frozen(np.zeros(plan.layout.size, np.float32)))
+    monkeypatch.setattr(build, "initial", lambda plan: frozen(np.zeros(plan.layout.size, np.float32)))
 
 
 def small_world(tiny: Tiny, folder: Path, **changes: Any) -> Plan:
@@ -40,10 +41,6 @@ def work(client: Client, change: float | Flat) -> None:
     """A local round that moves the parameters by this much."""
     client.trainer.theta += np.float32(change)  # type: ignore[attr-defined]
     client.step, client.round = client.training.local_steps, client.round + 1
-
-
-def of(kind: type, commands: list[Command]) -> list[Any]:
-    return [command for command in commands if isinstance(command, kind)]
 
 
 class Tree:
@@ -79,8 +76,7 @@ class Tree:
     def send(self) -> None:
         if self.due and self.north.in_flight is None:
             self.due = False
-            self.north.begin_exchange()
-            self.push(self.world, self.north.send())
+            self.push(self.world, exchange(self.north, [Exchange()]))
 
     def hear(self) -> None:
         if self.north.in_flight is not None:
@@ -94,8 +90,8 @@ class Tree:
     @property
     def waiting(self) -> Flat:
         """What the federation has taken in since its last update, and what codecs have lost so far."""
-        found = (self.north.theta - self.north.anchor)[: self.plan.layout.backbone_size]
-        for error in (self.north.lost, *(one.link.codec_error for one in self.clients.values())):
+        found = (self.north.theta - self.north.to_parent.anchor)[: self.plan.layout.backbone_size]
+        for error in (self.north.to_parent.codec_error, *(one.link.codec_error for one in self.clients.values())):
             if error is not None:
                 found = found + error
         return found

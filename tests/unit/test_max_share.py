@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support.nodes import a_node
 from support.worlds import client, two_levels
 
+from worldlm_ray.aggregation import node_checkpoint
 from worldlm_ray.aggregation.capped_fold import CappedFold, capped
 from worldlm_ray.aggregation.events import Command, Note, Push
 from worldlm_ray.aggregation.fold import OWN
@@ -217,7 +218,9 @@ def test_an_open_aggregation_of_an_earlier_version_is_told_apart(layout: Layout)
 def test_kept_updates_are_not_copied_for_a_checkpoint(layout: Layout) -> None:
     node = a_world(layout, max_share=0.5)
     push(node, "a", 5, 1.0)
-    assert {name for name in node.state()[1] if name.startswith("fold.") and not Node.changes(name)} == {"fold.kept.0"}
+    assert {name for name in node.state()[1] if name.startswith("fold.") and not node_checkpoint.changes(name)} == {
+        "fold.kept.0"
+    }
 
 
 def test_another_share_does_not_end_an_open_aggregation(layout: Layout) -> None:

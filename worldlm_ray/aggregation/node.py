@@ -10,6 +10,7 @@ same machine. The world is a node without a parent. Events and commands: worldlm
     published.py         the model, and the buffers that models and updates lie in
     parent_exchange.py   what it sends to its parent, and takes from it
     budget.py            what may still be trained
+    node_checkpoint.py   all of this as plain values and buffers
 
 Two things stand in memory besides the optimizer's state: the published model, which never changes in place (so
 children, a push in flight and a checkpoint can share it), and one buffer into which updates are folded as they
@@ -23,8 +24,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
+from worldlm_ray.aggregation import node_checkpoint
 from worldlm_ray.aggregation.admission import check_incarnation, check_plain
 from worldlm_ray.aggregation.budget import Budget, PrivacyBudget
 from worldlm_ray.aggregation.children import Child, Children, Status
@@ -66,7 +66,7 @@ from worldlm_ray.aggregation.published import Published
 from worldlm_ray.aggregation.residuals import Pool
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.serving import Serving
-from worldlm_ray.errors import AggregationError, CheckpointError
+from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.quota import Quotas
@@ -239,8 +239,7 @@ class Node:
             commands += self._join(event)
         elif isinstance(event, Done | Left) and event.child in self.children:
             commands += self._end(event)
-        commands += self._advance(event.now_s)
-        return commands
+        return commands + self._advance(event.now_s)
 
     def _note(self, event: BackendEvent) -> list[Command]:
         """What the backend has done, or has heard of the parent. Nothing becomes due by it."""
@@ -295,9 +294,8 @@ class Node:
         has_left = isinstance(event, Left)
         self.children.set_status(event.child, Status.LEFT if has_left else Status.DONE)
         self.serving.forget(event.child)
-        if has_left and not self.children[event.child].left_durable:
-            return [Save()]  # it will not be there to say it again, or to send what is in memory alone
-        return []
+        # A child that has left will not be there to say it again, or to send what is in memory alone.
+        return [Save()] if has_left and not self.children[event.child].left_durable else []
 
     def _resume(self) -> list[Command]:
         """What is due before the first event.
@@ -325,7 +323,7 @@ class Node:
         for name in self.serving.ready(exchanging=exchanging, wants_refresh=self.wants_refresh):
             if self.parent is None and not self.synchronous:
                 # In synchronous mode this is settled once per version instead, so that all children hear the same.
-                self._spend(now_s)
+                self.spend(now_s)
             commands += self.serving.serve(name, incarnation=self.incarnation, now_s=now_s)
         if self._all_ended() and not self.ended:
             self.ended = True
@@ -342,44 +340,27 @@ class Node:
         self.residuals.settle()
         self.published.aggregated(fold.tokens, len(fold.contributors))
         if self.parent is None:
-            self._spend(now_s)
+            self.spend(now_s)
         else:
             self.parent.aggregated(fold.tokens)
         return [Note(record=record) for record in records_of(fold, self.intake, norm, weights, now_s=now_s)]
 
-    def _spend(self, now_s: float) -> None:
+    def spend(self, now_s: float) -> None:
+        """Bring the budget up to date."""
         self.budget.spend(tokens=self.published.tokens, started_tokens=self.started_tokens, now_s=now_s)
 
     def _all_ended(self) -> bool:
-        idle = self.intake.is_empty and not self._awaits_model
-        passed_on = self.parent is None or not self.parent.unpushed_aggregations
-        return idle and passed_on and not self.children.any_active and not self.children.any_expected
+        passed_on = self.parent is None or not (self.parent.unpushed_aggregations or self.parent.awaits_model)
+        return passed_on and self.intake.is_empty and not (self.children.any_active or self.children.any_expected)
 
     # ---- durability ------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """Everything that a restart needs: plain values, and buffers.
 
-        Those whose name `changes` says so change with the next event; the others never do.
+        Which of them change with the next event says `node_checkpoint.changes`.
         """
-        meta: dict[str, Any] = {"layout": self.layout.hash, "optimizer_steps": self.optimizer.steps}
-        meta["children"], meta["budget"] = self.children.state(), self.budget.state()
-        meta["contributions"] = self.privacy.state()
-        arrays = {f"optimizer.{name}": values for name, values in self.optimizer.buffers.items()}
-        parts: dict[str, Any] = {"published": self.published, "intake": self.intake, "residuals": self.residuals}
-        if self.parent is not None:
-            parts["parent"] = self.parent
-        for name, part in parts.items():
-            meta[name], found = part.state()
-            arrays |= found
-        return meta, arrays
-
-    @staticmethod
-    def changes(name: str) -> bool:
-        """Whether a buffer of the state changes in place."""
-        if name == "fold.first" or name.startswith("fold.kept."):  # updates as they came
-            return False
-        return name == "codec_error" or name.startswith(("fold.", "optimizer."))
+        return node_checkpoint.state(self)
 
     def covers(self) -> Covered:
         """What a checkpoint of the state as it is now would know."""
@@ -392,24 +373,4 @@ class Node:
             CheckpointError: the checkpoint is of another model.
             PrivacyError: a ledger has lost what the checkpoint knows.
         """
-        if meta["layout"] != self.layout.hash:
-            raise CheckpointError(f"{self.path}: the checkpoint is of another model or another choice of key layers")
-        self.privacy.check(meta["contributions"])
-        self.published.restore(meta["published"], arrays)
-        self.budget.restore(meta["budget"])
-        # A private sum takes only those that the plan knows: of others nothing says how they are to be clipped.
-        self.children.restore(meta["children"], known_only=self.privacy.privacy is not None)
-        # Its backend has written the time down.
-        self.now_s = max(self.now_s, self.budget.began_s or 0.0, meta.get("now_s", 0.0))
-        self.ended = False
-        self.serving.clear()
-        # The budget may be larger than it was: a federation hears from its parent, the world counts again.
-        if self.rules.budget.tokens is not None and self.parent is None:
-            self._spend(0.0)
-        self.optimizer.steps = meta["optimizer_steps"]
-        for name in self.optimizer.buffers:
-            self.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
-        self.residuals.restore(meta["residuals"], arrays)
-        self.intake.restore(meta["intake"], arrays)
-        if self.parent is not None:
-            self.parent.restore(meta["parent"], arrays)
+        node_checkpoint.restore(self, meta, arrays)
