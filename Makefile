@@ -42,10 +42,11 @@ soak: $(DEV)  ## mutated messages, faults on purpose and kills, many times as ma
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/ray/test_kills.py tests/unit/test_faults.py \
 		tests/unit/test_mutations.py tests/unit/test_mutated_files.py
 
-check: $(DEV)  ## lint, format, types, and whether docs/architecture.md is what the code says
+check: $(DEV)  ## lint, format, types, words to avoid, and whether docs/architecture.md is what the code says
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/check_words.py
 	$(BIN)/python docs/draw_architecture.py --check
 
 architecture: $(DEV)  ## draw docs/architecture.md from the code

@@ -19,7 +19,7 @@ from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.records import LifeRecord
 
 GAPS = 16
-"""Signs of life by which a child's rhythm is known."""
+"""Heartbeats by which a child's rhythm is known."""
 
 
 class Status(Enum):
@@ -59,7 +59,7 @@ class Child:
     heard_s: float | None = None
     """When it spoke last."""
     gaps: list[float] = field(default_factory=list)
-    """Seconds between its last signs of life."""
+    """Seconds between its last heartbeats."""
     scores: list[float] = field(default_factory=list)
     """Scores of its key layers in its newest update, by the temperature."""
     own_share: float = 0.0
@@ -155,7 +155,7 @@ class Children(Mapping[str, Child]):
             raise MessageError("restarted", f"{self.path} is at incarnation {here} by now: join again")
 
     def hear(self, name: str, now_s: float) -> LifeRecord | None:
-        """Note a sign of life; returns what tracking is told of a child that had been given up."""
+        """Note a heartbeat; returns what tracking is told of a child that had been given up."""
         child = self.get(name)
         if child is None:
             return None
@@ -178,7 +178,7 @@ class Children(Mapping[str, Child]):
             silent_s = now_s - child.heard_s
             if silent_s > patience_s(child.gaps, self.liveness):
                 self.set_status(name, Status.SUSPECTED)
-                said = f"silent for {silent_s:.0f} s: nobody waits for it"
+                said = f"silent for {silent_s:.0f} s: no node waits for it"
                 records.append(LifeRecord(node=f"{self.path}/{name}", now_s=now_s, event="lost", detail=said))
         return records
 

@@ -12,9 +12,9 @@ same machine. The world is a node without a parent. Events and commands: worldlm
     budget.py            what may still be trained
     node_checkpoint.py   all of this as plain values and buffers
 
-Two things stand in memory besides the optimizer's state: the published model, which never changes in place (so
-children, a push in flight and a checkpoint can share it), and one buffer into which updates are folded as they
-arrive and which then *becomes* the next published model. A refused update touches neither.
+Memory holds two buffers and the optimizer's state. The published model never changes in place, so that children, a push
+in flight and a checkpoint can share it. The other buffer takes the folded updates and then *becomes* the next published
+model. A refused update touches neither.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ class Node:
         return []
 
     def _hear(self, event: ChildEvent) -> list[Command]:
-        """A sign of life of a child."""
+        """A child lives, whatever it says."""
         if not isinstance(event, Push | Pull | Heartbeat | Joined):
             return []
         back = self.children.hear(event.sender if isinstance(event, Push) else event.child, event.now_s)
@@ -323,7 +323,7 @@ class Node:
         for name in self.serving.ready(exchanging=exchanging, wants_refresh=self.wants_refresh):
             if self.parent is None and not self.synchronous:
                 # In synchronous mode this is settled once per version instead, so that all children hear the same.
-                self.spend(now_s)
+                self._spend(now_s)
             commands += self.serving.serve(name, incarnation=self.incarnation, now_s=now_s)
         if self._all_ended() and not self.ended:
             self.ended = True
@@ -340,13 +340,12 @@ class Node:
         self.residuals.settle()
         self.published.aggregated(fold.tokens, len(fold.contributors))
         if self.parent is None:
-            self.spend(now_s)
+            self._spend(now_s)
         else:
             self.parent.aggregated(fold.tokens)
         return [Note(record=record) for record in records_of(fold, self.intake, norm, weights, now_s=now_s)]
 
-    def spend(self, now_s: float) -> None:
-        """Bring the budget up to date."""
+    def _spend(self, now_s: float) -> None:
         self.budget.spend(tokens=self.published.tokens, started_tokens=self.started_tokens, now_s=now_s)
 
     def _all_ended(self) -> bool:

@@ -50,7 +50,7 @@ def restore(node: Node, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
     node.serving.clear()
     # The budget may be larger than it was: a federation hears from its parent, the world counts again.
     if node.rules.budget.tokens is not None and node.parent is None:
-        node.spend(0.0)
+        node.budget.spend(tokens=node.published.tokens, started_tokens=node.started_tokens, now_s=0.0)
     node.optimizer.steps = meta["optimizer_steps"]
     for name in node.optimizer.buffers:
         node.optimizer.buffers[name] = np.array(arrays[f"optimizer.{name}"])
