@@ -47,5 +47,5 @@ def test_a_paused_client_follows_until_the_run_ends(cluster: None, tiny: Tiny, t
     assert "paused" in {state for _, state in states}
     found = checkpoint.load(checkpoint.folder(plan.run_dir, "world/spent"))
     assert found is not None
-    assert found[0]["base_version"] > rounds + 1, "it went on taking its parent's model"
+    assert found[0]["link"]["base_version"] > rounds + 1, "it went on taking its parent's model"
     assert all(proof.holds for proof in audit.proofs(plan.run_dir))

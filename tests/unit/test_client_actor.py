@@ -186,13 +186,13 @@ def test_a_client_trains_while_its_checkpoint_is_written(
     storage.may.set()
     waiting.join(30.0)
     assert ends == ["finished"]
-    assert (saved(plan)[0]["round"], saved(plan)[0]["seq"]) == (ROUNDS, ROUNDS)
+    assert (saved(plan)[0]["round"], saved(plan)[0]["link"]["seq"]) == (ROUNDS, ROUNDS)
 
     # What was kept for the storage is the state after the first round, whatever was trained since.
     meta, arrays = storage.given[0]
     for name, values in storage.copies[0].items():
         assert arrays[name].tobytes() == values.tobytes(), name
-    assert (meta["round"], meta["seq"]) == (1, 1)
+    assert (meta["round"], meta["link"]["seq"]) == (1, 1)
     same = Client(plan, plan.root.clients[0])
     same.begin(Parent(plan).node.serving.model("a", incarnation=1), now_s=0.0)
     same.train()
@@ -200,10 +200,10 @@ def test_a_client_trains_while_its_checkpoint_is_written(
     if overlap:
         same.begin_ahead()
     state = same.state()[1]
-    for name in ("theta", "base", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.step"):
+    for name in ("theta", "anchor", "optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.step"):
         assert arrays[name].tobytes() == state[name].tobytes(), name
     assert arrays["outbox.1"].tobytes() == update.values.tobytes()
-    assert [entry["seq"] for entry in meta["outbox"]] == [1]
+    assert [entry["seq"] for entry in meta["link"]["outbox"]] == [1]
 
 
 def test_a_client_that_is_stopped_waits_for_a_checkpoint_of_its_last_step(
@@ -280,8 +280,9 @@ def test_a_client_that_is_stopped_in_mid_exchange_goes_on_and_sends_again(
     parent.dead = True
     parent.gate.set()
     meta, arrays = saved(plan)
-    assert (meta["began"], meta["whole"], meta["in_flight"]["seq"]) == (True, True, meta["seq"])
-    assert meta["round"] == meta["seq"] + 1
+    link = meta["link"]
+    assert (meta["began"], meta["whole"], link["in_flight"]["seq"]) == (True, True, link["seq"])
+    assert meta["round"] == meta["link"]["seq"] + 1
     assert arrays["theta"].tobytes() == first.client.trainer.read().tobytes()
 
     fresh = parent_of(fake, plan, incarnation=2)  # which has lost all that it knew
