@@ -11,7 +11,9 @@ import math
 
 import numpy as np
 
-from worldlm_ray.aggregation.node import Node, Push
+from worldlm_ray.aggregation.events import Push
+from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig, StalenessConfig
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.exchange.messages import Update, pack
@@ -76,17 +78,16 @@ def main() -> None:
     # The same through the package. The node is made to be at version 3, with `own` as its model.
     layout = make_layout(SHAPES, ["head.*"], layers=1)
     flat = np.concatenate([initial[name].ravel() for name, _ in SHAPES])
-    node = Node(
-        path="world",
-        children=("a", "b", "c"),
-        aggregation=AggregationConfig(buffer_size=3, staleness=StalenessConfig(fn="polynomial")),
+    staleness = StalenessConfig(fn="polynomial")
+    rules = NodeRules(
+        aggregation=AggregationConfig(buffer_size=3, staleness=staleness),
         merge=MergeConfig(),
-        has_parent=False,
-        layout=layout,
-        initial=flat,
         budget=BudgetConfig(rounds=1),
     )
-    node.theta, node.version = np.concatenate([own[name].ravel() for name, _ in SHAPES]), 3
+    node = Node(NodePlace(path="world", children=("a", "b", "c"), has_parent=False), rules, layout, flat)
+    meta, arrays = node.state()
+    meta["published"]["version"] = 3
+    node.restore(meta, arrays | {"theta": np.concatenate([own[name].ravel() for name, _ in SHAPES])})
     for name, update in zip("abc", updates, strict=True):
         message = Update(
             sender=name,
