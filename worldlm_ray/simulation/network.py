@@ -41,6 +41,8 @@ class Task:
     """Number of the call under way. Whatever belongs to an older one comes too late."""
     is_answered: bool = True
     """Whether the parent has answered the call under way."""
+    is_dropped: bool = False
+    """Whether no further step is taken."""
     awaits_model: bool = False
     """Whether the answer is a model, which may come much later than the call."""
 
@@ -75,6 +77,7 @@ class Network:
         """Take no more steps of a child."""
         for task in self._tasks.pop(child, []):
             task.call += 1
+            task.is_dropped = True
 
     def take_at_once(self, child: str, steps: Steps[None]) -> None:
         """Take steps whose calls take no time, before the run begins."""
@@ -106,6 +109,8 @@ class Network:
             if task in self._tasks.get(task.child, ()):
                 self._tasks[task.child].remove(task)
             return
+        if task.is_dropped:
+            return  # by this very step
         task.call += 1
         if isinstance(step, Sleep):
             self._later(task, self._clock.now_s + step.seconds, lambda: self._advance(task))
