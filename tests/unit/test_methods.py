@@ -128,7 +128,7 @@ def test_hierfavg_exchanges_once_in_two_rounds_of_a_federation(world: RunConfig)
 def test_halos_delays_momentum_at_both_levels_and_merges_a_quarter(world: RunConfig) -> None:
     plan = make_plan(configure(world, "halos"))
     north, root = plan.node("world/north").settings, plan.root.settings
-    assert (north.rules.aggregation.server_optimizer.name, root.aggregation.server_optimizer.name) == (
+    assert (north.aggregation.server_optimizer.name, root.aggregation.server_optimizer.name) == (
         "delayed_nesterov",
     ) * 2
     node = node_of(configure(world, "halos"), "world/north")

@@ -92,8 +92,9 @@ def small_node(layout: Layout, *, parent: bool = False) -> Node:
 def digest(node: Node) -> str:
     """Everything that a node is, but for its clock and its counts of what was refused."""
     meta, arrays = node.state()
-    for counter in ("refused", "arrived", "now_s"):
-        meta.pop(counter, None)
+    for part in (meta["intake"], *meta["children"].values()):
+        for counter in ("refused", "judged_seq", "judged_tokens"):
+            part.pop(counter, None)
     found = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(arrays):
         found.update(name.encode() + arrays[name].tobytes())

@@ -169,6 +169,11 @@ CASES = [
         f"{FED}.aggregation.max_share",
         fed={"privacy": CLIENT, "aggregation": {"max_share": 0.75, "trigger": "synchronous"}},
     ),
+    Case(
+        checks.one_aggregation_rule,
+        f"{FED}.aggregation.rule",
+        fed={"aggregation": {"rule": "capped", "trigger": "synchronous", "robust": {"rule": "median"}}},
+    ),
     Case(checks.caps_that_add_up, f"{FED}.aggregation.max_share", fed={"aggregation": {"max_share": 0.5}}),
     Case(checks.known_faults, "faults[0]", {"faults": ["5s kill world/stranger"]}),
     Case(checks.faults_of_single_clients, "faults", {"faults": ["5s leave world/fed/alice"]}, fed=SHARED),
