@@ -91,5 +91,5 @@ def check(plan: Plan, summary: dict[str, Any]) -> list[Any]:
     assert summary["status"] == "finished"
     loaded = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))
     assert loaded is not None
-    assert loaded[0]["tokens"] == sum(summary["nodes"][spec.path]["tokens"] for spec in plan.root.clients)
+    assert loaded[0]["published"]["tokens"] == sum(summary["nodes"][spec.path]["tokens"] for spec in plan.root.clients)
     return found
