@@ -168,7 +168,6 @@ def test_an_impossible_value(tmp_path: Path, raw: dict[str, Any], section: str, 
     ("settings", "key"),
     [
         ({"attention": {"temperature": 0.0}}, "attention.temperature"),
-        ({"attention": {"self_weight": -1.0}}, "attention.self_weight"),
         ({"staleness": {"a": 0.0}}, "staleness.a"),
         ({"server_optimizer": {"betas": [1.0, 0.5]}}, "server_optimizer.betas"),
         ({"server_optimizer": {"momentum": 2.0}}, "server_optimizer.momentum"),

@@ -181,13 +181,6 @@ def cosine(a: Any, b: Any) -> float:
     return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def test_self_weight_counts_as_so_many_children() -> None:
-    node = make(buffer_size=3, attention=AttentionConfig(score="uniform", self_weight=1.0))
-    for name in NAMES:
-        push(node, name, 1, keys=4.0)
-    assert keys(node) == pytest.approx([13, 23, 33, 43])  # three quarters of the way
-
-
 @pytest.mark.parametrize(("lr", "step"), [(None, 1.0), (1.0, 3.0)])
 def test_the_default_rate_is_a_childs_share_of_a_round(lr: float | None, step: float) -> None:
     node = make(buffer_size=1, server_optimizer=ServerOptimizerConfig(lr=lr))

@@ -81,7 +81,7 @@ class CappedFold(Fold):
         factors = self._factors()
         logits: list[list[float]] = [[] for _ in self._kept]
         if self.layout.key_layers:
-            logits = self._logits(theta, absent)
+            logits = self._logits(absent)
         for kept, mine in zip(self._kept, logits, strict=True):
             update = kept.update
             weight = update.tokens * kept.discount * factors[update.sender]
@@ -106,9 +106,9 @@ class CappedFold(Fold):
         self._divisor = math.fsum(count * factor for count, factor in pairs) + math.exp(own)
         return dict(zip(claimed, factors, strict=True))
 
-    def _logits(self, theta: Flat, absent: Sequence[Sequence[float]]) -> list[list[float]]:
+    def _logits(self, absent: Sequence[Sequence[float]]) -> list[list[float]]:
         """Logits of every update's key layers, cut so that no child has too much of the softmax."""
-        own = super()._own_logits(theta[self.layout.backbone_size :], absent)
+        own = super()._own_logits(absent)
         rows = [with_prior(kept.fit, kept.update.tokens * kept.discount) for kept in self._kept]
         senders = [kept.update.sender for kept in self._kept]
         names = list(dict.fromkeys(senders))
@@ -123,7 +123,7 @@ class CappedFold(Fold):
         self._own = own
         return rows
 
-    def _own_logits(self, own: Flat, absent: Sequence[Sequence[float]]) -> list[float]:
+    def _own_logits(self, absent: Sequence[Sequence[float]]) -> list[float]:
         assert self._own is not None, "they are settled before the parent's finish asks for them"
         return self._own
 

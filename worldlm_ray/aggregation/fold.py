@@ -177,7 +177,7 @@ class Fold:
         weights: list[list[float]] = []
         if self.layout.key_layers:
             own = theta[split:]
-            self.attention.fold(OWN, None, self._own_logits(own, absent))
+            self.attention.fold(OWN, None, self._own_logits(absent))
             weights = self.attention.weights()
             keys = self.attention.result()
             keys += own
@@ -201,16 +201,14 @@ class Fold:
         """
         return len(self.claimed) / (len(self.claimed) + absent)
 
-    def _own_logits(self, own: Flat, absent: Sequence[Sequence[float]]) -> list[float]:
-        """The weight of those absent (and of the node itself, where that was asked for) for each key layer."""
-        tokens, rules = self.tokens / len(self.contributors), self.rules.attention
+    def _own_logits(self, absent: Sequence[Sequence[float]]) -> list[float]:
+        """The weight of the node's own key layers, which stand for absent children."""
+        tokens = self.tokens / len(self.contributors)
         # Of a child that has sent nothing yet, these here are the best guess.
         middle = [sum(column) / len(column) for column in zip(*self.fits, strict=True)]
-        logits = [with_prior(log_sum([fit or middle for fit in absent]), tokens)] if absent else []
-        if rules.self_weight > 0.0:
-            fit = scores(rules, self.layout.key_layers, own, own, self.origin)
-            logits.append(with_prior(fit, tokens * rules.self_weight))
-        return log_sum(logits) if logits else [-math.inf] * len(middle)
+        if not absent:
+            return [-math.inf] * len(middle)
+        return with_prior(log_sum([fit or middle for fit in absent]), tokens)
 
     def state(self) -> dict[str, Any]:
         """Everything but the buffers, as JSON values."""

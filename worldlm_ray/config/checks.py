@@ -164,7 +164,6 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "aggregation.robust.trim": _trim,
     "aggregation.robust.clip_norm": positive,
     "aggregation.attention.temperature": positive,
-    "aggregation.attention.self_weight": not_negative,
     "aggregation.residuals.per_round": not_negative,
     "aggregation.residuals.pool": positive,
     "aggregation.residuals.max_age": positive,

@@ -37,8 +37,6 @@ class AttentionConfig:
     temperature: float = 0.1
     personal: bool = False
     """Key layers are never taken from the parent: a client's stay its own (FedPer)."""
-    self_weight: float = 0.0
-    """A node's own key layer counts as this many children, and stands for those absent as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
