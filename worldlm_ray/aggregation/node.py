@@ -247,7 +247,7 @@ class Node:
             self.incarnation = event.incarnation
             return self._resume()
         if isinstance(event, UpdateDue):
-            return [Send(update=self.to_parent.make_update(self.children, self.residuals))]
+            return [Send(update=self.to_parent.begin(self.children, self.residuals))]
         if isinstance(event, UpdateSent):
             self.to_parent.sent()
         elif isinstance(event, Welcomed):
@@ -261,7 +261,7 @@ class Node:
         elif isinstance(event, Shared):
             view = frozen(event.copy)
             if self.parent is not None:
-                self.parent.use_shared_copy(event.own, view)
+                self.parent.use_shared_buffer(event.own, view)
             self.published.use_shared_copy(event.own, view)
         return []
 

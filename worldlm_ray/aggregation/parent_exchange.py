@@ -15,18 +15,16 @@ from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
 from worldlm_ray.aggregation.published import Published
 from worldlm_ray.aggregation.residuals import Pool
 from worldlm_ray.errors import AggregationError
-from worldlm_ray.exchange.compression import encode_update, memory
+from worldlm_ray.exchange.link import ParentLink
 from worldlm_ray.exchange.messages import Model, Update
-from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
-from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.quota import Quota
 from worldlm_ray.records import LifeRecord
-from worldlm_ray.tensors.buffers import Flat, difference, frozen
+from worldlm_ray.tensors.buffers import Flat, frozen
 from worldlm_ray.tensors.layout import Layout
 
 
-class ParentExchange:
-    """What a node with a parent knows of it.
+class ParentExchange(ParentLink):
+    """The link of an inner node to its parent: when an exchange is due, and how the parent's model is merged.
 
     Args:
         place: the node's place.
@@ -47,8 +45,9 @@ class ParentExchange:
         published: Published,
         quota: Quota | None,
     ) -> None:
-        self.place, self.rules, self.layout = place, rules, layout
-        self.published, self.quota = published, quota
+        max_step = rules.merge.max_model_step
+        super().__init__(place.path, layout, codec=rules.codec, max_step=max_step, anchor=published.theta)
+        self.place, self.rules, self.published, self.quota = place, rules, published, quota
         self.merger = Merger(
             path=place.path,
             layout=layout,
@@ -57,30 +56,12 @@ class ParentExchange:
             agreement=rules.merge.agreement,
             initial=initial,
         )
-        self.gate = Gate(place.path, layout, max_step=rules.merge.max_model_step)
-        """Which models of the parent it takes."""
-        self.anchor = published.theta
-        """The model as it was last pushed, moved with the parent since: where the backbone's next update begins."""
-        self.parent_keys = self.merger.initial_keys
-        """What its key layers are measured from: the parent's, as this node last heard them. Where its model has been
-        refused since, this node's own, as they were last pushed."""
-        self.base_version = 0
-        """The parent's version at the last merge."""
-        self.base_incarnation = 1
-        """The parent's incarnation then."""
-        self.seq = 0
         self.unpushed_aggregations = 0
         self.unpushed_tokens = 0
-        self.codec_error = memory(rules.codec, layout.backbone_size)
-        """What the codec has lost of the updates so far; None of one that loses nothing."""
-        self.in_flight: Update | None = None
-        """The update of an exchange that has not come back yet."""
         self.is_sent = False
-        """Whether it is on its way: the parent may have it."""
+        """Whether the update in flight is on its way: the parent may have it."""
         self._covered_seq = 0
         """The newest of its updates that a checkpoint knows."""
-        self.outbox = Outbox()
-        """What the parent has not made durable yet."""
         self._is_asked = False
         """Whether a command has asked for an exchange that has not begun."""
         self.wants_refresh = False
@@ -120,7 +101,7 @@ class ParentExchange:
 
     # ---- up --------------------------------------------------------------------------------------------------
 
-    def make_update(self, children: Children, residuals: Pool) -> Update:
+    def begin(self, children: Children, residuals: Pool) -> Update:
         """Begin the exchange that was asked for: the update holds all work since the last one.
 
         After a restart that lost the answer it is the same update again.
@@ -133,28 +114,17 @@ class ParentExchange:
         if self.in_flight is not None:
             return self.in_flight
         self.is_sent = False
-        theta, split = self.published.theta, self.layout.backbone_size
-        values = self.published.update_buffer()
-        difference(theta[:split], self.anchor[:split], out=values[:split])
-        np.subtract(theta[split:], self.parent_keys, out=values[split:])
-        encoded, values = encode_update(self.rules.codec, values, self.codec_error)
-        self.seq += 1
-        most = self.unpushed_tokens if self.quota is None else self.quota.update_tokens
-        tokens = min(self.unpushed_tokens, most)
-        self.in_flight = Update(
-            sender=self.place.name,
-            seq=self.seq,
-            base_version=self.base_version,
+        theta, gathered = self.published.theta, self.unpushed_tokens
+        tokens = gathered if self.quota is None else min(gathered, self.quota.update_tokens)
+        self.in_flight = self.make_update(
+            theta,
+            out=self.published.update_buffer(),
             tokens=tokens,
             started_tokens=children.started_tokens,
-            values=frozen(values),
             residuals=residuals.rise(),
-            codec=self.rules.codec,
-            encoded=encoded,
-            base_incarnation=self.base_incarnation,
         )
         self.anchor = theta  # the next update measures from here
-        self.unpushed_aggregations, self.unpushed_tokens = 0, self.unpushed_tokens - tokens
+        self.unpushed_aggregations, self.unpushed_tokens = 0, gathered - tokens
         children.pass_on_shares()
         return self.in_flight
 
@@ -172,13 +142,13 @@ class ParentExchange:
         if self.in_flight is None:
             raise AggregationError(f"{self.place.path}: there is no update to send")
         self.is_sent = True
-        self.outbox.add(self.in_flight)
+        self.keep(self.in_flight)
 
     def covered(self, seq: int) -> None:
         """A checkpoint knows the updates up to this one."""
         self._covered_seq = max(self._covered_seq, seq)
 
-    def use_shared_copy(self, own: Flat, shared: Flat) -> None:
+    def use_shared_buffer(self, own: Flat, shared: Flat) -> None:
         """Use another buffer with the same values in place of one of the node's own."""
         if self.anchor is own:
             self.anchor = shared
@@ -196,20 +166,17 @@ class ParentExchange:
         """
         is_newcomer = self.wants_refresh and self.published.version == 0
         own = None if is_newcomer else self.published.theta
-        doubt = self.gate.refusal(event.model, seq=self.seq, own=own, now_s=event.now_s)
-        notes: list[Command] = [] if doubt is None else [Note(record=doubt)]
-        model, pushed, split = event.model, self.in_flight, self.layout.backbone_size
-        self.wants_refresh, self.in_flight = False, None
+        model, doubts = self.look_at(event.model, own=own, now_s=event.now_s)
+        notes: list[Command] = [Note(record=doubt) for doubt in doubts]
+        pushed, self.wants_refresh = self.end_exchange(), False
         notes += self._count_on(self.gate.last_seq, event.now_s)
-        if model is None or self.gate.shut:
-            budget.finished = model.finished if model is not None else budget.finished
-            if pushed is not None:  # the next update must not carry the same change of the key layers again
-                self.parent_keys = frozen(self.anchor[split:].copy())
+        if model is None:
+            budget.finished = event.model.finished if event.model is not None else budget.finished
+            if pushed is not None:
+                self.refused()
             return notes
-        self.base_version, self.base_incarnation = model.version, model.incarnation
         budget.progress, budget.finished = model.progress, model.finished
-        self.outbox.durable(model.durable_seq)
-        self.parent_keys = frozen(model.values[split:].copy())
+        self.heard(model)
         if model.version == 0:
             return notes  # the parent has aggregated nothing yet: it has nothing to say
         if is_newcomer:
@@ -253,50 +220,24 @@ class ParentExchange:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """What a restart needs."""
-        meta: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
-        arrays: dict[str, Flat] = {}
-        if self.anchor is not self.published.theta:
-            arrays["anchor"] = self.anchor
-        if self.layout.key_layers:
-            arrays["parent_keys"] = self.parent_keys
-        if self.codec_error is not None:
-            arrays["codec_error"] = self.codec_error
+        meta, arrays = super().state()
+        meta |= {name: getattr(self, name) for name in _STATE}
+        if self.anchor is self.published.theta:
+            del arrays["anchor"]
         if self.merger.last_parent_model is not None:
             arrays["last_parent_model"] = self.merger.last_parent_model
-        meta["outbox"], kept = self.outbox.state()
-        arrays |= kept
-        if self.in_flight is not None:
-            meta["in_flight"] = fields(self.in_flight)
-            if all(values is not self.in_flight.values for values in kept.values()):
-                arrays["in_flight"] = self.in_flight.values
         return meta, arrays
 
-    def restore(self, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
+    def restore(self, meta: dict[str, Any], arrays: dict[str, Flat], *, most_tokens: int | None = None) -> None:
         """Become what `state` described; the published model is restored before."""
+        quota = most_tokens if self.quota is None else self.quota.update_tokens
+        super().restore(meta, arrays, most_tokens=quota)
         for name in _STATE:
             setattr(self, name, meta[name])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.published.theta
-        self.parent_keys = frozen(arrays.get("parent_keys", self.parent_keys))
-        if self.codec_error is not None and "codec_error" in arrays:
-            self.codec_error[:] = arrays["codec_error"]
         if self.merger.last_parent_model is not None and "last_parent_model" in arrays:
             self.merger.last_parent_model = frozen(arrays["last_parent_model"])
-        self.in_flight, self.is_sent, self._covered_seq = None, False, self.seq
-        self.outbox.restore(meta["outbox"], arrays)
-        if self.quota is not None:
-            self.outbox.limit_tokens(self.quota.update_tokens)
-        if "in_flight" in meta:
-            kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
-            self.in_flight = kept[0] if kept else revived(meta["in_flight"], arrays["in_flight"])
-            if self.quota is not None:
-                self.in_flight = limited(self.in_flight, self.quota.update_tokens)
+        self.is_sent, self._covered_seq = False, self.seq
 
 
-_STATE = (
-    "base_version",
-    "base_incarnation",
-    "seq",
-    "unpushed_aggregations",
-    "unpushed_tokens",
-    "wants_refresh",
-)
+_STATE = ("unpushed_aggregations", "unpushed_tokens", "wants_refresh")

@@ -35,6 +35,7 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     meta["followed"] = client.followed
     meta["charges"] = 0 if client.account is None else len(client.account.ledger.entries())
     meta["link"], arrays = client.link.state()
+    arrays |= {name: arrays[name].copy() for name in ("anchor", "codec_error") if name in arrays}
     meta["whole"] = client.link.in_flight is not None and client.is_whole
     arrays["theta"] = client.trainer.read()
     if client.merger.last_parent_model is not None:

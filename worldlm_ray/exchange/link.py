@@ -153,15 +153,15 @@ class ParentLink:
     # ---- durability ------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
-        """What a restart needs: plain values, and buffers. Those that change in place are copied.
+        """What a restart needs: plain values, and buffers.
 
-        `anchor` is copied unless it is read-only. A child that has the same buffer in its own state may leave it out.
+        `codec_error` is the link's own, which the next update changes, and so is `anchor` where the child writes into
+        it. A child that has `anchor` in its own state may leave it out.
         """
         meta: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
-        anchor = self.anchor.copy() if self.anchor.flags.writeable else self.anchor
-        arrays = {"anchor": anchor, "parent_keys": self.parent_keys.copy()}
+        arrays = {"anchor": self.anchor, "parent_keys": self.parent_keys.copy()}
         if self.codec_error is not None:
-            arrays["codec_error"] = self.codec_error.copy()
+            arrays["codec_error"] = self.codec_error
         meta["outbox"], kept = self.outbox.state()
         arrays |= kept
         if self.in_flight is not None:
