@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from actors.drivers import carried, follow, link_of, send_heartbeat
 from actors.inner import InnerActor
-from actors.shared import STORAGE_AGAIN_S, Address
+from actors.shared import Address
 from worldlm_ray.aggregation.events import ParentModel, Send, Shared, UpdateDue, UpdateSent
 from worldlm_ray.protocol.child import Steps, Uplink
 from worldlm_ray.protocol.node_child import NodeAsChild
 from worldlm_ray.records import Record
+from worldlm_ray.storage.checkpoint import STORAGE_AGAIN_S
 
 T = TypeVar("T")
 

@@ -29,7 +29,6 @@ from actors.graceful_shutdown import GracefulShutdown
 from actors.node_checkpoints import NodeCheckpoints
 from actors.node_records import NodeRecords
 from actors.shared import (
-    STORAGE_AGAIN_S,
     Address,
     Carried,
     end_process,
@@ -72,6 +71,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.quotas import quota
 from worldlm_ray.records import Record
 from worldlm_ray.storage import checkpoint
+from worldlm_ray.storage.checkpoint import STORAGE_AGAIN_S
 from worldlm_ray.tensors.buffers import Flat
 
 

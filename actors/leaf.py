@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.drivers import Link, link_of
-from actors.shared import STORAGE_AGAIN_S, Address, was_restarted, write_checkpoint
+from actors.shared import Address, was_restarted, write_checkpoint
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.plan.plan import Plan
@@ -15,6 +15,7 @@ from worldlm_ray.protocol.child import Sleep, Steps, Stopped, Uplink
 from worldlm_ray.protocol.life import Life
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.storage import checkpoint
+from worldlm_ray.storage.checkpoint import STORAGE_AGAIN_S
 from worldlm_ray.tensors.buffers import Flat
 
 

@@ -25,13 +25,12 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import parent_path
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
+from worldlm_ray.storage.checkpoint import STORAGE_AGAIN_S
 from worldlm_ray.tensors.buffers import Flat
 
 RECORDER = "recorder"
 """Name of the recorder's actor in the run's namespace."""
 
-STORAGE_AGAIN_S = 2.0
-"""How long an actor that cannot go on without its storage waits before it asks again, while the storage refuses."""
 ARRIVAL_S = 10.0
 """How long a client that is told to stop still tries to have its last update arrive."""
 PEER_S = 5.0

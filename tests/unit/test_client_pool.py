@@ -175,20 +175,26 @@ class Gate(Handle):
         return Method(late if name == "pull" else answer)
 
 
+async def held_in_mid_exchange(fake: FakeRay, plan: Plan) -> tuple[Pool, Gate]:
+    """Two clients that have ended a round while their pulls are held back."""
+    pool = Pool(fake, plan)
+    pool.world = WorldActor(pool.address("world"))
+    await pool.world.start()
+    fake.actors["world"] = gate = Gate(pool.world)
+    await pool.live()
+    await until(lambda: all(pool.client(number).round >= 1 for number in range(2)))
+    gate.open.clear()
+    await until(lambda: gate.held == 2 and all(pool.client(number).is_whole for number in range(2)))
+    return pool, gate
+
+
 def test_clients_of_one_process_train_a_round_while_they_exchange(
     fake: FakeRay, tiny: Callable[..., Plan], tmp_path: Path
 ) -> None:
     plan = two(tiny, tmp_path, exchange={"overlap": True}, training=UNHURRIED, budget={"rounds": 5})
 
     async def scene() -> tuple[Pool, list[str]]:
-        pool = Pool(fake, plan)
-        pool.world = WorldActor(pool.address("world"))
-        await pool.world.start()
-        fake.actors["world"] = gate = Gate(pool.world)
-        await pool.live()
-        await until(lambda: all(pool.client(number).round >= 1 for number in range(2)))
-        gate.open.clear()
-        await until(lambda: gate.held == 2 and all(pool.client(number).is_whole for number in range(2)))
+        pool, gate = await held_in_mid_exchange(fake, plan)
         assert [pool.client(number).in_flight is not None for number in range(2)] == [True, True]
         gate.open.set()
         return pool, await pool.ends()
@@ -312,14 +318,7 @@ def test_clients_of_a_pool_stop_while_their_parent_is_silent_and_go_on_later(
     plan = two(tiny, tmp_path, exchange={"overlap": True}, training=UNHURRIED, budget={"rounds": 5})
 
     async def scene() -> tuple[Pool, list[str]]:
-        pool = Pool(fake, plan)
-        pool.world = WorldActor(pool.address("world"))
-        await pool.world.start()
-        fake.actors["world"] = gate = Gate(pool.world)
-        await pool.live()
-        await until(lambda: all(pool.client(number).round >= 1 for number in range(2)))
-        gate.open.clear()
-        await until(lambda: gate.held == 2 and all(pool.client(number).is_whole for number in range(2)))
+        pool, gate = await held_in_mid_exchange(fake, plan)
         for path in pool.paths:
             await pool.pool.stop(path)
         assert await pool.ends() == ["stopped"] * 2

@@ -32,12 +32,11 @@ from worldlm_ray.simulation.cost_model import CostPlan
 from worldlm_ray.simulation.network import FaultyNetwork, Network
 from worldlm_ray.simulation.restarts import Checkpoints
 from worldlm_ray.simulation.world import World
+from worldlm_ray.storage.checkpoint import STORAGE_AGAIN_S
 from worldlm_ray.tracking.audit import AuditLog
 
 AUDIT_EVERY_S = 2.0
 """Without training, wall seconds between two writes of the audit trail."""
-STORAGE_AGAIN_S = 2.0
-"""Virtual seconds until a federation asks its storage again that refuses."""
 
 
 class InnerNodes:

@@ -38,6 +38,8 @@ from worldlm_ray.storage import filesystem
 from worldlm_ray.tensors.buffers import Flat
 
 FORMAT = 5
+STORAGE_AGAIN_S = 2.0
+"""How long a node that cannot go on without its storage waits before it asks again; virtual in a simulation."""
 _INCARNATIONS, _META = "incarnations", "meta.json"
 _NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 
