@@ -67,10 +67,10 @@ class Idle:
     def welcomed(self, welcome: Welcome) -> None:
         """Nothing to learn."""
 
-    def answered(self, verdict: Verdict) -> None:
+    def answered(self, seq: int, verdict: Verdict) -> None:
         """Keep nothing: what checkpoints cost is not what is measured here."""
         assert verdict.accepted, verdict
-        self.outbox.durable(verdict.seq)
+        self.outbox.durable(seq)
 
     def ready(self) -> None:
         """Join the parent."""

@@ -81,7 +81,7 @@ def test_a_client_that_has_diverged_takes_its_parents_model_whole(plan: Plan) ->
     client = a_client(plan)
     a_round(client, model(plan))
     client.trainer.write(np.full(plan.layout.size, np.nan, np.float32))
-    client.answered(refusal("not_finite"))
+    client.answered(1, refusal("not_finite"))
     client.begin(model(plan, version=1), now_s=0.0)
     assert client.trainer.read().tobytes() == build.initial(plan).tobytes()
     assert client.trainer.optimizer_state() == {}
@@ -92,7 +92,7 @@ def test_a_client_that_has_diverged_takes_its_parents_model_whole(plan: Plan) ->
 def test_a_stale_client_keeps_its_model(plan: Plan) -> None:
     client = a_client(plan)
     a_round(client, model(plan))
-    client.answered(refusal("stale"))
+    client.answered(1, refusal("stale"))
     client.begin(model(plan, version=1), now_s=0.0)
     assert client.trainer.optimizer_state() != {}
 

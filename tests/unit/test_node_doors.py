@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.nodes import exchange, federation, pull, push
 
+from worldlm_ray.aggregation.events import Command, Event
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.exchange import outbox
+from worldlm_ray.exchange.replies import Verdict, Welcome
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.protocol.child import Send, Steps, Uplink
+from worldlm_ray.protocol.node_child import NodeAsChild
 
 ROOT = Path(__file__).resolve().parents[2]
 DOORS = {"handle", "restore"}
@@ -50,6 +57,44 @@ def test_a_changed_node_is_seen() -> None:
     node = trained()
     push(node, "a", 2, base=1, change=1.0)
     assert not same(node, trained())
+
+
+def sends(steps: Steps[Any], answers: dict[str, Any]) -> Iterator[str]:
+    """Drive the steps with a parent that always answers the same; yields the methods that are called."""
+    answer: Any = None
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration:
+            return
+        answer = None
+        if isinstance(step, Send):
+            yield step.method
+            answer = answers[step.method]
+
+
+def test_the_link_to_the_parent_changes_a_node_by_events_only(
+    tiny: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, twin, plan = trained(), trained(), tiny()
+    events: list[Event] = []
+    handle = node.handle
+
+    def noted(event: Event) -> list[Command]:
+        events.append(event)
+        return handle(event)
+
+    monkeypatch.setattr(node, "handle", noted)
+    assert node.in_flight is not None
+    uplink = Uplink(plan, "world/north", NodeAsChild(node), tell=lambda record: None, now_s=lambda: 1.0)
+    malformed = Verdict(reason="malformed", seq=0, base_version=0, version=0, tau=0)
+    answers = {"join": Welcome(incarnation=1, last_seq=0, durable_seq=0), "push": malformed}
+    called = list(sends(uplink.push(node.in_flight), answers))
+    assert called.count("push") == outbox.TRIES + 1
+    assert not node.outbox.after(0), "an update that always arrives damaged is given up"
+    for event in events:
+        twin.handle(event)
+    assert vars(twin.outbox) == vars(node.outbox)
 
 
 def writes(path: Path) -> Iterator[str]:

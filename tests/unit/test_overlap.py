@@ -167,7 +167,7 @@ def test_a_round_trained_from_a_diverged_model_is_given_up(tiny: Tiny, steps: in
     plan = tiny(exchange=OVERLAP, budget={"rounds": 5})
     each, _, _ = in_mid_exchange(plan, steps)
     assert each.steps == 4 + steps
-    each.answered(Verdict(reason="not_finite", seq=1, base_version=0, version=0, tau=0))
+    each.answered(1, Verdict(reason="not_finite", seq=1, base_version=0, version=0, tau=0))
     parent = elsewhere(plan)
     each.merge(model(plan, parent, version=3), now_s=0.0)
     assert (each.began, each.round, each.steps, each.tokens) == (False, 1, 4, each.round_tokens)

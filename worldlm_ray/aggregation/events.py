@@ -142,6 +142,8 @@ class Welcomed:
 class Answered:
     """The parent has judged an update of this node."""
 
+    seq: int
+    """The update's. The verdict on one that was damaged on the way may name another."""
     verdict: Verdict
 
 

@@ -68,7 +68,7 @@ from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.serving import Serving
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
-from worldlm_ray.exchange.outbox import Outbox
+from worldlm_ray.exchange.outbox import KeptUpdates
 from worldlm_ray.exchange.quota import Quotas
 from worldlm_ray.tensors.buffers import Flat, frozen
 from worldlm_ray.tensors.layout import Layout
@@ -175,7 +175,7 @@ class Node:
         return 0 if self.parent is None else self.parent.seq
 
     @property
-    def outbox(self) -> Outbox:
+    def outbox(self) -> KeptUpdates:
         """What its parent has not made durable yet."""
         return self.to_parent.outbox
 
@@ -251,9 +251,9 @@ class Node:
         if isinstance(event, UpdateSent):
             self.to_parent.sent()
         elif isinstance(event, Welcomed):
-            self.outbox.durable(event.welcome.durable_seq)
+            self.to_parent.welcomed(event.welcome)
         elif isinstance(event, Answered):
-            self.outbox.apply(event.verdict)
+            self.to_parent.answered(event.seq, event.verdict)
         elif isinstance(event, Saved):
             self.children.saved(event.covered)
             if self.parent is not None:

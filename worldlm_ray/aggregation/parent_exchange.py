@@ -153,8 +153,7 @@ class ParentExchange(ParentLink):
         if self.anchor is own:
             self.anchor = shared
         if self.in_flight is not None and self.in_flight.values is own:
-            self.in_flight = replace(self.in_flight, values=shared)
-        self.outbox.use_shared_copy(own, shared)
+            self.use_shared_copy(replace(self.in_flight, values=shared))
 
     # ---- down ------------------------------------------------------------------------------------------------
 

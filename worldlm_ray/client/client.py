@@ -126,9 +126,9 @@ class Client(LocalRounds):
             self.tokens = self.round * self.round_tokens
         self.link.welcomed(welcome)
 
-    def answered(self, verdict: Verdict) -> None:
-        """The parent's word about an update. A model that has diverged is given up for the parent's."""
-        self.link.answered(verdict)
+    def answered(self, seq: int, verdict: Verdict) -> None:
+        """The parent's verdict on an update. A model that has diverged is given up for the parent's."""
+        self.link.answered(seq, verdict)
         self.start_over = self.start_over or verdict.reason in ("not_finite", "norm_exceeded")
 
     def begin(self, model: Model | None, *, now_s: float) -> list[Record]:

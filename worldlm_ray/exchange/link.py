@@ -105,7 +105,7 @@ class ParentLink:
 
     def use_shared_copy(self, shared: Update) -> None:
         """Keep this copy of an update, of which a buffer lies in shared memory, in place of the child's own."""
-        self.outbox.use_shared(shared)
+        self.outbox.use_shared_copy(shared)
         if self.in_flight is not None and self.in_flight.seq == shared.seq:
             self.in_flight = shared
 
@@ -113,9 +113,9 @@ class ParentLink:
         """The parent is there, perhaps again."""
         self.outbox.durable(welcome.durable_seq)
 
-    def answered(self, verdict: Verdict) -> None:
-        """The parent's verdict on an update."""
-        self.outbox.apply(verdict)
+    def answered(self, seq: int, verdict: Verdict) -> None:
+        """The parent's verdict on the update with this number."""
+        self.outbox.apply(seq, verdict)
 
     # ---- down ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.replies import ACCEPTED, Verdict
@@ -21,6 +21,18 @@ TRIES = 10
 """An update that arrives malformed more often than this is given up."""
 _AGAIN = ("restarted", "out_of_turn", "malformed")
 """Refusals of the moment: the update may be sent again."""
+
+
+class KeptUpdates(Protocol):
+    """What may be asked of an outbox. None of it changes anything."""
+
+    def __contains__(self, seq: int) -> bool: ...
+
+    def after(self, seq: int) -> list[Update]:
+        """See `Outbox.after`."""
+
+    def must_rejoin(self, seq: int, verdict: Verdict) -> bool:
+        """See `Outbox.must_rejoin`."""
 
 
 class Outbox:
@@ -49,32 +61,29 @@ class Outbox:
         """What a parent that has accepted up to `seq` has not got, in the order in which it was made."""
         return [self._updates[number] for number in sorted(self._updates) if number > seq]
 
-    def apply(self, verdict: Verdict) -> None:
-        """Take the parent's word about an update: drop what it will never take, and what it cannot lose."""
+    def apply(self, seq: int, verdict: Verdict) -> None:
+        """Drop what the parent will never take, what it cannot lose, and what arrives damaged too often.
+
+        Args:
+            seq: of the update that was sent. The verdict on a damaged one may name another.
+            verdict: the parent's.
+        """
         self.durable(verdict.durable_seq)
         if verdict.reason not in (ACCEPTED, "duplicate", *_AGAIN):
             self._updates.pop(verdict.seq, None)
-
-    def retry(self, update: Update, verdict: Verdict) -> bool:
-        """Count a refusal of the moment, and give up an update that has arrived damaged too often.
-
-        Returns:
-            Whether the child has to join its parent anew, and send the update again.
-        """
         if verdict.reason == "malformed":  # it was whole when it left: something on the way has damaged it
-            self._damaged[update.seq] += 1
-            if self._damaged[update.seq] > TRIES:
-                self._updates.pop(update.seq, None)
-                return False
-        return verdict.reason in ("restarted", "malformed")
+            self._damaged[seq] += 1
+            if self._is_given_up(seq):
+                self._updates.pop(seq, None)
 
-    def use_shared_copy(self, own: Flat, shared: Flat) -> None:
-        """Keep another buffer with the same values in place of the given one."""
-        for seq, update in self._updates.items():
-            if update.values is own:
-                self._updates[seq] = replace(update, values=shared)
+    def must_rejoin(self, seq: int, verdict: Verdict) -> bool:
+        """Whether the child has to join its parent again and send an update again, once its verdict is applied."""
+        return verdict.reason == "restarted" or (verdict.reason == "malformed" and not self._is_given_up(seq))
 
-    def use_shared(self, shared: Update) -> None:
+    def _is_given_up(self, seq: int) -> bool:
+        return self._damaged[seq] > TRIES
+
+    def use_shared_copy(self, shared: Update) -> None:
         """Keep this copy of an update, of which a buffer lies in shared memory, in place of the one that was added."""
         if shared.seq in self._updates:
             self._updates[shared.seq] = shared

@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar
 from worldlm_ray.errors import MessageError, SupersededError
 from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.exchange.messages import Model, Packed, Update, pack_header, unpack_model
-from worldlm_ray.exchange.outbox import Outbox
+from worldlm_ray.exchange.outbox import KeptUpdates
 from worldlm_ray.exchange.replies import Verdict, Welcome, believed, checked_verdict
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.quotas import offered_residuals
@@ -94,7 +94,7 @@ class Child(Protocol):
         ...
 
     @property
-    def outbox(self) -> Outbox:
+    def outbox(self) -> KeptUpdates:
         """What the parent might still lose."""
         ...
 
@@ -107,8 +107,8 @@ class Child(Protocol):
         """The parent is there, perhaps again."""
         ...
 
-    def answered(self, verdict: Verdict) -> None:
-        """The parent's verdict on an update."""
+    def answered(self, seq: int, verdict: Verdict) -> None:
+        """The parent's verdict on the update with this number."""
         ...
 
 
@@ -227,8 +227,8 @@ class Uplink:
             verdict = yield from self._verdict(header, update, size)
             if verdict.reason == "superseded":
                 raise SupersededError(f"{self._path}: {verdict.detail}")
-            self._child.answered(verdict)
-            if self._child.outbox.retry(update, verdict):
+            self._child.answered(update.seq, verdict)
+            if self._child.outbox.must_rejoin(update.seq, verdict):
                 self._to = 0
                 raise Lost(verdict.detail)
             if verdict.reason != "out_of_turn":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from worldlm_ray.aggregation.events import Answered, Welcomed
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.exchange.outbox import Outbox
+from worldlm_ray.exchange.outbox import KeptUpdates
 from worldlm_ray.exchange.replies import Verdict, Welcome
 
 
@@ -29,7 +29,7 @@ class NodeAsChild:
         return self._node.seq
 
     @property
-    def outbox(self) -> Outbox:
+    def outbox(self) -> KeptUpdates:
         """What the parent might still lose."""
         return self._node.outbox
 
@@ -42,6 +42,6 @@ class NodeAsChild:
         """The parent is there, perhaps again."""
         self._node.handle(Welcomed(welcome=welcome))
 
-    def answered(self, verdict: Verdict) -> None:
+    def answered(self, seq: int, verdict: Verdict) -> None:
         """The parent has judged an update."""
-        self._node.handle(Answered(verdict=verdict))
+        self._node.handle(Answered(seq=seq, verdict=verdict))

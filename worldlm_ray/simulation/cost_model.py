@@ -146,9 +146,9 @@ class CostClient:
             self.round += missed
         self.outbox.durable(welcome.durable_seq)
 
-    def answered(self, verdict: Verdict) -> None:
-        """The parent's word about an update."""
-        self.outbox.apply(verdict)
+    def answered(self, seq: int, verdict: Verdict) -> None:
+        """The parent's verdict on an update."""
+        self.outbox.apply(seq, verdict)
 
     def begin(self, model: Model, *, now_s: float) -> list[Record]:
         """Begin a local round."""
