@@ -29,7 +29,7 @@ from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address
 from actors.world import WorldActor
 from worldlm_ray.config.loading import from_mapping
-from worldlm_ray.exchange.messages import Update
+from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.launch import cluster
@@ -81,7 +81,7 @@ class Idle:
         began = time.monotonic()
         for _ in range(rounds):
             model = wait_for(carried(self.uplink.pull(), self.link))
-            assert model is not None
+            assert isinstance(model, Model)
             self.seq += 1
             update = Update(
                 sender=self.name,

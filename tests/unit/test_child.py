@@ -18,6 +18,7 @@ import actors.shared
 from actors.drivers import FaultyLink, RayLink, References, carried, wait_for
 from actors.shared import Address
 from worldlm_ray.client.client import Client
+from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan.plan import Plan
@@ -93,7 +94,7 @@ def test_a_parent_whose_verdict_is_none_is_joined_again(fake: FakeRay, tiny: Tin
 
 
 @pytest.mark.parametrize("lie", [None, 5, (b"", []), (b"", [1e9]), (b"", [None]), (b"", "ab"), ("", ["x"], 3)])
-def test_a_pull_that_brings_no_model_is_told_and_ends_nothing(
+def test_a_pull_that_brings_no_model_says_why_and_ends_nothing(
     fake: FakeRay, tiny: Tiny, tmp_path: Path, lie: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "AGAIN_S", 0.0)
@@ -101,9 +102,11 @@ def test_a_pull_that_brings_no_model_is_told_and_ends_nothing(
     link = Linked(fake, a_plan(tiny, tmp_path), Liar(pull=lie), told)
     wait_for(link.join())
     until_s = time.monotonic() + 20.0
-    assert wait_for(link.pull(), lambda: time.monotonic() > until_s) is None
-    [said] = [record.detail for record in told if isinstance(record, LifeRecord) and record.event == "warning"]
-    assert "refuses the model of its parent world (malformed" in said
+    error = wait_for(link.pull(), lambda: time.monotonic() > until_s)
+    assert isinstance(error, MessageError)
+    assert error.reason == "malformed"
+    warnings = [record for record in told if isinstance(record, LifeRecord) and record.event == "warning"]
+    assert warnings == [], "the child's gate warns, once"
 
 
 # ---- faults wrap the link ------------------------------------------------------------------------------------------

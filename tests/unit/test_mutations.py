@@ -25,7 +25,7 @@ from worldlm_ray.config.federated import AggregationConfig, MergeConfig, Residua
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.limits import MOST_RESTARTS, MOST_SKIPPED
-from worldlm_ray.exchange.messages import Model, Packed, Residual, Update, pack, unpack_model
+from worldlm_ray.exchange.messages import Model, Packed, Pulled, Residual, Update, pack, unpack_model
 from worldlm_ray.exchange.quota import Quota, Quotas
 from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.plan import build
@@ -249,12 +249,12 @@ def a_parents(layout: Layout, theta: Flat, seq: int, chance: random.Random) -> P
     return mutated_message(pack(model, layout), chance)
 
 
-def read(packed: Packed, layout: Layout) -> tuple[Model | None, str]:
-    """A model, or the name of its refusal."""
+def read(packed: Packed, layout: Layout) -> tuple[Pulled, str]:
+    """A model, or its refusal; and the name of the refusal."""
     try:
         return unpack_model(packed, layout, residuals=1), ACCEPTED
     except MessageError as error:
-        return None, error.reason
+        return error, error.reason
 
 
 def test_mutated_model_messages_leave_a_federation_its_own(layout: Layout, many: Callable[[int], int]) -> None:
@@ -264,7 +264,7 @@ def test_mutated_model_messages_leave_a_federation_its_own(layout: Layout, many:
         model, reason = read(a_parents(layout, theta, min(seq, 10**9), chance), layout)
         commands = node.handle(ParentModel(model=model, now_s=float(number)))
         if node.parent.gate.shut:
-            reason = reason if model is None else "gate"
+            reason = reason if isinstance(model, MessageError) else "gate"
             assert node.theta is theta
             assert node.seq == seq
         else:
@@ -299,7 +299,7 @@ def test_mutated_model_messages_leave_a_client_its_own(tiny: Callable[..., Plan]
         assert one.began
         now = one.trainer.read()
         if one.link.gate.shut:
-            reason = reason if model is None else "gate"
+            reason = reason if isinstance(model, MessageError) else "gate"
             assert now.tobytes() == own.tobytes()
             assert (one.seq, one.base_version) == (link["seq"], link["base_version"])
         else:

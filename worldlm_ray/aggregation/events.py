@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from worldlm_ray.exchange.messages import Model, Packed, Update
+from worldlm_ray.exchange.messages import Model, Packed, Pulled, Update
 from worldlm_ray.exchange.quota import Quota
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.records import Record
@@ -98,8 +98,8 @@ class Joined:
 class ParentModel:
     """The parent's model arrived: the end of an exchange, or of a refresh."""
 
-    model: Model | None
-    """None where what came was no model: the node goes on with its own."""
+    model: Pulled
+    """Where none could be read, the node goes on with its own."""
     now_s: float
 
 

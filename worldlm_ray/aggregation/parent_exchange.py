@@ -170,7 +170,7 @@ class ParentExchange(ParentLink):
         pushed, self.wants_refresh = self.end_exchange(), False
         notes += self._count_on(self.gate.last_seq, event.now_s)
         if model is None:
-            budget.finished = event.model.finished if event.model is not None else budget.finished
+            budget.finished = event.model.finished if isinstance(event.model, Model) else budget.finished
             if pushed is not None:
                 self.refused()
             return notes

@@ -27,7 +27,7 @@ from worldlm_ray.client import checkpointing
 from worldlm_ray.client.rounds import LocalRounds
 from worldlm_ray.data import Dataset
 from worldlm_ray.exchange.link import ParentLink
-from worldlm_ray.exchange.messages import Model, Update
+from worldlm_ray.exchange.messages import Model, Pulled, Update
 from worldlm_ray.exchange.outbox import Outbox
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.plan import build
@@ -131,10 +131,10 @@ class Client(LocalRounds):
         self.link.answered(seq, verdict)
         self.start_over = self.start_over or verdict.reason in ("not_finite", "norm_exceeded")
 
-    def begin(self, model: Model | None, *, now_s: float) -> list[Record]:
+    def begin(self, model: Pulled, *, now_s: float) -> list[Record]:
         """Merge the parent's model and begin a local round from the result.
 
-        A model that is refused (or None: what came was none) changes nothing: the round begins from the client's own.
+        A model that is refused or could not be read changes nothing: the round begins from the client's own.
 
         A private client pays for the round first. If its budget does not hold it, since another client with the same
         text has spent it meanwhile, no round begins and `began` stays False.
@@ -156,7 +156,7 @@ class Client(LocalRounds):
         self._start()
         return records
 
-    def _let_in(self, model: Model | None, *, now_s: float) -> tuple[Model | None, list[Record]]:
+    def _let_in(self, model: Pulled, *, now_s: float) -> tuple[Model | None, list[Record]]:
         """The parent's model, unless it is refused, and what tracking is told of that."""
         newcomer = self.start_over or self.round == 0
         own = None if newcomer or self.link.gate.max_step is None else self.trainer.read()
@@ -189,7 +189,7 @@ class Client(LocalRounds):
             self.progress += self._world_progress(self.training.local_steps)  # the parent spoke of the round before
             self._start()
 
-    def merge(self, model: Model | None, *, now_s: float) -> list[Record]:
+    def merge(self, model: Pulled, *, now_s: float) -> list[Record]:
         """Take the model that an exchange has brought, between two steps of a round (or after the last).
 
         A model that is refused changes nothing, as in `begin`.
@@ -232,7 +232,7 @@ class Client(LocalRounds):
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []
 
-    def follow(self, model: Model, *, now_s: float) -> list[Record]:
+    def follow(self, model: Pulled, *, now_s: float) -> list[Record]:
         """Move a paused client's model to its parent's, by its merge rule; what it has learned itself stays in it.
 
         A client that does not train has no movement of its own by which `adaptive` could judge. Its last round decides
@@ -243,7 +243,7 @@ class Client(LocalRounds):
         Returns:
             What tracking is told, as by `begin`; nothing where the parent has no newer model.
         """
-        if model.version == 0 or self.link.knows(model):
+        if isinstance(model, Model) and (model.version == 0 or self.link.knows(model)):
             self.link.outbox.durable(model.durable_seq)
             return []
         taken, doubts = self._let_in(model, now_s=now_s)
@@ -251,15 +251,15 @@ class Client(LocalRounds):
             return doubts
         own, pushed = self.trainer.read(), self.link.end_exchange()
         moved = Moved(now=own, since=self.link.anchor) if pushed is None else Moved(now=own, change=pushed.values)
-        m, judged = self.merger.judge(model, moved if self.round else None, now_s=now_s)
+        m, judged = self.merger.judge(taken, moved if self.round else None, now_s=now_s)
         if self.followed is None:
             self.followed = m if self.round else 1.0
         else:
             judged = replace(judged, m=self.followed, agreement=None)
-        self.merger.backbone(self.followed, own, own, model, out=self.link.anchor)
-        weights = self._merge_keys(self.followed, own, own, model, now_s=now_s, merged=self.link.anchor)
-        self.link.heard(model)
-        self.progress = model.progress
+        self.merger.backbone(self.followed, own, own, taken, out=self.link.anchor)
+        weights = self._merge_keys(self.followed, own, own, taken, now_s=now_s, merged=self.link.anchor)
+        self.link.heard(taken)
+        self.progress = taken.progress
         return [*doubts, judged, *weights]
 
     def _blend(self, model: Model, pushed: Update | None, *, now_s: float) -> list[Record]:

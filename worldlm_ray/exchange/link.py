@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.compression import encode_update, memory
-from worldlm_ray.exchange.messages import Model, Residual, Update
+from worldlm_ray.exchange.messages import Model, Pulled, Residual, Update
 from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
 from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.replies import Verdict, Welcome
@@ -119,16 +120,17 @@ class ParentLink:
 
     # ---- down ------------------------------------------------------------------------------------------------
 
-    def look_at(self, model: Model | None, *, own: Flat | None, now_s: float) -> tuple[Model | None, list[LifeRecord]]:
+    def look_at(self, model: Pulled, *, own: Flat | None, now_s: float) -> tuple[Model | None, list[LifeRecord]]:
         """The parent's model, unless it is refused, and a warning at the first refusal.
 
         Args:
-            model: what has come; None for what was no model.
+            model: what a pull has brought.
             own: the child's whole model; None of a child that has nothing to compare with.
             now_s: run time.
         """
         warning = self.gate.refusal(model, seq=self.seq, own=own, now_s=now_s)
-        return (None if self.gate.shut else model), [] if warning is None else [warning]
+        taken = None if self.gate.shut or isinstance(model, MessageError) else model
+        return taken, [] if warning is None else [warning]
 
     def end_exchange(self) -> Update | None:
         """An answer has come: nothing is in flight any more. Returns what was."""

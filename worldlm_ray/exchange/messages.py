@@ -113,6 +113,10 @@ class Model:
     """Highest seq of this child that the parent's checkpoints cover."""
 
 
+Pulled = Model | MessageError
+"""What a pull brings: the parent's model, or why none could be read."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """A message as it travels."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.limits import MOST_SKIPPED, checked_norm
-from worldlm_ray.exchange.messages import Model
+from worldlm_ray.exchange.messages import Model, Pulled
 from worldlm_ray.records import LifeRecord
 from worldlm_ray.tensors.buffers import Flat, squared_norm
 from worldlm_ray.tensors.layout import Layout
@@ -74,11 +74,11 @@ class Gate:
         self._has_said = False
         """Whether it has told of the refusal, since it last took a model."""
 
-    def refusal(self, model: Model | None, *, seq: int, own: Flat | None, now_s: float) -> LifeRecord | None:
+    def refusal(self, model: Pulled, *, seq: int, own: Flat | None, now_s: float) -> LifeRecord | None:
         """Look at a model; afterwards `shut` says whether it is refused.
 
         Args:
-            model: the parent's; None for what was no model, which the backend has told of.
+            model: what a pull has brought.
             seq: as for `check_model`.
             own: as for `check_model`.
             now_s: run time, for the record.
@@ -87,9 +87,9 @@ class Gate:
             A warning that names the parent, for the first of several refused models; else None.
         """
         self.shut, self.last_seq = True, 0
-        if model is None:
-            return None
         try:
+            if isinstance(model, MessageError):
+                raise model
             check_seqs(model, seq=seq)
             self.last_seq = model.last_seq
             check_model(model, self.layout, seq=seq, own=own, max_step=self.max_step)

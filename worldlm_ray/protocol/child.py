@@ -32,7 +32,7 @@ from typing import Any, Protocol, TypeVar
 
 from worldlm_ray.errors import MessageError, SupersededError
 from worldlm_ray.exchange.compression import nbytes
-from worldlm_ray.exchange.messages import Model, Packed, Update, pack_header, unpack_model
+from worldlm_ray.exchange.messages import Model, Packed, Pulled, Update, pack_header, unpack_model
 from worldlm_ray.exchange.outbox import KeptUpdates
 from worldlm_ray.exchange.replies import Verdict, Welcome, believed, checked_verdict
 from worldlm_ray.plan.plan import Plan
@@ -127,8 +127,8 @@ class Uplink:
         self, plan: Plan, path: str, child: Child, *, tell: Callable[[Record], None], now_s: Callable[[], float]
     ) -> None:
         self._path, self._child, self._tell, self._now_s = path, child, tell, now_s
-        self._name, self._layout, self._above = plan.node(path).name, plan.layout, parent_path(path)
-        self._offered = 0 if self._above is None else offered_residuals(plan.node(self._above))
+        self._name, self._layout, above = plan.node(path).name, plan.layout, parent_path(path)
+        self._offered = 0 if above is None else offered_residuals(plan.node(above))
         """Residuals that the parent's model may bring."""
         self._to = 0
         """Incarnation of the parent that has been joined; 0 while none is."""
@@ -157,8 +157,8 @@ class Uplink:
         except Lost:
             yield from self.join()  # which sends the outbox
 
-    def pull(self) -> Steps[Model | None]:
-        """The parent's model; None if what comes is none, however often it is asked for."""
+    def pull(self) -> Steps[Pulled]:
+        """The parent's model, or why none could be read, however often it was asked for."""
         tries = 0
         while True:
             try:
@@ -168,8 +168,7 @@ class Uplink:
             except MessageError as error:  # something on the way may have damaged it
                 tries += 1
                 if tries == TRIES:
-                    self._life("warning", f"refuses the model of its parent {self._above} ({error})")
-                    return None
+                    return error
                 yield Sleep(AGAIN_S)
             except Lost:
                 yield from self.join()

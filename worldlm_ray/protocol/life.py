@@ -28,7 +28,7 @@ from typing import Any
 
 from worldlm_ray.client.above import Turns
 from worldlm_ray.client.client import Client
-from worldlm_ray.exchange.messages import Model, Update
+from worldlm_ray.exchange.messages import Model, Pulled, Update
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.protocol.child import Steps, Stopped, Uplink
 from worldlm_ray.records import LifeRecord, Record
@@ -207,7 +207,7 @@ class Life:
             return self._finish
         yield from self._take_turn()
         model = yield from self._uplink.pull()
-        if model is not None and model.finished:
+        if isinstance(model, Model) and model.finished:
             return self._finish
         self._tell(*(yield Compute(lambda: client.begin(model, now_s=self._now_s()))))
         return None if client.began else self._finish
@@ -254,8 +254,9 @@ class Life:
     def _merge(self) -> Steps[None]:
         """Take what the exchange has brought, once it is back."""
         model = yield from self._await_exchange()
+        assert model is not None, "an exchange that a round waits for has pulled"
         records = yield Compute(lambda: self._client.merge(model, now_s=self._now_s()))
-        self._is_last = model is not None and model.finished
+        self._is_last = isinstance(model, Model) and model.finished
         self._tell(*records)
 
     def _push(self) -> Steps[None]:
@@ -270,13 +271,13 @@ class Life:
             yield Compute(client.begin_ahead)
         self._exchange = yield Beside(self._talk(update, pull=client.began))
 
-    def _talk(self, update: Update | None, *, pull: bool) -> Steps[Model | None]:
+    def _talk(self, update: Update | None, *, pull: bool) -> Steps[Pulled | None]:
         """The exchange beside the training."""
         if update is not None:
             yield from self._deliver(update)
         return (yield from self._uplink.pull()) if pull else None
 
-    def _await_exchange(self) -> Steps[Model | None]:
+    def _await_exchange(self) -> Steps[Pulled | None]:
         exchange, self._exchange = self._exchange, None
         return None if exchange is None else (yield Await(exchange))
 
@@ -359,9 +360,8 @@ class Life:
         """A paused client takes its parent's model."""
         model = yield from self._uplink.pull()
         yield from self._uplink.done()  # the pull may have had to join anew
-        if model is not None:
-            self._tell(*(yield Compute(lambda: self._client.follow(model, now_s=self._now_s()))))
-            yield from self._save_if_due()
+        self._tell(*(yield Compute(lambda: self._client.follow(model, now_s=self._now_s()))))
+        yield from self._save_if_due()
 
     def _life(self, event: str, detail: str = "") -> Record:
         client = self._client

@@ -171,7 +171,7 @@ class Clients:
             yield from self._finish(path)
         else:
             model = yield from self._world.uplinks[path].pull()
-            assert model is not None
+            assert isinstance(model, Model), "nothing damages a simulated model"
             self._receive(path, self._budget.apply(model))
 
     def _push(self, path: str, update: Update) -> Steps[None]:
@@ -202,9 +202,8 @@ class Clients:
         uplink, client = self._world.uplinks[path], self._world.clients[path]
         joins = uplink.joins
         model = yield from uplink.pull()
-        if model is not None:
-            for record in client.follow(model, now_s=self._clock.now_s):
-                self._world.record(record)
+        for record in client.follow(model, now_s=self._clock.now_s):
+            self._world.record(record)
         if uplink.joins != joins:  # the parent must hear again that the client has ended
             yield from uplink.done()
         if not is_last:
