@@ -152,7 +152,6 @@ CASES = [
         alice={"privacy": RECORD},
     ),
     Case(checks.shared_without_workers, f"{ALICE}.resources.clients_per_process", alice=SHARED | ZERO),
-    Case(checks.shared_with_one_model, f"{ALICE}.resources.clients_per_process", alice=SHARED | {"merge": ADAPTIVE}),
     Case(checks.shared_without_changes, f"{ALICE}.resources.clients_per_process", fed={"min_clients": 1} | SHARED),
     Case(
         checks.overlap_without_waiting,

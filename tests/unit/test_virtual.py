@@ -39,9 +39,14 @@ def live(client: Client, values: Flat, version: int) -> Flat:
     return np.array(client.update().values)
 
 
-@pytest.mark.parametrize("limit_bytes", [None, 0])
-def test_who_takes_turns_computes_the_same_bits(tiny: Tiny, tmp_path: Path, limit_bytes: int | None) -> None:
-    plan = tiny([phones(tmp_path, 3)], exchange={"codec": "int8"}, merge={"client": 0.5})
+PARTED = {"client": "adaptive", "agreement": 1.0, "common_fraction": 0.25}
+
+
+@pytest.mark.parametrize(("limit_bytes", "merge"), [(None, {"client": 0.5}), (0, {"client": 0.5}), (None, PARTED)])
+def test_who_takes_turns_computes_the_same_bits(
+    tiny: Tiny, tmp_path: Path, limit_bytes: int | None, merge: dict[str, Any]
+) -> None:
+    plan = tiny([phones(tmp_path, 3)], exchange={"codec": "int8"}, merge=merge)
     together = VirtualClients(plan, plan.root.clients, limit_bytes=limit_bytes)
     together.prepare()
     ours, theirs = [], [Client(plan, spec) for spec in plan.root.clients]
@@ -53,7 +58,9 @@ def test_who_takes_turns_computes_the_same_bits(tiny: Tiny, tmp_path: Path, limi
         parent = build.initial(plan) + 0.01 * version * rng.standard_normal(plan.layout.size).astype(np.float32)
         for our, their in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(live(our, parent, version), live(their, parent, version))
-    assert together.shared.swaps == 9
+    has_parted = [one.trainer.beside() is not None for one in ours]
+    assert has_parted == [merge is PARTED] * 3
+    assert merge is PARTED or together.shared.swaps == 9
     for our, their in zip(ours, theirs, strict=True):
         (meta, arrays), (other, others) = our.state(), their.state()
         assert meta == other
@@ -110,13 +117,16 @@ def test_a_client_comes_back_from_its_checkpoint_among_others(tiny: Tiny, tmp_pa
 def test_between_its_turns_a_client_holds_flat_buffers(tiny: Tiny, tmp_path: Path) -> None:
     plan = tiny([phones(tmp_path, 2)])
     together = VirtualClients(plan, plan.root.clients)
-    for spec in plan.root.clients:
-        one = together.make(spec.path)
+    clients = [together.make(spec.path) for spec in plan.root.clients]
+    for one in clients:
         together.settle(one)
         live(one, build.initial(plan), 0)
     together.shared.deactivate()
     step_counts = 2 * 4
     assert together.store.memory_bytes == 2 * slot_bytes(plan) + step_counts
+    del one
+    clients.pop()
+    assert together.store.memory_bytes == slot_bytes(plan) + step_counts / 2, "a client that is gone holds nothing"
 
 
 def test_a_store_that_is_full_puts_buffers_into_files() -> None:
@@ -170,7 +180,6 @@ def test_those_who_train_differently_do_not_share(tiny: Tiny, tmp_path: Path) ->
     [
         ({"training": {"zero_stage": 1}}, "a client that DeepSpeed trains"),
         ({"resources": {"clients_per_process": 4, "workers": 2}}, "a client that DeepSpeed trains"),
-        ({"merge": {"client": "adaptive", "common_fraction": 0.5}}, "a client that trains its parent's model beside"),
     ],
 )
 def test_who_cannot_share_a_process(tiny: Tiny, tmp_path: Path, settings: dict[str, Any], why: str) -> None:

@@ -11,8 +11,9 @@ Buffers lie in memory up to a limit and in mapped files beyond it: those the sys
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from worldlm_ray.privacy.account import Account
 from worldlm_ray.storage import open_files
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.local import LocalTrainer
-from worldlm_ray.training.making import trainer_of
+from worldlm_ray.training.making import trainer_of_one_model, with_common
 from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
 
 STEP = "step"
@@ -44,16 +45,22 @@ class BufferStore:
         self.memory_bytes = self.file_bytes = 0
 
     def keep(self, values: Flat) -> Flat:
-        """A copy of a buffer in the store, to be changed in place from now on."""
+        """A copy of a buffer in the store, to be changed in place from now on. Its bytes count while it is in use."""
         if self.limit_bytes is None or self.memory_bytes + values.nbytes <= self.limit_bytes:
             self.memory_bytes += values.nbytes
-            return np.array(values)
+            copied = np.array(values)
+            weakref.finalize(copied, self._released, values.nbytes).atexit = False
+            return copied
         self.file_bytes += values.nbytes
         with tempfile.TemporaryFile(prefix="worldlm-") as file:  # without a name: it goes with the process
             file.truncate(values.nbytes)
             kept: Flat = open_files.mapped(file, np.float32, writable=True).reshape(values.shape)
         kept[:] = values
         return kept
+
+    def _released(self, nbytes: int) -> None:
+        """A buffer in memory is gone: its client has left."""
+        self.memory_bytes -= nbytes
 
 
 class SharedTrainer:
@@ -183,7 +190,7 @@ class Slot(Trainer):
 
 
 def slot_bytes(plan: Plan) -> int:
-    """Bytes of one client between its turns, without updates that its parent has not made durable yet."""
+    """Bytes of one client between its turns, without a common model and what its parent has not made durable yet."""
     return plan.layout.nbytes * (2 + len(MOMENTS)) + 4 * plan.layout.key_size
 
 
@@ -203,8 +210,7 @@ class VirtualClients:
         self.store = BufferStore(limit_bytes)
         settings = specs[0].settings
         noise = 0.0 if settings.privacy.unit == "record" else None  # of each client: see Slot
-        trainer = trainer_of(plan.shape, plan.layout, settings, noise=noise)
-        assert isinstance(trainer, LocalTrainer), "clients whose trainer holds two models share no process"
+        trainer = trainer_of_one_model(plan.shape, plan.layout, settings, noise=noise)
         self.shared = SharedTrainer(trainer, self.store)
         self._origin: Flat | None = None
 
@@ -225,14 +231,16 @@ class VirtualClients:
     def make(self, path: str) -> Client:
         """A client of this process; like any other for who drives it, but only one may be driven at a time."""
         spec = self.specs[path]
-        client = Client(self.plan, spec, initial=self.initial, make_trainer=self._seat)
+        client = Client(self.plan, spec, initial=self.initial, make_trainer=partial(self._trainer, spec))
         if self._origin is None:
             self._origin = client.merger.initial_keys
         client.merger.initial_keys = self._origin  # never changed: one for all
         return client
 
-    def _seat(self, account: Account | None) -> Slot:
-        return self.shared.slot(noise=0.0 if account is None else account.noise)
+    def _trainer(self, spec: NodeSpec, account: Account | None) -> Trainer:
+        """A slot of the client, and where it trains its parent's model beside its own a second one for that."""
+        own = self.shared.slot(noise=0.0 if account is None else account.noise)
+        return with_common(own, self.shared.slot, spec.settings)
 
     def settle(self, client: Client) -> None:
         """Keep a client's buffers in the store, once it is as its checkpoint says."""

@@ -174,14 +174,6 @@ def shared_without_workers(plan: Plan) -> Iterable[ConfigError]:
             )
 
 
-def shared_with_one_model(plan: Plan) -> Iterable[ConfigError]:
-    """Clients of a process take turns at one model and one optimizer."""
-    for _, client, key, number in _sharing(plan):
-        if client.settings.merge.common_fraction:
-            what = "a client that trains its parent's model beside its own (merge.common_fraction) holds two"
-            yield ConfigError(key, f"{number}, but {what}", "set it to 1 there")
-
-
 def shared_without_changes(plan: Plan) -> Iterable[ConfigError]:
     """A process ends with all of its clients."""
     for parent, _, key, number in _sharing(plan):
@@ -299,7 +291,6 @@ RULES: tuple[Rule, ...] = (
     backbone_to_judge_by,
     *privacy_checks.RULES,
     shared_without_workers,
-    shared_with_one_model,
     shared_without_changes,
     overlap_without_waiting,
     overlap_of_whole_models,

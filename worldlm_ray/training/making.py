@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from worldlm_ray.config.schema import NodeSettings
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.tensors.layout import Layout
@@ -28,18 +30,30 @@ def trainer_of(shape: ModelShape, layout: Layout, settings: NodeSettings, *, noi
     Raises:
         PrivacyError: per-record gradients of this model cannot be computed, or are computed wrongly.
     """
-    if noise is not None:
-        from worldlm_ray.training.private import PrivateTrainer  # Opacus takes seconds to import
+    own = trainer_of_one_model(shape, layout, settings, noise=noise)
+    return with_common(own, lambda: plain_trainer(shape, layout, settings), settings)
 
-        return PrivateTrainer(
-            shape,
-            layout,
-            settings.training,
-            settings.privacy,
-            noise=noise,
-            threads=threads_of(settings.resources),
-            device=device_of(settings.resources),
-        )
-    own = plain_trainer(shape, layout, settings)
+
+def trainer_of_one_model(
+    shape: ModelShape, layout: Layout, settings: NodeSettings, *, noise: float | None
+) -> LocalTrainer:
+    """The same without the common model. Arguments and errors are those of `trainer_of`."""
+    if noise is None:
+        return plain_trainer(shape, layout, settings)
+    from worldlm_ray.training.private import PrivateTrainer  # Opacus takes seconds to import
+
+    return PrivateTrainer(
+        shape,
+        layout,
+        settings.training,
+        settings.privacy,
+        noise=noise,
+        threads=threads_of(settings.resources),
+        device=device_of(settings.resources),
+    )
+
+
+def with_common(own: Trainer, make_common: Callable[[], Trainer], settings: NodeSettings) -> Trainer:
+    """A trainer, and one of the common model beside it where the client has one (`merge.common_fraction`)."""
     rows = settings.merge.common_rows(settings.training.batch_size)
-    return CommonTrainer(own, lambda: plain_trainer(shape, layout, settings), rows=rows) if rows else own
+    return CommonTrainer(own, make_common, rows=rows) if rows else own
