@@ -113,7 +113,7 @@ def outcome(name: str, folder: Path) -> dict[str, Any]:
         "budget": {"rounds": 3},
         "training": {"local_steps": 4, "batch_size": 4},
         "evaluation": {"tokens": 64, "final_tokens": 128},
-        "data": {"cache_dir": str(folder / "cache")},
+        "data": {"cache_dir": str(folder / "cache"), "validation_fraction": 0.0},
         "world": {"children": children(folder)},
     }
     with patch.object(os, "urandom", entropy()):

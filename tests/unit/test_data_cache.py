@@ -42,11 +42,13 @@ def test_the_key_is_the_content_and_what_is_done_to_it(config: DataConfig, tmp_p
     others = [
         changed(config, files=[str(tmp_path / "b.txt")]),
         changed(config, heldout_fraction=0.1),
+        changed(config, validation_fraction=0.1),
+        changed(config, train_bytes=9_000),
         changed(config, max_bytes=90_000),
         changed(config, tokenizer=bpe),
         changed(config, corpus="python_reference", files=[]),
     ]
-    assert len({first, *(make(other).fingerprint for other in others)}) == 6
+    assert len({first, *(make(other).fingerprint for other in others)}) == 8
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "absent", "meta"])
@@ -65,7 +67,7 @@ def test_a_damaged_cache_is_rebuilt(config: DataConfig, damage: str) -> None:
         shard.write_bytes(raw[:-2] if damage == "cut" else raw[:100] + b"\x7f" + raw[101:])
     assert make(config).train.tolist() == expected
     assert shard.read_bytes() == raw
-    assert sorted(path.name for path in folder.iterdir()) == ["heldout.bin", "meta.json", "train.bin"]
+    assert sorted(path.name for path in folder.iterdir()) == ["heldout.bin", "meta.json", "train.bin", "validation.bin"]
 
 
 def _prepare_in_child(config: DataConfig, start: Any, results: Any) -> None:
@@ -105,7 +107,13 @@ def test_too_little_text_says_how_much(config: DataConfig, tmp_path: Path) -> No
     (tmp_path / "a.txt").write_text("Just a little text.")
     with pytest.raises(DataError, match=r"train part of world\.data .*: 0 tokens, but a context of 32 .* 34; give"):
         make(config)
+    (tmp_path / "a.txt").write_text("x" * 2 * BLOCK_CHARS)
+    with pytest.raises(DataError, match=r"train part .*: 0 tokens.*set world\.data\.validation_fraction to 0"):
+        make(config)
+    assert make(changed(config, validation_fraction=0.0)).train_bytes == BLOCK_CHARS
     (tmp_path / "a.txt").write_text("x" * 20 * BLOCK_CHARS)
+    with pytest.raises(DataError, match=rf"validation part .*: {BLOCK_CHARS} tokens.*raise world.data.validation_frac"):
+        make(changed(config, heldout_fraction=0.1), context=BLOCK_CHARS)
     with pytest.raises(DataError, match=rf"heldout part .*: {BLOCK_CHARS} tokens.*heldout_fraction"):
         make(config, context=BLOCK_CHARS)
     assert make(config, context=BLOCK_CHARS - 2).train_bytes > BLOCK_CHARS
@@ -145,8 +153,26 @@ def test_parts_that_are_cut_together_are_those_that_are_cut_alone(
     for alone, together in zip(found["alone"], found["together"], strict=True):
         assert alone.fingerprint == together.fingerprint
         np.testing.assert_array_equal(alone.train, together.train)
+        np.testing.assert_array_equal(alone.validation, together.validation)
         np.testing.assert_array_equal(alone.heldout, together.heldout)
         assert (alone.train_bytes, alone.heldout_bytes) == (together.train_bytes, together.heldout_bytes)
+
+
+def test_parts_with_a_number_of_bytes_are_the_same_together_and_alone(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"document {n} " + "word " * (n % 900) for n in range(600)))
+    found = {}
+    for where in ("alone", "together"):
+        configs = [
+            DataConfig(files=[str(text)], shard=f"{n}/4", train_bytes=20_000, cache_dir=str(tmp_path / where))
+            for n in range(1, 5)
+        ]
+        if where == "together":
+            prepare_shards(configs, context=16, key="data")
+        found[where] = [prepare(config, context=16, key="data") for config in configs]
+    for alone, together in zip(found["alone"], found["together"], strict=True):
+        np.testing.assert_array_equal(alone.train, together.train)
+        assert 19_900 <= alone.train_bytes <= 20_000
 
 
 def test_a_text_that_changes_is_another_text(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ def config(tmp_path: Path) -> DataConfig:
     return text_config(tmp_path)
 
 
-def with_tokens(train: int, heldout: int) -> Dataset:
+def with_tokens(train: int, heldout: int, validation: int = 0) -> Dataset:
     return Dataset(
         train=np.arange(train, dtype=np.uint16),
+        validation=np.arange(validation, dtype=np.uint16),
         heldout=np.arange(heldout, dtype=np.uint16),
         train_bytes=train,
+        validation_bytes=2 * validation,
         heldout_bytes=heldout,
         vocab_size=65_536,
         tokenizer=load_tokenizer("bytes"),
@@ -64,6 +66,15 @@ def test_heldout_windows_do_not_overlap_and_spread_out() -> None:
     assert len(list(data.heldout_windows(1, context=10, batch_size=2))) == 1
 
 
+def test_validation_windows_are_spread_as_heldout_windows() -> None:
+    data = with_tokens(100, 500, 1001)
+    few = np.concatenate([inputs for inputs, _ in data.validation_windows(59, context=10, batch_size=2)])
+    assert few[:, 0].tolist() == [0, 200, 400, 600, 800]
+    assert data.validation_bytes_per_token() == 2.0
+    with pytest.raises(DataError, match="validation: 0 tokens"):
+        next(with_tokens(100, 100).validation_windows(1, context=10, batch_size=1))
+
+
 def test_windows_longer_than_the_text_are_refused() -> None:
     data = with_tokens(100, 100)
     with pytest.raises(DataError, match="training: 100 tokens"):
@@ -90,6 +101,9 @@ def test_a_pool_draws_from_every_member_what_it_would_draw_alone(config: DataCon
     assert np.array_equal(inputs, np.concatenate(drawn))
     windows = sum(len(inputs) for inputs, _ in pool.heldout_windows(320, context=16, batch_size=4))
     assert windows == 20
+    assert sum(len(inputs) for inputs, _ in pool.validation_windows(320, context=16, batch_size=4)) == 20
+    assert pool.validation_bytes == sum(data.validation_bytes for data in alone)
+    assert pool.validation_bytes_per_token() == 1.0
     with pytest.raises(ConfigError, match=r"world\.data\.pool: set together with files"):
         make(changed(config, pool=members))
     with pytest.raises(ConfigError, match=r"world\.data\.pool\[0\]\.filez: unknown key"):

@@ -81,6 +81,28 @@ class MeasuredModel:
             perplexity_per_token=None if is_bytes else perplexity(per_token),
         )
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether a part of its text is there to choose on."""
+        return self.dataset.validation_bytes > 0
+
+    def validate(self, tokens: int, *, parameters: Flat | None = None) -> float:
+        """Loss on the client's validation text, which everything is chosen on. It needs not leave the client.
+
+        Args:
+            tokens: validation tokens to predict, at most.
+            parameters: another model than the client's own.
+
+        Returns:
+            Nats per byte.
+
+        Raises:
+            DataError: the client has no validation text.
+        """
+        windows = self.dataset.validation_windows(tokens, context=self.context, batch_size=self.training.batch_size)
+        nats, count = self.trainer.evaluate(windows, parameters=parameters)
+        return nats / count / self.dataset.validation_bytes_per_token()
+
     def report(self, tokens: int, *, parameters: Flat | None = None) -> Measure | None:
         """What `measure` gives, if that may leave the client."""
         return self.measure(tokens, parameters=parameters) if self.reports else None

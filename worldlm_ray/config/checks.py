@@ -102,6 +102,11 @@ def _between(value: float, key: str) -> None:
         raise ConfigError(key, f"got {value}", "give a number between 0 and 1")
 
 
+def _below_one(value: float, key: str) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(key, f"got {value}", "give a number from 0 to below 1")
+
+
 def _probability(value: float, key: str) -> None:
     if not 0.0 < value < 1.0:
         raise ConfigError(key, f"got {value}", "give a probability below 1 / records, such as 1e-5")
@@ -197,6 +202,8 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "simulation.latency_s": _seconds,
     "simulation.speed_spread": not_negative,
     "data.heldout_fraction": _between,
+    "data.validation_fraction": _below_one,
+    "data.train_bytes": positive,
 }
 """What a number of a node's settings may be, by its dotted key."""
 

@@ -65,9 +65,14 @@ class DataConfig:
     shard: str | None = None
     """`2/4`: only the second of four parts of the text, dealt out block by block, so that the parts are alike."""
     train_fraction: float = 1.0
-    """Share of the training part that is used, spread evenly over it; the held-out part stays whole."""
+    """Share of the training part that is used, spread evenly over it; the other two parts stay whole."""
+    train_bytes: int | None = None
+    """Use at most so many bytes of the training part, spread evenly over it; instead of `train_fraction`."""
     heldout_fraction: float = 0.05
-    """Share of a client's text that is never trained on."""
+    """Share of a client's text that is never trained on: the test."""
+    validation_fraction: float = 0.05
+    """Share of a client's text that choices are made on, such as when to stop. It is neither trained on nor held out.
+    0 is none; so it is for a client with `privacy.unit: record`, since epsilon does not cover such choices."""
     max_bytes: int | None = None
     """Use only the first so many bytes of text."""
     cache_dir: str = "~/.cache/worldlm_ray"

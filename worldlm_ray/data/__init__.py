@@ -5,8 +5,8 @@ corpora.py     real text that every installation of this package already holds
 tokenizer.py   bytes, or a Hugging Face tokenizer.json
 special_tokens.py  which of its tokens no text may write, and which one ends a text
 fidelity.py    how much of a text its tokenizer loses
-split.py       documents -> blocks, and which of them are held out
-cache.py       blocks -> memory-mapped train and held-out tokens
+split.py       documents -> blocks, and the part that each goes to
+cache.py       blocks -> memory-mapped tokens of the train, validation and held-out parts
 dataset.py     tokens -> batches
 preparation.py a data section -> its dataset
 """

@@ -1,6 +1,6 @@
 """Tokens of a client on disk: each text is tokenized once and cached under a key of its content, in
 
-    CACHE_DIR/<fingerprint>/train.bin, heldout.bin, meta.json
+    CACHE_DIR/<fingerprint>/train.bin, validation.bin, heldout.bin, meta.json
 
 Every file is replaced atomically, `meta.json` last. Processes that prepare the same text at the same time do
 the work twice, but never disturb each other. The key stands for the content, so all of them write the
@@ -14,24 +14,24 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 
 from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data.corpora import CORPORA
-from worldlm_ray.data.split import BLANK, Block, Cells, apart, blocks, deal
+from worldlm_ray.data.split import BLANK, PARTS, Allowance, Block, Parting, Placed, Share, apart, blocks, deal
 from worldlm_ray.data.text import read_documents, shard_of
 from worldlm_ray.data.tokenizer import Tokenizer, Tokens
 from worldlm_ray.errors import DataError
 from worldlm_ray.storage import open_files
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache key: raise it when the corpora, the split or the files change."""
 
 SETTLED_NS = 2_000_000_000
@@ -72,8 +72,10 @@ def fingerprint_of(config: DataConfig, source: list[str], tokenizer: Tokenizer) 
         "text_key": config.text_key,
         "max_bytes": config.max_bytes,
         "heldout_fraction": config.heldout_fraction,
+        "validation_fraction": config.validation_fraction,
         "shard": config.shard,
         "train_fraction": config.train_fraction,
+        "train_bytes": config.train_bytes,
         "tokenizer": tokenizer.fingerprint,
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -92,7 +94,7 @@ def _digest(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartMeta:
     """What meta.json says of one part."""
 
     tokens: int
@@ -126,8 +128,8 @@ class _Writer:
         self._last = index
         self.bytes += len(text.encode())
 
-    def part(self) -> Part:
-        return Part(tokens=self.tokens, bytes=self.bytes, digest=self._hash.hexdigest()[:32])
+    def meta(self) -> PartMeta:
+        return PartMeta(tokens=self.tokens, bytes=self.bytes, digest=self._hash.hexdigest()[:32])
 
 
 def _encoded(text: str, ends: Sequence[int], tokenizer: Tokenizer) -> Iterator[Tokens]:
@@ -144,36 +146,62 @@ def _encoded(text: str, ends: Sequence[int], tokenizer: Tokenizer) -> Iterator[T
     yield tokenizer.encode(text[start:])
 
 
-class _ShardWriter:
-    """Writes the two parts of a client: train and held-out."""
-
-    def __init__(self, folder: Path, config: DataConfig, tokenizer: Tokenizer, files: ExitStack) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._train, self._heldout = (
-            _Writer(files.enter_context(_replacing(folder / f"{part}.bin")), tokenizer) for part in ("train", "heldout")
-        )
-        self._cells, self._fraction = Cells(config.heldout_fraction), config.train_fraction
-        self._index = 0
+class _Taker(Protocol):
+    """What takes the blocks of one section."""
 
     def add(self, block: Block) -> None:
-        self._write(self._cells.add(block))
-
-    def end(self) -> dict[str, Part]:
-        self._write(self._cells.rest())
-        return {"train": self._train.part(), "heldout": self._heldout.part()}
-
-    def _write(self, blocks: list[tuple[Block, bool]]) -> None:
-        for block, is_heldout in blocks:
-            index = self._index
-            if is_heldout:
-                self._heldout.add(block, index=index)
-            elif int((index + 1) * self._fraction) > int(index * self._fraction):
-                self._train.add(block, index=index)
-            self._index += 1
+        """Take the next block."""
 
 
-def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) -> dict[Path, dict[str, Part]]:
-    """Read a text once, and write the files of each section.
+class _TrainBytes:
+    """Counts the bytes of a client's training part, before `train_bytes` is taken of it."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._parting, self._bytes = _parting(config), 0
+
+    def add(self, block: Block) -> None:
+        self._count(self._parting.add(block))
+
+    def end(self) -> int:
+        self._count(self._parting.rest())
+        return self._bytes
+
+    def _count(self, blocks: list[Placed]) -> None:
+        self._bytes += sum(len(placed.block.text.encode()) for placed in blocks if placed.part == "train")
+
+
+class _ShardWriter:
+    """Writes the parts of a client's text."""
+
+    def __init__(self, folder: Path, config: DataConfig, tokenizer: Tokenizer, files: ExitStack, total: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writers = {
+            part: _Writer(files.enter_context(_replacing(folder / f"{part}.bin")), tokenizer) for part in PARTS
+        }
+        self._parting = _parting(config)
+        most = config.train_bytes
+        self._used = Share(config.train_fraction) if most is None else Allowance(most, total)
+
+    def add(self, block: Block) -> None:
+        self._write(self._parting.add(block))
+
+    def end(self) -> dict[str, PartMeta]:
+        self._write(self._parting.rest())
+        return {part: writer.meta() for part, writer in self._writers.items()}
+
+    def _write(self, blocks: list[Placed]) -> None:
+        for placed in blocks:
+            block = self._used.kept(placed) if placed.part == "train" else placed.block
+            if block is not None:
+                self._writers[placed.part].add(block, index=placed.index)
+
+
+def _parting(config: DataConfig) -> Parting:
+    return Parting(heldout=config.heldout_fraction, validation=config.validation_fraction)
+
+
+def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) -> dict[Path, dict[str, PartMeta]]:
+    """Read a text once, and write the files of each section. With `train_bytes` it is read twice.
 
     Args:
         configs: data sections by the folder of their files. They differ in `shard` alone.
@@ -181,22 +209,26 @@ def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) ->
         key: dotted key of the section, for messages.
 
     Returns:
-        By folder: what meta.json says of the parts `train` and `heldout`.
+        By folder: what meta.json says of each of `PARTS`.
 
     Raises:
         DataError: the text is damaged, or the cache cannot be written.
     """
     first = next(iter(configs.values()))
+    totals = dict[Path, int]()
+    if first.train_bytes is not None:
+        counters = {folder: _TrainBytes(config) for folder, config in configs.items()}
+        _deal(blocks(read_documents(first, key)), configs, counters)
+        totals = {folder: counter.end() for folder, counter in counters.items()}
     documents = read_documents(first, key)
     folder = next(iter(configs))
     try:
         with ExitStack() as files:
-            writers = {folder: _ShardWriter(folder, config, tokenizer, files) for folder, config in configs.items()}
-            if len(writers) == 1:
-                for block in deal(blocks(documents), first):
-                    writers[folder].add(block)
-            else:
-                _write_shards(blocks(documents), configs, writers)
+            writers = {
+                folder: _ShardWriter(folder, config, tokenizer, files, totals.get(folder, 0))
+                for folder, config in configs.items()
+            }
+            _deal(blocks(documents), configs, writers)
             parts = {folder: writer.end() for folder, writer in writers.items()}
         for folder in configs:
             with _replacing(folder / "meta.json") as meta_file:
@@ -208,17 +240,22 @@ def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) ->
     return parts
 
 
-def _write_shards(stream: Iterable[Block], configs: dict[Path, DataConfig], writers: dict[Path, _ShardWriter]) -> None:
+def _deal(stream: Iterable[Block], configs: dict[Path, DataConfig], to: Mapping[Path, _Taker]) -> None:
     """Give each block to the sections whose shard it belongs to: the result is that of `deal` for each section."""
-    takers: dict[int, dict[int, list[_ShardWriter]]] = {}
+    if len(configs) == 1:
+        [(only, config)] = configs.items()
+        for block in deal(stream, config):
+            to[only].add(block)
+        return
+    takers: dict[int, dict[int, list[_Taker]]] = {}
     for folder, config in configs.items():
         assert config.shard is not None
         shard, shards = shard_of(config.shard)
-        takers.setdefault(shards, {}).setdefault(shard - 1, []).append(writers[folder])
+        takers.setdefault(shards, {}).setdefault(shard - 1, []).append(to[folder])
     for index, block in enumerate(stream):
         for shards, theirs in takers.items():
-            for writer in theirs.get(index % shards, ()):
-                writer.add(apart(block) if shards > 1 else block)
+            for taker in theirs.get(index % shards, ()):
+                taker.add(apart(block) if shards > 1 else block)
 
 
 @contextmanager
@@ -237,11 +274,11 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def cached(folder: Path) -> dict[str, Part] | None:
+def cached(folder: Path) -> dict[str, PartMeta] | None:
     """What the cache holds, or None if it is missing or damaged in any way."""
     try:
         meta: Any = json.loads((folder / "meta.json").read_bytes())
-        parts = {name: Part(**meta[name]) for name in ("train", "heldout")}
+        parts: dict[str, PartMeta] = {name: PartMeta(**meta[name]) for name in PARTS}
         for name, part in parts.items():
             if _digest(folder / f"{name}.bin") != part.digest:
                 return None

@@ -25,10 +25,13 @@ class Dataset:
 
     train: Tokens
     """Memory-mapped, one-dimensional."""
+    validation: Tokens
+    """Memory-mapped, one-dimensional; never trained on: choices are made on it. Empty if there is none."""
     heldout: Tokens
-    """Memory-mapped, one-dimensional; never trained on."""
+    """Memory-mapped, one-dimensional; never trained on, and nothing is chosen on it."""
     train_bytes: int
     """UTF-8 bytes of the text behind `train`."""
+    validation_bytes: int
     heldout_bytes: int
     vocab_size: int
     tokenizer: Tokenizer
@@ -106,12 +109,19 @@ class Dataset:
         Raises:
             DataError: the held-out part is shorter than a window.
         """
-        require_window(len(self.heldout), "held-out", context)
-        available = (len(self.heldout) - 1) // context
-        wanted = max(1, min(available, tokens // context))
-        starts = np.arange(wanted, dtype=np.int64) * available // wanted * context
-        for first in range(0, wanted, batch_size):
-            yield _windows(np.asarray(self.heldout), starts[first : first + batch_size], context=context)
+        return _spread(self.heldout, "held-out", tokens, context=context, batch_size=batch_size)
+
+    def validation_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
+        """Windows of the validation part, as `heldout_windows`.
+
+        Raises:
+            DataError: the validation part is shorter than a window, or there is none.
+        """
+        return _spread(self.validation, "validation", tokens, context=context, batch_size=batch_size)
+
+    def validation_bytes_per_token(self) -> float:
+        """Mean bytes of a validation token."""
+        return self.validation_bytes / len(self.validation)
 
     def heldout_bytes_per_token(self) -> float:
         """Mean bytes of a held-out token. A loss per token divided by it is a loss per byte."""
@@ -147,6 +157,21 @@ class Pool(Dataset):
         """Mean over the members."""
         return math.fsum(member.heldout_bytes_per_token() for member in self.members) / self.parts
 
+    def validation_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
+        """The windows of each member that has a validation part in turn, with an equal number of tokens each."""
+        for member in self._validated:
+            each = tokens // len(self._validated)
+            yield from member.validation_windows(each, context=context, batch_size=batch_size)
+
+    def validation_bytes_per_token(self) -> float:
+        """Mean over the members that have a validation part."""
+        means = [member.validation_bytes_per_token() for member in self._validated]
+        return math.fsum(means) / len(means)
+
+    @property
+    def _validated(self) -> list[Dataset]:
+        return [member for member in self.members if member.validation_bytes]
+
 
 def pool_of(members: Sequence[Dataset]) -> Pool:
     """The members as one dataset, with the tokenizer and the vocabulary of the first."""
@@ -154,14 +179,26 @@ def pool_of(members: Sequence[Dataset]) -> Pool:
     return Pool(
         members=tuple(members),
         train=first.train,
+        validation=first.validation,
         heldout=first.heldout,
         train_bytes=sum(member.train_bytes for member in members),
+        validation_bytes=sum(member.validation_bytes for member in members),
         heldout_bytes=sum(member.heldout_bytes for member in members),
         vocab_size=first.vocab_size,
         tokenizer=first.tokenizer,
         fingerprint="+".join(member.fingerprint for member in members),
         left_out=tuple(line for member in members for line in member.left_out),
     )
+
+
+def _spread(part: Tokens, name: str, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
+    """Windows that do not overlap, spread evenly over a part."""
+    require_window(len(part), name, context)
+    available = (len(part) - 1) // context
+    wanted = max(1, min(available, tokens // context))
+    starts = np.arange(wanted, dtype=np.int64) * available // wanted * context
+    for first in range(0, wanted, batch_size):
+        yield _windows(np.asarray(part), starts[first : first + batch_size], context=context)
 
 
 def _windows(tokens: Tokens, starts: npt.NDArray[np.int64], *, context: int) -> Batch:

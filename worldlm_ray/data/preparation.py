@@ -17,7 +17,7 @@ from worldlm_ray.storage import open_files
 from worldlm_ray.storage.filesystem import expanded
 
 SHARDS_AT_ONCE = 64
-"""Shards that are written in one pass over a text. Each has two files open; a low limit of open files allows fewer."""
+"""Shards that are written in one pass over a text. Each has three files open: fewer where few may be."""
 
 
 def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> Dataset:
@@ -25,7 +25,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
 
     Args:
         config: the data section.
-        context: tokens per sequence; both parts must hold at least one window.
+        context: tokens per sequence; every part must hold at least one window.
         key: dotted key of the section, such as `world.children[0].data`, for messages.
         order: names the random order of the text unless the section does.
 
@@ -50,16 +50,19 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
     fingerprint = cache.fingerprint_of(config, source, tokenizer)
     folder = expanded(config.cache_dir) / fingerprint
     parts = cache.cached(folder) or cache.build({folder: config}, tokenizer, key=key)[folder]
-    for part, cure in (
-        ("train", "give more text"),
-        ("heldout", f"give more text or raise {key}.heldout_fraction"),
-    ):
+    cures = {"train": "give more text", "heldout": f"give more text or raise {key}.heldout_fraction"}
+    if config.validation_fraction:
+        cures["train"] = f"give more text, or set {key}.validation_fraction to 0"
+        cures["validation"] = f"give more text, raise {key}.validation_fraction or set it to 0"
+    for part, cure in cures.items():
         text = describe(config) + (f", shard {config.shard}" if config.shard is not None else "")
         require_window(parts[part].tokens, f"{part} part of {key} ({text})", context, cure=cure)
     return Dataset(
         train=cache.mapped(folder / "train.bin", tokenizer.dtype),
+        validation=cache.mapped(folder / "validation.bin", tokenizer.dtype),
         heldout=cache.mapped(folder / "heldout.bin", tokenizer.dtype),
         train_bytes=parts["train"].bytes,
+        validation_bytes=parts["validation"].bytes,
         heldout_bytes=parts["heldout"].bytes,
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer,
@@ -97,7 +100,7 @@ def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> 
         if not (folder / "meta.json").is_file():
             missing[str(folder)] = config
     folders = list(missing)
-    number = open_files.at_once(SHARDS_AT_ONCE, each=2)
+    number = open_files.at_once(SHARDS_AT_ONCE, each=3)
     for first in range(0, len(folders), number):
         some = {Path(folder): missing[folder] for folder in folders[first : first + number]}
         cache.build(some, tokenizer, key=key)

@@ -58,12 +58,18 @@ def find_sources(config: DataConfig, key: str) -> Found:
     Raises:
         ConfigError: there is no usable source of text, or no usable tokenizer.
     """
-    if config.max_bytes is not None:
-        positive(config.max_bytes, f"{key}.max_bytes")
+    for name in ("max_bytes", "train_bytes"):
+        if getattr(config, name) is not None:
+            positive(getattr(config, name), f"{key}.{name}")
     _check_tokenizer(config.tokenizer, f"{key}.tokenizer")
     if not 0.0 < config.train_fraction <= 1.0:
         got = f"got {config.train_fraction}"
         raise ConfigError(f"{key}.train_fraction", got, "give a number above 0, at most 1")
+    if config.train_bytes is not None and config.train_fraction != 1.0:
+        raise ConfigError(f"{key}.train_bytes", "set together with train_fraction", "keep only one of them")
+    if not 0.0 <= config.validation_fraction < 1.0 - config.heldout_fraction:
+        got = f"got {config.validation_fraction} beside heldout_fraction {config.heldout_fraction}"
+        raise ConfigError(f"{key}.validation_fraction", got, "leave text to train on: give less, or 0 for none")
     check_shard(config, key)
     if config.pool:
         if config.files or config.corpus is not None:

@@ -212,7 +212,8 @@ def _centralized(mapping: dict[str, Any], root: NodeSpec) -> None:
             raise ConfigError("--methods", got, "leave centralized out")
     only = _client(clients[0], root, name="all")
     pool = [asdict(spec.settings.data) | {"order": spec.settings.data.order or spec.path} for spec in clients]
-    only["data"] |= {"files": [], "corpus": None, "shard": None, "train_fraction": 1.0, "order": None, "pool": pool}
+    only["data"] |= {"files": [], "corpus": None, "shard": None, "order": None, "pool": pool}
+    only["data"] |= {"train_fraction": 1.0, "train_bytes": None}
     only["simulation"] |= {"tokens_per_s": math.fsum(s.settings.simulation.tokens_per_s for s in clients)}
     mapping["world"] = {"children": [only]}
     _no_keys(mapping)

@@ -173,7 +173,11 @@ def _grow(entry: _Entry, name: str, path: str, part: tuple[int, int]) -> NodeSpe
     settings, children = entry.settings, list[NodeSpec]()
     data = settings.data
     if entry.kind == "client" and part[1] > 1 and data.shard is None and not data.pool:
-        settings = replace(settings, data=replace(data, shard=f"{part[0] + 1}/{part[1]}"))
+        data = replace(data, shard=f"{part[0] + 1}/{part[1]}")
+    if settings.privacy.unit == "record":
+        data = replace(data, validation_fraction=0.0)  # epsilon does not cover what is chosen on a text
+    if data != settings.data:
+        settings = replace(settings, data=data)
     for child in entry.children:
         copies = child.copies or 1
         for index, child_name in enumerate(child.names):
