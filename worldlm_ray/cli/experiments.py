@@ -11,8 +11,19 @@ import typer
 
 from worldlm_ray.cli.common import Conf, Json, Overrides, Run, console, errors, filled, load
 from worldlm_ray.config import checks
+from worldlm_ray.errors import ConfigError
 from worldlm_ray.reports.progress import Progress
 from worldlm_ray.storage.paths import pasted
+
+ALL_PRIVATE = "nothing to show: the losses of every client of this run are private (privacy.report_metrics)"
+CouncilFlag = Annotated[bool, typer.Option("--council", help="a mixture of models, weighed while the text goes on")]
+MembersOption = Annotated[
+    str | None,
+    typer.Option("--members", help="with --council: its nodes, with commas; all whose models may serve unless given"),
+]
+TopOption = Annotated[
+    int | None, typer.Option("--top", help="with --council: so many models answer after the first 64 tokens; or all")
+]
 
 
 def compare(
@@ -80,24 +91,67 @@ def evaluate(
     run: Run,
     tokens: Annotated[int, typer.Option(help="held-out tokens per client, at most")] = 65_536,
     as_json: Json = False,
+    council: CouncilFlag = False,
+    members: MembersOption = None,
+    top: TopOption = None,
+    document: Annotated[int, typer.Option(help="with --council: tokens after which its weights begin anew")] = 1024,
 ) -> None:
     """Measure every model of a run on held-out text.
 
-    The models are those of the newest checkpoints.
+    The models are those of the newest checkpoints. With --council their mixture is measured beside each of them.
     """
     from worldlm_ray.experiments.evaluate import evaluate as measure
     from worldlm_ray.experiments.evaluate import table, values
 
     checks.positive(tokens, "--tokens")
+    checks.positive(document, "--document")
+    _check_council(council, members, top)
+    if council:
+        _evaluate_council(run, tokens=tokens, members=members, top=top, document=document, as_json=as_json)
+        return
     with Progress(errors) as progress:  # stdout is for the result
         measures = measure(run, tokens=tokens, on_phase=progress.phase)
     if as_json:
         console.print_json(json.dumps(values(measures)))
         return
     if not measures:
-        console.print("nothing to show: the losses of every client of this run are private (privacy.report_metrics)")
+        console.print(ALL_PRIVATE)
         return
     console.print(table(run, measures))
+
+
+def _check_council(council: bool, members: str | None, top: int | None) -> None:
+    """Refuse options of a council where there is none."""
+    for name, value in (("--members", members), ("--top", top)):
+        if value is not None and not council:
+            raise ConfigError(name, "names what a council is made of", "give --council, too")
+    if top is not None:
+        checks.positive(top, "--top")
+
+
+def _evaluate_council(
+    run: str, *, tokens: int, members: str | None, top: int | None, document: int, as_json: bool
+) -> None:
+    from worldlm_ray.experiments.council import CouncilRules
+    from worldlm_ray.experiments.council_measure import evaluate_council, table, values
+
+    with Progress(errors) as progress:
+        measures = evaluate_council(
+            run,
+            tokens=tokens,
+            members=members,
+            rules=CouncilRules(top=top),
+            document=document,
+            on_phase=progress.phase,
+        )
+    for line in measures.left_out:
+        errors.print(line, highlight=False)
+    if as_json:
+        console.print_json(json.dumps(values(measures)))
+    elif measures.rows:
+        console.print(table(run, measures))
+    else:
+        console.print(ALL_PRIVATE)
 
 
 def sample(
@@ -107,13 +161,31 @@ def sample(
     tokens: Annotated[int, typer.Option(help="tokens to generate")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time")] = 0.8,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    council: CouncilFlag = False,
+    members: MembersOption = None,
 ) -> None:
-    """Generate text from a node's model, from its checkpoint."""
+    """Generate text from a node's model, from its checkpoint.
+
+    With --council from the mixture of several models: RUN may then be a folder that `export --council` has written.
+    """
     from worldlm_ray.experiments.evaluate import sample as generate
 
     checks.positive(tokens, "--tokens")
     checks.not_negative(temperature, "--temperature")
     checks.not_negative(seed, "--seed")
+    _check_council(council, members, None)
+    if council:
+        from worldlm_ray.experiments.council_serving import opened
+
+        models, left_out = opened(run, members)
+        for line in left_out:
+            errors.print(line, highlight=False)
+        text = models.text(prompt, tokens=tokens, temperature=temperature, seed=seed)
+        console.print(prompt + text, markup=False, highlight=False, soft_wrap=True)
+        weights = sorted(models.weights.items(), key=lambda item: -item[1])[:5]
+        said = ", ".join(f"{name} {weight:.3f}" for name, weight in weights)
+        errors.print(f"council of {len(models.names)} models, weights at the end: {said}", highlight=False)
+        return
     text = generate(run, node, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed)
     console.print(prompt + text, markup=False, highlight=False, soft_wrap=True)
 
@@ -122,12 +194,26 @@ def export(
     run: Run,
     folder: Annotated[str, typer.Argument(help="folder to write")],
     node: Annotated[str, typer.Option(help="path of the node, such as world/code/python, or its end")] = "world",
+    council: CouncilFlag = False,
+    members: MembersOption = None,
+    top: TopOption = None,
 ) -> None:
-    """Write a node's model as a Hugging Face folder."""
+    """Write a node's model as a Hugging Face folder.
+
+    With --council several models, each in a folder, and council.json: `worldlm sample FOLDER --council` reads them.
+    """
     from worldlm_ray.experiments.export import export as write
 
     filled(folder, "FOLDER")
-    path, notes = write(run, node, Path(folder))
+    _check_council(council, members, top)
+    if council:
+        from worldlm_ray.experiments.council import CouncilRules
+        from worldlm_ray.experiments.council_folder import export_council
+
+        nodes, notes = export_council(run, Path(folder), members=members, rules=CouncilRules(top=top))
+        what = f"a council of {len(nodes)} models"
+    else:
+        what, notes = write(run, node, Path(folder))
     for line in notes:
         errors.print(line, markup=False, highlight=False)
-    console.print(f"{path} is in {pasted(folder)}", highlight=False, soft_wrap=True)
+    console.print(f"{what} is in {pasted(folder)}", highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.reports.spending import private_clients, statements
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
+from worldlm_ray.tensors.buffers import Flat
 
 
 def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:
@@ -38,16 +39,36 @@ def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:
     """
     plan = rundir.reopen(run, check_data=False)
     spec = plan.find(node)
+    refuse_base(plan, folder)
+    return spec.path, write_model(plan, spec, sound_theta(plan, spec), folder.expanduser())
+
+
+def refuse_base(plan: Plan, folder: Path) -> None:
+    """Refuse to overwrite the model that a run began from.
+
+    Raises:
+        ConfigError: the folder is that of the model.
+    """
     base = plan.config.model.initial_from
     if base is not None and expanded(base).resolve() == folder.expanduser().resolve():
         raise ConfigError("FOLDER", f"{folder} holds the model that the run began from", "give another folder")
-    theta, files = sound_theta(plan, spec), _files(plan)
-    huggingface.export(
-        theta, plan.shape, plan.layout, folder.expanduser(), kept=files, card=card(_facts(plan, spec, files))
-    )
-    if huggingface.has_other_card(folder.expanduser()):
-        return spec.path, [f"README.md in {folder} was there before and stays: no model card was written"]
-    return spec.path, []
+
+
+def write_model(plan: Plan, spec: NodeSpec, theta: Flat, folder: Path) -> list[str]:
+    """Write the parameters of a node with the tokenizer's files and a model card.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        RunError: one of the run's files has changed.
+        DataError: the folder cannot be written.
+    """
+    files = _files(plan)
+    huggingface.export(theta, plan.shape, plan.layout, folder, kept=files, card=card(_facts(plan, spec, files)))
+    if huggingface.has_other_card(folder):
+        return [f"README.md in {folder} was there before and stays: no model card was written"]
+    return []
 
 
 def _files(plan: Plan) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,6 @@ from torch import Tensor
 from worldlm_ray.data import Tokenizer
 from worldlm_ray.data.tokenizer import Tokens
 from worldlm_ray.errors import DataError, RunError
-from worldlm_ray.training.trainer import Trainer
 
 OPENINGS = ("\n", ".", "a", "0")
 """An empty prompt becomes the first of these that is a token: not every tokenizer has a line break."""
@@ -22,8 +22,16 @@ SMALLEST_TEMPERATURE = 1e-200
 """At lower temperatures, logits divided by the temperature are not finite."""
 
 
+class Sampler(Protocol):
+    """A trainer with its model, or whatever else continues token ids."""
+
+    def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:
+        """Token ids that continue a prompt."""
+        ...
+
+
 def sample(
-    trainer: Trainer,
+    sampler: Sampler,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -32,10 +40,10 @@ def sample(
     seed: int = 0,
     opening: Tokens | None = None,
 ) -> str:
-    """Continue a prompt with a trainer's model.
+    """Continue a prompt.
 
     Args:
-        trainer: holds the model.
+        sampler: holds the model.
         tokenizer: the run's.
         prompt: text to continue. If empty, a line break, or another token if that is none.
         tokens: tokens to generate.
@@ -52,7 +60,7 @@ def sample(
     ids = np.asarray(tokenizer.encode(prompt) if prompt else _opening(tokenizer, opening), np.int64)
     if not ids.size:
         raise RunError(f"the tokenizer makes no token of the prompt {prompt!r}; give another prompt")
-    return tokenizer.decode(np.array(trainer.sample(ids, tokens=tokens, temperature=temperature, seed=seed)))
+    return tokenizer.decode(np.array(sampler.sample(ids, tokens=tokens, temperature=temperature, seed=seed)))
 
 
 def _opening(tokenizer: Tokenizer, opening: Tokens | None) -> Tokens:
@@ -101,9 +109,19 @@ def generate(
         logits = model(window_BT)[0, -1].double().cpu().numpy()
         if not np.isfinite(logits).all():
             raise RunError("the model has diverged: its logits are not finite; lower training.lr")
-        if temperature < SMALLEST_TEMPERATURE:
-            ids.append(int(logits.argmax()))
-            continue
-        weights = np.exp((logits - logits.max()) / temperature)
-        ids.append(int(generator.choice(weights.size, p=weights / weights.sum())))
+        ids.append(draw(logits, temperature=temperature, generator=generator))
     return ids[len(prompt) :]
+
+
+def draw(logits_V: npt.NDArray[np.float64], *, temperature: float, generator: np.random.Generator) -> int:
+    """Draw a token.
+
+    Args:
+        logits_V: finite logits, or log probabilities.
+        temperature: 0, and what is too near it to divide by, takes the likeliest token.
+        generator: of the draw.
+    """
+    if temperature < SMALLEST_TEMPERATURE:
+        return int(logits_V.argmax())
+    weights_V = np.exp((logits_V - logits_V.max()) / temperature)
+    return int(generator.choice(weights_V.size, p=weights_V / weights_V.sum()))

@@ -1,0 +1,161 @@
+"""A council on disk: an exported model in a folder of each member, and council.json.
+
+council.json holds `format`, `run`, `eps`, `top`, `after` (see `council.CouncilRules`), `context` (tokens that a model
+sees at most), `tokenizer` (`bytes`, or a file of this folder) and `members`: for each its `node` in the run, its
+`folder`, which `AutoModelForCausalLM` loads, and its `prior`, the weight with which a text begins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldlm_ray import huggingface
+from worldlm_ray.errors import DataError
+from worldlm_ray.experiments import council
+from worldlm_ray.experiments.council import CouncilRules, Floats
+from worldlm_ray.experiments.council_members import members_of
+from worldlm_ray.experiments.export import refuse_base, write_model
+from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.plan import kept, rundir
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
+
+COUNCIL = "council.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Saved:
+    """A council that was read."""
+
+    thetas: dict[str, Flat]
+    """Parameters [layout.size] by path of the node."""
+    prior_K: Floats
+    """Log of the prior."""
+    rules: CouncilRules
+    shape: ModelShape
+    layout: Layout
+    tokenizer: str
+    """`bytes`, or the path of a tokenizer.json."""
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a folder holds an exported council."""
+    return (folder / COUNCIL).is_file()
+
+
+def export_council(
+    run: str, folder: Path, *, members: str | None = None, rules: CouncilRules | None = None
+) -> tuple[list[str], list[str]]:
+    """Write the models of a council, from a run's checkpoints.
+
+    Args:
+        run: the run's folder or name.
+        folder: made if missing. Files of an earlier export are replaced.
+        members: nodes with commas between them; None for all whose models may serve.
+        rules: how the council weighs its members.
+
+    Returns:
+        Paths of the nodes, and lines for the user.
+
+    Raises:
+        RunError: there is no such run, or one of its files has changed.
+        ConfigError: a node is unknown or may not serve, or the folder is that of the model that the run began from.
+        CheckpointError: a node has no whole checkpoint, or no model can serve.
+        DataError: the folder cannot be written.
+    """
+    plan, rules = rundir.reopen(run, check_data=False), rules or CouncilRules()
+    refuse_base(plan, folder)
+    found, folder = members_of(plan, members), folder.expanduser()
+    with _writing(folder):  # an export that is interrupted leaves no council of old and new members
+        (folder / COUNCIL).unlink(missing_ok=True)
+    prior_K = np.exp(council.uniform(len(found.thetas)))
+    width, notes, entries = len(str(len(found.thetas))), list(found.left_out), list[dict[str, Any]]()
+    for number, (path, theta) in enumerate(found.thetas.items(), 1):
+        name = f"{number:0{width}}"
+        refuse_base(plan, folder / name)
+        notes += write_model(plan, plan.specs[path], theta, folder / name)
+        entries.append({"node": path, "folder": name, "prior": float(prior_K[number - 1])})
+    written = {
+        "format": FORMAT,
+        "run": plan.config.name,
+        "eps": rules.eps,
+        "top": rules.top,
+        "after": rules.after,
+        "context": plan.shape.context,
+        "tokenizer": "bytes" if plan.tokenizer == "bytes" else f"{entries[0]['folder']}/{kept.TOKENIZER}",
+        "members": entries,
+    }
+    with _writing(folder):
+        (folder / COUNCIL).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return list(found.thetas), notes
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot export to {folder}: {error.strerror}; give another folder") from error
+
+
+def read(folder: Path) -> Saved:
+    """Read an exported council.
+
+    Raises:
+        DataError: a file is missing or damaged, or the members are models of different sizes.
+    """
+    file = folder.expanduser() / COUNCIL
+    found = huggingface.read_object(file)
+    if found.get("format") != FORMAT:
+        raise DataError(f"{file}: has format {found.get('format')!r}, this version reads {FORMAT}; export it again")
+    try:
+        rules = CouncilRules(eps=float(found["eps"]), top=found["top"], after=int(found["after"]))
+        context, tokenizer, entries = int(found["context"]), str(found["tokenizer"]), list(found["members"])
+        priors = [float(entry["prior"]) for entry in entries]
+        folders = {str(entry["node"]): _below(file, str(entry["folder"])) for entry in entries}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: is damaged ({type(error).__name__}: {error}); export it again") from error
+    _check(file, rules, priors, folders)
+    shapes = {path: huggingface.read_shape(path, context=context) for path in folders.values()}
+    shape = next(iter(shapes.values()))
+    for path, other in shapes.items():
+        if other != shape:
+            raise DataError(f"{path}: is a model of other sizes than the first member; export the council again")
+    layout = shape.layout([])
+    return Saved(
+        thetas={node: huggingface.read_weights(path, layout) for node, path in folders.items()},
+        prior_K=np.log(priors),
+        rules=rules,
+        shape=shape,
+        layout=layout,
+        tokenizer=tokenizer if tokenizer == "bytes" else str(_below(file, tokenizer)),
+    )
+
+
+def _below(file: Path, name: str) -> Path:
+    """A file or folder that council.json names: it lies in the same folder."""
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise DataError(f"{file}: names {name!r}, which lies outside this folder; export it again")
+    return file.parent / name
+
+
+def _check(file: Path, rules: CouncilRules, priors: list[float], folders: dict[str, Path]) -> None:
+    """Refuse numbers that no council can have."""
+    if not priors or len(folders) != len(priors):
+        raise DataError(f"{file}: names {len(folders)} different members of {len(priors)}; export it again")
+    if not all(math.isfinite(prior) and prior > 0.0 for prior in priors):
+        raise DataError(f"{file}: a prior is not above 0; give every member a weight above 0")
+    if not 0.0 <= rules.eps < 1.0:
+        raise DataError(f"{file}: eps is {rules.eps}; give a number from 0 to below 1")
+    whole = rules.top is None or (isinstance(rules.top, int) and rules.top >= 1)
+    if not whole or rules.after < 1:
+        raise DataError(f"{file}: top is {rules.top!r} and after {rules.after}; give whole numbers above 0")
