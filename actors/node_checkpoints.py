@@ -17,7 +17,7 @@ from typing import Any
 from actors.node_records import NodeRecords
 from actors.shared import end_process, write_checkpoint
 from worldlm_ray.aggregation import node_checkpoint
-from worldlm_ray.aggregation.events import Covered, Saved
+from worldlm_ray.aggregation.events import Covered, Saved, Saving
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.errors import CheckpointError, SupersededError
 from worldlm_ray.plan.plan import Plan
@@ -117,6 +117,7 @@ class NodeCheckpoints:
     def _begin(self) -> asyncio.Task[None]:
         self._saved_s = self._clock.now_s()
         self._records.audit.flush()
+        self._node.handle(Saving())
         meta, arrays = self._node.state()
         if any(map(node_checkpoint.changes, arrays)):
             self._steady.clear()  # events wait until these are written, and no longer

@@ -33,6 +33,7 @@ from worldlm_ray.aggregation.events import (
     Exchange,
     Finish,
     Saved,
+    Saving,
     Shared,
     Started,
     UpdateSent,
@@ -195,6 +196,20 @@ def test_a_shared_copy_takes_the_place_of_the_published_model_and_nothing_else_c
     assert np.shares_memory(node.theta, copy)
     assert not node.theta.flags.writeable
     assert fingerprint(node) == before
+
+
+@pytest.mark.parametrize("is_saving", [True, False])
+def test_a_checkpoint_that_is_being_written_keeps_the_model_as_it_was(is_saving: bool) -> None:
+    node = make(buffer_size=1)
+    push(node, "a", 1, change=1.0)
+    if is_saving:
+        node.handle(Saving())
+    _, arrays = node.state()
+    before = arrays["theta"].copy()
+    node.handle(Shared(own=node.theta, copy=node.theta.copy()))
+    push(node, "b", 1, base=1, change=2.0)
+    kept = np.array_equal(arrays["theta"], before)
+    assert kept == is_saving, "else the model's buffer takes the next one"
 
 
 def test_a_shared_copy_leaves_an_anchor_of_its_own_alone() -> None:

@@ -41,6 +41,7 @@ def same(one: Node, other: Node) -> bool:
 
 def test_no_public_method_or_property_but_these_changes_the_state() -> None:
     node, untouched = trained(), trained()
+    buffers = {name: id(value) for name, value in vars(node.published).items()}
     names = [name for name in dir(Node) if not name.startswith("_") and name not in DOORS]
     assert {"theta", "state", "covers", "may_send"} <= set(names)
     for name in names:
@@ -51,6 +52,7 @@ def test_no_public_method_or_property_but_these_changes_the_state() -> None:
             )
             value()
         assert same(node, untouched), name
+        assert {name: id(value) for name, value in vars(node.published).items()} == buffers, name
 
 
 def test_a_changed_node_is_seen() -> None:

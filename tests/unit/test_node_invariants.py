@@ -64,6 +64,11 @@ OPERATIONS = (
 Operation = tuple[str, int, int]
 
 
+def as_it_is(values: Flat) -> tuple[Flat, bytes]:
+    """A buffer, and its bytes now."""
+    return values, values.tobytes()
+
+
 class Walk:
     """Drives a node with well-formed children and bad ones, and checks what must hold after every event."""
 
@@ -84,7 +89,10 @@ class Walk:
         self.seqs = dict.fromkeys(NAMES, 0)
         self.accepted: dict[str, list[int]] = {name: [] for name in NAMES}
         self.accepted_tokens = 0
-        self.published: list[tuple[Flat, bytes]] = []
+        self.theta: tuple[Flat, bytes] | None = None
+        """The published model, and its bytes when it was published."""
+        self.given: list[tuple[Flat, bytes]] = []
+        """The same of all that a child or the parent has been given."""
         self.version = 0
         self.exchanged_tokens = 0
 
@@ -133,14 +141,18 @@ class Walk:
         assert node.version >= self.version
         self.version = node.version
         assert np.isfinite(node.theta).all()
-        if not self.published or self.published[-1][0] is not node.theta:
-            self.published.append((node.theta, node.theta.tobytes()))
+        if self.theta is None or self.theta[0] is not node.theta:
+            self.theta = as_it_is(node.theta)
+        assert node.theta.tobytes() == self.theta[1]
+        self.given += [as_it_is(serve.model.values) for serve in of(Serve, commands)]
         meta = node.state()[0]["intake"]
         folded = meta.get("fold", {}).get("tokens", 0)
         held = sum(entry["update"]["tokens"] for entry in meta["held"].values())
         assert node.published.tokens + folded + held == self.accepted_tokens
         if of(Exchange, commands):
-            self.exchanged_tokens += begun(node).tokens
+            sent = begun(node)
+            self.exchanged_tokens += sent.tokens
+            self.given.append(as_it_is(sent.values))
         if node.parent is not None:
             assert self.exchanged_tokens + node.to_parent.unpushed_tokens == node.published.tokens
         if of(Finish, commands):
@@ -153,8 +165,8 @@ class Walk:
     def end(self) -> None:
         for seqs in self.accepted.values():
             assert all(earlier < later for earlier, later in zip(seqs, seqs[1:], strict=False))
-        for theta, as_published in self.published:
-            assert theta.tobytes() == as_published
+        for values, as_given in self.given:
+            assert values.tobytes() == as_given
 
 
 @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -12,7 +12,7 @@ Clock                                  as Push
 Started(incarnation)                   Charge, Exchange or Refresh, Wake: what was due before
 UpdateDue                              Send(update)
 UpdateSent, Welcomed, Answered,
-Saved, Shared                          nothing
+Saving, Saved, Shared                  nothing
 
 The first are of the children, of the parent's model and of time. The others are of the backend itself: each is what it
 has done with a command, or what the parent has answered.
@@ -160,6 +160,14 @@ class Covered:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Saving:
+    """A checkpoint is written while events go on: what `Node.state` gives now keeps its values.
+
+    This does not hold for the buffers that `node_checkpoint.changes` names.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class Saved:
     """A checkpoint is on disk: children need not keep what it covers, and those that left may end."""
 
@@ -177,7 +185,7 @@ class Shared:
 
 
 ChildEvent = Push | Pull | ParentModel | Done | Left | Joined | Heartbeat | Clock
-BackendEvent = Started | UpdateDue | UpdateSent | Welcomed | Answered | Saved | Shared
+BackendEvent = Started | UpdateDue | UpdateSent | Welcomed | Answered | Saving | Saved | Shared
 Event = ChildEvent | BackendEvent
 
 

@@ -51,6 +51,7 @@ from worldlm_ray.aggregation.events import (
     Refresh,
     Save,
     Saved,
+    Saving,
     Send,
     Shared,
     Started,
@@ -254,6 +255,8 @@ class Node:
             self.to_parent.welcomed(event.welcome)
         elif isinstance(event, Answered):
             self.to_parent.answered(event.seq, event.verdict)
+        elif isinstance(event, Saving):
+            self.published.retire_buffer()
         elif isinstance(event, Saved):
             self.children.saved(event.covered)
             if self.parent is not None:
@@ -355,10 +358,7 @@ class Node:
     # ---- durability ------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
-        """Everything that a restart needs: plain values, and buffers.
-
-        Which of them change with the next event says `node_checkpoint.changes`.
-        """
+        """Everything that a restart needs: plain values, and buffers. Later events use them again: see Saving."""
         return node_checkpoint.state(self)
 
     def covers(self) -> Covered:

@@ -66,6 +66,10 @@ class Published:
         self._lent = True
         return self.theta
 
+    def retire_buffer(self) -> None:
+        """Use the buffer of the model no more: a checkpoint reads it for a while."""
+        self._made = None
+
     def use_shared_copy(self, own: Flat, shared: Flat) -> None:
         """Let go of a buffer whose values lie in shared memory now.
 
@@ -86,7 +90,6 @@ class Published:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """What a restart needs."""
-        self._made = None  # a checkpoint may take a while to be written: the buffer is not used again
         return {"version": self.version, "tokens": self.tokens, "mean_tokens": self.mean_tokens}, {"theta": self.theta}
 
     def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:
