@@ -78,7 +78,7 @@ class ConfigErrors(ConfigError):
 
 
 class DataError(WorldLMError):
-    """A text file, a built-in corpus or a tokenizer cannot be used."""
+    """A text file, a corpus or a tokenizer cannot be used."""
 
 
 class MessageError(WorldLMError):

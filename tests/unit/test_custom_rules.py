@@ -32,6 +32,7 @@ from worldlm_ray.aggregation.fold import Fold
 from worldlm_ray.aggregation.robust_fold import robust_rule
 from worldlm_ray.aggregation.rules import aggregation_rule
 from worldlm_ray.aggregation.staleness import staleness
+from worldlm_ray.data.corpora import corpus
 from worldlm_ray.exchange.compression import Codec, codec
 
 
@@ -79,12 +80,20 @@ class MyCodec(Codec):
 
     def decode(self, packed, size):
         return packed.view(np.float16).astype(np.float32)
+
+
+@corpus("my_corpus", version="2")
+def my_corpus():
+    """Numbers. Source: this test."""
+    for first in range(0, 4000, 40):
+        yield " ".join(str(number) for number in range(first, first + 40))
 '''
 MINE = {
     "my_staleness": names.STALENESS,
     "my_rule": names.AGGREGATION_RULES,
     "my_middle": names.ROBUST_RULES,
     "my_codec": names.CODECS,
+    "my_corpus": names.CORPORA,
 }
 
 
@@ -130,6 +139,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "my_rule": {"aggregation": {"rule": "my_rule"}},
     "my_middle": {"aggregation": {"robust": {"rule": "my_middle"}, "trigger": "synchronous"}},
     "my_codec": {"exchange": {"codec": "my_codec"}},
+    "my_corpus": {"world": {"children": [{"client": "a", "data": {"corpus": "my_corpus"}}]}},
 }
 
 

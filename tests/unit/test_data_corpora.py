@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from worldlm_ray.config.schema import DataConfig
+from worldlm_ray.data import check_sources
 from worldlm_ray.data.corpora import CORPORA, Corpus, _docstrings_of, evenly, without_repeats
-from worldlm_ray.errors import DataError
+from worldlm_ray.errors import ConfigError, DataError
 
 LICENCE = "# Licensed to everyone who wants it, under terms that are long enough to count as a paragraph of text."
 
@@ -21,20 +23,20 @@ def normal(paragraph: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(set(CORPORA) - {"docstrings"}))
 def test_every_corpus_has_text_without_repeats(name: str) -> None:
-    documents = list(CORPORA[name].documents())
+    documents = list(CORPORA.get(name).documents())
     assert 200_000 < sum(len(document.encode()) for document in documents) <= 8_000_000
     paragraphs = [normal(p) for document in documents for p in document.split("\n\n")]
     long = [paragraph for paragraph in paragraphs if len(paragraph) > 80]
     assert len(long) == len(set(long))
-    assert list(islice(CORPORA[name].documents(), 20)) == documents[:20]
-    assert CORPORA[name].description
-    assert name in CORPORA[name].versions()
+    assert list(islice(CORPORA.get(name).documents(), 20)) == documents[:20]
+    assert CORPORA.get(name).description
+    assert name in CORPORA.get(name).versions()
 
 
 def test_docstrings_are_prose_of_other_packages_than_the_standard_library() -> None:
-    first = list(islice(CORPORA["docstrings"].documents(), 30))
+    first = list(islice(CORPORA.get("docstrings").documents(), 30))
     assert sum(map(len, first)) > 10_000
-    stdlib = {normal(p) for d in CORPORA["python_stdlib"].documents() for p in d.split("\n\n")}
+    stdlib = {normal(p) for d in CORPORA.get("python_stdlib").documents() for p in d.split("\n\n")}
     shared = [p for d in first for p in d.split("\n\n") if len(normal(p)) > 80 and normal(p) in stdlib]
     assert shared == []
 
@@ -81,6 +83,16 @@ def test_a_corpus_that_is_not_installed_is_an_error() -> None:
         list(empty.documents())
 
 
+def test_the_version_of_a_corpus_is_part_of_what_its_text_depends_on() -> None:
+    one, other = (Corpus(name="c", description="c", read=lambda: iter([""]), version=v) for v in ("", "2"))
+    assert other.versions() == f"{one.versions()} 2"
+
+
+def test_an_unknown_corpus_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^data\.corpus: got 'python_stdlb'; did you mean 'python_stdlib'\?"):
+        check_sources(DataConfig(corpus="python_stdlb"), "data")
+
+
 def test_max_bytes_limits_a_corpus() -> None:
     corpus = Corpus(name="c", description="c", read=lambda: iter(["abcd", "efgh", "ijkl"]))
     assert list(corpus.documents(9)) == ["abcd", "efgh"]
@@ -90,7 +102,7 @@ def test_reading_a_corpus_imports_no_heavy_package() -> None:
     program = (
         "import sys\n"
         "from worldlm_ray.data import CORPORA\n"
-        "next(CORPORA['cpp_headers'].documents()); next(CORPORA['docstrings'].documents())\n"
+        "next(CORPORA.get('cpp_headers').documents()); next(CORPORA.get('docstrings').documents())\n"
         "print([m for m in ('torch', 'ray', 'pandas', 'pyarrow', 'tokenizers') if m in sys.modules])"
     )
     root = str(Path(__file__).parents[2])

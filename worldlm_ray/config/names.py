@@ -28,3 +28,4 @@ AGGREGATION_RULES: Registry[Any] = Registry(
     "worldlm_ray.aggregation.capped_fold",
     "worldlm_ray.aggregation.robust_fold",
 )
+CORPORA: Registry[Any] = Registry("corpus", "data.corpus", "worldlm_ray.data.corpora")

@@ -50,7 +50,7 @@ class DataConfig:
     """Files, folders and globs: .txt, .jsonl, .ndjson, .json, all also compressed (.gz, .zst, .bz2, .xz), and .parquet.
     A folder stands for FOLDER/**/*: links are followed, hidden names left out. What is left out is counted and said."""
     corpus: str | None = None
-    """Name of a built-in corpus (see worldlm_ray/data/corpora.py); instead of `files`."""
+    """Name of a corpus (see worldlm_ray/data/corpora.py); instead of `files`."""
     text_key: str = "text"
     """Field or column that holds the text of JSON and .parquet files; `meta.text` names a field of a field."""
     tokenizer: str | None = None

@@ -44,7 +44,7 @@ def source_of(config: DataConfig, paths: list[Path]) -> list[str]:
     The place of a file and the rest of its name do not count.
     """
     if config.corpus is not None:
-        return [CORPORA[config.corpus].versions()]
+        return [CORPORA.get(config.corpus).versions()]
     return [f"{''.join(path.suffixes[-2:]).lower()}:{_text_digest(path)}" for path in paths]
 
 

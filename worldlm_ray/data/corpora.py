@@ -1,4 +1,4 @@
-"""Built-in corpora: real text that every installation of this package already holds.
+"""Corpora by name: real text that every installation of this package already holds.
 
 Nothing is downloaded. The corpora differ in kind (code of two languages, manuals, advertisements of packages,
 docstrings, law), as federations by language or domain need them. Each is small and deterministic for given
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import platform
 import re
 import sysconfig
@@ -20,6 +21,8 @@ from importlib import import_module, metadata, util
 from os import walk
 from pathlib import Path
 
+from worldlm_ray.config import names
+from worldlm_ray.config.registry import Registry
 from worldlm_ray.errors import DataError
 
 MAX_BYTES = 8_000_000
@@ -47,7 +50,7 @@ _GAP = re.compile(r"\n(?:[ \t]*\n)+")
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A named built-in corpus."""
+    """A corpus that a configuration names."""
 
     name: str
     description: str
@@ -56,6 +59,8 @@ class Corpus:
     """Raw documents in a fixed order, repeats included."""
     packages: tuple[str, ...] | None = ()
     """Distributions that the text comes from, in addition to Python. None stands for all that are installed."""
+    version: str = ""
+    """What else the text depends on."""
 
     def documents(self, max_bytes: int = MAX_BYTES) -> Iterator[str]:
         """The documents in a fixed order, without repeated paragraphs.
@@ -78,9 +83,34 @@ class Corpus:
     def versions(self) -> str:
         """Everything that the text depends on. It is part of the key under which its tokens are cached."""
         installed = _distributions()
-        names = sorted(installed) if self.packages is None else self.packages
-        parts = [f"{name}=={installed[name].version if name in installed else 'absent'}" for name in names]
-        return " ".join([self.name, f"python=={platform.python_version()}", *parts])
+        wanted = sorted(installed) if self.packages is None else self.packages
+        parts = [f"{name}=={installed[name].version if name in installed else 'absent'}" for name in wanted]
+        more = [self.version] if self.version else []
+        return " ".join([self.name, f"python=={platform.python_version()}", *parts, *more])
+
+
+CORPORA: Registry[Corpus] = names.CORPORA
+Read = Callable[[], Iterator[str]]
+
+
+def corpus(name: str, *, packages: tuple[str, ...] | None = (), version: str = "") -> Callable[[Read], Read]:
+    """Register a corpus: a function that gives its raw documents in a fixed order.
+
+    The first line of its docstring describes the text, and `Source: ` says where it comes from.
+
+    Args:
+        name: what `data.corpus` calls it.
+        packages: distributions that the text comes from, see `Corpus`.
+        version: changes where the text changes with neither Python nor those: cached tokens are then made anew.
+    """
+
+    def register(read: Read) -> Read:
+        description = (inspect.getdoc(read) or "").partition("\n")[0].rstrip(".")
+        found = Corpus(name=name, description=description, read=read, packages=packages, version=version)
+        CORPORA.add(name, found, read)
+        return read
+
+    return register
 
 
 def without_repeats(documents: Iterable[str]) -> Iterator[str]:
@@ -126,9 +156,9 @@ def evenly(files: Sequence[tuple[Path, int]], max_bytes: int) -> list[Path]:
 
 def _source_files(root: Path, *, suffixes: tuple[str, ...], without: set[str]) -> list[tuple[Path, int]]:
     found = []
-    for folder, folders, names in walk(root):
+    for folder, folders, inside in walk(root):
         folders[:] = sorted(name for name in folders if name not in without)
-        for name in sorted(names):
+        for name in sorted(inside):
             path = Path(folder, name)
             if name.endswith(suffixes) and path.is_file():
                 size = path.stat().st_size
@@ -152,14 +182,24 @@ def _package_folder(name: str) -> Path | None:
     return Path(locations[0]) if locations else None
 
 
-def _python_stdlib() -> Iterator[str]:
+@corpus("python_stdlib")
+def python_stdlib() -> Iterator[str]:
+    """Python code: the standard library without its tests.
+
+    Source: this installation's Python.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = _source_files(root, suffixes=(".py",), without=_TESTS | _NOT_STDLIB)
     for path in evenly(files, MAX_BYTES):
         yield _text(path)
 
 
-def _cpp_headers() -> Iterator[str]:
+@corpus("cpp_headers", packages=("torch",))
+def cpp_headers() -> Iterator[str]:
+    """C++ code: the headers that torch ships.
+
+    Source: the installed torch.
+    """
     root = _package_folder("torch")
     if root is not None:
         # ATen/ops holds thousands of generated files that differ in a name only.
@@ -168,7 +208,12 @@ def _cpp_headers() -> Iterator[str]:
             yield _text(path)
 
 
-def _python_reference() -> Iterator[str]:
+@corpus("python_reference")
+def python_reference() -> Iterator[str]:
+    """English reference prose: the Python language reference.
+
+    Source: `pydoc_data` of this installation's Python.
+    """
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions ship it separately
@@ -192,13 +237,23 @@ def _normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _package_descriptions() -> Iterator[str]:
+@corpus("package_descriptions", packages=None)
+def package_descriptions() -> Iterator[str]:
+    """English prose and Markdown: long descriptions of the installed packages.
+
+    Source: their metadata.
+    """
     for distribution in _distributions().values():
         if "Description" in distribution.metadata:
             yield distribution.metadata["Description"]
 
 
-def _licenses() -> Iterator[str]:
+@corpus("licenses", packages=None)
+def licenses() -> Iterator[str]:
+    """English legal prose: licences of the installed packages.
+
+    Source: the files beside their metadata.
+    """
     for name, distribution in _distributions().items():
         folder = re.sub(r"[-.]+", "[-_.]", name)
         root = Path(str(distribution.locate_file("")))
@@ -212,7 +267,12 @@ def _is_license(path: Path) -> bool:
     return path.name.upper().startswith(("LICEN", "COPYING", "NOTICE")) and path.is_file()
 
 
-def _docstrings() -> Iterator[str]:
+@corpus("docstrings", packages=_DOCUMENTED)
+def docstrings() -> Iterator[str]:
+    """English technical prose: docstrings of eight installed packages.
+
+    Source: torch, numpy, ray, scipy, pandas, matplotlib, networkx and sympy, as they are installed.
+    """
     files: list[tuple[Path, int]] = []
     for name in _DOCUMENTED:
         root = _package_folder(name)
@@ -242,44 +302,3 @@ def _docstrings_of(source: str) -> list[str]:
         inner = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         stack.extend(child for child in reversed(node.body) if isinstance(child, inner))
     return found
-
-
-CORPORA: dict[str, Corpus] = {
-    corpus.name: corpus
-    for corpus in (
-        Corpus(
-            name="python_stdlib",
-            description="Python code: the standard library without its tests",
-            read=_python_stdlib,
-        ),
-        Corpus(
-            name="cpp_headers",
-            description="C++ code: the headers that torch ships",
-            read=_cpp_headers,
-            packages=("torch",),
-        ),
-        Corpus(
-            name="python_reference",
-            description="English reference prose: the Python language reference",
-            read=_python_reference,
-        ),
-        Corpus(
-            name="package_descriptions",
-            description="English prose and Markdown: long descriptions of the installed packages",
-            read=_package_descriptions,
-            packages=None,
-        ),
-        Corpus(
-            name="docstrings",
-            description="English technical prose: docstrings of " + ", ".join(_DOCUMENTED),
-            read=_docstrings,
-            packages=_DOCUMENTED,
-        ),
-        Corpus(
-            name="licenses",
-            description="English legal prose: licences of the installed packages",
-            read=_licenses,
-            packages=None,
-        ),
-    )
-}
