@@ -15,8 +15,9 @@ from worldlm_ray.config.federated import StalenessConfig
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.config.registry import Registry
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.tracking.sinks import SINKS
 
-ALL = {name: found for name, found in vars(names).items() if isinstance(found, Registry)}
+ALL = {name: found for name, found in vars(names).items() if isinstance(found, Registry)} | {"SINKS": SINKS}
 
 
 @pytest.fixture

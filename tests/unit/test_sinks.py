@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 from worldlm_ray.config.schema import BudgetConfig
+from worldlm_ray.errors import ConfigError
 from worldlm_ray.records import PushRecord, StartRecord
-from worldlm_ray.tracking.sinks import RunFacts, Sink
+from worldlm_ray.tracking.sinks import SINKS, RunFacts, Sink, sink
 from worldlm_ray.tracking.tracker import Tracker
 
 KINDS = {"world": "world", "world/a": "client"}
@@ -38,17 +41,43 @@ def test_a_tracker_draws_to_the_sinks_that_it_is_given(tmp_path: Path) -> None:
 
     budget = BudgetConfig(tokens=10)
     tracker = Tracker(tmp_path, kinds=KINDS, hparams={"seed": 3}, budget=budget, sinks=[to_kept], wall=lambda: 50.0)
-    [sink] = opened
-    assert (sink.run.root, sink.run.hparams, sink.run.started_at, sink.run.now_s) == ("world", {"seed": 3}, 50.0, 0.0)
+    [kept] = opened
+    assert (kept.run.root, kept.run.hparams, kept.run.started_at, kept.run.now_s) == ("world", {"seed": 3}, 50.0, 0.0)
     tracker.record(
         StartRecord(node="world/a", now_s=1.0, loss=None, perplexity_per_token=None, heldout_bytes=0, private=True)
     )
     tracker.record(PushRecord(node="world/a", now_s=2.0, bytes=7))
-    assert ("world/a", "client", "bytes_up", 7, 2.0, 0) in sink.calls
+    assert ("world/a", "client", "bytes_up", 7, 2.0, 0) in kept.calls
     tracker.samples({"world/a": "words"}, now_s=2.0)
-    assert ("3 samples/world/a", "    words\n", 0) in sink.calls
-    sink.trouble = "the sink's storage is full"
+    assert ("3 samples/world/a", "    words\n", 0) in kept.calls
+    kept.trouble = "the sink's storage is full"
     assert tracker.snapshot()["trouble"] == "the sink's storage is full"
     tracker.close()
-    assert sink.calls[-1] == ("closed",)
+    assert kept.calls[-1] == ("closed",)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json"], "no charts but the sink's"
+
+
+def test_a_tracker_draws_to_every_registered_sink(tmp_path: Path) -> None:
+    assert SINKS.names() == ("tensorboard", "jsonl")
+    opened: list[Kept] = []
+
+    @sink("kept")
+    def to_kept(run: RunFacts) -> Sink:
+        """A list. Source: this test."""
+        opened.append(Kept(run))
+        return opened[-1]
+
+    try:
+        tracker = Tracker(tmp_path, kinds=KINDS, hparams={}, budget=BudgetConfig(tokens=10))
+        tracker.record(PushRecord(node="world/a", now_s=2.0, bytes=7))
+        tracker.close()
+    finally:
+        SINKS.remove("kept")
+    [kept] = opened
+    assert ("world/a", "client", "bytes_up", 7, 2.0, 0) in kept.calls
+    assert {"tensorboard", "metrics.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_unknown_sink_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'tensorboard'"):
+        SINKS.get("tensorbord")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.storage import filesystem
-from worldlm_ray.tracking.sinks import RunFacts, Sink
+from worldlm_ray.tracking.sinks import RunFacts, Sink, sink
 
 FILE = "metrics.jsonl"
 EVERY_S = 2.0
@@ -52,11 +52,6 @@ class Curves(Sink):
         self._next = self._clock() + self._pause_s
         self.trouble = ""
         """Why lines wait in memory; empty if they do not."""
-
-    @classmethod
-    def of(cls, run: RunFacts) -> Curves:
-        """The curves of a run, for a tracker."""
-        return cls(run.run_dir, clock=run.clock)
 
     def scalars(self, node: str, kind: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
         """Add values of a node, to be written soon.
@@ -112,3 +107,9 @@ def read(run_dir: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 continue  # cut short by a kill
             yield line
+
+
+@sink("jsonl")
+def open_curves(run: RunFacts) -> Curves:
+    """RUN_DIR/metrics.jsonl, a line for each value. Source: JSON Lines, jsonlines.org."""
+    return Curves(run.run_dir, clock=run.clock)

@@ -1,7 +1,10 @@
 """The interface of a sink, which turns the points of a run into one kind of charts.
 
-`Tracker(run_dir, ..., sinks=[TensorBoardCharts, Curves.of, open_mine])` draws to three of them, where
-`open_mine(run: RunFacts) -> Sink` makes the third.
+A tracker draws to every registered sink: ours, and those that a user's package or file adds.
+
+    @sink("mine")
+    def open_mine(run: RunFacts) -> Sink:
+        \"""A line in my database for each point. Source: its manual.\"""
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TypeVar
 
+from worldlm_ray.config.registry import Registry
 from worldlm_ray.records import AttentionRecord
 from worldlm_ray.tracking.charts import Lines
 
@@ -38,7 +42,7 @@ class RunFacts:
     """Monotonic seconds; it only paces files."""
 
 
-class Sink(Protocol):
+class Sink:
     """Writes charts of a run. A sink that inherits from this class leaves out what it does not show.
 
     A sink never raises because its storage refuses: it keeps what it can in memory, and says why in `trouble`.
@@ -82,3 +86,21 @@ class Sink(Protocol):
 
 OpenSink = Callable[[RunFacts], Sink]
 """Makes the sink of a run."""
+SINKS: Registry[OpenSink] = Registry(
+    "sink", "sink", "worldlm_ray.tracking.tensorboard_charts", "worldlm_ray.tracking.curves"
+)
+Open = TypeVar("Open", bound=OpenSink)
+
+
+def sink(name: str) -> Callable[[Open], Open]:
+    """Register a sink: a class that is made from a run's facts, or a function that makes one.
+
+    Args:
+        name: the sink's.
+    """
+
+    def register(open_sink: Open) -> Open:
+        SINKS.add(name, open_sink, open_sink)
+        return open_sink
+
+    return register

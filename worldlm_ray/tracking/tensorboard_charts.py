@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from worldlm_ray.plan.rundir import TENSORBOARD
 from worldlm_ray.records import AttentionRecord
 from worldlm_ray.tracking.charts import EACH, SHARED_LINES, charts_of
-from worldlm_ray.tracking.sinks import RunFacts, Sink
+from worldlm_ray.tracking.sinks import RunFacts, Sink, sink
 from worldlm_ray.tracking.tensorboard import Board
 
 
+@sink("tensorboard")
 class TensorBoardCharts(Sink):
-    """Draws to RUN_DIR/tensorboard."""
+    """Draws to RUN_DIR/tensorboard. Source: TensorBoard's event files, see worldlm_ray/tracking/tensorboard.py."""
 
     def __init__(self, run: RunFacts) -> None:
         self._root, self._lines = run.root, run.lines

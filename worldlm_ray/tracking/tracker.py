@@ -31,16 +31,12 @@ from worldlm_ray.run_clock import Stamp, seconds
 from worldlm_ray.storage import filesystem
 from worldlm_ray.tracking import audit
 from worldlm_ray.tracking.charts import Lines
-from worldlm_ray.tracking.curves import Curves
 from worldlm_ray.tracking.drawing import Drawing
 from worldlm_ray.tracking.run_state import RunState
 from worldlm_ray.tracking.run_texts import introduction
-from worldlm_ray.tracking.sinks import OpenSink, RunFacts, Scalar
+from worldlm_ray.tracking.sinks import SINKS, OpenSink, RunFacts, Scalar
 from worldlm_ray.tracking.status import read_status, replace_json
-from worldlm_ray.tracking.tensorboard_charts import TensorBoardCharts
 
-SINKS: tuple[OpenSink, ...] = (TensorBoardCharts, Curves.of)
-"""The default sinks."""
 STATUS_EVERY_S = 1.0
 """Wall seconds between two writes of status.json."""
 STATUS_SHARE = 0.05
@@ -56,12 +52,13 @@ class Tracker:
         hparams: settings for the HPARAMS tab, by dotted key.
         budget: what `progress` is measured against.
         texts: Markdown by tag for the TEXT page (`run_texts.introduction`).
-        sinks: make the sinks, to which charts are drawn.
+        sinks: make the sinks, to which charts are drawn; all that are registered, unless given.
         clock: monotonic seconds; it only paces files.
         wall: seconds since 1970.
 
     Raises:
         RunError: `kinds` is not a tree.
+        ConfigError: an installed package that names an entry point cannot be imported.
     """
 
     def __init__(
@@ -72,7 +69,7 @@ class Tracker:
         hparams: Mapping[str, Scalar],
         budget: BudgetConfig,
         texts: Mapping[str, str] | None = None,
-        sinks: Sequence[OpenSink] = SINKS,
+        sinks: Sequence[OpenSink] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -97,7 +94,8 @@ class Tracker:
             now_s=self._state.now_s,
             clock=clock,
         )
-        self._sinks = [open_sink(facts) for open_sink in sinks]
+        chosen = [SINKS.get(name) for name in SINKS] if sinks is None else sinks
+        self._sinks = [open_sink(facts) for open_sink in chosen]
         self._drawing = Drawing(self._state, self._sinks, lines=self._lines, clock=clock)
         self._status_s = 0.0
         """Seconds that the last write of status.json took."""
