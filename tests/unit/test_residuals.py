@@ -40,9 +40,9 @@ def flat(*values: float) -> Flat:
     return np.array(values, np.float32)
 
 
-def pool(**settings: Any) -> Pool:
+def pool(*, private: bool = False, **settings: Any) -> Pool:
     config = ResidualsConfig(**({"per_round": 2, "threshold": 0.0, "max_age": 4, "pool": 3} | settings))
-    return Pool(path="world/europe", config=config, attention=AttentionConfig(), layers=LAYOUT.key_layers, origin=ZERO)
+    return Pool("world/europe", AggregationConfig(residuals=config), LAYOUT, origin=ZERO, private=private)
 
 
 def residual(origin: str = "world/asia/japan", layer: str = "head", *values: float, age: int = 0) -> Residual:
@@ -118,8 +118,9 @@ def test_switched_off_nothing_is_offered_that_is_left_of_before() -> None:
     assert off.rise() == ()
 
 
-def test_switched_off_nothing_is_kept() -> None:
-    ours = pool(per_round=0)
+@pytest.mark.parametrize("off", [{"per_round": 0}, {"private": True}])
+def test_switched_off_nothing_is_kept(off: dict[str, Any]) -> None:
+    ours = pool(**off)
     look(ours, "a", ZERO, (-1.0, -1.0), (residual(),))
     ours.settle()
     assert ours.held == []

@@ -58,27 +58,6 @@ def check_incarnation(child: str, incarnation: int, *, known: int) -> None:
         raise MessageError("implausible_incarnation", got)
 
 
-def check_residuals(update: Update, path: str, quota: Quota | None) -> None:
-    """Refuse residuals that the sender cannot have: of nodes that are not below it, or of too many tokens.
-
-    Args:
-        update: the update that brings them.
-        path: of the node that it has come to.
-        quota: the sender's.
-
-    Raises:
-        MessageError: wrong_origin or too_many_tokens.
-    """
-    below = f"{path}/{update.sender}/"
-    for residual in update.residuals:
-        if not f"{residual.origin}/".startswith(below):
-            got = f"a residual of {residual.origin}, expected one of {path}/{update.sender} or of a node below it"
-            raise MessageError("wrong_origin", got)
-        if quota is not None and residual.tokens > quota.update_tokens:
-            got = f"a residual of {residual.tokens:g} tokens, expected at most {quota.update_tokens}"
-            raise MessageError("too_many_tokens", got)
-
-
 def judge(update: Update, *, rules: AggregationConfig, sender: Sender, version: int, incarnation: int = 1) -> Verdict:
     """Decide about a well-formed update.
 

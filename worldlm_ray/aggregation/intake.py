@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, get_args
 
-from worldlm_ray.aggregation.admission import TRAINED, Sender, check_residuals, judge, refuse_malformed
+from worldlm_ray.aggregation.admission import TRAINED, Sender, judge, refuse_malformed
 from worldlm_ray.aggregation.budget import PrivacyBudget
 from worldlm_ray.aggregation.children import Children
 from worldlm_ray.aggregation.events import Answer, Command, Note, Push, Save, Wake
 from worldlm_ray.aggregation.node_setup import NodeRules
 from worldlm_ray.aggregation.private_fold import PrivateFold
 from worldlm_ray.aggregation.published import Published
-from worldlm_ray.aggregation.residuals import Pool
+from worldlm_ray.aggregation.residuals import Pool, check_residuals
 from worldlm_ray.aggregation.rules import AggregationRule, rule_of
 from worldlm_ray.config.federated import Trigger
 from worldlm_ray.config.values import unknown_name
@@ -40,6 +40,7 @@ class Intake:
         children: who sends updates.
         residuals: where key layers go that do not fit.
         privacy: what private clients may still contribute.
+        origin: the run's initial key layers.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Intake:
         children: Children,
         residuals: Pool,
         privacy: PrivacyBudget,
+        origin: Flat,
     ) -> None:
-        self.rules, self.save_every, self.layout = rules.aggregation, rules.save_every, layout
+        self.rules, self.save_every, self.layout, self.origin = rules.aggregation, rules.save_every, layout, origin
         self.published, self.children, self.residuals, self.privacy = published, children, residuals, privacy
         self.path = children.path
         self.synchronous = rules.aggregation.trigger == "synchronous"
@@ -158,14 +160,10 @@ class Intake:
             self.fold = self._new_fold(now_s)
         theta = self.published.theta
         scores = self.children[update.sender].scores = self.fold.add(update, tau, theta)
-        # A residual is one client's key layer: no noise would cover it.
-        if self.residuals.on and self.privacy.privacy is None:
-            split = self.layout.backbone_size
-            keys = theta[split:] + update.values[split:]
-            self.residuals.look(update.sender, keys, scores, tokens=update.tokens, passed=update.residuals)
+        self.residuals.folded(update, scores, theta)
 
     def _new_fold(self, first_s: float) -> AggregationRule:
-        named: dict[str, Any] = {"origin": self.residuals.origin, "first_s": first_s, "buffer": self.published.buffer()}
+        named: dict[str, Any] = {"origin": self.origin, "first_s": first_s, "buffer": self.published.buffer()}
         if self.privacy.privacy is not None:
             return PrivateFold(self.layout, self.rules, self.privacy.privacy, **named)
         return rule_of(self.rules)(self.layout, self.rules, **named)

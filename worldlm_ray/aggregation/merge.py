@@ -29,19 +29,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from worldlm_ray.aggregation.attention import OnlineAttention, attend, scores, with_prior
+from worldlm_ray.aggregation.attention import attend
 from worldlm_ray.aggregation.fold import OWN
-from worldlm_ray.aggregation.staleness import discount
+from worldlm_ray.aggregation.residuals import fold_residuals
 from worldlm_ray.config.federated import AggregationConfig
-from worldlm_ray.exchange.messages import Model, Residual
+from worldlm_ray.exchange.messages import Model
 from worldlm_ray.records import AttentionRecord, MergeRecord
 from worldlm_ray.tensors.buffers import Flat, blocks, frozen, lerp
 from worldlm_ray.tensors.layout import Layout
 
 PARENT = "(parent)"
 """The parent, among the candidates of attention."""
-RESIDUAL = "residual of "
-"""A residual, among the candidates of attention; its origin follows."""
 _NOTHING = 1e-10
 """Squared movements below this share of the whole are rounding."""
 
@@ -72,7 +70,7 @@ class Merger:
     Args:
         path: the node's path, for the record.
         layout: the model's layout.
-        rules: how key layers are blended, and how old residuals are discounted.
+        rules: how key layers are blended.
         m: how far the backbone moves to the parent, 0 to 1, or `adaptive`.
         agreement: the least cosine at which an adaptive node follows.
         initial: the run's initial parameters; not copied, must not change.
@@ -177,8 +175,7 @@ class Merger:
             own_tokens = 1.0  # neither has aggregated anything: the node keeps its own
         candidates = [(OWN, own, own_tokens), (PARENT, model.values[part], model.tokens)]
         blend = attend(self.rules.attention, layout.key_layers, own, candidates, self.initial_keys, out=keys)
-        for residual in model.residuals:
-            self._fold_residual(blend, residual, own)
+        fold_residuals(model.residuals, blend, own, rules=self.rules, layout=layout, origin=self.initial_keys)
         weights = blend.weights()
         blend.result()
         if anchor is not theta:
@@ -192,20 +189,6 @@ class Merger:
             candidates=tuple(blend.names),
             weights=tuple(tuple(row) for row in weights),
         )
-
-    def _fold_residual(self, blend: OnlineAttention, residual: Residual, own: Flat) -> None:
-        """One more candidate for one key layer, discounted by its age."""
-        fit = [-math.inf] * len(self.layout.key_layers)
-        values = np.zeros_like(own)
-        for index, layer in enumerate(self.layout.key_layers):
-            if layer.name == residual.layer:
-                here = slice(layer.start, layer.stop)
-                values[here] = residual.values
-                [found] = scores(self.rules.attention, [layer], own, values, self.initial_keys)
-                [fit[index]] = with_prior(
-                    [found], residual.tokens * discount(self.rules.residuals.discount, residual.age)
-                )
-        blend.fold(f"{RESIDUAL}{residual.origin}", values, fit)
 
 
 def agreement(moved: Moved, parent: Flat, heard: Flat, *, share: float, size: int) -> float:

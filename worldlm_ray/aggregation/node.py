@@ -107,13 +107,8 @@ class Node:
         self.privacy = PrivacyBudget(place.path, privacy, contributions)
         self.budget = Budget(rules.budget)
         self.optimizer = ServerOptimizer(rules.aggregation.server_optimizer, layout.backbone_size)
-        self.residuals = Pool(
-            path=place.path,
-            config=rules.aggregation.residuals,
-            attention=rules.aggregation.attention,
-            layers=layout.key_layers,
-            origin=initial[layout.backbone_size :].copy(),
-        )
+        origin, is_private = initial[layout.backbone_size :].copy(), privacy is not None
+        self.residuals = Pool(place.path, rules.aggregation, layout, origin=origin, private=is_private)
         self.intake = Intake(
             rules,
             layout,
@@ -121,6 +116,7 @@ class Node:
             children=self.children,
             residuals=self.residuals,
             privacy=self.privacy,
+            origin=origin,
         )
         self.serving = Serving(
             place.min_clients,

@@ -6,6 +6,15 @@ them in a bounded pool, offers each pulling child those that its own key layers 
 and passes on to its parent those that fitted no child in half of their time. At a child they are candidates of
 attention beside its own and its parent's, discounted by age.
 
+What the other parts of a node call, and when:
+
+    check_residuals   an update has come: may its sender have these
+    Pool.folded       it is in the sum
+    Pool.settle       the sum has become a version
+    Pool.offer        a child is served
+    Pool.rise         the node sends an update to its parent
+    fold_residuals    a child blends its key layers with its parent's
+
 Source: WorldLM (arXiv 2405.14446), for the idea; threshold, pool, ages and offers are ours.
 """
 
@@ -16,14 +25,40 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from worldlm_ray.aggregation.attention import score
-from worldlm_ray.config.federated import AttentionConfig, ResidualsConfig
-from worldlm_ray.exchange.messages import Residual
-from worldlm_ray.tensors.buffers import Flat, frozen
-from worldlm_ray.tensors.layout import KeyLayer
+import numpy as np
 
-NO_RESIDUALS: dict[str, Any] = {"held": [], "found": [], "fits": {}}
-"""State of an empty pool."""
+from worldlm_ray.aggregation.attention import OnlineAttention, score, scores, with_prior
+from worldlm_ray.aggregation.staleness import discount
+from worldlm_ray.config.federated import AggregationConfig
+from worldlm_ray.errors import MessageError
+from worldlm_ray.exchange.messages import Residual, Update
+from worldlm_ray.exchange.quota import Quota
+from worldlm_ray.tensors.buffers import Flat, frozen
+from worldlm_ray.tensors.layout import Layout
+
+RESIDUAL = "residual of "
+"""A residual, among the candidates of attention; its origin follows."""
+
+
+def check_residuals(update: Update, path: str, quota: Quota | None) -> None:
+    """Refuse residuals that the sender cannot have: of nodes that are not below it, or of too many tokens.
+
+    Args:
+        update: the update that brings them.
+        path: of the node that it has come to.
+        quota: the sender's.
+
+    Raises:
+        MessageError: wrong_origin or too_many_tokens.
+    """
+    below = f"{path}/{update.sender}/"
+    for residual in update.residuals:
+        if not f"{residual.origin}/".startswith(below):
+            got = f"a residual of {residual.origin}, expected one of {path}/{update.sender} or of a node below it"
+            raise MessageError("wrong_origin", got)
+        if quota is not None and residual.tokens > quota.update_tokens:
+            got = f"a residual of {residual.tokens:g} tokens, expected at most {quota.update_tokens}"
+            raise MessageError("too_many_tokens", got)
 
 
 class Pool:
@@ -31,23 +66,16 @@ class Pool:
 
     Args:
         path: the node's path.
-        config: how many, how long, from which score.
-        attention: the score.
-        layers: the key layers.
+        rules: the score of key layers; how many residuals, how long, from which score.
+        layout: the model's layout.
         origin: the run's initial key layers.
+        private: whether its children are promised privacy. A residual is one client's key layer: no noise covers it.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        config: ResidualsConfig,
-        attention: AttentionConfig,
-        layers: Sequence[KeyLayer],
-        origin: Flat,
-    ) -> None:
-        self.path, self.config, self.attention, self.origin = path, config, attention, origin
-        self.layers = {layer.name: layer for layer in layers}
+    def __init__(self, path: str, rules: AggregationConfig, layout: Layout, *, origin: Flat, private: bool) -> None:
+        self.path, self.config, self.attention, self.origin = path, rules.residuals, rules.attention, origin
+        self.layers = {} if private else {layer.name: layer for layer in layout.key_layers}
+        self._split = layout.backbone_size
         self.held: list[Residual] = []
         """The oldest first."""
         self.fits: dict[str, dict[str, float]] = {}
@@ -58,6 +86,18 @@ class Pool:
     def on(self) -> bool:
         """Whether there is anything to do."""
         return self.config.per_round > 0 and bool(self.layers)
+
+    def folded(self, update: Update, scores: Sequence[float], theta: Flat) -> None:
+        """Take in an update that is in the sum.
+
+        Args:
+            update: a child's.
+            scores: of its key layers, as for `look`.
+            theta: the node's model [layout.size].
+        """
+        if self.on:
+            keys = theta[self._split :] + update.values[self._split :]
+            self.look(update.sender, keys, scores, tokens=update.tokens, passed=update.residuals)
 
     def look(
         self, child: str, keys: Flat, scores: Sequence[float], *, tokens: float, passed: Sequence[Residual]
@@ -147,3 +187,33 @@ class Pool:
         count = len(residuals) - len(meta["found"])
         self.held, self.fits = residuals[:count], {child: dict(fits) for child, fits in meta["fits"].items()}
         self._found = list(zip(meta["found"], residuals[count:], strict=True))
+
+
+def fold_residuals(
+    residuals: Sequence[Residual],
+    blend: OnlineAttention,
+    own: Flat,
+    *,
+    rules: AggregationConfig,
+    layout: Layout,
+    origin: Flat,
+) -> None:
+    """Make residuals candidates of attention, each for its key layer, discounted by its age.
+
+    Args:
+        residuals: what the parent offers.
+        blend: takes them in.
+        own: the child's key layers.
+        rules: the score and the discount.
+        layout: the model's layout.
+        origin: the run's initial key layers.
+    """
+    for residual in residuals:
+        fit = [-math.inf] * len(layout.key_layers)
+        values = np.zeros_like(own)
+        for index, layer in enumerate(layout.key_layers):
+            if layer.name == residual.layer:
+                values[layer.start : layer.stop] = residual.values
+                [found] = scores(rules.attention, [layer], own, values, origin)
+                [fit[index]] = with_prior([found], residual.tokens * discount(rules.residuals.discount, residual.age))
+        blend.fold(f"{RESIDUAL}{residual.origin}", values, fit)

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.aggregation.fold import OWN
-from worldlm_ray.aggregation.merge import PARENT, RESIDUAL
+from worldlm_ray.aggregation.merge import PARENT
+from worldlm_ray.aggregation.residuals import RESIDUAL
 from worldlm_ray.config.loading import from_mapping, to_mapping, to_yaml
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.data import prepare
