@@ -99,6 +99,26 @@ def test_a_prior_is_normalised() -> None:
     assert probabilities(council.begin(np.log([3.0, 1.0])).now_K) == pytest.approx([0.75, 0.25])
 
 
+def test_a_prior_is_fitted_by_expectation_maximisation() -> None:
+    log_p_TK = np.log(np.array([[0.9, 0.1], [0.2, 0.2], [0.4, 0.6]]))
+    # One pass from (1/2, 1/2): posteriors of the first member 0.9, 0.5 and 0.4.
+    assert probabilities(council.fitted(log_p_TK, passes=1)) == pytest.approx([0.6, 0.4])
+    # The second from (0.6, 0.4): 0.54 / 0.58, 0.6 and 0.24 / 0.48.
+    second = (0.54 / 0.58 + 0.6 + 0.5) / 3
+    assert probabilities(council.fitted(log_p_TK, passes=2)) == pytest.approx([second, 1.0 - second])
+
+
+def test_a_fitted_prior_is_the_likeliest(rng: np.random.Generator) -> None:
+    log_p_TK = np.log(rng.uniform(0.01, 1.0, (400, 2)))
+
+    def loss(share: float) -> float:
+        return -float(np.logaddexp.reduce(np.log([share, 1.0 - share]) + log_p_TK, axis=1).sum())
+
+    found = probabilities(council.fitted(log_p_TK, passes=500))[0]
+    assert 0.0 < found < 1.0
+    assert loss(found) <= min(loss(share) for share in np.linspace(0.01, 0.99, 99)) + 1e-6
+
+
 def test_a_council_without_members_is_none() -> None:
     with pytest.raises(ValueError, match="at least one member"):
         council.uniform(0)

@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 
 from worldlm_ray import huggingface
 from worldlm_ray.cli import main as cli
+from worldlm_ray.client.measure import MeasuredModel
 from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.errors import CheckpointError, ConfigError, DataError, RunError
 from worldlm_ray.experiments import council, council_folder, council_members, evaluate
 from worldlm_ray.experiments.council import CouncilRules
-from worldlm_ray.experiments.council_measure import COUNCIL, evaluate_council, log_probabilities, table, values
+from worldlm_ray.experiments.council_measure import COUNCIL, evaluate_council, table, values
+from worldlm_ray.experiments.council_scores import PRIOR_TOKENS, log_probabilities
 from worldlm_ray.experiments.council_serving import load, of_run, opened
 from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.plan import rundir
@@ -148,6 +150,29 @@ def test_weights_begin_anew_with_every_document(run: Plan) -> None:
     assert best > max(short.weights["world/north/a"].values())
 
 
+def test_the_weights_of_a_text_begin_as_its_validation_text_says(run: Plan) -> None:
+    where = str(run.run_dir)
+    found = evaluate_council(where, tokens=TOKENS, document=1, rules=CouncilRules(eps=0.999), fit_prior=True)
+    uniform = evaluate_council(where, tokens=TOKENS, document=1)
+    assert found.rows["world"].losses == uniform.rows["world"].losses
+    for path, weights in found.weights.items():
+        client = MeasuredModel(run, run.node(path))
+        losses = {name: client.validate(PRIOR_TOKENS, parameters=theta(run, i)) for i, name in enumerate(run.specs)}
+        # With such an eps what stands at the end of a document is the prior.
+        assert sum(weights.values()) == pytest.approx(1.0)
+        assert max(weights, key=lambda name: weights[name]) == min(losses, key=lambda name: losses[name])
+    assert found.rows[COUNCIL].loss < uniform.rows[COUNCIL].loss
+
+
+def test_without_validation_text_the_weights_begin_alike(tiny: Tiny, tmp_path: Path) -> None:
+    data = {"cache_dir": str(tmp_path / "cache"), "validation_fraction": 0.0}
+    plan = with_checkpoints(tiny(data=data))
+    fitted = evaluate_council(str(plan.run_dir), tokens=TOKENS, fit_prior=True)
+    assert fitted.rows[COUNCIL].losses == evaluate_council(str(plan.run_dir), tokens=TOKENS).rows[COUNCIL].losses
+    with pytest.raises(ConfigError, match=r"--prior-of: no client at or below world/north has validation text"):
+        council_folder.export_council(str(plan.run_dir), tmp_path / "out", prior_of="north")
+
+
 def test_the_price_stands_beside_it(run: Plan) -> None:
     found = evaluate_council(str(run.run_dir), tokens=TOKENS, rules=CouncilRules(top=2))
     ours, members = found.rows[COUNCIL], len(run.specs)
@@ -230,6 +255,20 @@ def test_a_prior_of_the_folder_counts(run: Plan, tmp_path: Path) -> None:
     assert list(load(tmp_path).weights.values()) == pytest.approx([0.75, 0.25])
 
 
+def test_a_prior_may_be_fitted_on_the_validation_text_of_a_node(run: Plan, tmp_path: Path) -> None:
+    council_folder.export_council(str(run.run_dir), tmp_path / "out", members="world,a", prior_of="b")
+    windows = MeasuredModel(run, run.node("world/north/b")).dataset.validation_windows(
+        PRIOR_TOKENS, context=run.shape.context, batch_size=4
+    )
+    trainer, log_p_KT, batches = plain_trainer(run.shape, run.layout, run.root.settings), [], list(windows)
+    for number in (0, 2):
+        trainer.write(theta(run, number))
+        log_p_KT.append(log_probabilities(trainer, batches))
+    expected = np.exp(council.fitted(np.stack(log_p_KT, axis=1)))
+    assert list(load(tmp_path / "out").weights.values()) == pytest.approx(expected.tolist())
+    assert expected.tolist() != pytest.approx([0.5, 0.5])
+
+
 def test_the_tokenizer_of_the_run_goes_with_it(tiny: Tiny, tmp_path: Path) -> None:
     file = worlds.tokenizer(tmp_path / "tok.json")
     raw = to_mapping(tiny().config)
@@ -299,9 +338,11 @@ def test_the_commands(run: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluate", "run", "--members", "world"], "--members: names what a council is made of; give --council, too"),
-        (["sample", "run", "--members", "world"], "--members: names what a council is made of; give --council, too"),
-        (["export", "run", "out", "--top", "2"], "--top: names what a council is made of; give --council, too"),
+        (["evaluate", "run", "--members", "world"], "--members: says how a council is made; give --council, too"),
+        (["sample", "run", "--members", "world"], "--members: says how a council is made; give --council, too"),
+        (["export", "run", "out", "--top", "2"], "--top: says how a council is made; give --council, too"),
+        (["evaluate", "run", "--fit-prior"], "--fit-prior: says how a council is made; give --council, too"),
+        (["export", "run", "out", "--prior-of", "a"], "--prior-of: says how a council is made; give --council, too"),
         (["evaluate", "run", "--council", "--top", "0"], "--top: got 0; give a number above 0"),
         (["evaluate", "run", "--document", "0"], "--document: got 0; give a number above 0"),
     ],

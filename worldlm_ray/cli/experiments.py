@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from worldlm_ray.config import checks
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.reports.progress import Progress
 from worldlm_ray.storage.paths import pasted
+
+if TYPE_CHECKING:
+    from worldlm_ray.experiments.council_measure import CouncilMeasures
 
 ALL_PRIVATE = "nothing to show: the losses of every client of this run are private (privacy.report_metrics)"
 CouncilFlag = Annotated[bool, typer.Option("--council", help="a mixture of models, weighed while the text goes on")]
@@ -95,6 +98,9 @@ def evaluate(
     members: MembersOption = None,
     top: TopOption = None,
     document: Annotated[int, typer.Option(help="with --council: tokens after which its weights begin anew")] = 1024,
+    fit_prior: Annotated[
+        bool, typer.Option("--fit-prior", help="with --council: weights begin as validation text says, not alike")
+    ] = False,
 ) -> None:
     """Measure every model of a run on held-out text.
 
@@ -105,9 +111,22 @@ def evaluate(
 
     checks.positive(tokens, "--tokens")
     checks.positive(document, "--document")
-    _check_council(council, members, top)
+    _check_council(council, top, members=members, fit_prior=fit_prior or None)
     if council:
-        _evaluate_council(run, tokens=tokens, members=members, top=top, document=document, as_json=as_json)
+        from worldlm_ray.experiments.council import CouncilRules
+        from worldlm_ray.experiments.council_measure import evaluate_council
+
+        with Progress(errors) as progress:
+            found = evaluate_council(
+                run,
+                tokens=tokens,
+                members=members,
+                rules=CouncilRules(top=top),
+                document=document,
+                fit_prior=fit_prior,
+                on_phase=progress.phase,
+            )
+        _print_council(run, found, as_json=as_json)
         return
     with Progress(errors) as progress:  # stdout is for the result
         measures = measure(run, tokens=tokens, on_phase=progress.phase)
@@ -120,30 +139,24 @@ def evaluate(
     console.print(table(run, measures))
 
 
-def _check_council(council: bool, members: str | None, top: int | None) -> None:
-    """Refuse options of a council where there is none."""
-    for name, value in (("--members", members), ("--top", top)):
+def _check_council(council: bool, top: int | None = None, **given: str | bool | None) -> None:
+    """Refuse options of a council where there is none.
+
+    Args:
+        council: whether there is one.
+        top: of `--top`.
+        given: other options by name; None where the user has not given one.
+    """
+    for name, value in {"top": top, **given}.items():
         if value is not None and not council:
-            raise ConfigError(name, "names what a council is made of", "give --council, too")
+            raise ConfigError(f"--{name.replace('_', '-')}", "says how a council is made", "give --council, too")
     if top is not None:
         checks.positive(top, "--top")
 
 
-def _evaluate_council(
-    run: str, *, tokens: int, members: str | None, top: int | None, document: int, as_json: bool
-) -> None:
-    from worldlm_ray.experiments.council import CouncilRules
-    from worldlm_ray.experiments.council_measure import evaluate_council, table, values
+def _print_council(run: str, measures: CouncilMeasures, *, as_json: bool) -> None:
+    from worldlm_ray.experiments.council_measure import table, values
 
-    with Progress(errors) as progress:
-        measures = evaluate_council(
-            run,
-            tokens=tokens,
-            members=members,
-            rules=CouncilRules(top=top),
-            document=document,
-            on_phase=progress.phase,
-        )
     for line in measures.left_out:
         errors.print(line, highlight=False)
     if as_json:
@@ -173,7 +186,7 @@ def sample(
     checks.positive(tokens, "--tokens")
     checks.not_negative(temperature, "--temperature")
     checks.not_negative(seed, "--seed")
-    _check_council(council, members, None)
+    _check_council(council, members=members)
     if council:
         from worldlm_ray.experiments.council_serving import opened
 
@@ -197,6 +210,9 @@ def export(
     council: CouncilFlag = False,
     members: MembersOption = None,
     top: TopOption = None,
+    prior_of: Annotated[
+        str | None, typer.Option(help="with --council: a node whose validation text its first weights are fitted on")
+    ] = None,
 ) -> None:
     """Write a node's model as a Hugging Face folder.
 
@@ -205,12 +221,14 @@ def export(
     from worldlm_ray.experiments.export import export as write
 
     filled(folder, "FOLDER")
-    _check_council(council, members, top)
+    _check_council(council, top, members=members, prior_of=prior_of)
     if council:
         from worldlm_ray.experiments.council import CouncilRules
         from worldlm_ray.experiments.council_folder import export_council
 
-        nodes, notes = export_council(run, Path(folder), members=members, rules=CouncilRules(top=top))
+        nodes, notes = export_council(
+            run, Path(folder), members=members, rules=CouncilRules(top=top), prior_of=prior_of
+        )
         what = f"a council of {len(nodes)} models"
     else:
         what, notes = write(run, node, Path(folder))

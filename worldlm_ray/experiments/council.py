@@ -130,6 +130,24 @@ def read(log_p_TK: Floats, prior_K: Floats, rules: CouncilRules) -> Reading:
     return Reading(log_p_T=log_p_T, weights=weights, passes=passes)
 
 
+def fitted(log_p_TK: Floats, *, passes: int = 20) -> Floats:
+    """The log prior [K] under which a text is likeliest, if every token is drawn from the mixture with these weights.
+
+    Expectation maximisation from a uniform prior (Dempster, Laird and Rubin 1977; of language models: Jelinek and
+    Mercer 1980): the new weight of a member is the mean of its posterior over the tokens. The text's loss never rises.
+
+    Args:
+        log_p_TK: log probability of each token of a validation text under each member.
+        passes: over the text.
+    """
+    log_pi_K = uniform(log_p_TK.shape[1])
+    for _ in range(passes):
+        joint_TK = log_pi_K + log_p_TK
+        posterior_TK = joint_TK - np.logaddexp.reduce(joint_TK, axis=1, keepdims=True)
+        log_pi_K = np.logaddexp.reduce(posterior_TK, axis=0) - np.log(len(log_p_TK))
+    return log_pi_K
+
+
 def log_sum(values: Floats) -> float:
     """The log of the sum of exponentials, without overflow."""
     return float(np.logaddexp.reduce(values))

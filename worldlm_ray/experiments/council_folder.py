@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray import huggingface
-from worldlm_ray.errors import DataError
+from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.experiments import council
 from worldlm_ray.experiments.council import CouncilRules, Floats
-from worldlm_ray.experiments.council_members import members_of
+from worldlm_ray.experiments.council_members import Members, members_of
+from worldlm_ray.experiments.council_scores import PRIOR_TOKENS, scored, texts_of
 from worldlm_ray.experiments.export import refuse_base, write_model
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.plan import kept, rundir
+from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
+from worldlm_ray.training.making import plain_trainer
 
 COUNCIL = "council.json"
 FORMAT = 1
@@ -53,7 +56,12 @@ def is_one(folder: Path) -> bool:
 
 
 def export_council(
-    run: str, folder: Path, *, members: str | None = None, rules: CouncilRules | None = None
+    run: str,
+    folder: Path,
+    *,
+    members: str | None = None,
+    rules: CouncilRules | None = None,
+    prior_of: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """Write the models of a council, from a run's checkpoints.
 
@@ -62,6 +70,7 @@ def export_council(
         folder: made if missing. Files of an earlier export are replaced.
         members: nodes with commas between them; None for all whose models may serve.
         rules: how the council weighs its members.
+        prior_of: a node: the prior is fitted on the validation text of the clients at or below it. None: uniform.
 
     Returns:
         Paths of the nodes, and lines for the user.
@@ -72,12 +81,12 @@ def export_council(
         CheckpointError: a node has no whole checkpoint, or no model can serve.
         DataError: the folder cannot be written.
     """
-    plan, rules = rundir.reopen(run, check_data=False), rules or CouncilRules()
+    plan, rules = rundir.reopen(run, check_data=prior_of is not None), rules or CouncilRules()
     refuse_base(plan, folder)
     found, folder = members_of(plan, members), folder.expanduser()
+    prior_K = np.exp(council.uniform(len(found.thetas)) if prior_of is None else _fitted(plan, found, prior_of))
     with _writing(folder):  # an export that is interrupted leaves no council of old and new members
         (folder / COUNCIL).unlink(missing_ok=True)
-    prior_K = np.exp(council.uniform(len(found.thetas)))
     width, notes, entries = len(str(len(found.thetas))), list(found.left_out), list[dict[str, Any]]()
     for number, (path, theta) in enumerate(found.thetas.items(), 1):
         name = f"{number:0{width}}"
@@ -97,6 +106,21 @@ def export_council(
     with _writing(folder):
         (folder / COUNCIL).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return list(found.thetas), notes
+
+
+def _fitted(plan: Plan, members: Members, node: str) -> Floats:
+    """The log prior that the validation text at or below a node says.
+
+    Raises:
+        ConfigError: there is no such node, or no validation text that may be used.
+    """
+    spec = plan.find(node)
+    trainer = plain_trainer(plan.shape, plan.layout, plan.root.clients[0].settings)
+    texts = texts_of(plan, spec.clients, trainer, part="validation", tokens=PRIOR_TOKENS)
+    if not texts:
+        problem = f"no client at or below {spec.path} has validation text whose losses may be known"
+        raise ConfigError("--prior-of", problem, "set data.validation_fraction in a new run, or leave the option out")
+    return council.fitted(np.concatenate(list(scored(trainer, members, texts).log_p.values())))
 
 
 @contextmanager

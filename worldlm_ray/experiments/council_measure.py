@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from worldlm_ray.client.measure import MeasuredModel
-from worldlm_ray.data.dataset import Batch
 from worldlm_ray.experiments import council
 from worldlm_ray.experiments.council import CouncilRules, Floats
 from worldlm_ray.experiments.council_members import Members, members_of
+from worldlm_ray.experiments.council_scores import PRIOR_TOKENS, Scores, Text, scored, texts_of
 from worldlm_ray.plan import kept, rundir
-from worldlm_ray.plan.plan import Plan
 from worldlm_ray.reports.tables import amount
 from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.tracking.node_state import finite
-from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.making import plain_trainer
 
 COUNCIL = "council"
@@ -67,12 +63,13 @@ def evaluate_council(
     members: str | None = None,
     rules: CouncilRules | None = None,
     document: int = DOCUMENT,
+    fit_prior: bool = False,
     on_phase: Callable[[str], None] = lambda _: None,
 ) -> CouncilMeasures:
     """Measure a council of a run's models, and each of them alone.
 
-    Texts of clients with private losses are left out, as by `worldlm evaluate`. The prior is uniform. A model sees the
-    tokens of one window of `model.context`; the weights run on over the windows of a document.
+    Texts of clients with private losses are left out, as by `worldlm evaluate`. A model sees the tokens of one window
+    of `model.context`; the weights run on over the windows of a document.
 
     Args:
         run: the run's folder or name.
@@ -80,6 +77,8 @@ def evaluate_council(
         members: nodes with commas between them; None for all whose models may serve.
         rules: how the council weighs its members.
         document: tokens of a text after which the weights begin anew.
+        fit_prior: whether the weights of a text begin as its client's validation text says, where there is one.
+            Otherwise they are uniform.
         on_phase: called with what is measured next.
 
     Raises:
@@ -92,98 +91,38 @@ def evaluate_council(
     found = members_of(plan, members)
     # It only holds a model, on the device and the cores of the first client.
     trainer = plain_trainer(plan.shape, plan.layout, plan.root.clients[0].settings)
-    texts = _texts(plan, trainer, tokens, on_phase)
-    scores = _scored(trainer, found, texts, on_phase)
+    texts = texts_of(plan, plan.root.clients, trainer, part="heldout", tokens=tokens)
+    scores = scored(trainer, found, texts, on_phase=on_phase)
+    priors = {path: council.uniform(len(found.thetas)) for path in texts}
+    if fit_prior:
+        on_phase("fitting the priors on validation text")
+        chosen_on = texts_of(plan, plan.root.clients, trainer, part="validation", tokens=PRIOR_TOKENS)
+        priors |= {path: council.fitted(each) for path, each in scored(trainer, found, chosen_on).log_p.items()}
     on_phase("weighing the models")
-    return _measured(found, texts, scores, rules or CouncilRules(), document)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Text:
-    """A client's held-out text."""
-
-    batches: list[Batch]
-    bytes_per_token: float
-    heldout_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Scores:
-    """What every member makes of every text."""
-
-    log_p: dict[str, Floats]
-    """Log probabilities of the tokens [T, K], by path of the client."""
-    seconds: list[float]
-    """By member."""
-
-
-def _texts(plan: Plan, trainer: LocalTrainer, tokens: int, on_phase: Callable[[str], None]) -> dict[str, _Text]:
-    """The texts whose losses may be known, by path of the client."""
-    found = {}
-    for spec in plan.root.clients:
-        on_phase(f"reading the text of {spec.path}")
-        client = MeasuredModel(plan, spec, make_trainer=lambda _: trainer)
-        if not client.reports:
-            continue
-        data, size = client.dataset, spec.settings.training.batch_size
-        found[spec.path] = _Text(
-            batches=list(data.heldout_windows(tokens, context=plan.shape.context, batch_size=size)),
-            bytes_per_token=data.heldout_bytes_per_token(),
-            heldout_bytes=data.heldout_bytes,
-        )
-    return found
-
-
-def _scored(
-    trainer: LocalTrainer, members: Members, texts: Mapping[str, _Text], on_phase: Callable[[str], None]
-) -> _Scores:
-    seconds = list[float]()
-    columns: dict[str, list[Floats]] = {path: [] for path in texts}
-    for number, (node, theta) in enumerate(members.thetas.items(), 1):
-        on_phase(f"measuring {node} on {len(texts)} texts ({number} of {len(members.thetas)} models)")
-        began = time.perf_counter()
-        trainer.write(theta)
-        for path, text in texts.items():
-            columns[path].append(log_probabilities(trainer, text.batches))
-        seconds.append(time.perf_counter() - began)
-    return _Scores(log_p={path: np.stack(found, axis=1) for path, found in columns.items()}, seconds=seconds)
-
-
-@torch.no_grad()
-def log_probabilities(trainer: LocalTrainer, batches: Iterable[Batch]) -> Floats:
-    """Log probability of every target, [T], in the order of the batches' rows.
-
-    Args:
-        trainer: holds the model.
-        batches: token ids and targets, [B, context] each.
-    """
-    torch.set_num_threads(trainer.threads)
-    trainer.model.eval()
-    found = []
-    for inputs, targets in batches:
-        tokens_BT = torch.from_numpy(inputs).to(trainer.device)
-        targets_BT = torch.from_numpy(targets).to(trainer.device)
-        with torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=trainer.bf16):
-            found.append(trainer.model.loss(tokens_BT, targets_BT, reduction="none"))
-    return -torch.cat(found).double().cpu().numpy()
+    return _measured(found, texts, scores, priors, rules or CouncilRules(), document)
 
 
 def _measured(
-    members: Members, texts: Mapping[str, _Text], scores: _Scores, rules: CouncilRules, document: int
+    members: Members,
+    texts: Mapping[str, Text],
+    scores: Scores,
+    priors: Mapping[str, Floats],
+    rules: CouncilRules,
+    document: int,
 ) -> CouncilMeasures:
-    """Weigh the members on every text."""
+    """Weigh the members on every text, from the log prior of its client."""
     nodes, began = list(members.thetas), time.perf_counter()
     ours, weights, passes = dict[str, float](), dict[str, dict[str, float]](), 0
     for path, log_p_TK in scores.log_p.items():
         parts = [log_p_TK[first : first + document] for first in range(0, len(log_p_TK), document)]
-        readings = [council.read(part, council.uniform(len(nodes)), rules) for part in parts]
+        readings = [council.read(part, priors[path], rules) for part in parts]
         nats = -sum(float(each.log_p_T.sum()) for each in readings)
         ours[path] = nats / len(log_p_TK) / texts[path].bytes_per_token
         ends_K = np.mean([np.exp(each.weights.now_K) for each in readings], axis=0)
         weights[path] = dict(zip(nodes, ends_K.tolist(), strict=True))
         passes += sum(each.passes for each in readings)
     seconds = sum(scores.seconds) + time.perf_counter() - began
-    sizes = {path: text.heldout_bytes for path, text in texts.items()}
+    sizes = {path: text.bytes for path, text in texts.items()}
     rows = dict[str, Row]()
     if ours:
         tokens = sum(map(len, scores.log_p.values()))
@@ -202,9 +141,9 @@ def _measured(
     )
 
 
-def _alone(members: Members, texts: Mapping[str, _Text], scores: _Scores) -> dict[str, Row]:
+def _alone(members: Members, texts: Mapping[str, Text], scores: Scores) -> dict[str, Row]:
     """Every member as a single model, by path of its node."""
-    sizes, rows = {path: text.heldout_bytes for path, text in texts.items()}, {}
+    sizes, rows = {path: text.bytes for path, text in texts.items()}, {}
     for index, (node, theta) in enumerate(members.thetas.items()):
         losses = {
             path: -float(log_p_TK[:, index].mean()) / texts[path].bytes_per_token
