@@ -9,34 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from actors.above import PATIENCE_S, published
-from actors.drivers import References, Walk, carried, follow, settled_in_time
 from actors.graceful_shutdown import GracefulShutdown
-from actors.leaf import GetReady, Leaf
-from actors.shared import (
-    ARRIVAL_S,
-    Address,
-    end_process,
-    once_storage_answers,
-    schedule_kills,
-    settle,
-    was_restarted,
-)
-from worldlm_ray.client.client import Client
+from actors.plans import StoredPlan, received
+from actors.pool_member import PoolMember
+from actors.shared import Address, once_storage_answers, schedule_kills, settle, was_restarted
 from worldlm_ray.client.shared import VirtualClients
 from worldlm_ray.errors import SupersededError
-from worldlm_ray.plan import rundir
-from worldlm_ray.protocol.child import Send, Sleep, Stopped
-from worldlm_ray.protocol.life import Await, Beside, CheckParent, Compute, Look, Save, TakeTurn, Train
+from worldlm_ray.plan import living, rundir
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.plan.tree import parent_path
 from worldlm_ray.records import Measure
-from worldlm_ray.tensors.buffers import Flat
 
 AHEAD = 2
 """Clients that have pulled and have not trained yet, at most: a model that waits for its turn grows old."""
@@ -47,44 +36,89 @@ T = TypeVar("T")
 class ClientPoolActor(GracefulShutdown):
     """Several clients below one parent.
 
+    Clients come (`live`, or `admit` and `start`) and leave while the pool lives. One that has left makes room.
+
     Args:
         address: the run and the path of the first client.
-        paths: of all of them.
+        paths: of all that live here first.
+        name: of this actor.
     """
 
-    def __init__(self, address: Address, paths: Sequence[str]) -> None:
-        self.plan = address.plan_and_kept_files()
+    def __init__(self, address: Address, paths: Sequence[str], name: str = "") -> None:
+        self.plan, self._address = address.plan_and_kept_files(), address
         self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
         self.recorder, self.loop = address.recorder, asyncio.get_running_loop()
+        first = self.plan.node(address.path)
+        if was_restarted():
+            paths = once_storage_answers(partial(self._who_is_here, paths, name), address.path)
+        resources = first.settings.resources
+        limit_bytes = None if resources.memory_gb is None else int(resources.memory_gb * 1e9)
         specs = [self.plan.node(path) for path in paths]
-        memory_gb = specs[0].settings.resources.memory_gb
-        limit_bytes = None if memory_gb is None else int(memory_gb * 1e9)
-        self.clients = VirtualClients(self.plan, specs, limit_bytes=limit_bytes)
+        self.clients = VirtualClients(self.plan, specs or [first], limit_bytes=limit_bytes)
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        parent = self.plan.node(address.path.rpartition("/")[0])
+        parent = self.plan.node(parent_path(address.path) or "")
         # Where siblings wait for each other they pull together; elsewhere as many as will train next.
-        ahead = len(paths) if parent.settings.aggregation.trigger == "synchronous" else AHEAD
+        ahead = resources.clients_per_process if parent.settings.aggregation.trigger == "synchronous" else AHEAD
         self._ahead = asyncio.Semaphore(ahead)
-        self.members = {spec.path: _Member(self, replace(address, path=spec.path)) for spec in specs}
+        self.members: dict[str, PoolMember] = {}
         self._prepared: asyncio.Task[None] | None = None
         self._heard: asyncio.Future[set[str]] = self.loop.create_future()
         """Paths of the clients that the next heartbeat finds to be lost to the parent."""
         self._beating = self.loop.create_task(self._beat())
         for path in paths:
-            schedule_kills(self.plan.faults, path, self.clock)
-        if was_restarted():
-            read = partial(rundir.renewed, self.plan)
-            now = once_storage_answers(read, address.path)  # some may have left since
-            for member in self.members.values():
-                if member.spec.path in now.specs:
-                    member.start()
+            self._add(path)
+            if was_restarted() or address.begin:
+                self.members[path].start()
+
+    def _who_is_here(self, paths: Sequence[str], name: str) -> list[str]:
+        """Paths of the clients that lived here when the process died: some have come or left since it was made."""
+        self.plan = rundir.renewed(self.plan)
+        place = living.recall(self.plan.run_dir)
+        if place is not None and place["namespace"] == self._address.namespace:
+            paths = place["pools"].get(name, paths)
+        return [path for path in paths if path in self.plan.specs]
+
+    def _add(self, path: str) -> None:
+        self.members[path] = PoolMember(self, replace(self._address, path=path))
+        schedule_kills(self.plan.faults, path, self.clock)
 
     # ---- called by the launcher: what a client's actor has, by the path of the client ----------------------------
 
     async def ready(self, path: str) -> int:
         """Continue from a checkpoint if there is one; returns local rounds done so far."""
         return await self.members[path].ready()
+
+    async def admit(self, path: str, sent: Plan | StoredPlan) -> int:
+        """Take a client in, unless it lives here; returns the id of this process.
+
+        Args:
+            path: of the client.
+            sent: a plan of the run that has it.
+        """
+        if self._is_here(path):
+            return os.getpid()
+        plan = self.plan if path in self.plan.specs else await self.on_disk(partial(received, sent))
+        if not self._is_here(path):  # another call may have been faster
+            self.plan = plan
+            self.clients.add(plan, plan.node(path))
+            self.members = {path: member for path, member in self.members.items() if not member.has_left}
+            self._add(path)
+        return os.getpid()
+
+    def _is_here(self, path: str) -> bool:
+        return path in self.members and not self.members[path].has_left
+
+    async def live(self, path: str, sent: Plan | StoredPlan) -> str:
+        """Take a client in, have it begin to live, and wait for its end, as `outcome` does."""
+        await self.admit(path, sent)
+        await self.start(path)
+        return await self.outcome(path)
+
+    async def dismiss(self, path: str) -> None:
+        """Forget a client that was taken in and has not begun to live."""
+        if path in self.members and not self.members[path].has_begun:
+            del self.members[path]
 
     async def process(self, path: str = "") -> int:
         """Id of this process."""
@@ -100,11 +134,13 @@ class ClientPoolActor(GracefulShutdown):
         Raises:
             Exception: whatever broke the client.
         """
-        return await self.members[path].outcome()
+        member = self.members.get(path)
+        return "left" if member is None else await member.outcome()  # only one that has left makes room
 
     async def stop(self, path: str) -> None:
         """End after the round that is under way."""
-        self.members[path].stop()
+        if path in self.members:  # not one that has left
+            self.members[path].stop()
 
     async def leave(self, path: str) -> None:
         """Leave the run for good after the round that is under way."""
@@ -176,177 +212,3 @@ class ClientPoolActor(GracefulShutdown):
         for member in living:
             with suppress(SupersededError):
                 member.save_now()
-
-
-class _Member(Leaf):
-    """One client of the process: takes the steps of its life on the event loop, and on the model's thread."""
-
-    def __init__(self, host: ClientPoolActor, address: Address) -> None:
-        super().__init__(host.plan, address, host.recorder)
-        self.host = host
-        self.is_living = self.is_staying = False
-        self._waits: set[asyncio.Future[Any]] = set()
-        """What it waits for: in vain, perhaps, once it is told to stop."""
-        self._getting_up = asyncio.Lock()
-        self._life_task: asyncio.Task[None] | None = None
-        self._ended = asyncio.Event()
-        self._outcome: str | Exception = ""
-
-    # ---- what the launcher asks ----------------------------------------------------------------------------------
-
-    async def ready(self) -> int:
-        async with self._getting_up:
-            if not self._is_set_up:
-                await self.host.prepare()
-                await self.host.with_model(self._set_up)
-        return self.client.round
-
-    def start(self) -> None:
-        if self._life_task is None:
-            self._life_task = asyncio.get_running_loop().create_task(self._guard())
-
-    async def outcome(self) -> str:
-        await self._ended.wait()
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
-
-    def stop(self) -> None:
-        if self._is_stopping:
-            return
-        self._is_stopping = True
-        if not self._is_delivering:
-            self._give_up_waits()
-        # The work that is done deserves to arrive, but not for ever.
-        asyncio.get_running_loop().call_later(ARRIVAL_S, self._give_up_waits)
-
-    def _give_up_waits(self) -> None:
-        for answer in self._waits:
-            answer.cancel()
-
-    def leave(self) -> None:
-        self._is_leaving = True
-
-    @property
-    def _is_delivering(self) -> bool:
-        return self._is_set_up and self.life.delivers_since_s is not None
-
-    def heartbeat(self) -> Send | None:
-        """The client's heartbeat; None while no parent would hear it."""
-        if not (self.is_living or self.is_staying) or self.link.parent is None:
-            return None
-        return self.uplink.heartbeat()
-
-    # ---- life ------------------------------------------------------------------------------------------------------
-
-    def _make_client(self) -> Client:
-        return self.host.clients.make(self.spec.path)
-
-    def _set_up(self) -> None:
-        """On the model's thread."""
-        super()._set_up()
-        self.host.clients.settle(self.client)
-
-    async def _guard(self) -> None:
-        try:
-            await self._take(self._get_ready())
-            self.is_living = True
-            self._outcome = await self._take(carried(self.life.run(), self.link))
-            self.is_living, self.is_staying = False, self._outcome == "finished"
-            self._ended.set()
-            if self.is_staying:
-                with suppress(Stopped):
-                    await self._take(carried(self.life.stay(), self.link))
-        except SupersededError as error:
-            end_process(str(error))
-        except Exception as error:  # noqa: BLE001 - a boundary: the launcher raises it from `outcome`
-            self._outcome = error
-        self.is_living = self.is_staying = False
-        self._ended.set()
-
-    async def _take(self, steps: References[T]) -> T:
-        """Take steps of the client's life. Those that touch the model are taken on its thread, one after the other."""
-        walk = Walk(steps, self._lock)
-        while not walk.has_ended:
-            if isinstance(walk.step, Compute | Train):
-                await self.host.with_model(partial(self._compute, walk))
-                continue
-            try:
-                answer = await self._perform(walk.step)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the steps know what to do
-                walk.go_on(error=error)
-            else:
-                walk.go_on(answer)
-        return walk.result  # type: ignore[return-value]
-
-    def _compute(self, walk: Walk) -> None:
-        while not walk.has_ended and isinstance(walk.step, Compute | Train):
-            walk.perform(lambda step: step.work() if isinstance(step, Compute) else self._train(step))
-
-    def _train(self, step: Train) -> float:
-        return self.life.train(lambda: self._is_stopping or (step.until is not None and step.until.done()))
-
-    async def _perform(self, step: Any) -> Any:
-        if isinstance(step, Sleep):
-            return await self._wait(asyncio.sleep(step.seconds))
-        if isinstance(step, GetReady):
-            return await self.ready()
-        if isinstance(step, Beside):
-            return asyncio.get_running_loop().create_task(self._take(carried(step.steps, self.link)))
-        if isinstance(step, Await):
-            return await step.handle
-        if isinstance(step, Save):
-            return await self._save()
-        if isinstance(step, Look):
-            return await self._look(step.path), 0.0  # others train meanwhile
-        if isinstance(step, TakeTurn):
-            await self._wait(self.host.ahead.acquire())
-            return self._give_turn_back
-        if isinstance(step, CheckParent):
-            return await self._wait(self.host.heard(self.spec.path))
-        return await self._wait(settled_in_time(step))
-
-    def _give_turn_back(self) -> None:
-        """From the model's thread, too."""
-        self.host.end_turn()
-
-    async def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for the parent or for the others.
-
-        Raises:
-            Stopped: the client is told to stop.
-        """
-        if self._is_stopping and not self._is_delivering:
-            work.close()
-            raise Stopped
-        answer = asyncio.ensure_future(work)
-        self._waits.add(answer)
-        try:
-            await asyncio.wait({answer})
-            if answer.cancelled():
-                raise Stopped
-            return answer.result()
-        finally:
-            self._waits.discard(answer)
-            answer.cancel()
-
-    async def _look(self, path: str) -> tuple[int, Flat] | None:
-        with suppress(TimeoutError):
-            return await self._wait(asyncio.wait_for(follow(published(self._address, path)), PATIENCE_S))
-        return None
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    async def _save(self) -> bool:
-        """Write a checkpoint, or go on without. The client does nothing else meanwhile; others do."""
-        state = await self.host.with_model(self._state)
-        await self.host.on_disk(partial(self._write, *state))
-        return True
-
-    def _state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
-        with self._lock:
-            return self.client.state()
-
-    def save_now(self) -> None:
-        """The same without an event loop."""
-        self._write(*self._state())

@@ -21,7 +21,7 @@ from support.worlds import client, write_text
 from worldlm_ray import launch
 from worldlm_ray.config.loading import save
 from worldlm_ray.errors import ConfigError, DataError, RunError
-from worldlm_ray.plan import membership, rundir
+from worldlm_ray.plan import living, membership, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tracking import audit
 from worldlm_ray.tracking.audit import proofs
@@ -73,8 +73,19 @@ class Background:
         return self.summary
 
 
-def test_a_client_joins_and_another_leaves(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
-    run = Background(tiny, tmp_path / "run")
+SHARED = pytest.mark.parametrize("shared", [1, 3], ids=["a process each", "in pools"])
+"""How many clients a process may have."""
+
+
+def pools(plan: Plan) -> dict[str, list[str]]:
+    """Names of the clients in each pool of a living run, by its first client."""
+    found = (living.recall(plan.run_dir) or {})["pools"]
+    return {name.rpartition("@")[2]: [path.rpartition("/")[2] for path in paths] for name, paths in found.items()}
+
+
+@SHARED
+def test_a_client_joins_and_another_leaves(cluster: None, tiny: Tiny, tmp_path: Path, shared: int) -> None:
+    run = Background(tiny, tmp_path / "run", resources={"clients_per_process": shared})
     run.wait_for("world/north/a", 2)
     text = write_text(tmp_path / "new.txt", seed=9)
     with pytest.raises(ConfigError, match="has a child 'a' already"):
@@ -87,8 +98,10 @@ def test_a_client_joins_and_another_leaves(cluster: None, tiny: Tiny, tmp_path: 
     larger = membership.with_client(run.plan, "world/north", "new", files=[str(text)], overrides=[])
     launch.join(run.plan, larger, "world/north/new")
     assert run.snapshot["nodes"]["world/north/a"]["state"] == "training", "it was heard while others trained"
+    assert pools(run.plan) == ({} if shared == 1 else {"a": ["a", "b", "new"], "c": ["c", "d"]})
     smaller = membership.without(larger, "world/south/c")
     launch.leave(larger, smaller, "world/south/c")
+    assert pools(run.plan) == ({} if shared == 1 else {"a": ["a", "b", "new"], "c": ["d"]})
     summary = run.end()
     assert summary["status"] == "finished"
     nodes = summary["nodes"]
@@ -103,7 +116,8 @@ def test_a_client_joins_and_another_leaves(cluster: None, tiny: Tiny, tmp_path: 
         launch.join(again, again, "world/north/new")
 
 
-def test_a_federation_is_filled_as_places_become_free(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+@SHARED
+def test_a_federation_is_filled_as_places_become_free(cluster: None, tiny: Tiny, tmp_path: Path, shared: int) -> None:
     names = ["a", "b", "c"]
     children = [
         {
@@ -114,7 +128,7 @@ def test_a_federation_is_filled_as_places_become_free(cluster: None, tiny: Tiny,
         },
         client("d", tmp_path, 7),
     ]
-    run = Background(tiny, tmp_path / "run", children)
+    run = Background(tiny, tmp_path / "run", children, resources={"clients_per_process": shared})
     run.wait_for("world/north/a", 2)
     assert run.snapshot["nodes"]["world/north/c"]["state"] == "waiting"
     launch.leave(run.plan, membership.without(run.plan, "world/north/a"), "world/north/a")
@@ -122,9 +136,10 @@ def test_a_federation_is_filled_as_places_become_free(cluster: None, tiny: Tiny,
     assert summary["nodes"]["world/north/c"]["steps"] == ROUNDS * 4, "it took the place of the one that left"
 
 
-def test_clients_come_and_go_by_the_fault_script(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
+@SHARED
+def test_clients_come_and_go_by_the_fault_script(cluster: None, tiny: Tiny, tmp_path: Path, shared: int) -> None:
     faults = ["20s leave world/north/a", "15s join world/south/d", "24s join world/north/a", "900s join world/south/c"]
-    run = Background(tiny, tmp_path / "run", faults=faults)
+    run = Background(tiny, tmp_path / "run", faults=faults, resources={"clients_per_process": shared})
     summary = run.end()
     assert summary["status"] == "finished"
     nodes = summary["nodes"]

@@ -14,7 +14,7 @@ from support.killing import Killer, check
 from support.worlds import client, crowd
 
 from worldlm_ray import launch
-from worldlm_ray.launch import hosts
+from worldlm_ray.launch.pools import Member, Pool
 from worldlm_ray.plan import membership, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.simulation.simulator import simulate
@@ -28,8 +28,17 @@ def in_folder(plan: Plan, folder: Path) -> Plan:
     return rundir.create(replace(plan, config=replace(plan.config, run_dir=str(folder))))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"merge": {"client": "adaptive", "agreement": 1.0, "common_fraction": 0.25}},
+        {"faults": ["900s join world/north/phone-2", "900s leave world/north/phone-1"]},
+    ],
+    ids=["plain", "two models", "elastic membership"],
+)
 def test_synchronous_mode_gives_the_bits_of_clients_with_a_process_each(
-    cluster: None, tiny: Tiny, tmp_path: Path
+    cluster: None, tiny: Tiny, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     children = [
         {
@@ -39,14 +48,13 @@ def test_synchronous_mode_gives_the_bits_of_clients_with_a_process_each(
         },
         client("alone", tmp_path, 7),
     ]
-    merge = {"client": "adaptive", "federation": "adaptive"}
-    plan = tiny(
-        children,
-        aggregation={"trigger": "synchronous"},
-        merge=merge,
-        budget={"rounds": 3},
-        exchange={"codec": "int8"},
-    )
+    settings = {
+        "aggregation": {"trigger": "synchronous"},
+        "merge": {"client": "adaptive", "federation": "adaptive"},
+        "budget": {"rounds": 3},
+        "exchange": {"codec": "int8"},
+    }
+    plan = tiny(children, **(settings | changes))
     simulated = simulate(in_folder(plan, tmp_path / "simulated")).summary
     real = launch.train(in_folder(plan, tmp_path / "real")).summary
     assert real["params_sha256"] == simulated["params_sha256"]
@@ -138,10 +146,10 @@ def test_a_member_speaks_like_an_actor() -> None:
         def remote(self, *arguments: Any, **named: Any) -> Any:
             return arguments, named
 
-    class Host:
+    class Actor:
         measure = Method()
 
-    member: Any = hosts.Member(Host(), "world/a")
+    member: Any = Member(Pool("world/@a", Actor(), None), "world/a")
     assert member.measure.remote([1], tokens=2) == (("world/a", [1]), {"tokens": 2})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from worldlm_ray import launch
-from worldlm_ray.launch import cluster as clusters
+from worldlm_ray.plan import living
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tracking.audit import proofs
@@ -56,10 +56,10 @@ class Killer(threading.Thread):
 
     def process(self, name: str) -> int | None:
         """Where an actor lives, or a client that shares one; None once the run is over."""
-        place = clusters.recall(self.plan.run_dir)
+        place = living.recall(self.plan.run_dir)
         if place is None:
             return None
-        name = next((host for host, paths in place["hosts"].items() if name in paths), name)
+        name = next((host for host, paths in place["pools"].items() if name in paths), name)
         while True:
             try:
                 actor = ray.get_actor(name, namespace=place["namespace"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 from support.event_loop_ray import FakeRay, Handle, Method, an_update, until
+from support.pools import UNHURRIED, Pool, two
 from support.worlds import client, crowd, write_text
 
 import actors.drivers
@@ -25,9 +26,6 @@ from worldlm_ray.records import LifeRecord, MergeRecord, OwnModelRecord
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tracking.audit import proofs
-
-UNHURRIED = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.02}
-"""Training that leaves time to shut the parent's gate."""
 
 
 @pytest.fixture
@@ -115,44 +113,6 @@ def test_clients_of_one_process_measure_the_published_model(
     found = [record for record in fake.actors["recorder"].records if isinstance(record, OwnModelRecord)]
     assert {(record.node, record.by) for record in found} == {("world", path) for path in paths}
     assert {record.version for record in found} <= set(range(1, world.node.version + 1))
-
-
-class Pool:
-    """A world, and a pool of all of its clients but those left out."""
-
-    def __init__(self, fake: FakeRay, plan: Plan, *, without: tuple[str, ...] = ()) -> None:
-        self.fake, self.plan = fake, plan
-        self.paths = [spec.path for spec in plan.root.clients if spec.name not in without]
-
-    async def begin(self) -> WorldActor:
-        self.world = WorldActor(self.address("world"))
-        await self.world.start()
-        self.fake.actors["world"] = Handle(self.world)
-        await self.live()
-        return self.world
-
-    async def live(self) -> None:
-        self.pool = ClientPoolActor(self.address(self.paths[0]), self.paths)
-        await asyncio.gather(*map(self.pool.ready, self.paths))
-        for path in self.paths:
-            await self.pool.start(path)
-
-    def address(self, path: str) -> Address:
-        return Address(self.plan, path, RunClock.starting(), "test")
-
-    async def ends(self) -> list[str]:
-        return await asyncio.wait_for(asyncio.gather(*map(self.pool.outcome, self.paths)), 60.0)
-
-    def client(self, number: int) -> Any:
-        return self.pool.members[self.paths[number]].client
-
-    def records(self, kind: type) -> list[Any]:
-        return [record for record in self.fake.actors["recorder"].records if isinstance(record, kind)]
-
-
-def two(tiny: Callable[..., Plan], folder: Path, **changes: Any) -> Plan:
-    settings: dict[str, Any] = {"resources": {"clients_per_process": 2}, "budget": {"rounds": 3}}
-    return rundir.create(tiny([crowd("phone", folder, copies=2)], **(settings | changes)))
 
 
 class Gate(Handle):

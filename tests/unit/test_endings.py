@@ -115,7 +115,7 @@ def test_the_summary_of_the_part_before_goes_when_the_nodes_have_started(conf: P
     )
     run = importlib.import_module("worldlm_ray.launch.run")
     create = importlib.import_module("worldlm_ray.launch.create")
-    world = create.World(MagicMock(), "", None, 0.0, True, {"world": MagicMock()}, {})
+    world = create.World(MagicMock(), "", None, 0.0, True, {"world": MagicMock()}, run_dir=plan.run_dir)
     run._start(plan, world, watch, MagicMock())
     assert asked == [("ready", True), ("ready", True), ("start", True)]
     assert not summary.exists()

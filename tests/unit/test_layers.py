@@ -125,6 +125,7 @@ SHARED_BY_ACTORS = {
     "node_checkpoints",
     "node_records",
     "plans",
+    "pool_member",
     "shared",
     "graceful_shutdown",
 }

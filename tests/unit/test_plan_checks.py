@@ -152,7 +152,6 @@ CASES = [
         alice={"privacy": RECORD},
     ),
     Case(checks.shared_without_workers, f"{ALICE}.resources.clients_per_process", alice=SHARED | ZERO),
-    Case(checks.shared_without_changes, f"{ALICE}.resources.clients_per_process", fed={"min_clients": 1} | SHARED),
     Case(
         checks.overlap_without_waiting,
         f"{ALICE}.exchange.overlap",
@@ -175,7 +174,6 @@ CASES = [
     ),
     Case(checks.caps_that_add_up, f"{FED}.aggregation.max_share", fed={"aggregation": {"max_share": 0.5}}),
     Case(checks.known_faults, "faults[0]", {"faults": ["5s kill world/stranger"]}),
-    Case(checks.faults_of_single_clients, "faults", {"faults": ["5s leave world/fed/alice"]}, fed=SHARED),
     Case(checks.readable_texts, f"{ALICE}.data.files[0]", alice={"data": {"files": ["no/such/file.txt"]}}),
 ]
 

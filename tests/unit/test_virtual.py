@@ -16,7 +16,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.plan.tree import processes
+from worldlm_ray.plan.tree import in_processes, processes
 from worldlm_ray.tensors.buffers import Flat
 
 Tiny = Callable[..., Plan]
@@ -187,12 +187,11 @@ def test_who_cannot_share_a_process(tiny: Tiny, tmp_path: Path, settings: dict[s
         tiny([client("a", tmp_path, 1)], **{"resources": {"clients_per_process": 4}, **settings})
 
 
-def test_clients_that_come_and_go_do_not_share(tiny: Tiny, tmp_path: Path) -> None:
-    elastic = {"federation": "f", "min_clients": 1, "children": [phones(tmp_path, 2)]}
-    with pytest.raises(
-        ConfigError, match=r"children\[0\]\.resources\.clients_per_process: 2, but clients of world/f come and go"
-    ):
-        tiny([elastic], resources={"clients_per_process": 2})
+def test_clients_of_a_federation_with_fewer_places_share_processes_as_they_come(tiny: Tiny, tmp_path: Path) -> None:
+    elastic = {"federation": "f", "max_clients": 3, "children": [phones(tmp_path, 5)]}
+    plan = tiny([elastic], resources={"clients_per_process": 2})
+    there = [plan.root.clients[number] for number in (0, 2, 3)]
+    assert [[spec.name for spec in group] for group in in_processes(there)] == [["phone-1", "phone-3"], ["phone-4"]]
 
 
 @pytest.mark.parametrize("share", [0, -1])

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorUnavailableError
-from support.worlds import client
+from support.worlds import client, crowd
 
 from worldlm_ray.launch import calls, create, watch
 from worldlm_ray.launch.calls import Observer
 from worldlm_ray.launch.create import World
+from worldlm_ray.launch.pools import Pool
 from worldlm_ray.launch.watch import Watch
+from worldlm_ray.plan import living, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.run_clock import RunClock
 
@@ -80,10 +82,13 @@ class Run:
         self.recorder.answers["snapshot"] = Ref(
             {"nodes": {path: {"kind": "client", "state": s, "steps": 0} for path, s in self.states.items()}}
         )
-        self.world = World(self.recorder, "namespace", RunClock.starting(0.0), 0.0, True)
+        self.world = World(self.recorder, "namespace", RunClock.starting(0.0), 0.0, True, run_dir=plan.run_dir)
         self.world.inner = {spec.path: Actor() for spec in plan.root.inner}
         self.world.clients = {path: Actor() for path in clients}
         self.actors = dict(self.world.clients)
+
+    def trains(self, path: str) -> None:
+        self.recorder.answers["snapshot"].value["nodes"][path] = {"kind": "client", "state": "training", "steps": 1}
 
     def end(self, path: str, outcome: str) -> None:
         self.actors[path].answers["outcome"].value = outcome
@@ -168,21 +173,81 @@ def test_the_place_of_a_client_that_left_goes_to_the_next(
     made = Actor()
     started: list[tuple[str, bool]] = []
 
-    def start(_: Plan, spec: Any, world: World, *, begin: bool) -> Actor:
+    def start(_: Plan, spec: Any, world: World, *, begin: bool, detached: bool) -> Actor:
         started.append((spec.path, begin))
         return made
 
-    monkeypatch.setattr(watch, "create", start)
+    monkeypatch.setattr(create, "create", start)
     left = lambda: run.end("world/two/a", "left")  # noqa: E731
 
-    def begin() -> None:
-        run.recorder.answers["snapshot"].value["nodes"]["world/two/b"] = {
-            "kind": "client",
-            "state": "training",
-            "steps": 1,
-        }
-
     finish = lambda: setattr(made.answers["outcome"], "value", "finished")  # noqa: E731
+    begin = lambda: run.trains("world/two/b")  # noqa: E731
     assert run.watched(left, begin, finish, run.end_nodes, nothing) == "finished"
     assert started == [("world/two/b", True)]
     assert ray.killed == [run.actors["world/two/a"]]
+
+
+class PoolActor(Actor):
+    """An actor in which several clients live; answers are given for a method and a path."""
+
+    def _call(self, name: str, *arguments: Any) -> Ref:
+        key = f"{name} {arguments[0]}"
+        if name in ("live", "outcome"):
+            self.answers.setdefault(key, Ref())
+        return super()._call(key, *arguments[1:])
+
+    def end(self, method: str, path: str, outcome: str) -> None:
+        self.answers[f"{method} {path}"].value = outcome
+
+
+def pooled(tiny: Callable[..., Plan], folder: Path) -> tuple[Run, PoolActor]:
+    """A federation with three clients and two places, which have a pool."""
+    two = {"federation": "two", "max_clients": 2, "children": [crowd("a", folder, copies=3)]}
+    plan = rundir.create(tiny([two], resources={"clients_per_process": 2}))
+    run, actor, there = Run(plan, []), PoolActor(), plan.root.clients[:2]
+    pool = run.world.pools[POOL] = Pool(POOL, actor, there[0])
+    for spec in there:
+        run.world.enter(spec.path, pool)
+        run.trains(spec.path)
+    place = {"address": "", "namespace": "", "local": True, "anchor": {}, "pools": {POOL: list(pool.paths)}}
+    living.remember(plan.run_dir, place)
+    return run, actor
+
+
+POOL = "world/two/@a-1"
+
+
+def test_the_place_in_a_pool_of_a_client_that_left_goes_to_the_next(
+    ray: Ray, tiny: Callable[..., Plan], tmp_path: Path
+) -> None:
+    run, actor = pooled(tiny, tmp_path)
+    first, second, third = (spec.path for spec in run.plan.root.clients)
+
+    def finish() -> None:
+        assert (living.recall(run.plan.run_dir) or {})["pools"] == {POOL: [second, third]}
+        assert run.world.pool_names == {second: POOL, third: POOL}
+        actor.end("outcome", second, "finished")
+        actor.end("live", third, "finished")
+
+    left = lambda: actor.end("outcome", first, "left")  # noqa: E731
+    begin = lambda: run.trains(third)  # noqa: E731
+    assert run.watched(left, begin, finish, run.end_nodes, nothing) == "finished"
+    assert ray.killed == []
+
+
+def test_a_pool_ends_when_its_last_client_has_left(ray: Ray, tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    run, actor = pooled(tiny, tmp_path)
+    first, second, third = (spec.path for spec in run.plan.root.clients)
+
+    def both_left() -> None:
+        actor.end("outcome", first, "left")
+        actor.end("outcome", second, "left")
+
+    def third_left() -> None:
+        assert ray.killed == []
+        actor.end("live", third, "left")
+
+    begin = lambda: run.trains(third)  # noqa: E731
+    assert run.watched(both_left, begin, third_left, run.end_nodes, nothing) == "finished"
+    assert ray.killed == [actor]
+    assert (living.recall(run.plan.run_dir) or {})["pools"] == {}

@@ -219,6 +219,10 @@ class VirtualClients:
         """The run's initial parameters, the same for all clients."""
         return build.initial(self.plan)
 
+    def add(self, plan: Plan, spec: NodeSpec) -> None:
+        """One client more may live here, by a plan that has it."""
+        self.plan, self.specs[spec.path] = plan, spec
+
     def prepare(self) -> None:
         """Cut the texts of all clients at once: a text that they share out is read once."""
         first = next(iter(self.specs.values()))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,7 +18,6 @@ from worldlm_ray.launch.private import session
 from worldlm_ray.plan import tree
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
-from worldlm_ray.run_clock import Anchor
 
 OBJECT_STORE_FLOOR_BYTES = 512 * 1024**2
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -29,8 +25,6 @@ SPARE_CPUS = 256
 """Cores, by name only, that a local cluster has for clients that join later."""
 HEAD = "node:__internal_head__"
 """A resource that Ray gives to the head alone."""
-PLACE = "cluster.json"
-"""Where a living run can be found: in its folder."""
 
 
 @contextmanager
@@ -179,40 +173,3 @@ def first_line(error: BaseException) -> str:
     """An error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-# ---- where a living run is -----------------------------------------------------------------------------------
-
-
-def remember(
-    plan: Plan, *, namespace: str, local: bool, anchor: Anchor, began_s: float, hosts: dict[str, list[str]]
-) -> None:
-    """Write down where the run lives, so that others find it: `join`, `leave`, `--resume`.
-
-    `anchor` says where run time stands, `began_s` where it stood when this stretch of the run began; `hosts` are
-    clients' paths by the name of the actor that they share.
-    """
-    address = ray.get_runtime_context().gcs_address
-    place = {
-        "hosts": hosts,
-        "address": address,
-        "namespace": namespace,
-        "local": local,
-        "anchor": asdict(anchor),
-        "began_s": began_s,
-    }
-    (plan.run_dir / PLACE).write_text(json.dumps(place), encoding="utf-8")
-
-
-def recall(run_dir: Path) -> dict[str, Any] | None:
-    """Where a run lives or lived; None if it is not written down."""
-    try:
-        found = json.loads((run_dir / PLACE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"address", "namespace", "local", "anchor"} <= found.keys() else None
-
-
-def forget(run_dir: Path) -> None:
-    """The run lives no more."""
-    (run_dir / PLACE).unlink(missing_ok=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,10 +18,11 @@ from actors.plans import StoredPlan, to_send
 from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address, settle
 from actors.world import WorldActor
-from worldlm_ray.launch import cluster, hosts
+from worldlm_ray.launch import cluster
 from worldlm_ray.launch.calls import Observer
+from worldlm_ray.launch.pools import POOL, Member, Pool, name_of
 from worldlm_ray.launch.private.reservations import give_back, prefix
-from worldlm_ray.plan import rundir, tree
+from worldlm_ray.plan import living, rundir, tree
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.run_clock import Anchor, RunClock, this_machine
@@ -42,30 +44,53 @@ class World:
     """Whether the cluster ends with this process."""
     inner: dict[str, Any] = field(default_factory=dict)
     clients: dict[str, Any] = field(default_factory=dict)
+    pools: dict[str, Pool] = field(default_factory=dict)
+    """Actors in which several clients live, by name."""
+    run_dir: Path = field(kw_only=True)
 
     @property
     def actors(self) -> list[Any]:
         """All of them, parents first."""
-        return [self.recorder, *self.inner.values(), *dict.fromkeys(map(hosts.actor_of, self.clients.values()))]
+        pools = [pool.actor for pool in self.pools.values()]
+        alone = [client for client in self.clients.values() if not isinstance(client, Member)]
+        return [self.recorder, *self.inner.values(), *pools, *alone]
 
     @property
-    def hosts(self) -> dict[str, list[str]]:
-        """Paths of clients that share an actor, by its name."""
-        found: dict[Any, list[str]] = {}
-        for path, client in self.clients.items():
-            if isinstance(client, hosts.Member):
-                found.setdefault(client.host, []).append(path)
-        return {hosts.name_of(paths[0]): paths for paths in found.values()}
+    def pool_names(self) -> dict[str, str]:
+        """Names of their pools by the paths of the clients that live in one."""
+        return {path: client.pool.name for path, client in self.clients.items() if isinstance(client, Member)}
 
     def __getitem__(self, path: str) -> Any:
         return self.inner[path] if path in self.inner else self.clients[path]
 
-    def end(self, path: str) -> None:
-        """End a client's actor, with what it has reserved; a client pool stays for its other clients."""
+    def enter(self, path: str, pool: Pool) -> Member:
+        """A client lives in a pool from now on."""
+        if path not in pool.paths:
+            pool.paths.append(path)
+        self.clients[path] = member = Member(pool, path)
+        return member
+
+    def take_out(self, path: str) -> None:
+        """A client has left, or never came. An actor that is without clients by this is ended by `end_unused`."""
         client = self.clients.pop(path)
-        if not isinstance(client, hosts.Member):
+        if not isinstance(client, Member):
             ray.kill(client)
             give_back(prefix(self.namespace, path))
+            return
+        client.pool.paths.remove(path)
+        living.leave_pools(self.run_dir, [path])
+
+    def note(self, path: str) -> None:
+        """Write down in which pool a client lives that has come while the run goes on."""
+        if isinstance(client := self.clients[path], Member):
+            living.enter_pool(self.run_dir, path, client.pool.name)
+
+    def end_unused(self) -> None:
+        """End pools in which no client lives any more: others may need their cores."""
+        for pool in [pool for pool in self.pools.values() if not pool.paths]:
+            ray.kill(pool.actor)
+            del self.pools[pool.name]
+            living.end_pool(self.run_dir, pool.name)
 
 
 def create_world(plan: Plan, observer: Observer, *, local: bool) -> World:
@@ -81,26 +106,25 @@ def create_world(plan: Plan, observer: Observer, *, local: bool) -> World:
     recorder = named.remote(sent, clock, namespace)
     if not (local and this_machine()):  # it may have begun later, on another machine: it sets the time
         clock = _clock_of(recorder, namespace, plan, observer)
-    world = World(recorder, namespace, clock, began_s, local)
-    together = {group[0].path: group for group in tree.processes(plan.root) if len(group) > 1}
-    shared = {spec.path for group in together.values() for spec in group}
+    world = World(recorder, namespace, clock, began_s, local, run_dir=plan.run_dir)
     for spec in plan.root.inner:
         world.inner[spec.path] = create(sent, spec, world)
         clients = [child for child in spec.children if child.kind == "client"]
         there = [child for child in clients if plan.faults.is_member(child.path, began_s)]
-        for child in there[: spec.max_clients]:
-            if child.path in together:
-                _create_pool(together[child.path], world, sent)
-            elif child.path not in shared:
-                world.clients[child.path] = create(sent, child, world, begin=spec.elastic)
-    cluster.remember(
-        plan,
-        namespace=namespace,
-        local=local,
-        anchor=clock.anchor(),
-        began_s=began_s,
-        hosts=world.hosts,
-    )
+        for group in tree.in_processes(there[: spec.max_clients]):
+            if group[0].settings.resources.clients_per_process > 1:
+                _create_pool(sent, group, world, name_of(group[0].path), begin=spec.elastic)
+            else:
+                world.clients[group[0].path] = create(sent, group[0], world, begin=spec.elastic)
+    place = {
+        "address": ray.get_runtime_context().gcs_address,
+        "namespace": namespace,
+        "local": local,
+        "anchor": asdict(clock.anchor()),
+        "began_s": began_s,
+        "pools": {pool.name: pool.paths for pool in world.pools.values()},
+    }
+    living.remember(plan.run_dir, place)
     return world
 
 
@@ -113,13 +137,45 @@ def _clock_of(recorder: Any, namespace: str, plan: Plan, observer: Observer) -> 
         raise
 
 
-def _create_pool(group: Sequence[NodeSpec], world: World, sent: Plan | StoredPlan) -> None:
+def take_in(sent: Plan | StoredPlan, spec: NodeSpec, world: World, *, begin: bool, detached: bool = False) -> Any:
+    """Give a client a place while the run goes on: in a pool that has room for it, or with a new actor.
+
+    Args:
+        sent: the run's plan, as its actors are given it.
+        spec: the client.
+        world: the run's other actors; the client is added.
+        begin: whether a new actor begins without a call of `start`. A pool that is there is to be told (`live`).
+        detached: whether a new actor outlives this process even on a cluster that ends with another one.
+    """
+    if spec.settings.resources.clients_per_process == 1:
+        world.clients[spec.path] = create(sent, spec, world, begin=begin, detached=detached)
+        return world.clients[spec.path]
+    pool = next((pool for pool in world.pools.values() if pool.has_room_for(spec)), None)
+    if pool is not None:
+        return world.enter(spec.path, pool)
+    # A pool that was ended a moment ago may have its first client's name still, and one that lives may have it, too.
+    name = f"{name_of(spec.path)}{POOL}{secrets.token_hex(4)}"
+    _create_pool(sent, [spec], world, name, begin=begin, detached=detached)
+    return world.clients[spec.path]
+
+
+def _create_pool(
+    sent: Plan | StoredPlan,
+    group: Sequence[NodeSpec],
+    world: World,
+    name: str,
+    *,
+    begin: bool,
+    detached: bool = False,
+) -> None:
     """Make one actor for several clients."""
     paths = [spec.path for spec in group]
-    options = options_of(group[0]) | {"max_concurrency": 10_000} | lifetime(world.local)
-    actor = ray.remote(ClientPoolActor).options(name=hosts.name_of(paths[0]), namespace=world.namespace, **options)
-    pool = actor.remote(Address(sent, paths[0], world.clock, world.namespace), paths)
-    world.clients |= {path: hosts.Member(pool, path) for path in paths}
+    options = options_of(group[0]) | {"max_concurrency": 10_000} | lifetime(world.local and not detached)
+    actor = ray.remote(ClientPoolActor).options(name=name, namespace=world.namespace, **options)
+    address = Address(sent, paths[0], world.clock, world.namespace, begin)
+    pool = world.pools[name] = Pool(name, actor.remote(address, paths, name), group[0])
+    for path in paths:
+        world.enter(path, pool)
 
 
 def create(
@@ -151,25 +207,44 @@ def lifetime(local: bool) -> dict[str, Any]:
 
 def find(plan: Plan) -> World | None:
     """The actors of a run that lives on this cluster, started by any process; None if it does not."""
-    place = cluster.recall(plan.run_dir)
+    place = living.recall(plan.run_dir)
     if place is None or place["address"] != ray.get_runtime_context().gcs_address:
         return None
     try:
         recorder, namespace = _named(RECORDER, place), place["namespace"]
         clock = settle(RunClock(Anchor.from_mapping(place["anchor"])), namespace, "", plan.run_dir)
-        world = World(recorder, namespace, clock, place["began_s"], place["local"])
+        world = World(recorder, namespace, clock, place["began_s"], place["local"], run_dir=plan.run_dir)
         world.inner = {spec.path: _named(spec.path, place) for spec in plan.root.inner}
     except (ValueError, KeyError, TypeError):
         return None
-    shared = {path: name for name, paths in place.get("hosts", {}).items() for path in paths}
-    found = {name: _named(name, place) for name in dict.fromkeys(shared.values())}
+    pool_of = {path: name for name, paths in place.get("pools", {}).items() for path in paths}
+    for name in place.get("pools", {}):
+        with suppress(ValueError):  # it may have ended since
+            world.pools[name] = Pool(name, _named(name, place), None)
     for spec in plan.root.clients:
-        if spec.path in shared:
-            world.clients[spec.path] = hosts.Member(found[shared[spec.path]], spec.path)
+        pool = world.pools.get(pool_of.get(spec.path, ""))
+        if pool is not None:
+            pool.like = pool.like or spec
+            world.enter(spec.path, pool)
             continue
         with suppress(ValueError):  # of an elastic federation, not all are there
             world.clients[spec.path] = _named(spec.path, place)
     return world
+
+
+def find_newcomer(path: str, world: World) -> Any:
+    """The actor of a client that another process has let in.
+
+    Raises:
+        ValueError: it is not there yet, or no more.
+    """
+    name = next((name for name, paths in living.pools(world.run_dir).items() if path in paths), None)
+    if name is None:
+        world.clients[path] = ray.get_actor(path, namespace=world.namespace)
+        return world.clients[path]
+    if name not in world.pools:
+        world.pools[name] = Pool(name, ray.get_actor(name, namespace=world.namespace), None)
+    return world.enter(path, world.pools[name])
 
 
 def _named(name: str, place: dict[str, Any]) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
@@ -13,9 +14,10 @@ from worldlm_ray.config.loading import save
 from worldlm_ray.errors import RunError
 from worldlm_ray.launch import cluster
 from worldlm_ray.launch.calls import answer, ask, plain
-from worldlm_ray.launch.create import World, create, find
+from worldlm_ray.launch.create import World, find, take_in
+from worldlm_ray.launch.pools import Member, actor_of
 from worldlm_ray.launch.private.reservations import give_back, prefix
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import living, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tracking.node_state import DIVERGED, FINISHED
 
@@ -43,19 +45,20 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
     began = time.monotonic()
     with _living(old) as world:
         on_phase(f"starting {path}")
-        actor = create(to_send(new), new.node(path), world, detached=True)
+        sent, there_already = to_send(new), set(world.pools)
+        actor = take_in(sent, new.node(path), world, begin=False, detached=True)
         try:
-            there = actor.process.remote()
+            there = actor.admit.remote(sent) if isinstance(actor, Member) else actor.process.remote()
             if not ray.wait([there], timeout=PLACED_S)[0]:  # an autoscaler may be about to make room
                 on_phase(f"waiting for room for {path}: {cluster.wanted(new.node(path))}")
             answer(there)
             answer(actor.ready.remote())
         except BaseException as error:  # noqa: BLE001 - Ctrl-C, too: the run does not know of the client yet
-            ray.kill(actor)
-            give_back(prefix(world.namespace, path))
+            _dismiss(actor, path, world, there_already)
             raise plain(error) if isinstance(error, RayTaskError) else error from None
         save(new.config, new.run_dir / rundir.CONFIG)
-        ask(world.recorder, "replan", to_send(new))
+        world.note(path)
+        ask(world.recorder, "replan", sent)
         ask(actor, "start")
         on_phase("training its first round")
         while True:
@@ -67,6 +70,15 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
             if node["state"] == "paused":
                 raise RunError(f"{path} trains no round: the privacy budget of its text is spent")
             time.sleep(POLL_S)
+
+
+def _dismiss(actor: Any, path: str, world: World, there_already: Container[str]) -> None:
+    """End what was started for a client that does not join after all."""
+    if isinstance(actor, Member) and actor.pool.name in there_already:
+        actor.dismiss.remote()
+        return
+    ray.kill(actor_of(actor))
+    give_back(prefix(world.namespace, path))
 
 
 def leave(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = lambda _: None) -> None:
@@ -87,6 +99,7 @@ def leave(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = 
         for client in gone:
             ask(world.clients[client], "leave")
         answer([world.clients[client].outcome.remote() for client in gone])
+        living.leave_pools(new.run_dir, gone)
         save(new.config, new.run_dir / rundir.CONFIG)
 
 
@@ -101,7 +114,7 @@ class _Living:
         self._plan, self._mine = plan, not ray.is_initialized()
 
     def __enter__(self) -> World:
-        place = cluster.recall(self._plan.run_dir)
+        place = living.recall(self._plan.run_dir)
         missing = RunError(f"{self._plan.run_dir} is not running; start it with `worldlm train --resume`")
         if place is None:
             raise missing

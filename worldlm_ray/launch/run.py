@@ -10,13 +10,14 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 from worldlm_ray.errors import Interrupted, RunError
-from worldlm_ray.launch import cluster, hosts, preflight
+from worldlm_ray.launch import cluster, preflight
 from worldlm_ray.launch.calls import POLL_S, Observer, ask, plain, with_living_owners
 from worldlm_ray.launch.create import World, create_world, find
 from worldlm_ray.launch.monitor import Monitor
+from worldlm_ray.launch.pools import Member
 from worldlm_ray.launch.private.reservations import give_back, prefix
 from worldlm_ray.launch.watch import ABSENT_S, Watch
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import living, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.records import Measure
@@ -120,7 +121,7 @@ def _train(plan: Plan, local: bool, observer: Observer) -> Outcome:
                 for actor in world.actors:
                     ray.kill(actor)
                 give_back(prefix(world.namespace))
-                cluster.forget(plan.run_dir)
+                living.forget(plan.run_dir)
 
 
 def _conduct(plan: Plan, world: World, observer: Observer, monitor: Monitor) -> Outcome:
@@ -165,13 +166,13 @@ def _text(ref: Any, observer: Observer) -> str:
 def _start(plan: Plan, world: World, observer: Observer, monitor: Monitor) -> list[str]:
     """Wait until the nodes with which a run begins are ready, and have them begin; returns their paths."""
     at_once = [path for path in world.clients if not plan.node(path.rpartition("/")[0]).elastic]
-    shared = {path: name for name, paths in world.hosts.items() for path in paths}
-    names = {path: shared.get(path, path) for path in [*world.inner, *at_once]}
+    pools = world.pool_names
+    names = {path: pools.get(path, path) for path in [*world.inner, *at_once]}
     monitor.begin(world.namespace, names, on_trouble=world.recorder.warn.remote)
     observer.ask(world.recorder, "ready")
     begun = _begun(plan, world, observer)
     # Clients of one process get ready side by side, and those of several processes at once.
-    asked = {path: world[path].ready.remote() for path in begun if isinstance(world[path], hosts.Member)}
+    asked = {path: world[path].ready.remote() for path in begun if isinstance(world[path], Member)}
     reached = {}
     for path in sorted(begun, key=lambda path: path not in asked):  # the first that cannot start says why
         reached[path] = (

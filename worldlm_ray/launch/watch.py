@@ -10,8 +10,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
+from actors.plans import to_send
 from worldlm_ray.launch.calls import POLL_S, Observer, ask
-from worldlm_ray.launch.create import World, create
+from worldlm_ray.launch.create import World, find_newcomer, take_in
+from worldlm_ray.launch.pools import Member
 from worldlm_ray.plan.faults import Fault
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
@@ -151,7 +153,8 @@ class Watch:
         """A client that has never come: its parent need not wait for it any more."""
         self._given_up.add(path)
         if path in self._world.clients:
-            self._world.end(path)
+            self._world.take_out(path)
+            self._world.end_unused()
         parent, _, name = path.rpartition("/")
         ask(self._world.inner[parent], "give_up", name)
 
@@ -163,14 +166,15 @@ class Watch:
             known = path in self._world.clients or path in self._results
             if node["kind"] == "client" and not known and node["state"] != "waiting":
                 with suppress(ValueError):
-                    actor = ray.get_actor(path, namespace=self._world.namespace)
-                    self._world.clients[path] = actor
-                    self._waiting[actor.outcome.remote()] = path
+                    self._waiting[find_newcomer(path, self._world).outcome.remote()] = path
 
     def _replace(self, path: str) -> None:
         """A client has left: its actor goes. Where a federation has more clients than places, the next one comes."""
-        self._world.end(path)
-        parent = self._plan.node(path.rsplit("/", 1)[0])
+        self._world.take_out(path)
+        self._start_next(self._plan.node(path.rsplit("/", 1)[0]))
+        self._world.end_unused()
+
+    def _start_next(self, parent: NodeSpec) -> None:
         for spec in parent.children if parent.max_clients is not None else ():
             is_known = spec.path in self._world.clients or spec.path in self._results
             if spec.kind == "client" and not is_known and self._is_member(spec.path):
@@ -204,6 +208,8 @@ class Watch:
         return parent.max_clients is None or there < parent.max_clients
 
     def _start(self, spec: NodeSpec) -> None:
-        """Make the actor of a client that comes while the run goes on, and wait for it, too."""
-        self._world.clients[spec.path] = create(self._plan, spec, self._world, begin=True)
-        self._waiting[self._world.clients[spec.path].outcome.remote()] = spec.path
+        """Let a client come while the run goes on, and wait for it, too."""
+        client = take_in(to_send(self._plan), spec, self._world, begin=True)
+        self._world.note(spec.path)
+        ref = client.live.remote(to_send(self._plan)) if isinstance(client, Member) else client.outcome.remote()
+        self._waiting[ref] = spec.path

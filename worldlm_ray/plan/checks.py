@@ -157,28 +157,13 @@ def caps_that_add_up(plan: Plan) -> Iterable[ConfigError]:
 # ---- clients that share a process --------------------------------------------------------------------------------
 
 
-def _sharing(plan: Plan) -> Iterable[tuple[NodeSpec, NodeSpec, str, int]]:
-    """Parent and client of each kind of client that shares a process, with the key and the number of its setting."""
-    for parent, client in plan.distinct_clients:
-        number = client.settings.resources.clients_per_process
-        if number > 1:
-            yield parent, client, f"{client.key}.resources.clients_per_process", number
-
-
 def shared_without_workers(plan: Plan) -> Iterable[ConfigError]:
     """A client that DeepSpeed trains fills several processes."""
-    for _, client, key, number in _sharing(plan):
-        if deepspeed_config.is_zero(client.settings):
-            yield ConfigError(
-                key, f"{number}, but a client that DeepSpeed trains has its own workers", "set it to 1 there"
-            )
-
-
-def shared_without_changes(plan: Plan) -> Iterable[ConfigError]:
-    """A process ends with all of its clients."""
-    for parent, _, key, number in _sharing(plan):
-        if parent.elastic:
-            got = f"{number}, but clients of {parent.path} come and go one by one (min_clients, max_clients)"
+    for _, client in plan.distinct_clients:
+        number = client.settings.resources.clients_per_process
+        if number > 1 and deepspeed_config.is_zero(client.settings):
+            key = f"{client.key}.resources.clients_per_process"
+            got = f"{number}, but a client that DeepSpeed trains has its own workers"
             yield ConfigError(key, got, "set it to 1 there")
 
 
@@ -255,14 +240,6 @@ def known_faults(plan: Plan) -> Iterable[ConfigError]:
     return _raised_by(Faults.parse, plan.config.faults, kinds=plan.kinds)
 
 
-def faults_of_single_clients(plan: Plan) -> Iterable[ConfigError]:
-    """A process ends with all of its clients."""
-    for fault in plan.faults.all:
-        if fault.kind in ("join", "leave") and plan.node(fault.node).settings.resources.clients_per_process > 1:
-            got = f"{fault.kind} {fault.node}, but that client shares a process (resources.clients_per_process)"
-            yield ConfigError("faults", got, "let clients with a process of their own come and go")
-
-
 # ---- what lies on this machine -----------------------------------------------------------------------------------
 
 
@@ -291,7 +268,6 @@ RULES: tuple[Rule, ...] = (
     backbone_to_judge_by,
     *privacy_checks.RULES,
     shared_without_workers,
-    shared_without_changes,
     overlap_without_waiting,
     overlap_of_whole_models,
     overlap_from_own_model,
@@ -301,7 +277,6 @@ RULES: tuple[Rule, ...] = (
     capped_weights,
     caps_that_add_up,
     known_faults,
-    faults_of_single_clients,
 )
 """Every rule that needs no file of this machine, in the order in which they are checked."""
 DATA_RULES: tuple[Rule, ...] = (readable_texts, whole_model_folder)

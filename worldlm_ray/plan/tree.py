@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -94,22 +94,22 @@ def processes(root: NodeSpec) -> list[tuple[NodeSpec, ...]]:
 
     Siblings that train alike, with the same resources and placement, share one: `resources.clients_per_process`.
     """
-    found = list[tuple[NodeSpec, ...]]()
-    for inner in root.inner:
-        open_: list[NodeSpec] = []
-        for child in (child for child in inner.children if child.kind == "client"):
-            if open_ and (
-                len(open_) == open_[0].settings.resources.clients_per_process or not _may_share(open_[0], child)
-            ):
-                found.append(tuple(open_))
-                open_ = []
-            open_.append(child)
-        if open_:
+    return [group for inner in root.inner for group in in_processes(c for c in inner.children if c.kind == "client")]
+
+
+def in_processes(siblings: Iterable[NodeSpec]) -> list[tuple[NodeSpec, ...]]:
+    """The same for some clients of one parent."""
+    found, open_ = list[tuple[NodeSpec, ...]](), list[NodeSpec]()
+    for child in siblings:
+        if open_ and (len(open_) == open_[0].settings.resources.clients_per_process or not may_share(open_[0], child)):
             found.append(tuple(open_))
-    return found
+            open_ = []
+        open_.append(child)
+    return [*found, tuple(open_)] if open_ else found
 
 
-def _may_share(one: NodeSpec, other: NodeSpec) -> bool:
+def may_share(one: NodeSpec, other: NodeSpec) -> bool:
+    """Whether two siblings may live in one process."""
     a, b = one.settings, other.settings
     alike = a.training == b.training and a.privacy == b.privacy  # they take turns at one trainer
     return alike and a.resources == b.resources and a.placement == b.placement
