@@ -118,7 +118,7 @@ class ClientPoolActor(GracefulShutdown):
     async def dismiss(self, path: str) -> None:
         """Forget a client that was taken in and has not begun to live."""
         if path in self.members and not self.members[path].has_begun:
-            del self.members[path]
+            del self.members[path], self.clients.specs[path]
 
     async def process(self, path: str = "") -> int:
         """Id of this process."""

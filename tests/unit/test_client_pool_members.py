@@ -112,6 +112,7 @@ def test_a_client_that_is_new_to_the_run_enters_a_pool_or_is_dismissed(
             await pool.pool.ready("world/broken")
         await pool.pool.dismiss("world/broken")
         assert "world/broken" not in pool.pool.members
+        assert "world/broken" not in pool.pool.clients.specs, "its text is not cut again"
         await pool.pool.admit("world/new", larger)
         assert await pool.pool.ready("world/new") == 0
         save(larger.config, plan.run_dir / rundir.CONFIG)  # its parent looks there what it may claim

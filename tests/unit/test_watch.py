@@ -251,3 +251,34 @@ def test_a_pool_ends_when_its_last_client_has_left(ray: Ray, tiny: Callable[...,
     assert run.watched(both_left, begin, third_left, run.end_nodes, nothing) == "finished"
     assert ray.killed == [actor]
     assert (living.recall(run.plan.run_dir) or {})["pools"] == {}
+
+
+def test_a_client_that_another_process_has_let_into_a_pool_is_waited_for(
+    ray: Ray, tiny: Callable[..., Plan], tmp_path: Path
+) -> None:
+    run, actor = pooled(tiny, tmp_path)
+    first, second, third = (spec.path for spec in run.plan.root.clients)
+
+    def joins() -> None:
+        living.enter_pool(run.plan.run_dir, third, POOL)
+        run.trains(third)
+
+    def others_finish() -> None:
+        actor.end("outcome", first, "finished")
+        actor.end("outcome", second, "finished")
+        run.end_nodes()
+
+    finishes = lambda: actor.end("outcome", third, "finished")  # noqa: E731
+    assert run.watched(joins, others_finish, nothing, finishes, run.end_nodes, nothing) == "finished"
+    assert run.world.pools[POOL].paths == [first, second, third]
+
+
+def test_a_pool_has_room_for_siblings_that_train_alike(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    names = {"a": {}, "b": {}, "fast": {"training": {"lr": 1e-2}}, "alone": {"resources": {"clients_per_process": 1}}}
+    children = [client(name, tmp_path, number, **settings) for number, (name, settings) in enumerate(names.items())]
+    north = {"federation": "north", "children": [client("c", tmp_path, 9)]}
+    specs = {spec.name: spec for spec in tiny([*children, north], resources={"clients_per_process": 2}).root.clients}
+    pool = Pool("world/@a", Actor(), specs["a"], ["world/a"])
+    assert [name for name, spec in specs.items() if pool.has_room_for(spec)] == ["a", "b"]
+    pool.paths.append("world/b")
+    assert not any(pool.has_room_for(spec) for spec in specs.values()), "it is full"
