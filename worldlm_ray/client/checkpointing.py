@@ -40,6 +40,9 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     arrays["theta"] = client.trainer.read()
     if client.merger.last_parent_model is not None:
         arrays["heard"] = client.merger.last_parent_model
+    if client.own_model is not None:
+        meta["own_model"], kept = client.own_model.state()
+        arrays |= {f"own_model.{name}": values for name, values in kept.items()}
     arrays |= {f"optimizer.{name}": values for name, values in client.trainer.optimizer_state().items()}
     return meta, arrays
 
@@ -67,8 +70,14 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     if client.merger.last_parent_model is not None and "heard" in arrays:
         client.merger.last_parent_model = arrays["heard"]
     client.trainer.write(arrays["theta"])
-    prefix = "optimizer."
-    client.trainer.load_optimizer_state({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
+    if client.own_model is not None and "own_model" in meta:
+        client.own_model.restore(meta["own_model"], _of(arrays, "own_model."))
+    client.trainer.load_optimizer_state(_of(arrays, "optimizer."))
+
+
+def _of(arrays: dict[str, Flat], prefix: str) -> dict[str, Flat]:
+    """The buffers whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
 
 def _pay_again(client: Client, account: Account, charges: int) -> None:

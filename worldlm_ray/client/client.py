@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray.aggregation.merge import Merger, Moved
-from worldlm_ray.client import checkpointing
+from worldlm_ray.client import checkpointing, two_models
+from worldlm_ray.client.own_model import OwnModel
 from worldlm_ray.client.rounds import LocalRounds
 from worldlm_ray.data import Dataset
+from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.link import ParentLink
 from worldlm_ray.exchange.messages import Model, Pulled, Update
 from worldlm_ray.exchange.outbox import Outbox
@@ -71,11 +73,14 @@ class Client(LocalRounds):
         """What it knows of the link to its parent. `anchor` is the merged model that the current local round began
         from. Where a round begins ahead of an exchange: the model that was pushed, moved with the parent since."""
         self.trainer.write(initial)
+        validated = spec.settings.merge.client == "validated"
+        self.own_model = OwnModel(self._loss_to_choose_by) if validated and self.has_validation else None
+        """What chooses its own model; None of a client that has one model, and of one that promises privacy."""
         self.merger = Merger(
             path=spec.path,
             layout=plan.layout,
             rules=spec.settings.aggregation,
-            m=spec.settings.merge.client,
+            m=1.0 if validated else spec.settings.merge.client,
             agreement=spec.settings.merge.agreement,
             initial=initial,
         )
@@ -110,6 +115,14 @@ class Client(LocalRounds):
     def overlaps(self) -> bool:
         """Whether rounds begin before the exchange of the one before has come back."""
         return self.spec.settings.exchange.overlap
+
+    @property
+    def serves(self) -> bool:
+        """Whether its last word is its parent's last model: a blend with it, or it itself."""
+        return self.spec.settings.merge.client == "validated"
+
+    def _loss_to_choose_by(self, values: Flat) -> float:
+        return self.validate(self.plan.config.evaluation.validation_tokens, parameters=values)
 
     def welcomed(self, welcome: Welcome) -> None:
         """The parent is there, perhaps again.
@@ -148,6 +161,8 @@ class Client(LocalRounds):
         if not self._pay():
             return []
         self.paused, self.followed = False, None
+        if self.own_model is not None:
+            self.own_model.served = None
         taken, records = self._let_in(model, now_s=now_s)
         if taken is None:
             self._keep_own()
@@ -226,7 +241,7 @@ class Client(LocalRounds):
         elif model.version > 0:
             records = self._blend(model, pushed, now_s=now_s)
         elif pushed is None:
-            self.trainer.read(self.link.anchor)
+            self._read_pushed(self.link.anchor)
         self.link.heard(model)
         self.progress = model.progress
         # Where noise is added above, what a client sees in its own model is covered by none.
@@ -264,6 +279,8 @@ class Client(LocalRounds):
 
     def _blend(self, model: Model, pushed: Update | None, *, now_s: float) -> list[Record]:
         """Move to the parent's model, or keep the client's own and train the parent's beside it, if so configured."""
+        if self.own_model is not None:
+            return two_models.merge(self, self.own_model, model, pushed, now_s=now_s)
         own, anchor = self.trainer.read(), self.link.anchor
         moved = Moved(now=own, since=anchor) if pushed is None else Moved(now=anchor, change=pushed.values)
         if (beside := self.trainer.beside()) is not None:
@@ -281,6 +298,17 @@ class Client(LocalRounds):
         assert moved_anchor is not None, "the anchor and the model are two buffers"
         self.link.anchor = moved_anchor
         return [judged, *self._merge_keys(m, own, anchor, model, now_s=now_s, merged=merged)]
+
+    def serve(self, model: Model | MessageError, *, now_s: float) -> None:
+        """The run is over: the client's model becomes what it serves, by its parent's last model.
+
+        Args:
+            model: the parent's last one. One that is refused changes nothing.
+            now_s: run time.
+        """
+        taken, _ = self._let_in(model, now_s=now_s)
+        if taken is not None and taken.version > 0:
+            two_models.serve(self, taken.values)
 
     def _merge_keys(
         self, m: float, own: Flat, keys_from: Flat, model: Model, *, now_s: float, merged: Flat
@@ -300,7 +328,7 @@ class Client(LocalRounds):
         self.link.keep(update)
         if self.overlaps:
             self.link.in_flight = update
-            self.trainer.read(self.link.anchor)
+            self._read_pushed(self.link.anchor)
         return update
 
     def use_shared_copy(self, shared: Update) -> None:

@@ -78,7 +78,8 @@ class LocalRounds(MeasuredModel):
     @property
     def started_tokens(self) -> int:
         """Tokens of all rounds so far, with the next one (or the one under way) counted in full."""
-        return (self.begun if self.began else self.round + (not self.paused)) * self.round_tokens
+        goes_on = not (self.paused or self.is_done)
+        return (self.begun if self.began else self.round + goes_on) * self.round_tokens
 
     @property
     def is_done(self) -> bool:

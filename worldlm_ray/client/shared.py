@@ -244,7 +244,7 @@ class VirtualClients:
     def _trainer(self, spec: NodeSpec, account: Account | None) -> Trainer:
         """A slot of the client, and where it trains its parent's model beside its own a second one for that."""
         own = self.shared.slot(noise=0.0 if account is None else account.noise)
-        return with_common(own, self.shared.slot, spec.settings)
+        return own if account is not None else with_common(own, self.shared.slot, spec.settings)
 
     def settle(self, client: Client) -> None:
         """Keep a client's buffers in the store, once it is as its checkpoint says."""

@@ -124,8 +124,9 @@ def _trim(value: float, key: str) -> None:
 
 
 def _follows(value: float | str, key: str) -> None:
-    if isinstance(value, str) and value != "adaptive":
-        raise ConfigError(key, f"got {value!r}", "write a number from 0 to 1, or adaptive")
+    names = ("adaptive", "validated") if key.endswith("client") else ("adaptive",)
+    if isinstance(value, str) and value not in names:
+        raise ConfigError(key, f"got {value!r}", f"write a number from 0 to 1, or {' or '.join(names)}")
     if not isinstance(value, str):
         fraction(value, key)
 
@@ -213,6 +214,7 @@ RUN_BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "budget.seconds": positive,
     "evaluation.tokens": positive,
     "evaluation.final_tokens": positive,
+    "evaluation.validation_tokens": positive,
     "evaluation.every_rounds": not_negative,
     "checkpoint.every_s": not_negative,
     "checkpoint.keep": positive,

@@ -121,21 +121,29 @@ class MergeConfig:
     """How far a node moves to its parent on a pull: theta = (1 - m) own + m parent, for the backbone."""
 
     client: float | int | str = 1.0
-    """A number from 0 to 1, or `adaptive`: see worldlm_ray/aggregation/merge.py."""
+    """A number from 0 to 1, `validated` (see worldlm_ray/client/own_model.py) or `adaptive` (see
+    worldlm_ray/aggregation/merge.py). `validated`: a client trains its parent's model for its parent, and beside it its
+    own model, which validation text chooses."""
     federation: float | int | str = 1.0
-    """The same for federations."""
+    """A number from 0 to 1, or `adaptive`, for federations."""
     agreement: float = 0.6
     """`adaptive`: a node follows its parent while the cosine of its own movement and the others' is at least this."""
     max_model_step: float | None = None
     """A parent's model is refused that lies further from the node's own than this: L2 distance over the L2 norm of the
     own model, of what an exchange carries. The node goes on with its own model. A newcomer takes any first model."""
-    common_fraction: float = 0.0
-    """`adaptive`: share of every batch with which a client that keeps its own model trains its parent's on. At 0 such
-    a client pushes what it did to its own model: see worldlm_ray/training/common.py."""
+    common_fraction: float | None = None
+    """Share of every batch with which a client that keeps its own model trains its parent's on; its own model gets the
+    rest. Unless given: `adaptive` 0, where such a client pushes what it did to its own model; `validated` 1, where
+    both are trained on the whole batch. See worldlm_ray/training/common.py."""
+
+    @property
+    def shared_fraction(self) -> float:
+        """`common_fraction`, given or not."""
+        return float(self.client == "validated") if self.common_fraction is None else self.common_fraction
 
     def common_rows(self, batch_size: int) -> int:
-        """Sequences of a batch that `common_fraction` gives to the parent's model: at least one, unless it is 0."""
-        return max(1, round(self.common_fraction * batch_size)) if self.common_fraction else 0
+        """Sequences of a batch that go to the parent's model: at least one, unless the share is 0."""
+        return max(1, round(self.shared_fraction * batch_size)) if self.shared_fraction else 0
 
 
 @dataclass(frozen=True, kw_only=True)

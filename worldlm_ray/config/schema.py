@@ -216,6 +216,8 @@ class EvaluationConfig:
     """Held-out tokens per measurement during training."""
     final_tokens: int = 32_768
     """Held-out tokens per measurement at the start and the end."""
+    validation_tokens: int = 4_096
+    """Validation tokens per model that a client chooses among."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -249,6 +249,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge_quarter": {"merge.client": 0.25},
     "merge_adaptive": {"merge.client": "adaptive"},
     "federations_adaptive": {"merge.federation": "adaptive"},
+    "validated": {"merge.client": "validated"},
+    "half": {"merge.client": "validated", "merge.common_fraction": 0.5},
     "common": {"merge.client": "adaptive", "merge.common_fraction": 0.125},
     "eager": {"merge.agreement": 0.5},
     "wary": {"merge.agreement": 0.7},

@@ -51,9 +51,9 @@ def common_of_adaptive_clients(plan: Plan) -> Iterable[ConfigError]:
     """Only a client that may keep its own model has two to train."""
     for at, settings in plan.settings_in_force:
         fraction, merge = settings.merge.common_fraction, settings.merge.client
-        if fraction and merge != "adaptive":
+        if fraction and merge not in ("adaptive", "validated"):
             got = f"got {fraction}, but merge.client is {merge}"
-            cure = "set merge.client to adaptive, or this to 0: others never leave their parent"
+            cure = "set merge.client to validated, or leave this out: others never leave their parent"
             yield ConfigError(f"{at}merge.common_fraction", got, cure)
 
 
@@ -61,9 +61,21 @@ def common_leaves_rows(plan: Plan) -> Iterable[ConfigError]:
     """The rows of a batch are shared out: the client's own model needs at least one."""
     for at, settings in plan.settings_in_force:
         fraction, batch = settings.merge.common_fraction, settings.training.batch_size
-        if fraction and settings.merge.common_rows(batch) == batch:
+        if fraction and settings.merge.client == "adaptive" and settings.merge.common_rows(batch) == batch:
             got = f"{fraction} of {batch} sequences leaves none for the client's own model"
             yield ConfigError(f"{at}merge.common_fraction", got, "lower it, or raise training.batch_size")
+
+
+def validated_has_text(plan: Plan) -> Iterable[ConfigError]:
+    """Validation text decides what the client's own model is. Of a client that promises privacy none is read."""
+    for _, client in plan.distinct_clients:
+        settings = client.settings
+        chooses = settings.merge.client == "validated" and settings.privacy.unit != "record"
+        if chooses and settings.data.validation_fraction == 0.0:
+            got = "got 0, but merge.client is validated: there is no text to decide on"
+            yield ConfigError(
+                f"{client.key}.data.validation_fraction", got, "raise it, or set merge.client to a number"
+            )
 
 
 def common_without_noise(plan: Plan) -> Iterable[ConfigError]:
@@ -260,6 +272,7 @@ def whole_model_folder(plan: Plan) -> Iterable[ConfigError]:
 RULES: tuple[Rule, ...] = (
     common_of_adaptive_clients,
     common_leaves_rows,
+    validated_has_text,
     common_without_noise,
     common_in_one_process,
     robust_needs_three,

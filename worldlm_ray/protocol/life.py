@@ -344,6 +344,9 @@ class Life:
     def _finish(self) -> Steps[str]:
         client = self._client
         client.paused = client.may_pause
+        if client.serves and not client.paused:
+            model = yield from self._uplink.pull()
+            yield Compute(lambda: client.serve(model, now_s=self._now_s()))
         yield Save(wait=True)
         yield from self._uplink.done()
         event = "paused" if client.paused else "finished"

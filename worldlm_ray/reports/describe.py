@@ -145,7 +145,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         buffers = (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
         if is_zero(settings):
             buffers = (ZERO_CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
-        if settings.merge.common_fraction:
+        if settings.merge.common_rows(training.batch_size) and settings.privacy.unit != "record":
             buffers += COMMON_BUFFERS * size
         buffers += 4 * plan.layout.backbone_size * loses(codec)  # the codec error
         buffers += size * settings.exchange.overlap  # the update in flight

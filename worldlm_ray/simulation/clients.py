@@ -181,8 +181,10 @@ class Clients:
     def _finish(self, path: str) -> Steps[None]:
         """A client's final message."""
         world, client = self._world, self._world.clients[path]
-        world.final[path] = Done
         client.paused = client.may_pause
+        if client.serves and not client.paused:
+            client.serve((yield from world.uplinks[path].pull()), now_s=self._clock.now_s)
+        world.final[path] = Done
         world.note(path, "paused" if client.paused else "finished", client.last_word)
         self._members.end_if_all_have_ended()
         if client.paused:

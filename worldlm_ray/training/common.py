@@ -1,5 +1,8 @@
 """The common model of a client that has left for its own: its parent's, which it goes on training beside.
 
+Where validation text decides (worldlm_ray/client/own_model.py), both models are trained on the whole batch. No token
+more is read, but every step is taken twice. `merge.common_fraction` shares the batch out instead.
+
 With `merge: {client: adaptive}` a client that no longer agrees with the others keeps its own model. If it then pushed
 what it did to that, its parent's model would be the mean of models that never met again, good for no client. With
 `merge.common_fraction` a part of every batch trains the model that was pulled, as in FedAvg, and this is what is
@@ -31,7 +34,8 @@ class CommonTrainer(Trainer):
     Args:
         own: trains the client's own model.
         make_common: makes what trains the common one, once there is one.
-        rows: sequences of every batch that the common model is trained on while there is one.
+        rows: sequences of every batch that the common model is trained on while there is one; the client's own model
+            is trained on the others. If it is the whole batch, both are trained on it.
     """
 
     def __init__(self, own: Trainer, make_common: Callable[[], Trainer], *, rows: int) -> None:
@@ -48,13 +52,15 @@ class CommonTrainer(Trainer):
         """A copy of the common model; None while there is one model."""
         return self.common.read() if self.is_apart else None
 
-    def train_beside(self, values: Flat) -> bool:
+    def train_beside(self, values: Flat, *, own: Flat | None = None) -> bool:
         """Train the parent's model in the round that begins; when the two have only just parted, with own moments."""
         if not self.is_apart:
             self.common.forget()
             self.common.load_optimizer_state(self.own.optimizer_state())
         self.is_apart = True
         self.common.write(values)
+        if own is not None:
+            self.own.write(own)
         return True
 
     def read(self, out: Flat | None = None) -> Flat:
@@ -73,7 +79,7 @@ class CommonTrainer(Trainer):
         *,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> RoundResult:
-        """Take one optimizer step per batch; while there are two models, each takes it with its rows."""
+        """Take one optimizer step per batch; of two models each takes it with its rows, or both with all."""
         if not self.is_apart:
             return self.own.run(batches, rate, should_stop=should_stop)
         for_common: list[Batch] = []
@@ -81,7 +87,7 @@ class CommonTrainer(Trainer):
         def for_own() -> Iterator[Batch]:
             for x, y in batches:
                 for_common.append((x[: self.rows].copy(), y[: self.rows].copy()))
-                yield x[self.rows :], y[self.rows :]
+                yield (x[self.rows :], y[self.rows :]) if self.rows < len(x) else (x, y)
 
         result = self.own.run(for_own(), rate, should_stop=should_stop)
         train_s = self.common.run(for_common[: result.steps], rate).train_s  # one more may have been drawn

@@ -31,7 +31,7 @@ def trainer_of(shape: ModelShape, layout: Layout, settings: NodeSettings, *, noi
         PrivacyError: per-record gradients of this model cannot be computed, or are computed wrongly.
     """
     own = trainer_of_one_model(shape, layout, settings, noise=noise)
-    return with_common(own, lambda: plain_trainer(shape, layout, settings), settings)
+    return own if noise is not None else with_common(own, lambda: plain_trainer(shape, layout, settings), settings)
 
 
 def trainer_of_one_model(
@@ -54,6 +54,6 @@ def trainer_of_one_model(
 
 
 def with_common(own: Trainer, make_common: Callable[[], Trainer], settings: NodeSettings) -> Trainer:
-    """A trainer, and one of the common model beside it where the client has one (`merge.common_fraction`)."""
+    """A trainer, and one of the common model beside it where the client has one: see MergeConfig.common_rows."""
     rows = settings.merge.common_rows(settings.training.batch_size)
     return CommonTrainer(own, make_common, rows=rows) if rows else own

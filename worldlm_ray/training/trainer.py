@@ -85,10 +85,14 @@ class Trainer(Protocol):
         """A copy of the parameters that are trained beside the model's; None if none are."""
         return None
 
-    def train_beside(self, values: Flat) -> bool:
-        """Keep the model, and train the given parameters (the parent's) beside it until `write`, if there is a way.
+    def train_beside(self, values: Flat, *, own: Flat | None = None) -> bool:
+        """Train the given parameters (the parent's) beside the model until `write`, if there is a way.
+
+        Args:
+            values: what is trained beside.
+            own: becomes the model; it stays as it is unless given.
 
         Returns:
-            Whether there is: of a trainer of one model, False.
+            Whether there is: of a trainer of one model, False, and nothing changes.
         """
         return False
