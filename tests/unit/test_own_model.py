@@ -1,0 +1,171 @@
+"""Which model a client's validation text chooses, and what the client serves at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from support.worlds import TINY_MODEL
+
+from worldlm_ray.client.client import Client
+from worldlm_ray.client.own_model import BASE, OWN, PARENT, OwnModel
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.exchange.messages import Model
+from worldlm_ray.plan import build
+from worldlm_ray.plan.plan import Plan
+from worldlm_ray.records import MergeRecord
+from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.training.local import LocalTrainer
+
+
+def vector(*values: float) -> Flat:
+    return np.array(values, np.float32)
+
+
+def distance_to(*best: float) -> Callable[[Flat], float]:
+    """A loss that is least at one model."""
+    return lambda values: float(np.abs(values - vector(*best)).sum())
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "parent", "expected"),
+    [
+        (vector(1.0), vector(2.0), vector(3.0), OWN),
+        (vector(2.0), vector(1.0), vector(3.0), BASE),
+        (vector(3.0), vector(2.0), vector(1.0), PARENT),
+        (vector(1.0), vector(1.0), vector(1.0), PARENT),
+        (vector(2.0), None, vector(3.0), OWN),
+        (vector(1.0), None, vector(math.nan), OWN),
+    ],
+)
+def test_the_model_with_the_lowest_loss_is_chosen(own: Flat, base: Flat | None, parent: Flat, expected: str) -> None:
+    choice = OwnModel(distance_to(0.0)).choose(own=own, base=base, parent=parent)
+    assert choice.name == expected
+
+
+@pytest.mark.parametrize(
+    ("best", "parent", "share", "served"),
+    [
+        (4.0, 0.0, 0.25, 1.0),  # the least loss lies at 1
+        (2.0, 0.0, 0.5, 1.0),
+        (1.0, 0.0, 1.0, 1.0),
+        (3.0, 1.0, 0.0, 1.0),
+    ],
+)
+def test_the_best_blend_with_the_parents_last_model_is_served(
+    best: float, parent: float, share: float, served: float
+) -> None:
+    own_model = OwnModel(distance_to(1.0))
+    own_model.choose(own=vector(best), base=None, parent=vector(100.0))
+    found = own_model.serve(own=vector(50.0), base=vector(60.0), parent=vector(parent))
+    assert (own_model.served, found[0]) == (share, served)
+
+
+def test_the_best_model_of_an_earlier_round_is_kept_over_a_restart() -> None:
+    own_model = OwnModel(distance_to(1.0))
+    own_model.choose(own=vector(1.5), base=None, parent=vector(9.0))
+    own_model.choose(own=vector(7.0), base=vector(8.0), parent=vector(9.0))
+    again = OwnModel(distance_to(1.0))
+    again.restore(*own_model.state())
+    assert again.best_loss == 0.5
+    assert again.serve(own=vector(7.0), base=None, parent=vector(9.0))[0] == 1.5
+
+
+# ---- a client --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tiny: Callable[..., Plan]) -> Plan:
+    return tiny(budget={"rounds": 4}, merge={"client": "validated"}, model=TINY_MODEL | {"key_layers": []})
+
+
+def moved(plan: Plan, by: float, *, version: int = 1) -> Model:
+    values = build.initial(plan) + np.random.default_rng(version).normal(scale=by, size=plan.layout.size)
+    values = values.astype(np.float32)
+    return Model(version=version, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=values)
+
+
+def after_a_round(plan: Plan, parent: Model) -> Client:
+    """A client that has trained a round, pushed it, and pulled its parent's model."""
+    client = Client(plan, plan.root.clients[0])
+    client.begin(moved(plan, 0.0, version=0), now_s=0.0)
+    client.train()
+    client.update()
+    client.begin(parent, now_s=0.0)
+    return client
+
+
+def test_both_models_are_trained_on_the_whole_batch(plan: Plan) -> None:
+    bad = moved(plan, 1.0)  # worse than any model that has been trained
+    client = after_a_round(plan, bad)
+    own, moments = client.trainer.read(), client.trainer.own.optimizer_state()  # type: ignore[attr-defined]
+    assert client.trainer.beside() is not None
+    alone = []
+    for values in (own, bad.values):
+        trainer = LocalTrainer(plan.shape, plan.layout, client.training, threads=1)
+        trainer.write(values)
+        trainer.load_optimizer_state(moments)
+        trainer.run(client._batches(0), client._rate)
+        alone.append(trainer.read())
+    client.train()
+    assert client.trainer.read().tobytes() == alone[0].tobytes()
+    np.testing.assert_array_equal(client.update().values, alone[1] - bad.values)
+
+
+def test_a_client_tells_whether_it_follows(plan: Plan) -> None:
+    client = Client(plan, plan.root.clients[0])
+    told = []
+    for version, by in enumerate((0.0, 1.0, 0.0)):  # what is as bad as the beginning follows what is worse
+        told += [record.m for record in client.begin(moved(plan, by, version=version), now_s=0.0)]  # type: ignore[attr-defined]
+        client.train()
+        client.update()
+    assert told == [0.0, 0.0]
+    better = client.trainer.read()
+    [record] = client.begin(
+        Model(version=3, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=better), now_s=0.0
+    )
+    assert isinstance(record, MergeRecord)
+    assert record.m == 1.0
+    assert client.trainer.beside() is None
+
+
+def test_a_round_of_two_models_goes_on_to_the_same_bits_after_a_restart(plan: Plan) -> None:
+    whole, parts = (after_a_round(plan, moved(plan, 1.0)) for _ in range(2))
+    whole.train()
+    asked = iter([False, True])
+    parts.train(lambda: next(asked))
+    again = Client(plan, plan.root.clients[0])
+    again.restore(*parts.state())
+    again.train()
+    assert again.update().values.tobytes() == whole.update().values.tobytes()
+    last = moved(plan, 0.5, version=2)
+    for client in (again, whole):
+        client.serve(last, now_s=0.0)
+    assert again.trainer.read().tobytes() == whole.trainer.read().tobytes()
+
+
+def test_what_is_served_is_served_once(plan: Plan) -> None:
+    client = after_a_round(plan, moved(plan, 1.0))
+    client.train()
+    client.update()
+    client.serve(moved(plan, 0.5, version=2), now_s=0.0)
+    served = client.trainer.read()
+    client.serve(moved(plan, 0.0, version=3), now_s=0.0)
+    assert client.trainer.read().tobytes() == served.tobytes()
+
+
+def test_a_private_client_serves_its_parents_last_model(tiny: Callable[..., Plan]) -> None:
+    privacy = {"unit": "record", "noise_multiplier": 1.0, "grad_sample_mode": "hooks"}
+    plan = tiny(merge={"client": "validated"}, privacy=privacy)
+    client = Client(plan, plan.root.clients[0])
+    assert client.own_model is None
+    last = moved(plan, 0.1)
+    client.serve(last, now_s=0.0)
+    assert client.trainer.read().tobytes() == last.values.tobytes()
+
+
+def test_without_validation_text_there_is_nothing_to_choose_on(tiny: Callable[..., Plan]) -> None:
+    with pytest.raises(ConfigError, match=r"validation_fraction.*no text to decide on"):
+        tiny(merge={"client": "validated"}, data={"validation_fraction": 0.0})
