@@ -68,6 +68,11 @@ CASES = [
         checks.common_of_adaptive_clients, f"{ALICE}.merge.common_fraction", alice={"merge": {"common_fraction": 0.5}}
     ),
     Case(checks.common_leaves_rows, "merge.common_fraction", {"merge": ADAPTIVE, "training": {"batch_size": 1}}),
+    Case(
+        checks.validated_has_text,
+        f"{ALICE}.data.validation_fraction",
+        alice={"merge": {"client": "validated"}, "data": {"validation_fraction": 0.0}},
+    ),
     Case(checks.common_without_noise, f"{ALICE}.merge.common_fraction", alice={"merge": ADAPTIVE, "privacy": RECORD}),
     Case(checks.common_in_one_process, f"{ALICE}.merge.common_fraction", alice={"merge": ADAPTIVE} | ZERO),
     Case(checks.robust_needs_three, f"{FED}.aggregation.robust.rule", fed={"aggregation": MEDIAN}),
