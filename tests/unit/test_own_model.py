@@ -169,3 +169,26 @@ def test_a_private_client_serves_its_parents_last_model(tiny: Callable[..., Plan
 def test_without_validation_text_there_is_nothing_to_choose_on(tiny: Callable[..., Plan]) -> None:
     with pytest.raises(ConfigError, match=r"validation_fraction.*no text to decide on"):
         tiny(merge={"client": "validated"}, data={"validation_fraction": 0.0})
+
+
+# ---- fine-tuning at home ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [[], ["lm_head.*"]])
+def test_rounds_of_fine_tuning_train_at_home_and_push_no_change(tiny: Callable[..., Plan], keys: list[str]) -> None:
+    plan = tiny(budget={"rounds": 4}, merge={"fine_tune": 0.5}, model=TINY_MODEL | {"key_layers": keys})
+    client, backbone = Client(plan, plan.root.clients[0]), slice(0, plan.layout.backbone_size)
+    changes, starts = [], []
+    for version in range(4):
+        client.begin(moved(plan, 0.01, version=version), now_s=0.0)
+        starts.append(client.trainer.read())
+        client.train()
+        ended = client.trainer.read()
+        changes.append(client.update().values)
+    assert [bool(np.any(change)) for change in changes] == [True, True, False, False]
+    expected = moved(plan, 0.01, version=2).values  # it begins from its parent's model, and goes on from its own
+    np.testing.assert_array_equal(starts[2][backbone], expected[backbone])
+    assert np.any(ended != starts[3])
+    again = Client(plan, plan.root.clients[0])
+    again.restore(*client.state())
+    assert again.at_home

@@ -21,6 +21,7 @@ _STATE = (
     "learning_rate",
     "began",
     "start_over",
+    "at_home",
 )
 """Plain values of a client."""
 

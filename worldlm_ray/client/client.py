@@ -88,6 +88,8 @@ class Client(LocalRounds):
         """How often this client has been started: for the backend to set."""
         self.start_over = False
         """Whether the next pull replaces the model and the optimizer's state."""
+        self.at_home = False
+        """Whether the round under way is one of fine-tuning, which nothing is pushed of (`merge.fine_tune`)."""
         self.followed: float | None = None
         """How far a paused client moves to its parent at every pull, once that is settled."""
 
@@ -187,7 +189,7 @@ class Client(LocalRounds):
 
     def _read_pushed(self, out: Flat | None = None) -> Flat:
         """The model whose change is pushed: a copy, into `out` if given."""
-        beside = self.trainer.beside()
+        beside = self.link.unchanged() if self.at_home else self.trainer.beside()
         if beside is None:
             return self.trainer.read(out)
         if out is None:
@@ -230,6 +232,7 @@ class Client(LocalRounds):
         """Merge the parent's model, and keep what was trained since the push."""
         records: list[Record] = []
         pushed = self.link.end_exchange()
+        self.progress = model.progress
         if self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
             self.merger.judge(model, None, now_s=now_s)
@@ -243,7 +246,6 @@ class Client(LocalRounds):
         elif pushed is None:
             self._read_pushed(self.link.anchor)
         self.link.heard(model)
-        self.progress = model.progress
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []
 
@@ -279,6 +281,9 @@ class Client(LocalRounds):
 
     def _blend(self, model: Model, pushed: Update | None, *, now_s: float) -> list[Record]:
         """Move to the parent's model, or keep the client's own and train the parent's beside it, if so configured."""
+        stays, self.at_home = self.at_home, self._is_fine_tuning
+        if stays:
+            return two_models.stay(self, model, now_s=now_s)
         if self.own_model is not None:
             return two_models.merge(self, self.own_model, model, pushed, now_s=now_s)
         own, anchor = self.trainer.read(), self.link.anchor

@@ -92,6 +92,13 @@ class LocalRounds(MeasuredModel):
         return rounds is not None and self.round >= rounds
 
     @property
+    def _is_fine_tuning(self) -> bool:
+        """Whether the round that begins is one of those that fine-tune (`merge.fine_tune`)."""
+        share, rounds = self.spec.settings.merge.fine_tune, self.plan.config.budget.rounds
+        progress = self.progress if rounds is None else self.round / rounds
+        return share > 0.0 and progress >= 1.0 - share - 1e-9
+
+    @property
     def is_exhausted(self) -> bool:
         """Whether one more round would break the privacy budget."""
         return self.account is not None and self.account.is_exhausted

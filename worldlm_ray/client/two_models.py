@@ -52,6 +52,12 @@ def merge(client: Client, own_model: OwnModel, model: Model, pushed: Update | No
     return [judged] if weights is None else [judged, weights]
 
 
+def stay(client: Client, model: Model, *, now_s: float) -> list[Record]:
+    """Go on with the own model."""
+    client.trainer.read(client.link.anchor)
+    return [MergeRecord(node=client.spec.path, now_s=now_s, version=model.version, m=0.0, agreement=None)]
+
+
 def serve(client: Client, parent: Flat) -> None:
     """Make the client's model what it serves, once, by its parent's last model [layout.size].
 

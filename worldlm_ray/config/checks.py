@@ -188,6 +188,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "merge.agreement": _cosine,
     "merge.max_model_step": positive,
     "merge.common_fraction": fraction,
+    "merge.fine_tune": _below_one,
     "resources.cpus": positive,
     "resources.clients_per_process": positive,
     "resources.gpus": not_negative,

@@ -136,6 +136,10 @@ class MergeConfig:
     rest. Unless given: `adaptive` 0, where such a client pushes what it did to its own model; `validated` 1, where
     both are trained on the whole batch. See worldlm_ray/training/common.py."""
 
+    fine_tune: float = 0.0
+    """Share of the budget, at its end, in which a client trains its parent's model at home and pushes no change:
+    federated averaging, then fine-tuning."""
+
     @property
     def shared_fraction(self) -> float:
         """`common_fraction`, given or not."""

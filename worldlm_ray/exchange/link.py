@@ -100,6 +100,10 @@ class ParentLink:
             base_incarnation=self.base_incarnation,
         )
 
+    def unchanged(self) -> Flat:
+        """A copy of the model [layout.size] whose update would hold no change."""
+        return np.concatenate([self.anchor[: self._split], self.parent_keys])
+
     def keep(self, update: Update) -> None:
         """Keep an update, which is sent now, until the parent cannot lose it any more."""
         self.outbox.add(update)

@@ -250,6 +250,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge_adaptive": {"merge.client": "adaptive"},
     "federations_adaptive": {"merge.federation": "adaptive"},
     "validated": {"merge.client": "validated"},
+    "ft": {"merge.fine_tune": 0.2},
     "half": {"merge.client": "validated", "merge.common_fraction": 0.5},
     "common": {"merge.client": "adaptive", "merge.common_fraction": 0.125},
     "eager": {"merge.agreement": 0.5},
