@@ -41,6 +41,8 @@ class RoundRecord:
     """Share of its life so far that the client spent training or evaluating."""
     epsilon: float | None = None
     """Spent on the client's text, this round included; None without differential privacy."""
+    best_round: int | None = None
+    """The round with the lowest loss on validation text so far; None where none is kept, or losses are private."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +272,8 @@ class NodeSummary:
     bytes_down: int = 0
     epsilon: float | None = None
     """Privacy spent, of a private client."""
+    best_round: int | None = None
+    """Of a client that keeps its best round (`evaluation.keep_best`): which one it is. `loss` is of its model."""
 
 
 @dataclass(frozen=True, kw_only=True)

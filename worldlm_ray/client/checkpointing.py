@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from worldlm_ray.client import best
 from worldlm_ray.errors import CheckpointError, PrivacyError
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.tensors.buffers import Flat
@@ -39,6 +40,8 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     arrays |= {name: arrays[name].copy() for name in ("anchor", "codec_error") if name in arrays}
     meta["whole"] = client.link.in_flight is not None and client.is_whole
     arrays["theta"] = client.trainer.read()
+    meta["best"], kept = best.state_of(client.best)
+    arrays |= kept
     if client.merger.last_parent_model is not None:
         arrays["heard"] = client.merger.last_parent_model
     if client.own_model is not None:
@@ -71,6 +74,7 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     if client.merger.last_parent_model is not None and "heard" in arrays:
         client.merger.last_parent_model = arrays["heard"]
     client.trainer.write(arrays["theta"])
+    client.best = best.restored(meta["best"], arrays)
     if client.own_model is not None and "own_model" in meta:
         client.own_model.restore(meta["own_model"], _of(arrays, "own_model."))
     client.trainer.load_optimizer_state(_of(arrays, "optimizer."))

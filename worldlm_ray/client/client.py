@@ -5,6 +5,7 @@ A client does not know what drives it: an actor on Ray and the simulator call th
 
     measure.py         the text, the model, and what the model is worth
     rounds.py          local rounds
+    best.py            the model of the best round
     client.py          the exchange with the parent
     checkpointing.py   what of all that a checkpoint holds
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from worldlm_ray.client.best import Best, is_better
 from worldlm_ray.client.measure import MeasuredModel
 from worldlm_ray.data import Dataset
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure, ProgressRecord, RoundRecord
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.schedule import learning_rate
 from worldlm_ray.training.trainer import Batch, Trainer
 
@@ -52,6 +54,8 @@ class LocalRounds(MeasuredModel):
         """Whether a round is under way: begun and not yet turned into an update."""
         self.paused = False
         """Whether it trains no more, since its privacy budget is spent, and only follows its parent."""
+        self.best: Best | None = None
+        """The model of the best round so far, where it is kept."""
         self._stretch_steps = 0
         """Steps that this process has done of the round."""
 
@@ -118,6 +122,8 @@ class LocalRounds(MeasuredModel):
         return self.account is None or self.account.charge(self.round + 1)
 
     def _start(self) -> None:
+        if self.best is None:
+            self._keep_if_best()
         self.step, self.loss_sum, self.began, self._stretch_steps = 0, 0.0, True, 0
 
     def _give_up(self) -> None:
@@ -152,7 +158,26 @@ class LocalRounds(MeasuredModel):
         self.learning_rate = result.learning_rate
         if self.step == settings.local_steps:
             self.round += 1
+            if self._is_measured_round:
+                self._keep_if_best()
         return result.train_s
+
+    def _keep_if_best(self) -> None:
+        """Keep the client's present model if it is the best so far, by its validation text."""
+        evaluation = self.plan.config.evaluation
+        if evaluation.keep_best and self.has_validation:
+            loss = self.validate(evaluation.validation_tokens)
+            if is_better(loss, self.best):
+                self.best = Best(round=self.round, loss=loss, values=self.trainer.read())
+
+    def report(self, tokens: int, *, parameters: Flat | None = None) -> Measure | None:
+        """What the client's model is worth, or the given parameters, if that may leave the client.
+
+        The client's model is that of its best round, where that is kept.
+        """
+        if parameters is None and self.best is not None:
+            parameters = self.best.values
+        return super().report(tokens, parameters=parameters)
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """The batches of the round from a step on; a private client's are drawn anew every time, and by chance."""
@@ -213,13 +238,18 @@ class LocalRounds(MeasuredModel):
             tokens_per_s=tokens / train_s if train_s > 0 else 0.0,
             busy_fraction=busy_fraction,
             epsilon=self.account.epsilon() if self.account is not None else None,
+            best_round=self.best.round if self.best is not None and self.reports else None,
         )
 
     @property
     def measure_is_due(self) -> bool:
         """Whether the round that has just ended is one to be measured."""
+        return self.reports and self._is_measured_round
+
+    @property
+    def _is_measured_round(self) -> bool:
         every = self.plan.config.evaluation.every_rounds
-        return self.reports and every > 0 and self.round % every == 0
+        return every > 0 and self.round % every == 0
 
     def progress_record(self, *, now_s: float) -> ProgressRecord:
         """How far this client is."""

@@ -218,6 +218,9 @@ class EvaluationConfig:
     """Held-out tokens per measurement at the start and the end."""
     validation_tokens: int = 4_096
     """Validation tokens per model that a client chooses among."""
+    keep_best: bool = False
+    """Early stopping: a client's model is that of its round with the lowest loss on its validation text. It is measured
+    before the first round and as often as `every_rounds` says. A client without such text has its last one."""
 
 
 @dataclass(frozen=True, kw_only=True)

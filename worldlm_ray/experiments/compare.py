@@ -32,6 +32,7 @@ from typing import Any
 from worldlm_ray.aggregation.fold import OWN
 from worldlm_ray.aggregation.merge import PARENT
 from worldlm_ray.aggregation.residuals import RESIDUAL
+from worldlm_ray.client.best import own_model
 from worldlm_ray.config.loading import from_mapping, to_mapping, to_yaml
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.data import prepare
@@ -312,7 +313,7 @@ def _theta(plan: Plan, path: str) -> Flat:
     found = checkpoint.load(checkpoint.folder(plan.run_dir, path))
     if found is None:
         raise RunError(f"{plan.run_dir} has no checkpoint of {path}; delete the folder and compare again")
-    return found[1]["theta"]
+    return own_model(found[1])
 
 
 def _levels(summary: dict[str, Any]) -> list[dict[str, int]]:

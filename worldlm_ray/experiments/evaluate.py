@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from worldlm_ray.client.best import own_model
 from worldlm_ray.client.client import Client
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import CheckpointError
@@ -76,7 +77,7 @@ def _trainer(plan: Plan, spec: NodeSpec, _: Account | None = None) -> LocalTrain
 
 
 def theta(plan: Plan, spec: NodeSpec) -> Flat:
-    """The parameters in a node's newest whole checkpoint.
+    """A node's own model, from its newest whole checkpoint.
 
     Raises:
         CheckpointError: it has none.
@@ -86,7 +87,7 @@ def theta(plan: Plan, spec: NodeSpec) -> Flat:
         raise CheckpointError(
             f"{spec.path} has no checkpoint yet in {plan.run_dir}; wait for one or stop the run cleanly"
         )
-    return found[1]["theta"]
+    return own_model(found[1])
 
 
 def sound_theta(plan: Plan, spec: NodeSpec) -> Flat:

@@ -269,6 +269,14 @@ def whole_model_folder(plan: Plan) -> Iterable[ConfigError]:
         yield from _raised_by(initial_model.check_weights, folder, plan.layout)
 
 
+def best_of_measured_rounds(plan: Plan) -> Iterable[ConfigError]:
+    """The best round is one of those that are measured."""
+    evaluation = plan.config.evaluation
+    if evaluation.keep_best and not evaluation.every_rounds:
+        cure = "set evaluation.every_rounds above 0, or this to false"
+        yield ConfigError("evaluation.keep_best", "no round is measured (evaluation.every_rounds is 0)", cure)
+
+
 RULES: tuple[Rule, ...] = (
     common_of_adaptive_clients,
     common_leaves_rows,
@@ -286,6 +294,7 @@ RULES: tuple[Rule, ...] = (
     overlap_from_own_model,
     batches_for_workers,
     all_train_or_none,
+    best_of_measured_rounds,
     one_aggregation_rule,
     capped_weights,
     caps_that_add_up,

@@ -51,6 +51,8 @@ class NodeState:
     round_at_s: float = 0.0
     busy_fraction: float = 0.0
     epsilon: float | None = None
+    best_round: int | None = None
+    """The round of a client whose model is its best one, by its validation text."""
     accepted: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     strangers: dict[str, int] = field(default_factory=dict)

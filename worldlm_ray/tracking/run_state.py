@@ -293,6 +293,7 @@ class RunState:
         node.tokens_per_s, node.busy_fraction = record.tokens_per_s, record.busy_fraction
         if record.epsilon is not None:  # with client-level privacy the aggregator records it
             node.epsilon = record.epsilon
+        node.best_round = record.best_round
         self._measured(node, record)
         self._count_progress(node, record)
         for inner in self.above[record.node] if record.loss is not None else ():
