@@ -5,11 +5,9 @@ from __future__ import annotations
 import html
 import io
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from worldlm_ray.cli import main as cli
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments.compare import check_overrides, compare, make_folder
+from worldlm_ray.experiments.comparison_numbers import summarize
 from worldlm_ray.experiments.comparison_page import page_of
 from worldlm_ray.experiments.comparison_progress import (
     DONE,
@@ -29,8 +28,8 @@ from worldlm_ray.experiments.comparison_progress import (
     RunProgress,
     headline,
 )
-from worldlm_ray.experiments.comparison_report import COLUMNS, best, markdown, summarize, table, write
-from worldlm_ray.experiments.verdict import equal_work, verdict
+from worldlm_ray.experiments.comparison_report import write
+from worldlm_ray.experiments.comparison_table import COLUMNS
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.terminal import Terminal
 
@@ -56,7 +55,7 @@ def test_a_comparison_runs_reports_and_continues(tiny: Callable[..., Plan], tmp_
     again = compare(config, ["fedavg", "local", "worldlm"], [0], out=out, command="worldlm compare tiny again")
     assert again[:8] == rows
     page = write(out).read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 8
+    assert page.count("data:image/png;base64,") == 9
     assert "http" not in page.replace("http-equiv", "")
     assert (out / "report" / "table.csv").read_text(encoding="utf-8").count("\n") == 4
     steps = 2 * config.training.local_steps
@@ -75,9 +74,10 @@ def test_a_comparison_runs_reports_and_continues(tiny: Callable[..., Plan], tmp_
         assert said in page, said
     assert page.index("class='verdict'") < page.index("<table>")
     text = (out / "report" / "table.md").read_text(encoding="utf-8")
-    assert text.startswith("* Clients' own models")
+    assert text.startswith("* Headroom is not known: it needs the methods local and pooled+ft.\n* Clients' own models")
     table = {row["method"]: row for row in summarize(json.loads((out / "results.json").read_text(encoding="utf-8")))}
     assert table["local"]["worst_vs_local"] == 0.0
+    assert table["local"]["flops"] == 6 * make_plan(config).layout.size * table["local"]["tokens"]
     with pytest.raises(RunError, match="another configuration"):
         compare(replace(config, name="other"), ["local"], [0], out=out)
 
@@ -87,113 +87,15 @@ def test_a_budget_in_tokens_is_the_same_for_all_methods(tiny: Callable[..., Plan
     tokens = 4_000
     settings = {"tokens": 64, "final_tokens": 128, "every_rounds": 1}
     config = tiny(budget={"tokens": tokens}, evaluation=settings).config
-    compare(config, ["worldlm", "worldlm+synchronous", "centralized"], [0], out=tmp_path)
+    compare(config, ["worldlm", "worldlm+synchronous", "pooled"], [0], out=tmp_path)
     runs = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["runs"]
     round_tokens = config.training.local_steps * config.training.batch_size * make_plan(config).shape.context
     for run in runs:
-        assert tokens <= run["tokens"] <= tokens + round_tokens * (4 if run["method"] == "centralized" else 1)
+        assert tokens <= run["tokens"] <= tokens + round_tokens * (4 if run["method"] == "pooled" else 1)
         assert run["world_curve"][-1]["tokens"] > tokens / 2
     assert runs[0]["taken"]
     with pytest.raises(ConfigError, match="budget: in seconds"):
         compare(replace(config, budget=BudgetConfig(seconds=1.0)), ["local"], [0], out=tmp_path)
-
-
-def run(method: str, own: list[float], world: float, *, seed: int = 0, steps: int = 10) -> dict[str, Any]:
-    """One run of a comparison as results.json holds it."""
-    clients = [
-        {"client": f"world/c{number}", "own": loss, "world": world, "steps": steps} for number, loss in enumerate(own)
-    ]
-    curve = [{"virtual_s": 1.0, "tokens": 1, "loss": world + 0.5}, {"virtual_s": 5.0, "tokens": 2, "loss": world}]
-    return {
-        "method": method,
-        "seed": seed,
-        "virtual_s": 5.0,
-        "tokens": 100,
-        "clients": clients,
-        "levels": [{"level": 1, "bytes_up": 1000, "bytes_down": 2000}],
-        "world_curve": curve,
-    }
-
-
-KNOWN = [run("fedavg", [2.5, 2.5], 3.0), run("local", [2.0, 2.0], 4.0), run("worldlm", [1.9, 2.2], 2.9)]
-
-
-def test_the_table_of_known_losses() -> None:
-    rows = {row["method"]: row for row in summarize({"runs": KNOWN})}
-    # FedAvg is judged by its global model: (3.0 - 2.05) / (3.0 - 2.0)
-    assert rows["worldlm"]["gap_closed"] == pytest.approx(0.95)
-    assert rows["fedavg"]["gap_closed"] == 0.0
-    assert rows["local"]["gap_closed"] == 1.0
-    assert (rows["fedavg"]["sooner"], rows["local"]["sooner"], rows["worldlm"]["sooner"]) == (1.0, None, 1.0)
-    assert rows["worldlm"]["worst_vs_local"] == pytest.approx(0.1)
-    assert (rows["worldlm"]["gains"], rows["fedavg"]["gains"], rows["worldlm"]["clients"]) == (1, 0, 2)
-    assert rows["worldlm"]["spread"] is None, "one seed has no spread"
-    assert "| worldlm | 2.0500 |" in markdown(list(rows.values()))
-
-
-def test_no_gap_is_closed_where_training_alone_is_no_better_than_fedavg() -> None:
-    rows = summarize({"runs": [run("fedavg", [2.5], 2.0), run("local", [2.2], 4.0), run("worldlm", [2.6], 2.9)]})
-    assert [row["gap_closed"] for row in rows] == [None, None, None]
-
-
-def test_the_best_values_are_marked_and_training_alone_gains_nothing() -> None:
-    rows = summarize({"runs": KNOWN})
-    marks = best(rows)
-    assert marks["own"] == {"local"}
-    assert marks["world"] == {"worldlm"}
-    assert marks["gains"] == marks["worst_vs_local"] == {"worldlm"}
-    assert "bytes_up" not in marks
-    assert "| local | **2.0000** |" in markdown(rows)
-    assert best(summarize({"runs": [run("local", [2.0], 4.0)]})) == {}, "one method is not the best of several"
-
-
-def test_the_verdict_of_one_seed_says_what_is_not_known() -> None:
-    own, world, members = verdict(KNOWN)
-    assert "local is best with 2.0000 nats/byte, 0.0500 (2.4%) below worldlm. There is one seed" in own
-    assert "worldlm is best with 2.9000 nats/byte, 0.1000 (3.3%) below fedavg" in world
-    assert "1 of 2 clients gain under worldlm, by a mean change in loss of +2.5%" in members
-    assert members.endswith("the worst off is world/c1 with +10.0%.")
-
-
-def test_the_verdict_tells_methods_apart_only_where_every_seed_agrees() -> None:
-    clear = [run("a", [1.0], 2.0), run("b", [1.5], 2.1), run("a", [1.1], 2.2, seed=1), run("b", [1.2], 2.1, seed=1)]
-    own, world, members = verdict(clear)
-    assert "a is best with 1.0500 nats/byte, 0.3000 (22.2%) below b" in own
-    assert "Over 2 seeds the difference is 0.1000 to 0.5000: a is ahead of b in each." in own
-    assert "in 1 of them" in world
-    assert "not told apart" in world
-    assert "the method local was not run" in members
-
-
-def test_a_method_that_diverged_is_left_out_by_name() -> None:
-    own, *_ = verdict([run("a", [1.0], 2.0), run("b", [math.nan], 2.0)])
-    assert "a has 1.0000 nats/byte" in own
-    assert "Left out, since a loss is not finite: b." in own
-
-
-def test_equal_work_is_said_as_it_was() -> None:
-    assert equal_work(KNOWN).startswith("Every client took 10 optimizer steps in every method.")
-    unequal = [run("a", [1.0], 1.0), run("b", [1.0], 1.0, steps=12), run("centralized", [1.0], 1.0, steps=40)]
-    unequal[1]["tokens"] = 120
-    said = equal_work(unequal)
-    assert "trained 100 to 120 tokens in every run" in said
-    assert "Centralized training takes a batch of every client's text" in said
-
-
-def test_the_table_fits_eighty_columns_and_is_whole_on_a_pipe() -> None:
-    runs = [*KNOWN, *(run(name, [2.1, 2.3], 2.95) for name in ("worldlm+synchronous", "worldlm+merge_all", "diloco"))]
-    rows = summarize({"runs": runs})
-    narrow = Terminal(file=io.StringIO(), force_terminal=True, width=80, height=40, color_system=None)
-    narrow.print(table(rows))
-    shown = narrow.file.getvalue()  # type: ignore[attr-defined]
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "worldlm+synchronous" in shown
-    assert "2.0000*" in shown
-    assert "hidden in 80 columns: " in shown
-    pipe = Terminal(file=io.StringIO())
-    pipe.print(table(rows))
-    lines = pipe.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert any("worldlm+synchronous" in line and "2.0kB" not in line and "1.00kB" in line for line in lines)
 
 
 def test_the_time_left_follows_from_the_work_of_this_process() -> None:

@@ -82,8 +82,8 @@ def test_every_method_gives_a_world_that_can_run(world: RunConfig, method: str) 
     config = configure(alike(world), method)
     plan = make_plan(config)
     assert config.method == method
-    assert len(plan.root.clients) == (1 if method == "centralized" else 3)
-    flat = method in ("fedavg", "fedper", "fedbuff", "diloco", "local", "centralized")
+    assert len(plan.root.clients) == (1 if method == "pooled" else 3)
+    flat = method in ("fedavg", "fedper", "fedbuff", "diloco", "local", "pooled")
     assert (len(plan.root.inner) == 1) == flat
 
 
@@ -187,8 +187,8 @@ def alike(world: RunConfig) -> RunConfig:
     return from_mapping(mapping)
 
 
-def test_centralized_is_one_client_whose_steps_take_everybodys_batch(world: RunConfig) -> None:
-    central, apart = (make_plan(configure(alike(world), method)) for method in ("centralized", "local"))
+def test_pooled_is_one_client_whose_steps_take_everybodys_batch(world: RunConfig) -> None:
+    central, apart = (make_plan(configure(alike(world), method)) for method in ("pooled", "local"))
     [one] = [Client(central, spec) for spec in central.root.clients]
     each = [Client(apart, spec) for spec in apart.root.clients]
     assert one.round_tokens == sum(client.round_tokens for client in each)
@@ -225,9 +225,9 @@ def test_every_variant_is_a_setting_that_exists(world: RunConfig) -> None:
         make_plan(configure(world, f"worldlm+{variant}"))
 
 
-def test_centralized_wants_one_training_for_all(world: RunConfig) -> None:
-    with pytest.raises(ConfigError, match=r"that of world/north/b is not that of world/north/a; leave centralized out"):
-        configure(world, "centralized")
+def test_pooled_wants_one_training_for_all(world: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"that of world/north/b is not that of world/north/a; leave pooled out"):
+        configure(world, "pooled")
 
 
 def test_an_unknown_variant_is_named_with_the_closest(world: RunConfig) -> None:
@@ -246,7 +246,7 @@ def test_worldlm_is_the_configuration_itself(world: RunConfig) -> None:
 PROMISE = {"unit": "record", "noise_multiplier": 2.0, "target_epsilon": 3.0}
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"centralized"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"pooled"}))
 def test_no_method_loses_a_promise_of_privacy(tiny: Callable[..., Plan], tmp_path: Path, method: str) -> None:
     children = [
         {"federation": "f", "privacy": PROMISE, "children": [client("a", tmp_path, 1)]},
@@ -260,7 +260,7 @@ def test_no_method_loses_a_promise_of_privacy(tiny: Callable[..., Plan], tmp_pat
     }
 
 
-def test_centralized_pools_no_private_text(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+def test_pooled_pools_no_private_text(tiny: Callable[..., Plan], tmp_path: Path) -> None:
     children = [client("a", tmp_path, 1), client("b", tmp_path, 2, privacy=PROMISE)]
     with pytest.raises(ConfigError, match="world/b trains with differential privacy"):
-        configure(tiny(children).config, "centralized")
+        configure(tiny(children).config, "pooled")

@@ -269,7 +269,7 @@ def test_what_begins_from_the_parents_word_is_refused(tiny: Tiny, name: str, cha
 SYNCHRONOUS = {"trigger": "synchronous"}
 
 
-@pytest.mark.parametrize("method", ["fedavg", "diloco", "hierfavg", "worldlm+synchronous", "centralized"])
+@pytest.mark.parametrize("method", ["fedavg", "diloco", "hierfavg", "worldlm+synchronous", "pooled"])
 def test_synchronous_methods_leave_it_out(tiny: Tiny, method: str) -> None:
     plan = make_plan(configure(tiny(exchange=OVERLAP).config, method))
     assert not any(spec.settings.exchange.overlap for spec in plan.root.clients)

@@ -79,7 +79,9 @@ def compare(
             on_done=on_done,
             on_progress=progress.show,
         )
-    from worldlm_ray.experiments.comparison_report import summarize, table, write
+    from worldlm_ray.experiments.comparison_numbers import summarize
+    from worldlm_ray.experiments.comparison_report import write
+    from worldlm_ray.experiments.comparison_table import table
     from worldlm_ray.experiments.verdict import equal_work, verdict
 
     page = write(folder)

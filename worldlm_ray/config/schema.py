@@ -61,7 +61,7 @@ class DataConfig:
     same seed and order see the same batches, wherever they hang in the tree."""
     pool: list[Any] = field(default_factory=list)
     """Data sections to train on together, in place of files or a corpus: every step takes `batch_size` sequences of
-    each. Centralized training (`worldlm compare --methods centralized`) is one client with everybody's sections."""
+    each. Training on pooled text (`worldlm compare --methods pooled`) is one client with the sections of all."""
     shard: str | None = None
     """`2/4`: only the second of four parts of the text, dealt out block by block, so that the parts are alike."""
     train_fraction: float = 1.0

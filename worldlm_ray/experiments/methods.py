@@ -8,11 +8,11 @@
     fedbuff       flat    half the clients     none              sgd 1.0, 1/sqrt(1 + tau)      AISTATS 2022
     diloco        flat    synchronous          none              nesterov 0.7, 0.9             arXiv 2311.08105
     halos         as is   each update          none              delayed_nesterov, merge 0.25  HALoS, ICML 2025
-    local         flat    synchronous          none              no client takes from another
-    centralized   one     -                    none              one client; a step takes a batch of every client's text
+    local         flat    synchronous          none              no client takes from another; stopped early
+    pooled        one     -                    none              one client; a step takes a batch of every client's text
 
 A name may have variants, such as `worldlm+keys+uniform`: see `VARIANTS`. A variant changes a single setting, so a
-comparison shows the effect of that setting.
+comparison shows the effect of that setting. The variant `ft` adds a second stage: see stages.py.
 
 Flat: every client is a child of the world. Its link is as slow as the slowest on its path, with the sum of their
 delays. A method's settings replace those of the configuration at every node. The clients' training, data and machines
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from worldlm_ray.config.loading import from_mapping, to_mapping
@@ -32,6 +32,14 @@ from worldlm_ray.config.values import one_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import tree
 from worldlm_ray.plan.tree import NodeSpec
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """In place of a setting's value: the configured one times a factor."""
+
+    factor: float
+
 
 _KEEP = tuple(name for name in INHERITED if name not in ("aggregation", "merge"))
 """Settings of a client that every method keeps: all but the rules, and above all its privacy."""
@@ -58,12 +66,18 @@ def configure(config: RunConfig, method: str) -> RunConfig:
     METHODS[base](mapping, root)
     for variant in variants:
         for key, value in VARIANTS[variant].items():
-            _set_everywhere(mapping, key.split("."), value)
+            set_everywhere(mapping, key.split("."), value)
     return from_mapping(mapping, resolved=True)
 
 
-def _set_everywhere(mapping: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set a dotted key at the top, and at each node of the tree that sets the same section."""
+def set_everywhere(mapping: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set a dotted key at the top, and at each node of the tree that sets the same section.
+
+    Args:
+        mapping: of a configuration whose sections are written out.
+        path: the names of the key.
+        value: to set; a `Scaled` changes each value that is there.
+    """
     holders = [mapping, *(_nodes(mapping["world"]) if path[0] in INHERITED else [])]
     for holder in holders:
         if holder is not mapping and path[0] not in holder:
@@ -72,7 +86,7 @@ def _set_everywhere(mapping: dict[str, Any], path: list[str], value: Any) -> Non
         for name in path[:-1]:
             inner[name] = dict(inner.get(name) or {})
             inner = inner[name]
-        inner[path[-1]] = value
+        inner[path[-1]] = inner[path[-1]] * value.factor if isinstance(value, Scaled) else value
 
 
 def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -122,7 +136,7 @@ def _rules(mapping: dict[str, Any], **rules: Any) -> None:
     """Replace the aggregation rules, and take over the parent's model as it is."""
     mapping["aggregation"], mapping["merge"] = rules, {"client": 1.0, "federation": 1.0}
     if rules["trigger"] == "synchronous":
-        _set_everywhere(mapping, ["exchange", "overlap"], False)
+        set_everywhere(mapping, ["exchange", "overlap"], False)
 
 
 def _no_keys(mapping: dict[str, Any]) -> None:
@@ -195,21 +209,23 @@ def _local(mapping: dict[str, Any], root: NodeSpec) -> None:
     _no_keys(mapping)
     _rules(mapping, trigger="synchronous", server_optimizer={"name": "sgd", "lr": 1.0})
     mapping["merge"] = {"client": 0.0, "federation": 0.0}
+    # Training alone on little text is at its best long before its end.
+    mapping["evaluation"] = mapping["evaluation"] | {"keep_best": True, "every_rounds": 1}
 
 
-def _centralized(mapping: dict[str, Any], root: NodeSpec) -> None:
+def _pooled(mapping: dict[str, Any], root: NodeSpec) -> None:
     clients = root.clients
     for spec in clients:
         if spec.settings.training != clients[0].settings.training:
             raise ConfigError(
                 "--methods",
-                f"centralized has one training for all, but that of {spec.path} is not that of {clients[0].path}",
-                "leave centralized out, or train all clients alike",
+                f"pooled has one training for all, but that of {spec.path} is not that of {clients[0].path}",
+                "leave pooled out, or train all clients alike",
             )
     for spec in clients:
         if spec.settings.privacy.unit != "none":
-            got = f"centralized pools all texts in one place, but {spec.path} trains with differential privacy"
-            raise ConfigError("--methods", got, "leave centralized out")
+            got = f"pooled has all texts in one place, but {spec.path} trains with differential privacy"
+            raise ConfigError("--methods", got, "leave pooled out")
     only = _client(clients[0], root, name="all")
     pool = [asdict(spec.settings.data) | {"order": spec.settings.data.order or spec.path} for spec in clients]
     only["data"] |= {"files": [], "corpus": None, "shard": None, "order": None, "pool": pool}
@@ -233,9 +249,11 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "diloco": _diloco,
     "halos": _halos,
     "local": _local,
-    "centralized": _centralized,
+    "pooled": _pooled,
 }
 """Every method by name."""
+TRACKS: dict[str, int] = {}
+"""How many models a method trains with each token, where it is more than one: its FLOPs are so many times as many."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "synchronous": {"aggregation.trigger": "synchronous", "exchange.overlap": False},
@@ -264,5 +282,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4": {"exchange.codec": "int4"},
     "overlap": {"exchange.overlap": True},
     "personal": {"aggregation.attention.personal": True},
+    "best": {"evaluation.keep_best": True},
+    "lr_third": {"training.lr": Scaled(1 / 3)},
+    "lr_triple": {"training.lr": Scaled(3.0)},
 }
 """The change of each variant, by name."""

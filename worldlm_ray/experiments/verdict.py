@@ -9,10 +9,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
-Run = dict[str, Any]
-"""One method with one seed: an element of `runs` in results.json."""
+from worldlm_ray.experiments.comparison_numbers import (
+    ALONE,
+    POOLED,
+    Run,
+    against_local,
+    alone,
+    by_method,
+    by_seed,
+    headroom,
+    is_federated,
+    mean_loss,
+)
 
 WHAT = {
     "own": "Clients' own models, each on its client's held-out text",
@@ -27,19 +36,16 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     Args:
         runs: `runs` of results.json.
     """
-    said = [_best(runs, which) for which in WHAT]
-    said.append(_members(runs))
+    said = [_headroom(runs), *(_best(runs, which) for which in WHAT), _members(runs)]
     return [sentence for sentence in said if sentence]
 
 
 def equal_work(runs: Sequence[Run]) -> str:
     """What is equal in all methods of a comparison: steps or tokens, weights, text."""
     same = "Runs of one seed begin from the same weights, and each client reads its text in the same order."
-    federated = [run for run in runs if run["method"] != "centralized"]
-    steps = {client["steps"] for run in federated for client in run["clients"]}
-    pooled = (
-        " Centralized training takes a batch of every client's text in each step." if federated != list(runs) else ""
-    )
+    apart = [run for run in runs if run["method"].partition("+")[0] != POOLED]
+    steps = {client["steps"] for run in apart for client in run["clients"]}
+    pooled = " On pooled text, each step takes a batch of every client's text." if apart != list(runs) else ""
     if len(steps) == 1:
         return f"Every client took {steps.pop():,} optimizer steps in every method. {same}{pooled}"
     tokens = [run["tokens"] for run in runs if "tokens" in run]
@@ -53,32 +59,24 @@ def equal_work(runs: Sequence[Run]) -> str:
     )
 
 
-def client_means(runs: Sequence[Run]) -> dict[str, float]:
-    """Mean own loss by client, over seeds."""
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        for client in run["clients"]:
-            found.setdefault(client["client"], []).append(client["own"])
-    return {client: statistics.fmean(losses) for client, losses in found.items()}
-
-
-def against_local(runs: Sequence[Run], local: Sequence[Run]) -> dict[str, float]:
-    """Relative change of each client's own loss against training alone, mean over seeds. Below zero it gains."""
-    alone = client_means(local)
-    return {client: loss / alone[client] - 1.0 for client, loss in client_means(runs).items() if client in alone}
-
-
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each method, in the order of the comparison."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run["method"], []).append(run)
-    return found
+def _headroom(runs: Sequence[Run]) -> str:
+    """How much there is to win in this world."""
+    room = headroom(runs)
+    if room is None:
+        return "Headroom is not known: it needs the methods local and pooled+ft."
+    what = f"pooled+ft has {room.oracle:.4f} nats/byte, training alone, stopped early ({room.method}), {room.alone:.4f}"
+    found = f"Headroom H of this world: {room.share:+.1%} ({what})."
+    return found if room.share > 0 else f"{found} There is nothing to win by federating here."
 
 
 def _best(runs: Sequence[Run], which: str) -> str:
     """The best method for one of the two losses, and its distance to the next method."""
-    seeds = {method: _by_seed(mine, which) for method, mine in by_method(runs).items()}
+    methods = by_method(runs)
+    if which == "world":
+        methods = {method: mine for method, mine in methods.items() if method.partition("+")[0] != ALONE}
+        if not methods:
+            return ""
+    seeds = {method: by_seed(mine, which) for method, mine in methods.items()}
     means = {method: statistics.fmean(losses.values()) for method, losses in seeds.items()}
     diverged = sorted(method for method, mean in means.items() if not math.isfinite(mean))
     ranked = sorted((mean, method) for method, mean in means.items() if math.isfinite(mean))
@@ -109,9 +107,8 @@ def _chance(best: str, other: str, mine: dict[int, float], theirs: dict[int, flo
 
 def _members(runs: Sequence[Run]) -> str:
     """Whether clients gain from the federation, under the method that is best for their own models."""
-    methods = by_method(runs)
-    local = methods.pop("local", [])
-    methods.pop("centralized", None)
+    local = alone(runs)
+    methods = {method: mine for method, mine in by_method(runs).items() if is_federated(method)}
     if not methods:
         return ""
     if not local:
@@ -127,12 +124,10 @@ def _members(runs: Sequence[Run]) -> str:
     change = known[best]
     worst = max(change, key=lambda client: change[client])
     gaining = sum(value < 0 for value in change.values())
+    room = headroom(runs)
+    gain = 1.0 - mean_loss(methods[best], "own") / mean_loss(local, "own")
+    share = f" It has {gain / room.share:.2f} of the headroom." if room is not None and room.share > 0 else ""
     return (
-        f"Against training alone (local), {gaining} of {len(change)} clients gain under {best}, "
-        f"by a mean change in loss of {means[best]:+.1%}; the worst off is {worst} with {change[worst]:+.1%}."
+        f"Against training alone ({local[0]['method']}), {gaining} of {len(change)} clients gain under {best}, "
+        f"by a mean change in loss of {means[best]:+.1%}; the worst off is {worst} with {change[worst]:+.1%}.{share}"
     )
-
-
-def _by_seed(runs: Sequence[Run], which: str) -> dict[int, float]:
-    """Mean loss over the clients, by seed."""
-    return {run["seed"]: statistics.fmean(client[which] for client in run["clients"]) for run in runs}

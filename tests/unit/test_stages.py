@@ -1,0 +1,115 @@
+"""Methods of two stages: a common model first, then every client's fine-tuning of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.worlds import client
+
+from worldlm_ray.config.loading import to_mapping
+from worldlm_ray.config.schema import BudgetConfig
+from worldlm_ray.errors import ConfigError, RunError
+from worldlm_ray.experiments import comparison_run
+from worldlm_ray.experiments.comparison_run import levels, progress_of, run_one
+from worldlm_ray.experiments.stages import share_of, shared_out, stages
+from worldlm_ray.plan import build
+from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.storage import checkpoint
+
+Tiny = Callable[..., Plan]
+
+
+@pytest.mark.parametrize(
+    ("method", "rounds", "expected"),
+    [("fedavg+ft", 20, (16, 4)), ("fedavg+ft_half", 20, (10, 10)), ("pooled+ft_tenth", 3, (2, 1))],
+)
+def test_both_stages_together_have_the_budget(method: str, rounds: int, expected: tuple[int, int]) -> None:
+    before, after = shared_out(BudgetConfig(rounds=rounds), share_of(method))
+    assert (before.rounds, after.rounds) == expected
+    before, after = shared_out(BudgetConfig(tokens=1_000), share_of("fedavg+ft"))
+    assert (before.tokens, after.tokens) == (800, 200)
+    with pytest.raises(ConfigError, match=r"budget\.rounds: got 1; fine-tuning needs two rounds"):
+        shared_out(BudgetConfig(rounds=1), 0.2)
+
+
+def test_the_second_stage_is_every_client_alone_with_a_third_of_the_learning_rate(tiny: Tiny) -> None:
+    config = tiny(budget={"rounds": 5}, training={"lr": 0.3}).config
+    first, second = stages(config, "fedavg+int8+ft")
+    assert (first.method, first.budget.rounds, first.evaluation.keep_best) == ("fedavg+int8", 4, False)
+    assert (second.method, second.budget.rounds, second.evaluation.keep_best) == ("fedavg+int8+ft", 1, True)
+    before, after = make_plan(first), make_plan(second)
+    assert [spec.settings.training.lr for spec in after.root.clients] == pytest.approx([0.1] * 4)
+    assert [spec.settings.merge.client for spec in after.root.clients] == [0.0] * 4
+    orders = [spec.settings.data.order for spec in before.root.clients]
+    assert [spec.settings.data.order for spec in after.root.clients] == [f"{order}/ft" for order in orders]
+    [only] = stages(config, "fedavg+int8")
+    assert only.budget.rounds == 5
+
+
+def test_what_cannot_be_fine_tuned_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="local has no common model"):
+        stages(tiny().config, "local+ft")
+    privacy = {"unit": "record", "noise_multiplier": 2.0, "target_epsilon": 3.0}
+    config = tiny([client("a", tmp_path, 1, privacy=privacy), client("b", tmp_path, 2)]).config
+    with pytest.raises(ConfigError, match="trains twice on the text of world/a"):
+        stages(config, "fedavg+ft")
+
+
+@pytest.mark.parametrize("method", ["pooled+ft", "fedavg+ft"])
+def test_a_run_of_two_stages_counts_both(tiny: Tiny, tmp_path: Path, method: str) -> None:
+    evaluation = {"tokens": 64, "final_tokens": 128, "every_rounds": 1}
+    config = tiny(budget={"rounds": 3}, evaluation=evaluation).config
+    made = make_plan(config)
+    found = run_one(to_mapping(config), method, 7, str(tmp_path))
+    assert found["tokens"] == 3 * sum(map(made.round_tokens, made.root.clients))
+    assert found["flops"] == 6 * made.layout.size * found["tokens"]
+    assert {each["steps"] for each in found["clients"]} == {3 * config.training.local_steps}
+    tokens = [point["tokens"] for point in found["curve"]]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == found["tokens"]
+    assert found["world_curve"][-1]["tokens"] <= 2 / 3 * found["tokens"], "the world's model is that of the first stage"
+    # A client that is best before its first round of fine-tuning has the world's model, to the bit.
+    run = tmp_path / "runs" / f"{method}-7"
+    world = checkpoint.load(checkpoint.folder(run / "base", "world"))
+    assert world is not None
+    second = make_plan(comparison_run.from_model(stages(config, method)[1], str(run / "base" / "model")))
+    assert np.array_equal(build.initial(second), world[1]["theta"])
+    for each in found["clients"]:
+        assert each["validation"] > 0.0
+        if each["best_round"] == 0:
+            assert each["own"] == each["world"]
+    again = json.loads((run / "measures.json").read_text(encoding="utf-8"))
+    assert again == found == run_one(to_mapping(config), method, 7, str(tmp_path))
+
+
+def test_progress_of_two_stages_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(place: Path) -> dict[str, float]:
+        if not (place / "status.json").is_file():
+            raise RunError("there is no run")
+        found: dict[str, float] = json.loads((place / "status.json").read_text())
+        return found
+
+    base, run = (tmp_path / "runs" / "fedavg+ft-0" / "base"), tmp_path / "runs" / "fedavg+ft-0"
+    base.mkdir(parents=True)
+    status = {"updated_at": time.time() + 60, "progress": 0.5}
+    monkeypatch.setattr(comparison_run, "read_status", read)
+    (base / "status.json").write_text(json.dumps(status))
+    assert progress_of(tmp_path, "fedavg+ft", 0, since=0.0).trained == pytest.approx(0.4)
+    (run / "status.json").write_text(json.dumps(status))
+    assert progress_of(tmp_path, "fedavg+ft", 0, since=0.0).trained == pytest.approx(0.9)
+
+
+def test_bytes_of_both_stages_are_added_level_by_level() -> None:
+    def summary(**up: int) -> dict[str, object]:
+        return {"nodes": {path.replace("_", "/"): {"bytes_up": n, "bytes_down": 2 * n} for path, n in up.items()}}
+
+    found = levels([summary(world=9, world_a=1, world_f=2, world_f_b=4), summary(world=9, world_a=8, world_c=16)])
+    assert found == [
+        {"level": 1, "bytes_up": 27, "bytes_down": 54},
+        {"level": 2, "bytes_up": 4, "bytes_down": 8},
+    ]
