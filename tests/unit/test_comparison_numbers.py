@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -116,16 +117,33 @@ def test_local_and_pooled_text_are_no_federations() -> None:
     assert [is_federated(method) for method in methods] == [False] * 4 + [True] * 2
 
 
+def drawn(runs: list[dict[str, Any]]) -> Figure:
+    figure = Figure(layout="constrained")
+    plane(figure, runs)
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
 def test_the_plane_shows_federations_pooled_text_and_training_alone() -> None:
-    figure = Figure()
-    FigureCanvasAgg(figure)
-    plane(figure, [*KNOWN, run("fedavg", [2.4, 2.4], 2.8, seed=1), ORACLE, run("fedper", [2.0, 2.0], 3.3)])
-    [axes] = figure.axes
-    assert [text.get_text() for text in axes.texts] == ["fedavg", "worldlm", "pooled+ft", "fedper"]
+    [axes] = drawn([*KNOWN, run("fedavg", [2.4, 2.4], 2.8, seed=1), ORACLE, run("fedper", [2.0, 2.0], 3.3)]).axes
     labels = axes.get_legend_handles_labels()[1]
-    assert labels == ["Pareto front of the federations", "local: training alone, no common model"]
-    [front] = [line for line in axes.lines if line.get_label() == labels[0]]
+    assert labels == [
+        "pooled+ft  1.800 / 2.000",
+        "fedper  2.000 / 3.300 (outside)",
+        "worldlm  2.050 / 2.900 (outside)",
+        "fedavg  2.450 / 2.900 (outside)",
+        "Pareto front of the federations",
+        "local  2.000: alone, no common model",
+    ]
+    [front] = [line for line in axes.lines if line.get_label() == labels[-2]]
     assert list(front.get_xdata()) == [2.0, 2.05]
+    assert axes.get_xlim()[1] > 2.0
+    assert axes.get_ylim()[1] < 2.9
+
+
+def test_a_plane_of_losses_that_are_not_finite_is_drawn() -> None:
+    assert drawn([run("fedavg", [math.nan], math.nan), run("local", [math.nan], 1.0)]).axes
+    assert drawn([run("local", [2.0], 1.0)]).axes
 
 
 def test_the_best_values_are_marked_and_training_alone_gains_nothing() -> None:

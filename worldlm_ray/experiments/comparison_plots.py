@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,9 @@ from worldlm_ray.experiments.comparison_numbers import (
 )
 from worldlm_ray.tracking import audit
 
+MARKERS = "osD^vPX"
+FARTHEST = 1.3
+"""A method with a loss so many times the best one is outside the frame of the plane."""
 Draw = Callable[[Figure, list[dict[str, Any]]], None]
 """Draws the runs of results.json."""
 
@@ -49,33 +53,55 @@ def plots_of(out: Path) -> dict[str, tuple[str, Draw]]:
 def plane(figure: Figure, runs: list[dict[str, Any]]) -> None:
     """Both losses of every method, in both of which less is better, and the Pareto front of the federations.
 
-    Training alone has no common model: it is a line. Pooled text is no federation: its marks are hollow.
+    Training alone has no common model: it is a line. Pooled text is no federation: its marks are hollow. Small marks
+    are single seeds. Methods far from the others are left out of the frame, so that the others can be told apart.
     """
     axes = figure.add_subplot()
     points = dict[str, tuple[float, float]]()
-    for index, (method, mine) in enumerate(by_method(runs).items()):
-        if method.partition("+")[0] == ALONE:
-            continue
-        colour, face = f"C{index % 10}", f"C{index % 10}" if is_federated(method) else "none"
-        points[method] = (mean_loss(mine, "own"), mean_loss(mine, "world"))
-        own, world = by_seed(mine, "own"), by_seed(mine, "world")
-        if len(own) > 1:
-            axes.scatter(list(own.values()), [world[seed] for seed in own], s=12, color=colour, alpha=0.5, linewidths=0)
-        axes.scatter(*points[method], s=70, edgecolors=colour, facecolors=face, linewidths=1.6, zorder=3)
-        axes.annotate(method, points[method], xytext=(7, 5), textcoords="offset points", fontsize=9)
+    for method, mine in by_method(runs).items():
+        if method.partition("+")[0] != ALONE:
+            points[method] = (mean_loss(mine, "own"), mean_loss(mine, "world"))
+    local = alone(runs)
+    shown = _in_frame(axes, points, mean_loss(local, "own") if local else None)
+    for index, (method, (own, world)) in enumerate(sorted(points.items(), key=lambda each: each[1])):
+        colour, marker = f"C{index % 10}", MARKERS[index // 10 % len(MARKERS)]
+        face = colour if is_federated(method) else "none"
+        label = f"{method}  {own:.3f} / {world:.3f}" + ("" if method in shown else " (outside)")
+        look: dict[str, Any] = {"edgecolors": colour, "facecolors": face, "marker": marker}
+        axes.scatter(own, world, s=75, linewidths=1.6, zorder=3, label=label, **look)
+        seeds = [run for run in runs if run["method"] == method]
+        owns, worlds = by_seed(seeds, "own"), by_seed(seeds, "world")
+        if len(owns) > 1:
+            axes.scatter(list(owns.values()), [worlds[seed] for seed in owns], s=12, color=colour, marker=marker)
     front = pareto({method: point for method, point in points.items() if is_federated(method)})
     if len(front) > 1:
         xs, ys = zip(*(points[method] for method in front), strict=True)
-        axes.step(xs, ys, where="post", color="grey", linewidth=1.0, zorder=1, label="Pareto front of the federations")
-    if local := alone(runs):
-        label = f"{local[0]['method']}: training alone, no common model"
-        axes.axvline(mean_loss(local, "own"), color="black", linestyle="--", linewidth=1.0, label=label)
-    axes.margins(0.12)
+        axes.step(xs, ys, where="post", color="grey", linewidth=1.8, zorder=1, label="Pareto front of the federations")
+    if local:
+        alone_loss = mean_loss(local, "own")
+        label = f"{local[0]['method']}  {alone_loss:.3f}: alone, no common model"
+        axes.axvline(alone_loss, color="black", linestyle="--", linewidth=1.0, label=label)
     axes.set_xlabel("own model on own text, nats per byte (less is better)")
     axes.set_ylabel("world's model on all texts, nats per byte (less is better)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize=9)
+        figure.legend(loc="outside right upper", fontsize=9, title="method  own / world")
+
+
+def _in_frame(axes: Axes, points: dict[str, tuple[float, float]], local: float | None) -> set[str]:
+    """Set the limits of the plane; returns the methods within them."""
+    finite = {method: point for method, point in points.items() if all(map(math.isfinite, point))}
+    if not finite:
+        return set()
+    lows = [min(point[axis] for point in finite.values()) for axis in (0, 1)]
+    shown = {m for m, point in finite.items() if all(point[axis] <= FARTHEST * lows[axis] for axis in (0, 1))}
+    spans = [[finite[method][axis] for method in shown] or [lows[axis]] for axis in (0, 1)]
+    if local is not None and math.isfinite(local):
+        spans[0].append(local)
+    edges = [0.08 * (max(values) - min(values)) or 0.05 * max(values) for values in spans]
+    axes.set_xlim(min(spans[0]) - edges[0], max(spans[0]) + edges[0])
+    axes.set_ylim(min(spans[1]) - edges[1], max(spans[1]) + edges[1])
+    return shown
 
 
 def by(axis: str, curve: str = "curve") -> Draw:
