@@ -79,6 +79,11 @@ def compare(
             on_done=on_done,
             on_progress=progress.show,
         )
+    _report(folder)
+
+
+def _report(folder: Path) -> None:
+    """Write the report of a comparison, and print its table and its verdict."""
     from worldlm_ray.experiments.comparison_numbers import summarize
     from worldlm_ray.experiments.comparison_report import write
     from worldlm_ray.experiments.comparison_table import table
