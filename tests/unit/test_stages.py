@@ -1,4 +1,4 @@
-"""Methods of two stages: a common model first, then every client's fine-tuning of it."""
+"""Pooled text with fine-tuning: a common model first, then every client's fine-tuning of it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.worlds import client
 
 from worldlm_ray.config.loading import to_mapping
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments import comparison_run
-from worldlm_ray.experiments.comparison_run import levels, progress_of, run_one
-from worldlm_ray.experiments.stages import share_of, shared_out, stages
+from worldlm_ray.experiments.comparison_run import flops, levels, progress_of, run_one
+from worldlm_ray.experiments.stages import shared_out, stages
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.storage import checkpoint
@@ -24,44 +23,39 @@ from worldlm_ray.storage import checkpoint
 Tiny = Callable[..., Plan]
 
 
-@pytest.mark.parametrize(
-    ("method", "rounds", "expected"),
-    [("fedavg+ft", 20, (16, 4)), ("fedavg+ft_half", 20, (10, 10)), ("pooled+ft_tenth", 3, (2, 1))],
-)
-def test_both_stages_together_have_the_budget(method: str, rounds: int, expected: tuple[int, int]) -> None:
-    before, after = shared_out(BudgetConfig(rounds=rounds), share_of(method))
-    assert (before.rounds, after.rounds) == expected
-    before, after = shared_out(BudgetConfig(tokens=1_000), share_of("fedavg+ft"))
+def test_both_stages_together_have_the_budget() -> None:
+    for rounds, expected in [(20, (16, 4)), (2, (1, 1)), (8, (6, 2))]:
+        before, after = shared_out(BudgetConfig(rounds=rounds))
+        assert (before.rounds, after.rounds) == expected
+    before, after = shared_out(BudgetConfig(tokens=1_000))
     assert (before.tokens, after.tokens) == (800, 200)
     with pytest.raises(ConfigError, match=r"budget\.rounds: got 1; fine-tuning needs two rounds"):
-        shared_out(BudgetConfig(rounds=1), 0.2)
+        shared_out(BudgetConfig(rounds=1))
 
 
 def test_the_second_stage_is_every_client_alone_with_a_third_of_the_learning_rate(tiny: Tiny) -> None:
     config = tiny(budget={"rounds": 5}, training={"lr": 0.3}).config
-    first, second = stages(config, "fedavg+int8+ft")
-    assert (first.method, first.budget.rounds, first.evaluation.keep_best) == ("fedavg+int8", 4, False)
-    assert (second.method, second.budget.rounds, second.evaluation.keep_best) == ("fedavg+int8+ft", 1, True)
-    before, after = make_plan(first), make_plan(second)
+    first, second = stages(config, "pooled+bf16+ft")
+    assert (first.method, first.budget.rounds, first.evaluation.keep_best) == ("pooled+bf16", 4, False)
+    assert (second.method, second.budget.rounds, second.evaluation.keep_best) == ("pooled+bf16+ft", 1, True)
+    after = make_plan(second)
     assert [spec.settings.training.lr for spec in after.root.clients] == pytest.approx([0.1] * 4)
     assert [spec.settings.merge.client for spec in after.root.clients] == [0.0] * 4
-    orders = [spec.settings.data.order for spec in before.root.clients]
+    orders = [spec.settings.data.order for spec in make_plan(stages(config, "fedavg")[0]).root.clients]
     assert [spec.settings.data.order for spec in after.root.clients] == [f"{order}/ft" for order in orders]
-    [only] = stages(config, "fedavg+int8")
-    assert only.budget.rounds == 5
+    assert [stage.budget.rounds for stage in stages(config, "fedavg+ft")] == [5], "it fine-tunes within one run"
 
 
-def test_what_cannot_be_fine_tuned_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="local has no common model"):
-        stages(tiny().config, "local+ft")
-    privacy = {"unit": "record", "noise_multiplier": 2.0, "target_epsilon": 3.0}
-    config = tiny([client("a", tmp_path, 1, privacy=privacy), client("b", tmp_path, 2)]).config
-    with pytest.raises(ConfigError, match="trains twice on the text of world/a"):
-        stages(config, "fedavg+ft")
+def test_a_client_of_two_models_computes_twice_as_much(tiny: Tiny) -> None:
+    found = []
+    for merge in ({"client": 1.0}, {"client": "validated"}, {"client": "validated", "common_fraction": 0.5}):
+        plan = tiny(merge=merge)
+        found.append(flops(plan, {spec.path: {"tokens": 10} for spec in plan.root.clients}) / plan.layout.size)
+    assert found == [6 * 10 * 4, 2 * 6 * 10 * 4, 6 * 10 * 4]
 
 
-@pytest.mark.parametrize("method", ["pooled+ft", "fedavg+ft"])
-def test_a_run_of_two_stages_counts_both(tiny: Tiny, tmp_path: Path, method: str) -> None:
+def test_a_run_of_two_stages_counts_both(tiny: Tiny, tmp_path: Path) -> None:
+    method = "pooled+ft"
     evaluation = {"tokens": 64, "final_tokens": 128, "every_rounds": 1}
     config = tiny(budget={"rounds": 3}, evaluation=evaluation).config
     made = make_plan(config)
@@ -94,14 +88,14 @@ def test_progress_of_two_stages_is_one(tmp_path: Path, monkeypatch: pytest.Monke
         found: dict[str, float] = json.loads((place / "status.json").read_text())
         return found
 
-    base, run = (tmp_path / "runs" / "fedavg+ft-0" / "base"), tmp_path / "runs" / "fedavg+ft-0"
+    base, run = (tmp_path / "runs" / "pooled+ft-0" / "base"), tmp_path / "runs" / "pooled+ft-0"
     base.mkdir(parents=True)
     status = {"updated_at": time.time() + 60, "progress": 0.5}
     monkeypatch.setattr(comparison_run, "read_status", read)
     (base / "status.json").write_text(json.dumps(status))
-    assert progress_of(tmp_path, "fedavg+ft", 0, since=0.0).trained == pytest.approx(0.4)
+    assert progress_of(tmp_path, "pooled+ft", 0, since=0.0).trained == pytest.approx(0.4)
     (run / "status.json").write_text(json.dumps(status))
-    assert progress_of(tmp_path, "fedavg+ft", 0, since=0.0).trained == pytest.approx(0.9)
+    assert progress_of(tmp_path, "pooled+ft", 0, since=0.0).trained == pytest.approx(0.9)
 
 
 def test_bytes_of_both_stages_are_added_level_by_level() -> None:

@@ -163,9 +163,13 @@ class LocalRounds(MeasuredModel):
         return result.train_s
 
     def _keep_if_best(self) -> None:
-        """Keep the client's present model if it is the best so far, by its validation text."""
+        """Keep the client's present model if it is the best so far, by its validation text.
+
+        A client that is `validated` chooses what it serves itself.
+        """
         evaluation = self.plan.config.evaluation
-        if evaluation.keep_best and self.has_validation:
+        chooses = self.spec.settings.merge.client == "validated"
+        if evaluation.keep_best and self.has_validation and not chooses:
             loss = self.validate(evaluation.validation_tokens)
             if is_better(loss, self.best):
                 self.best = Best(round=self.round, loss=loss, values=self.trainer.read())

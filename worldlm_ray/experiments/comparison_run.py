@@ -22,8 +22,8 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.experiments.comparison_curve import Curve
 from worldlm_ray.experiments.comparison_progress import DONE, MEASURING, TRAINING, WAITING, RunProgress
 from worldlm_ray.experiments.export import export
-from worldlm_ray.experiments.methods import TRACKS, flat_name
-from worldlm_ray.experiments.stages import from_model, share_of, stages
+from worldlm_ray.experiments.methods import flat_name
+from worldlm_ray.experiments.stages import SHARE, from_model, has_two, stages
 from worldlm_ray.plan import rundir, tree
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.plan.tree import NodeSpec
@@ -64,7 +64,7 @@ def progress_of(out: Path, method: str, seed: int, *, since: float) -> RunProgre
         # A run that an interrupted comparison has trained waits to be measured.
         state, trained = (MEASURING if (folder / CURVE).stat().st_mtime >= since else WAITING), 1.0
     else:
-        second = share_of(method) or 1.0
+        second = SHARE if has_two(method) else 1.0
         for place, before, share in ((folder / BASE, 0.0, 1.0 - second), (folder, 1.0 - second, second)):
             with suppress(RunError):
                 status = read_status(place)
@@ -94,14 +94,12 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
         found = _train(configs, places)
         (folder / CURVE).write_text(json.dumps(found), encoding="utf-8")
     done = [_done(config, place) for config, place in zip(configs, places, strict=True)]
-    tokens, parameters = sum(stage.summary["tokens"] for stage in done), done[0].plan.layout.size
-    tracks = TRACKS.get(method.partition("+")[0], 1)
     measured = {
         "method": method,
         "seed": seed,
         "virtual_s": sum(stage.summary["wall_s"] for stage in done),
-        "tokens": tokens,
-        "flops": FLOPS_PER_PARAMETER * parameters * tokens * tracks,
+        "tokens": sum(stage.summary["tokens"] for stage in done),
+        "flops": sum(flops(stage.plan, stage.summary["nodes"]) for stage in done),
         "clients": _measure(tree.build(world).clients, done),
         "levels": levels([stage.summary for stage in done]),
         **json.loads((folder / CURVE).read_text(encoding="utf-8")),
@@ -211,6 +209,21 @@ def _theta(plan: Plan, path: str) -> Flat:
     if found is None:
         raise RunError(f"{plan.run_dir} has no checkpoint of {path}; delete the folder and compare again")
     return own_model(found[1])
+
+
+def flops(plan: Plan, nodes: dict[str, Any]) -> int:
+    """Floating-point operations of a run's training; of a client that trains two models with each token, of both.
+
+    Args:
+        plan: the run.
+        nodes: of its summary.json.
+    """
+    total = 0
+    for spec in plan.root.clients:
+        merge = spec.settings.merge
+        models = 2 if merge.client == "validated" and merge.shared_fraction == 1.0 else 1
+        total += FLOPS_PER_PARAMETER * plan.layout.size * nodes[spec.path]["tokens"] * models
+    return total
 
 
 def levels(summaries: Sequence[dict[str, Any]]) -> list[dict[str, int]]:

@@ -94,8 +94,8 @@ COLUMNS = {
     "flops": Quantity(
         title="FLOPs of training",
         short="FLOPs",
-        meaning="6 x parameters x tokens; twice that where a method trains two models with each token. Measuring and "
-        "aggregation are left out.",
+        meaning="6 x parameters x tokens, and twice that of a client that may train two models with each token "
+        "(merge.client: validated). Measuring and aggregation are left out.",
         rank=6,
     ),
     "bytes_up": Quantity(

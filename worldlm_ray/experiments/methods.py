@@ -12,7 +12,7 @@
     pooled        one     -                    none              one client; a step takes a batch of every client's text
 
 A name may have variants, such as `worldlm+keys+uniform`: see `VARIANTS`. A variant changes a single setting, so a
-comparison shows the effect of that setting. The variant `ft` adds a second stage: see stages.py.
+comparison shows the effect of that setting. Of `pooled`, the variant `ft` adds a second run: see stages.py.
 
 Flat: every client is a child of the world. Its link is as slow as the slowest on its path, with the sum of their
 delays. A method's settings replace those of the configuration at every node. The clients' training, data and machines
@@ -252,9 +252,9 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "pooled": _pooled,
 }
 """Every method by name."""
-TRACKS: dict[str, int] = {}
-"""How many models a method trains with each token, where it is more than one: its FLOPs are so many times as many."""
 
+FINE_TUNED = "ft"
+"""The variant that fine-tunes at the end."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "synchronous": {"aggregation.trigger": "synchronous", "exchange.overlap": False},
     "asynchronous": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 1},
@@ -268,7 +268,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge_adaptive": {"merge.client": "adaptive"},
     "federations_adaptive": {"merge.federation": "adaptive"},
     "validated": {"merge.client": "validated"},
-    "ft": {"merge.fine_tune": 0.2},
+    FINE_TUNED: {"merge.fine_tune": 0.2},
     "half": {"merge.client": "validated", "merge.common_fraction": 0.5},
     "common": {"merge.client": "adaptive", "merge.common_fraction": 0.125},
     "eager": {"merge.agreement": 0.5},
