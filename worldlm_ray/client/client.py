@@ -6,6 +6,7 @@ A client does not know what drives it: an actor on Ray and the simulator call th
     measure.py         the text, the model, and what the model is worth
     rounds.py          local rounds
     best.py            the model of the best round
+    following.py       a client that is paused
     client.py          the exchange with the parent
     checkpointing.py   what of all that a checkpoint holds
 
@@ -18,13 +19,12 @@ by `merge` between two steps of the round, and what has been trained since the p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from worldlm_ray.aggregation.merge import Merger, Moved
-from worldlm_ray.client import checkpointing, two_models
+from worldlm_ray.client import checkpointing, following, two_models
 from worldlm_ray.client.own_model import OwnModel
 from worldlm_ray.client.rounds import LocalRounds
 from worldlm_ray.data import Dataset
@@ -251,12 +251,7 @@ class Client(LocalRounds):
         return records if self.spec.settings.privacy.unit != "client" else []
 
     def follow(self, model: Pulled, *, now_s: float) -> list[Record]:
-        """Move a paused client's model to its parent's, by its merge rule; what it has learned itself stays in it.
-
-        A client that does not train has no movement of its own by which `adaptive` could judge. Its last round decides
-        once more, and that stands: who went with the others goes on following, who had parted keeps its model.
-
-        Costs no privacy: nothing is read but what was paid for and what the parent publishes.
+        """Move a paused client's model to its parent's, by its merge rule (see following.py).
 
         Returns:
             What tracking is told, as by `begin`; nothing where the parent has no newer model.
@@ -267,18 +262,7 @@ class Client(LocalRounds):
         taken, doubts = self._let_in(model, now_s=now_s)
         if taken is None:
             return doubts
-        own, pushed = self.trainer.read(), self.link.end_exchange()
-        moved = Moved(now=own, since=self.link.anchor) if pushed is None else Moved(now=own, change=pushed.values)
-        m, judged = self.merger.judge(taken, moved if self.round else None, now_s=now_s)
-        if self.followed is None:
-            self.followed = m if self.round else 1.0
-        else:
-            judged = replace(judged, m=self.followed, agreement=None)
-        self.merger.backbone(self.followed, own, own, taken, out=self.link.anchor)
-        weights = self._merge_keys(self.followed, own, own, taken, now_s=now_s, merged=self.link.anchor)
-        self.link.heard(taken)
-        self.progress = taken.progress
-        return [*doubts, judged, *weights]
+        return [*doubts, *following.follow(self, taken, now_s=now_s)]
 
     def _blend(self, model: Model, pushed: Update | None, *, now_s: float) -> list[Record]:
         """Move to the parent's model, or keep the client's own and train the parent's beside it, if so configured."""
