@@ -42,6 +42,20 @@ def address(plan: Plan, path: str) -> Address:
     return Address(plan, path, RunClock.starting(), "test")
 
 
+def called(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, seen: Callable[[], Any] = lambda: None
+) -> list[Any]:
+    """What `seen` says at the beginning of each call of a method."""
+    found, method = list[Any](), getattr(owner, name)
+
+    def noted(*arguments: Any) -> Any:
+        found.append(seen())
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, noted)
+    return found
+
+
 class SlowStorage:
     """Storage that takes each step of a checkpoint when it is told to."""
 
@@ -108,9 +122,10 @@ def test_events_wait_only_until_what_they_change_is_written(
         await world.start()
         await world.push(first, 1, 1, *an_update(plan, first))  # waits in the fold
         await until(lambda: storage.begun == 1)
+        asked = called(monkeypatch, world._checkpoints, "steady")
         push = asyncio.create_task(world.push(second, 1, 1, *an_update(plan, second)))
-        await asyncio.sleep(0.1)
-        assert not push.done(), "it would change the fold that is being written"
+        await until(lambda: bool(asked))
+        assert world.node.intake.pending == [first], "it would change the fold that is being written"
         storage.steady.set()
         assert (await push).accepted
         assert storage.ended == 0
@@ -141,11 +156,13 @@ def test_an_exchange_goes_out_when_it_is_on_disk(
         await actor.join("a", 1, 0)
         assert (await actor.push("a", 1, 1, *an_update(plan, "a"))).accepted
         await until(lambda: storage.begun == 1)
-        await asyncio.sleep(0.1)
-        assert world.node.intake.accepted == 0, "a crash now would send another update under the same seq"
+        pushed = called(monkeypatch, world, "push", seen=lambda: storage.ended)
         await actor.pull("a", 1, 1, 20)
         storage.rest.set()
         await until(lambda: world.node.intake.accepted == 1)
+        assert [ended >= 1 for ended in pushed] == [True], (
+            "before, a crash would send another update under the same seq"
+        )
 
     asyncio.run(scene())
 

@@ -25,6 +25,7 @@ from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.protocol.life import Await, Save
 from worldlm_ray.records import LifeRecord, OwnModelRecord
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
@@ -157,6 +158,43 @@ class SlowStorage:
         monkeypatch.setattr(checkpoint, "save", save)
 
 
+class Within:
+    """Watches the steps of one kind in clients' lives.
+
+    Args:
+        kind: of the steps.
+        is_meant: which of them.
+        seen: called at the end of each; `at_end` keeps what it says.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: type,
+        *,
+        is_meant: Callable[[Any], bool] = lambda step: True,
+        seen: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.now, self.at_end = threading.Event(), list[Any]()
+        """Set while a client is in such a step."""
+        handlers = ClientActor._others.fget  # type: ignore[attr-defined]
+
+        def others(actor: ClientActor) -> dict[type, Callable[[Any], Any]]:
+            found = handlers(actor)
+            return {**found, kind: lambda step: self._take(found[kind], step) if is_meant(step) else found[kind](step)}
+
+        self._seen = seen
+        monkeypatch.setattr(ClientActor, "_others", property(others))
+
+    def _take(self, handler: Callable[[Any], Any], step: Any) -> Any:
+        self.now.set()
+        try:
+            return handler(step)
+        finally:
+            self.at_end.append(self._seen())
+            self.now.clear()
+
+
 def saved(plan: Plan) -> tuple[dict[str, Any], dict[str, Flat]]:
     found = checkpoint.load(checkpoint.folder(plan.run_dir, PATH))
     assert found is not None
@@ -173,19 +211,16 @@ def test_a_client_trains_while_its_checkpoint_is_written(
     plan = a_plan(tiny, tmp_path, checkpoint={"every_s": 0.0}, exchange={"overlap": overlap})
     parent = parent_of(fake, plan)
     storage = SlowStorage(monkeypatch)
+    last = Within(monkeypatch, Save, is_meant=lambda step: step.wait, seen=lambda: storage.written)
     actor = living(plan)
     # Not a byte is written, and the client comes to the end of its budget.
     until(lambda: bool(storage.given) and parent.node.intake.accepted == ROUNDS)
     assert actor.client.steps == ROUNDS * 4
     assert (len(storage.given), storage.written) == (1, 0), "one write at a time"
-    ends: list[str] = []
-    waiting = threading.Thread(target=lambda: ends.append(actor.outcome()), daemon=True)
-    waiting.start()
-    time.sleep(0.1)
-    assert ends == [], "it does not end before its last checkpoint is on disk"
+    assert last.now.wait(30.0)
     storage.may.set()
-    waiting.join(30.0)
-    assert ends == ["finished"]
+    assert actor.outcome() == "finished"
+    assert last.at_end == [2], "it does not end before its last checkpoint is on disk"
     assert (saved(plan)[0]["round"], saved(plan)[0]["link"]["seq"]) == (ROUNDS, ROUNDS)
 
     # What was kept for the storage is the state after the first round, whatever was trained since.
@@ -212,14 +247,15 @@ def test_a_client_that_is_stopped_waits_for_a_checkpoint_of_its_last_step(
     plan = a_plan(tiny, tmp_path, checkpoint={"every_s": 0.0}, training=UNHURRIED, budget={"rounds": 1000})
     parent_of(fake, plan)
     storage = SlowStorage(monkeypatch)
+    last = Within(monkeypatch, Save, is_meant=lambda step: step.wait, seen=lambda: storage.written)
     actor = living(plan)
     until(lambda: bool(storage.given) and actor.client.round >= 2)
     actor.stop()
-    time.sleep(0.3)
+    assert last.now.wait(30.0)
     assert storage.written == 0
     storage.may.set()
     assert actor.outcome() == "stopped"
-    assert storage.written == 2
+    assert last.at_end == [2]
     meta, arrays = saved(plan)
     assert (meta["round"], meta["steps"]) == (actor.client.round, actor.client.steps)
     assert arrays["theta"].tobytes() == actor.client.trainer.read().tobytes()
@@ -239,11 +275,12 @@ def test_storage_that_refuses_is_a_warning(fake: FakeRay, living: Any, tiny: Tin
 
 
 def test_a_client_trains_a_round_while_it_exchanges_and_then_waits(
-    fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path
+    fake: FakeRay, living: Any, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = a_plan(tiny, tmp_path, exchange={"overlap": True}, training=UNHURRIED)
     parent = parent_of(fake, plan)
     parent.gate.clear()
+    exchange = Within(monkeypatch, Await)
     actor = living(plan)
     until(parent.held.is_set)
     assert not actor.client.began, "before its first round it has nothing to train"
@@ -251,12 +288,9 @@ def test_a_client_trains_a_round_while_it_exchanges_and_then_waits(
     parent.held.clear()
     until(lambda: actor.client.round >= 1)
     parent.gate.clear()
-    until(lambda: parent.held.is_set() and actor.client.is_whole)
-    held, accepted = actor.client.round, parent.node.intake.accepted
-    assert held >= 2
-    time.sleep(0.2)
-    assert actor.client.round == held, "no second round before the exchange has come back"
-    assert parent.node.intake.accepted == accepted
+    # No second round before the exchange has come back: the thread that trains waits for it.
+    until(lambda: parent.held.is_set() and actor.client.is_whole and exchange.now.is_set())
+    assert actor.client.round >= 2
     parent.gate.set()
     assert actor.outcome() == "finished"
     assert (actor.client.round, actor.client.steps, parent.node.intake.accepted) == (ROUNDS, ROUNDS * 4, ROUNDS)
