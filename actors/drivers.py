@@ -27,7 +27,7 @@ from worldlm_ray.protocol.life import Share
 
 ANSWER_S = 30.0
 """A task that awaits very many answers asks again for one that has not come within this time."""
-POLL_S = 0.2
+STOP_EVERY_S = 0.2
 """How often a thread that waits for its parent looks whether it should stop."""
 
 T = TypeVar("T")
@@ -261,11 +261,11 @@ def wait_for(
         if isinstance(step, Sleep):
             until = time.monotonic() + step.seconds
             while not should_stop() and (left := until - time.monotonic()) > 0:
-                time.sleep(min(left, POLL_S))
+                time.sleep(min(left, STOP_EVERY_S))
         while not should_stop():
             if isinstance(step, Sleep):
                 return None
-            ready, _ = ray.wait([step], timeout=POLL_S)
+            ready, _ = ray.wait([step], timeout=STOP_EVERY_S)
             if ready:
                 return ray.get(step)
         raise Stopped

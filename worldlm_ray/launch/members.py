@@ -21,7 +21,8 @@ from worldlm_ray.plan import living, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tracking.node_state import DIVERGED, FINISHED
 
-POLL_S = 0.2
+STATUS_EVERY_S = 0.2
+"""How often a user who waits for a new client looks at the status of the run."""
 PLACED_S = 10.0
 """Seconds after which the user who waits for a client to be placed is told what it waits for."""
 
@@ -69,7 +70,7 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
                 raise RunError(f"{path} has come too late: the budget of the run is spent")
             if node["state"] == "paused":
                 raise RunError(f"{path} trains no round: the privacy budget of its text is spent")
-            time.sleep(POLL_S)
+            time.sleep(STATUS_EVERY_S)
 
 
 def _dismiss(actor: Any, path: str, world: World, there_already: Container[str]) -> None:

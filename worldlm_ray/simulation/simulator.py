@@ -35,7 +35,7 @@ from worldlm_ray.simulation.cost_model import CostClient, CostPlan, cost_plan
 from worldlm_ray.simulation.inner import InnerNodes
 from worldlm_ray.simulation.members import Members
 from worldlm_ray.simulation.restarts import Checkpoints, Restarts
-from worldlm_ray.simulation.world import World
+from worldlm_ray.simulation.world import MakeClient, World
 from worldlm_ray.storage import checkpoint, open_files
 from worldlm_ray.tracking.tracker import Tracker, open_tracker
 
@@ -60,7 +60,7 @@ class Simulation:
         on_event: Callable[[], None] = lambda: None,
         on_record: Callable[[Record], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
-        make_client: Callable[..., Any] = Client,
+        make_client: MakeClient = Client,
     ) -> None:
         self.plan, self.tracker = plan, tracker
         self.on_event, self.on_record, self.should_stop = on_event, on_record, should_stop

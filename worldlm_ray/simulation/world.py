@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from worldlm_ray.aggregation.events import Done, Left
 from worldlm_ray.aggregation.node import Node
+from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Model, Packed, Update, buffer_of, pack
 from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
-from worldlm_ray.plan.tree import parent_path
+from worldlm_ray.plan.tree import NodeSpec, parent_path
 from worldlm_ray.protocol.child import Child, Uplink
 from worldlm_ray.protocol.node_child import NodeAsChild
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.simulation import cost_model
 from worldlm_ray.simulation.clock import Clock
-from worldlm_ray.simulation.cost_model import CostPlan
+from worldlm_ray.simulation.cost_model import CostClient, CostPlan
+from worldlm_ray.tensors.buffers import Flat
+
+
+class MakeClient(Protocol):
+    """Makes the client of a node: `Client`, `CostClient`, or a class derived from one of them."""
+
+    def __call__(self, plan: Plan, spec: NodeSpec, *, initial: Flat, dataset: Any = None) -> Client | CostClient:
+        """A client.
+
+        Args:
+            plan: the run.
+            spec: the client's node.
+            initial: the run's initial parameters.
+            dataset: its text; opened anew where None is given.
+        """
 
 
 class World:
@@ -26,10 +42,10 @@ class World:
     Args:
         plan: the run.
         record: takes records.
-        make_client: makes the client of a node, with `initial` and perhaps a `dataset`.
+        make_client: makes the client of a node.
     """
 
-    def __init__(self, plan: Plan, *, record: Callable[[Record], None], make_client: Callable[..., Any]) -> None:
+    def __init__(self, plan: Plan, *, record: Callable[[Record], None], make_client: MakeClient) -> None:
         self.plan, self.faults, self.record = plan, plan.faults, record
         self.specs = {spec.path: spec for spec in plan.root.walk()}
         self.incarnations = dict.fromkeys(self.specs, 1)
