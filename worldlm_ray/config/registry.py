@@ -7,8 +7,9 @@ A registry maps names to values of one kind, such as staleness functions. A modu
         \"""(tau + 1)^-a. Source: Xie, Koyejo, Gupta, arXiv 1903.03934, section 5.2.\"""
 
 Names come from three places, in this order: our own modules, imported at the first use of a registry; modules that an
-installed package names as entry points of the group `worldlm_ray.rules`, imported once in each process, and only
-for a name that is not ours; and modules and files that a configuration names (`rules`, see config/rule_files.py).
+installed package names as entry points of the group `worldlm_ray.rules`, imported once in each process, and only for a
+name that is not ours or for the list of all names; and modules and files that a configuration names (`rules`, see
+config/rule_files.py).
 """
 
 from __future__ import annotations
