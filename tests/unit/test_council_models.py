@@ -110,6 +110,18 @@ def test_nodes_without_a_usable_model_are_left_out_and_said(run: Plan) -> None:
         council_members.members_of(run, "north/a,world")
 
 
+def test_the_same_model_is_a_member_once_unless_the_user_names_it_twice(run: Plan) -> None:
+    for path in ("world/north", "world/south/d"):
+        save(run, path, theta(run, 0))
+    found = council_members.members_of(run)
+    assert set(run.specs) - set(found.thetas) == {"world/north", "world/south/d"}
+    assert found.left_out == [
+        "world/north is left out: its model is that of world",
+        "world/south/d is left out: its model is that of world",
+    ]
+    assert list(council_members.members_of(run, "world,north").thetas) == ["world", "world/north"]
+
+
 def test_a_run_without_models_has_no_council(tiny: Tiny) -> None:
     plan = rundir.create(tiny())
     with pytest.raises(CheckpointError, match=r"no model of .* can serve: world is left out: .*no checkpoint yet"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from worldlm_ray.errors import CheckpointError, ConfigError
 from worldlm_ray.experiments.evaluate import sound_theta
 from worldlm_ray.plan.plan import Plan
@@ -59,7 +61,8 @@ def chosen(plan: Plan, names: str | None) -> list[NodeSpec]:
 def members_of(plan: Plan, names: str | None = None) -> Members:
     """The models of a council.
 
-    A node that the user has not named is left out if it has no whole checkpoint or if its model has diverged.
+    A node that the user has not named is left out if it has no whole checkpoint, if its model has diverged, or if it
+    is that of another member to the bit, as inner nodes' models are where children hand on what they are given.
 
     Args:
         plan: the run.
@@ -76,11 +79,17 @@ def members_of(plan: Plan, names: str | None = None) -> Members:
         left_out += [f"{path} is left out: no noise covers its model (privacy.unit: client)" for path in others]
     for spec in specs:
         try:
-            thetas[spec.path] = sound_theta(plan, spec)
+            theta = sound_theta(plan, spec)
         except CheckpointError as error:
             if names is not None:
                 raise
             left_out.append(f"{spec.path} is left out: {error}")
+            continue
+        same = next((path for path, other in thetas.items() if np.array_equal(theta, other)), None)
+        if names is None and same is not None:
+            left_out.append(f"{spec.path} is left out: its model is that of {same}")
+        else:
+            thetas[spec.path] = theta
     if not thetas:
         raise CheckpointError(f"no model of {plan.run_dir} can serve: {left_out[0]}")
     return Members(thetas=thetas, left_out=left_out)
