@@ -81,6 +81,17 @@ def test_after_some_tokens_only_the_best_members_answer() -> None:
     assert probabilities(reading.weights.prior_K) == pytest.approx([0.0, 0.5, 0.5])
 
 
+def test_texts_may_be_read_side_by_side(rng: np.random.Generator) -> None:
+    rules = CouncilRules(top=2, after=5)
+    log_p_TDK = np.log(rng.uniform(0.01, 1.0, (12, 4, 3)))
+    together = council.read(log_p_TDK, np.log([0.5, 0.3, 0.2]), rules)
+    each = [council.read(log_p_TDK[:, text], np.log([0.5, 0.3, 0.2]), rules) for text in range(4)]
+    assert together.log_p_T.T.tolist() == [alone.log_p_T.tolist() for alone in each]
+    assert together.weights.now_K.tolist() == [alone.weights.now_K.tolist() for alone in each]
+    assert len({tuple(alone.weights.answers_K) for alone in each}) > 1, "texts with other members at the end"
+    assert together.passes == sum(alone.passes for alone in each) == 4 * (5 * 3 + 7 * 2)
+
+
 def test_a_member_that_answers_no_more_is_not_read() -> None:
     weights = council.begin(council.uniform(2))
     weights = council.follow(weights, np.log([0.2, 0.8]), CouncilRules(top=1, after=1))

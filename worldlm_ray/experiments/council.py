@@ -9,7 +9,8 @@ For eps 0 the mixture gives a text the probability sum_k pi_{0,k} p_k(text). Wit
 at most ln K nats above that of the best of K members. The share eps of the prior lets the weights change again when the
 text does: it costs at most -ln(1 - eps) nats per token more.
 
-Shapes: T tokens of a text, K members, V vocabulary. All values are float64 and logarithms.
+Shapes: T tokens of a text, K members, V vocabulary. All values are float64 and logarithms. Texts of one length may be
+read side by side: their axes then stand between T and K, written `_T` and `_K` all the same.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def begin(prior_K: Floats) -> Weights:
     Args:
         prior_K: log prior; normalised here.
     """
-    prior_K = prior_K - log_sum(prior_K)
+    prior_K = prior_K - _log_sum(prior_K)
     return Weights(now_K=prior_K, prior_K=prior_K)
 
 
@@ -103,9 +104,8 @@ def follow(weights: Weights, log_p_K: Floats, rules: CouncilRules) -> Weights:
         log_p_K: log probability of the token that came, under each member.
         rules: of the council.
     """
-    answers_K = weights.answers_K
-    joint_K = np.where(answers_K, weights.now_K + np.where(answers_K, log_p_K, 0.0), -np.inf)
-    now_K = joint_K - log_sum(joint_K)
+    joint_K = _joint(weights, log_p_K)
+    now_K = joint_K - _log_sum(joint_K)
     if rules.eps > 0.0:
         now_K = np.logaddexp(np.log1p(-rules.eps) + now_K, np.log(rules.eps) + weights.prior_K)
     found = Weights(now_K=now_K, prior_K=weights.prior_K, seen=weights.seen + 1)
@@ -121,11 +121,10 @@ def read(log_p_TK: Floats, prior_K: Floats, rules: CouncilRules) -> Reading:
         rules: of the council.
     """
     weights, passes = begin(prior_K), 0
-    log_p_T = np.empty(len(log_p_TK))
+    log_p_T = np.empty(log_p_TK.shape[:-1])
     for index, log_p_K in enumerate(log_p_TK):
-        answers_K = weights.answers_K
-        log_p_T[index] = log_sum((weights.now_K + log_p_K)[answers_K])
-        passes += int(np.count_nonzero(answers_K))
+        log_p_T[index] = _log_sum(_joint(weights, log_p_K))[..., 0]
+        passes += int(np.count_nonzero(np.broadcast_to(weights.answers_K, log_p_K.shape)))
         weights = follow(weights, log_p_K, rules)
     return Reading(log_p_T=log_p_T, weights=weights, passes=passes)
 
@@ -143,24 +142,30 @@ def fitted(log_p_TK: Floats, *, passes: int = 20) -> Floats:
     log_pi_K = uniform(log_p_TK.shape[1])
     for _ in range(passes):
         joint_TK = log_pi_K + log_p_TK
-        posterior_TK = joint_TK - np.logaddexp.reduce(joint_TK, axis=1, keepdims=True)
+        posterior_TK = joint_TK - _log_sum(joint_TK)
         log_pi_K = np.logaddexp.reduce(posterior_TK, axis=0) - np.log(len(log_p_TK))
     return log_pi_K
 
 
-def log_sum(values: Floats) -> float:
-    """The log of the sum of exponentials, without overflow."""
-    return float(np.logaddexp.reduce(values))
+def _joint(weights: Weights, log_p_K: Floats) -> Floats:
+    """Log probability of a member and the token that came; -inf of one that does not answer."""
+    answers_K = weights.answers_K
+    return np.where(answers_K, weights.now_K + np.where(answers_K, log_p_K, 0.0), -np.inf)
+
+
+def _log_sum(values_K: Floats) -> Floats:
+    """The log of the sum of exponentials over the last axis, which stays, without overflow."""
+    return np.asarray(np.logaddexp.reduce(values_K, axis=-1, keepdims=True))
 
 
 def _cut(weights: Weights, top: int) -> Weights:
     """The weights once only the best members answer. Of equal ones the first stays."""
-    best = np.argsort(-weights.now_K, kind="stable")[:top]
-    keeps_K = np.zeros(len(weights.now_K), dtype=bool)
-    keeps_K[best] = True
+    best = np.argsort(-weights.now_K, axis=-1, kind="stable")[..., :top]
+    keeps_K = np.zeros(weights.now_K.shape, dtype=bool)
+    np.put_along_axis(keeps_K, best, values=True, axis=-1)
 
     def kept(values_K: Floats) -> Floats:
         chosen_K = np.where(keeps_K, values_K, -np.inf)
-        return np.asarray(chosen_K - log_sum(chosen_K))
+        return chosen_K - _log_sum(chosen_K)
 
     return Weights(now_K=kept(weights.now_K), prior_K=kept(weights.prior_K), seen=weights.seen)

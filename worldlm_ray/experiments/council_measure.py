@@ -114,12 +114,11 @@ def _measured(
     nodes, began = list(members.thetas), time.perf_counter()
     ours, weights, passes = dict[str, float](), dict[str, dict[str, float]](), 0
     for path, log_p_TK in scores.log_p.items():
-        parts = [log_p_TK[first : first + document] for first in range(0, len(log_p_TK), document)]
-        readings = [council.read(part, priors[path], rules) for part in parts]
+        readings = [council.read(part, priors[path], rules) for part in _documents(log_p_TK, document)]
         nats = -sum(float(each.log_p_T.sum()) for each in readings)
         ours[path] = nats / len(log_p_TK) / texts[path].bytes_per_token
-        ends_K = np.mean([np.exp(each.weights.now_K) for each in readings], axis=0)
-        weights[path] = dict(zip(nodes, ends_K.tolist(), strict=True))
+        ends_DK = np.concatenate([np.exp(each.weights.now_K) for each in readings])
+        weights[path] = dict(zip(nodes, ends_DK.mean(axis=0).tolist(), strict=True))
         passes += sum(each.passes for each in readings)
     seconds = sum(scores.seconds) + time.perf_counter() - began
     sizes = {path: text.bytes for path, text in texts.items()}
@@ -139,6 +138,14 @@ def _measured(
     return CouncilMeasures(
         rows=rows, weights=weights, heldout_bytes=sizes, left_out=members.left_out, document=document
     )
+
+
+def _documents(log_p_TK: Floats, size: int) -> list[Floats]:
+    """A text cut into documents [T, D, K], to be read side by side: the whole ones, then the rest as one."""
+    size = min(size, len(log_p_TK))
+    whole = len(log_p_TK) // size
+    parts = [log_p_TK[: whole * size].reshape(whole, -1, log_p_TK.shape[-1]), log_p_TK[None, whole * size :]]
+    return [part.swapaxes(0, 1) for part in parts if part.size]
 
 
 def _alone(members: Members, texts: Mapping[str, Text], scores: Scores) -> dict[str, Row]:
