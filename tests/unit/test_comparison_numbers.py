@@ -154,6 +154,9 @@ def test_the_best_values_are_marked_and_training_alone_gains_nothing() -> None:
     assert marks["gain"] == marks["gains"] == marks["worst_vs_local"] == marks["tail"] == {"worldlm"}
     assert "bytes_up" not in marks
     assert "| local | **2.0000** |" in markdown(rows)
+    pooled = run("pooled", [1.0, 1.0], 1.0)
+    assert best(summarize({"runs": [*KNOWN, pooled]})) == marks, "clients that keep their text have no such choice"
+    assert verdict([*KNOWN, pooled]) == verdict(KNOWN)
     assert best(summarize({"runs": [run("local", [2.0], 4.0)]})) == {}, "one method is not the best of several"
 
 
@@ -196,9 +199,11 @@ def test_equal_work_is_said_as_it_was() -> None:
     assert equal_work(KNOWN).startswith("Every client took 10 optimizer steps in every method.")
     unequal = [run("a", [1.0], 1.0), run("b", [1.0], 1.0, steps=12), run("pooled", [1.0], 1.0, steps=40)]
     unequal[1]["tokens"] = 120
+    unequal[1]["flops"] = 14_400
     said = equal_work(unequal)
     assert "trained 100 to 120 tokens in every run" in said
     assert "On pooled text, each step takes a batch of every client's text" in said
+    assert said.endswith("The FLOPs of a token differ between methods, by up to 2.00 times.")
 
 
 def test_the_table_fits_eighty_columns_and_is_whole_on_a_pipe() -> None:

@@ -35,14 +35,24 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return found
 
 
+def is_alone(method: str) -> bool:
+    """Whether every client trains alone in a method."""
+    return method.partition("+")[0] == ALONE
+
+
+def is_pooled(method: str) -> bool:
+    """Whether a method has all texts in one place. Clients that federate have no such choice: it is a yardstick."""
+    return method.partition("+")[0] == POOLED
+
+
 def is_federated(method: str) -> bool:
-    """Whether clients federate in a method: neither training alone nor pooled text is a federation."""
-    return method.partition("+")[0] not in (ALONE, POOLED)
+    """Whether clients federate in a method."""
+    return not is_alone(method) and not is_pooled(method)
 
 
 def alone(runs: Sequence[Run]) -> list[Run]:
     """The runs of training alone: with several settings, those of the one with the lowest validation loss."""
-    methods = {method: mine for method, mine in by_method(runs).items() if method.partition("+")[0] == ALONE}
+    methods = {method: mine for method, mine in by_method(runs).items() if is_alone(method)}
     return min(methods.values(), key=_chosen_by, default=[])
 
 
@@ -165,7 +175,7 @@ def summarize(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "own": mean_loss(runs, "own"),
                 "difference": None if difference is None else difference.mean,
                 "error": None if difference is None else difference.error,
-                "world": None if method.partition("+")[0] == ALONE else mean_loss(runs, "world"),
+                "world": None if is_alone(method) else mean_loss(runs, "world"),
                 "gain": gain,
                 "of_headroom": gain / room.share if gain is not None and room is not None and room.share > 0 else None,
                 "gains": sum(value < 0 for value in change.values()) if change else None,

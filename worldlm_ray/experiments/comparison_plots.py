@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.experiments.comparison_numbers import (
-    ALONE,
     alone,
     by_method,
     by_seed,
     client_means,
+    is_alone,
     is_federated,
     mean_loss,
     pareto,
@@ -59,7 +59,7 @@ def plane(figure: Figure, runs: list[dict[str, Any]]) -> None:
     axes = figure.add_subplot()
     points = dict[str, tuple[float, float]]()
     for method, mine in by_method(runs).items():
-        if method.partition("+")[0] != ALONE:
+        if not is_alone(method):
             points[method] = (mean_loss(mine, "own"), mean_loss(mine, "world"))
     local = alone(runs)
     shown = _in_frame(axes, points, mean_loss(local, "own") if local else None)

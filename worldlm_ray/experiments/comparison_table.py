@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rich.text import Text
 
-from worldlm_ray.experiments.comparison_numbers import is_federated
+from worldlm_ray.experiments.comparison_numbers import is_federated, is_pooled
 from worldlm_ray.reports.tables import amount
 from worldlm_ray.reports.terminal import Column, FittingTable
 
@@ -141,12 +141,12 @@ def cell(name: str, value: Any) -> str:
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
-    """The methods with the best value, by column: several if the table shows equal values."""
+    """The methods with the best value, by column: several if the table shows equal values. Pooled text has no part."""
     found: dict[str, set[str]] = {}
     for name, quantity in COLUMNS.items():
         values = {row["method"]: row[name] for row in rows if quantity.better and _is_number(row[name])}
-        if name in _OF_THE_FEDERATION:
-            values = {method: value for method, value in values.items() if is_federated(method)}
+        left_out = {m for m in values if is_pooled(m) or (name in _OF_THE_FEDERATION and not is_federated(m))}
+        values = {method: value for method, value in values.items() if method not in left_out}
         if len(values) > 1:
             top = min(values.values()) if quantity.better == "low" else max(values.values())
             found[name] = {method for method, value in values.items() if cell(name, value) == cell(name, top)}

@@ -11,15 +11,15 @@ import statistics
 from collections.abc import Sequence
 
 from worldlm_ray.experiments.comparison_numbers import (
-    ALONE,
-    POOLED,
     Run,
     against_local,
     alone,
     by_method,
     by_seed,
     headroom,
+    is_alone,
     is_federated,
+    is_pooled,
     mean_loss,
 )
 
@@ -43,19 +43,20 @@ def verdict(runs: Sequence[Run]) -> list[str]:
 def equal_work(runs: Sequence[Run]) -> str:
     """What is equal in all methods of a comparison: steps or tokens, weights, text."""
     same = "Runs of one seed begin from the same weights, and each client reads its text in the same order."
-    apart = [run for run in runs if run["method"].partition("+")[0] != POOLED]
+    apart = [run for run in runs if not is_pooled(run["method"])]
     steps = {client["steps"] for run in apart for client in run["clients"]}
-    pooled = " On pooled text, each step takes a batch of every client's text." if apart != list(runs) else ""
+    aside = " On pooled text, each step takes a batch of every client's text." if apart != list(runs) else ""
+    flops = [run["flops"] / run["tokens"] for run in runs]
+    if max(flops) > min(flops):
+        aside += f" The FLOPs of a token differ between methods, by up to {max(flops) / min(flops):.2f} times."
     if len(steps) == 1:
-        return f"Every client took {steps.pop():,} optimizer steps in every method. {same}{pooled}"
-    tokens = [run["tokens"] for run in runs if "tokens" in run]
-    if not tokens:
-        return f"{same}{pooled}"
+        return f"Every client took {steps.pop():,} optimizer steps in every method. {same}{aside}"
+    tokens = [run["tokens"] for run in runs]
     low, high = min(tokens), max(tokens)
     amount = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     return (
         f"All clients together trained {amount} tokens in every run; rounds that were under way at the end were "
-        f"finished. In an asynchronous method a fast client takes more of them. {same}{pooled}"
+        f"finished. In an asynchronous method a fast client takes more of them. {same}{aside}"
     )
 
 
@@ -71,11 +72,11 @@ def _headroom(runs: Sequence[Run]) -> str:
 
 def _best(runs: Sequence[Run], which: str) -> str:
     """The best method for one of the two losses, and its distance to the next method."""
-    methods = by_method(runs)
+    methods = {method: mine for method, mine in by_method(runs).items() if not is_pooled(method)}
     if which == "world":
-        methods = {method: mine for method, mine in methods.items() if method.partition("+")[0] != ALONE}
-        if not methods:
-            return ""
+        methods = {method: mine for method, mine in methods.items() if not is_alone(method)}
+    if not methods:
+        return ""
     seeds = {method: by_seed(mine, which) for method, mine in methods.items()}
     means = {method: statistics.fmean(losses.values()) for method, losses in seeds.items()}
     diverged = sorted(method for method, mean in means.items() if not math.isfinite(mean))
