@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
-.PHONY: help quickstart test test-long test-fast soak check format architecture bench clean
+.PHONY: help quickstart federating test test-long test-fast soak check format architecture bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ $(DEV): $(READY)
 
 quickstart: $(READY)  ## train the world that ships with the package, on text that this machine holds
 	$(BIN)/worldlm train quickstart
+
+federating: $(READY)  ## ten clients with little text: alone, by FedAvg, with fine-tuning, and as worldlm does
+	$(BIN)/worldlm compare federating --methods local,fedavg,fedavg+ft,worldlm --seeds 1 --jobs 2 --out runs/federating
 
 test: $(DEV)  ## unit tests, and those with Ray that take seconds
 	$(BIN)/python -m pytest -m 'not long'
