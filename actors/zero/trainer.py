@@ -23,7 +23,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
+from worldlm_ray.training.trainer import MOMENTS, Batch, Proximal, RoundResult, Trainer
 
 CHUNK_S = 2.0
 """Seconds of training that one task is meant to take: between tasks the client looks whether it should stop."""
@@ -77,6 +77,7 @@ class ZeroTrainer(Trainer):
         rate: Callable[[int], float],
         *,
         should_stop: Callable[[], bool] = lambda: False,
+        proximal: Proximal | None = None,
     ) -> RoundResult:
         """Take one optimizer step per batch, a few seconds' worth of them to a task."""
         remaining, began = iter(batches), time.perf_counter()

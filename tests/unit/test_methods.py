@@ -83,7 +83,7 @@ def test_every_method_gives_a_world_that_can_run(world: RunConfig, method: str) 
     plan = make_plan(config)
     assert config.method == method
     assert len(plan.root.clients) == (1 if method == "pooled" else 3)
-    flat = method in ("fedavg", "fedper", "fedbuff", "diloco", "local", "pooled")
+    flat = method not in ("worldlm", "hierfavg", "halos")
     assert (len(plan.root.inner) == 1) == flat
 
 

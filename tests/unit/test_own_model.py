@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import MergeRecord
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.local import LocalTrainer
+from worldlm_ray.training.trainer import Proximal
 
 
 def vector(*values: float) -> Flat:
@@ -192,3 +194,49 @@ def test_rounds_of_fine_tuning_train_at_home_and_push_no_change(tiny: Callable[.
     again = Client(plan, plan.root.clients[0])
     again.restore(*client.state())
     assert again.at_home
+
+
+# ---- a model that is drawn to another one ----------------------------------------------------------------------------
+
+
+def test_the_proximal_term_adds_its_gradient_to_that_of_the_loss(plan: Plan) -> None:
+    """FedProx, equation 2: the gradient of mu / 2 times |w - w_t|^2 is mu (w - w_t), before clipping."""
+    client = Client(plan, plan.root.clients[0])
+    training = replace(client.training, grad_clip=0.0)
+    [batch] = [next(iter(client._batches(0)))]
+    center, gradients = build.initial(plan) - np.float32(0.5), []
+    for proximal in (None, Proximal(center=center, strength=0.25)):
+        trainer = LocalTrainer(plan.shape, plan.layout, training, threads=1)
+        trainer.write(build.initial(plan))
+        trainer.run([batch], lambda _: 1e-3, proximal=proximal)
+        gradients.append(trainer.gradient.numpy().copy())
+    np.testing.assert_allclose(gradients[1] - gradients[0], np.full(plan.layout.size, 0.125), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("merge", "pushes"),
+    [
+        ({"client": "apart", "proximal": 1.0}, "base"),  # Ditto: the parent's model is trained as in FedAvg
+        ({"client": 0.0, "proximal": 1.0}, "own"),  # MR-MTL: the mean of the own models is the center
+        ({"client": 1.0, "proximal": 1.0}, "own"),  # FedProx: one model, which begins from the center
+    ],
+)
+def test_what_is_drawn_and_what_is_pushed(tiny: Callable[..., Plan], merge: dict[str, object], pushes: str) -> None:
+    plan = tiny(budget={"rounds": 4}, merge=merge, model=TINY_MODEL | {"key_layers": []})
+    client, parent = after_a_round(plan, moved(plan, 0.1)), moved(plan, 0.1)
+    own, base = client.trainer.read(), client.trainer.beside()
+    state = getattr(client.trainer, "own", client.trainer).optimizer_state()
+    expected = []
+    for values, proximal in ((own, Proximal(center=parent.values, strength=1.0)), (parent.values, None)):
+        trainer = LocalTrainer(plan.shape, plan.layout, client.training, threads=1)
+        trainer.write(values)
+        trainer.load_optimizer_state(state)
+        trainer.run(client._batches(0), client._rate, proximal=proximal)
+        expected.append(trainer.read())
+    again = Client(plan, plan.root.clients[0])
+    again.restore(*client.state())  # the center is in the checkpoint
+    again.train()
+    assert again.trainer.read().tobytes() == expected[0].tobytes()
+    assert (base is not None) == (pushes == "base")
+    start, trained = (parent.values, expected[1]) if pushes == "base" else (own, expected[0])
+    np.testing.assert_array_equal(again.update().values, trained - start)

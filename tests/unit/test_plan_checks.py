@@ -73,6 +73,12 @@ CASES = [
         f"{ALICE}.data.validation_fraction",
         alice={"merge": {"client": "validated"}, "data": {"validation_fraction": 0.0}},
     ),
+    Case(
+        checks.apart_holds_two_models,
+        f"{ALICE}.merge.client",
+        alice={"merge": {"client": "apart"}, "privacy": RECORD},
+    ),
+    Case(checks.proximal_in_one_process, f"{ALICE}.merge.proximal", alice={"merge": {"proximal": 0.1}} | ZERO),
     Case(checks.common_without_noise, f"{ALICE}.merge.common_fraction", alice={"merge": ADAPTIVE, "privacy": RECORD}),
     Case(checks.common_in_one_process, f"{ALICE}.merge.common_fraction", alice={"merge": ADAPTIVE} | ZERO),
     Case(checks.robust_needs_three, f"{FED}.aggregation.robust.rule", fed={"aggregation": MEDIAN}),

@@ -42,6 +42,8 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     arrays["theta"] = client.trainer.read()
     meta["best"], kept = best.state_of(client.best)
     arrays |= kept
+    if client.center is not None:
+        arrays["center"] = client.center
     if client.merger.last_parent_model is not None:
         arrays["heard"] = client.merger.last_parent_model
     if client.own_model is not None:
@@ -73,6 +75,7 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     client.link.anchor[:] = arrays["anchor"]
     if client.merger.last_parent_model is not None and "heard" in arrays:
         client.merger.last_parent_model = arrays["heard"]
+    client.center = arrays.get("center")
     client.trainer.write(arrays["theta"])
     client.best = best.restored(meta["best"], arrays)
     if client.own_model is not None and "own_model" in meta:

@@ -74,14 +74,14 @@ class Client(LocalRounds):
         """What it knows of the link to its parent. `anchor` is the merged model that the current local round began
         from. Where a round begins ahead of an exchange: the model that was pushed, moved with the parent since."""
         self.trainer.write(initial)
-        validated = spec.settings.merge.client == "validated"
+        validated, has_base = spec.settings.merge.client == "validated", spec.settings.merge.has_base
         self.own_model = OwnModel(self._loss_to_choose_by) if validated and self.has_validation else None
         """What chooses its own model; None of a client that has one model, and of one that promises privacy."""
         self.merger = Merger(
             path=spec.path,
             layout=plan.layout,
             rules=spec.settings.aggregation,
-            m=1.0 if validated else spec.settings.merge.client,
+            m=1.0 if has_base else spec.settings.merge.client,
             agreement=spec.settings.merge.agreement,
             initial=initial,
         )
@@ -247,6 +247,8 @@ class Client(LocalRounds):
         elif pushed is None:
             self._read_pushed(self.link.anchor)
         self.link.heard(model)
+        if self.spec.settings.merge.proximal:
+            self.center = model.values
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []
 
@@ -269,7 +271,7 @@ class Client(LocalRounds):
         stays, self.at_home = self.at_home, self._is_fine_tuning
         if stays:
             return two_models.stay(self, model, now_s=now_s)
-        if self.own_model is not None:
+        if self.own_model is not None or self.spec.settings.merge.client == "apart":
             return two_models.merge(self, self.own_model, model, pushed, now_s=now_s)
         own, anchor = self.trainer.read(), self.link.anchor
         moved = Moved(now=own, since=anchor) if pushed is None else Moved(now=anchor, change=pushed.values)

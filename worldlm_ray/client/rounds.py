@@ -18,7 +18,7 @@ from worldlm_ray.privacy.account import Account
 from worldlm_ray.records import Measure, ProgressRecord, RoundRecord
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.schedule import learning_rate
-from worldlm_ray.training.trainer import Batch, Trainer
+from worldlm_ray.training.trainer import Batch, Proximal, Trainer
 
 
 class LocalRounds(MeasuredModel):
@@ -56,6 +56,8 @@ class LocalRounds(MeasuredModel):
         """Whether it trains no more, since its privacy budget is spent, and only follows its parent."""
         self.best: Best | None = None
         """The model of the best round so far, where it is kept."""
+        self.center: Flat | None = None
+        """The parent's last model, where the own model is drawn to it (`merge.proximal`)."""
         self._stretch_steps = 0
         """Steps that this process has done of the round."""
 
@@ -147,7 +149,7 @@ class LocalRounds(MeasuredModel):
         def rate(step: int) -> float:
             return self._rate(first + step)
 
-        result = self.trainer.run(self._batches(first), rate, should_stop=should_stop)
+        result = self.trainer.run(self._batches(first), rate, should_stop=should_stop, proximal=self._proximal)
         self._stretch_steps += result.steps
         self.step += result.steps
         self.steps += result.steps
@@ -182,6 +184,11 @@ class LocalRounds(MeasuredModel):
         if parameters is None and self.best is not None:
             parameters = self.best.values
         return super().report(tokens, parameters=parameters)
+
+    @property
+    def _proximal(self) -> Proximal | None:
+        strength = self.spec.settings.merge.proximal
+        return None if self.center is None else Proximal(center=self.center, strength=strength)
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """The batches of the round from a step on; a private client's are drawn anew every time, and by chance."""

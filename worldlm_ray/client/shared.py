@@ -28,7 +28,7 @@ from worldlm_ray.storage import open_files
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.making import trainer_of_one_model, with_common
-from worldlm_ray.training.trainer import MOMENTS, Batch, RoundResult, Trainer
+from worldlm_ray.training.trainer import MOMENTS, Batch, Proximal, RoundResult, Trainer
 
 STEP = "step"
 
@@ -140,10 +140,11 @@ class Slot(Trainer):
         rate: Callable[[int], float],
         *,
         should_stop: Callable[[], bool] = lambda: False,
+        proximal: Proximal | None = None,
     ) -> RoundResult:
         """Take one optimizer step per batch."""
         self._shared.activate(self)
-        return self._shared.trainer.run(batches, rate, should_stop=should_stop)
+        return self._shared.trainer.run(batches, rate, should_stop=should_stop, proximal=proximal)
 
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
         """Summed loss in nats and number of tokens."""

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from worldlm_ray.client.client import Client
 
 
-def merge(client: Client, own_model: OwnModel, model: Model, pushed: Update | None, *, now_s: float) -> list[Record]:
+def merge(
+    client: Client, own_model: OwnModel | None, model: Model, pushed: Update | None, *, now_s: float
+) -> list[Record]:
     """The base takes the parent's model, and keeps what it was trained since the push. The own model is chosen.
 
     Args:
         client: whose models they are.
-        own_model: what chooses.
+        own_model: what chooses; None of a client whose own model takes nothing from its parent's.
         model: the parent's.
         pushed: the update of the exchange that has come back, where rounds begin ahead of it.
         now_s: run time.
@@ -40,14 +42,17 @@ def merge(client: Client, own_model: OwnModel, model: Model, pushed: Update | No
     moved = client.merger.backbone(1.0, trained, since, model, out=taken)
     tokens = float(client.round_tokens)
     weights = client.merger.keys(1.0, trained, since, model, own_tokens=tokens, now_s=now_s, out=taken)
-    choice = own_model.choose(own=own, base=base, parent=taken)
-    if choice.name == PARENT or not client.trainer.train_beside(taken, own=choice.values):
+    name, chosen = OWN, own
+    if own_model is not None:
+        choice = own_model.choose(own=own, base=base, parent=taken)
+        name, chosen = choice.name, choice.values
+    if name == PARENT or not client.trainer.train_beside(taken, own=chosen):
         client.trainer.write(taken)
     if moved is None:
         link.anchor[:] = taken
     else:
         link.anchor = moved
-    follows = float(choice.name != OWN)
+    follows = float(name != OWN)
     judged = MergeRecord(node=client.spec.path, now_s=now_s, version=model.version, m=follows, agreement=None)
     return [judged] if weights is None else [judged, weights]
 

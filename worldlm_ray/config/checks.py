@@ -124,9 +124,9 @@ def _trim(value: float, key: str) -> None:
 
 
 def _follows(value: float | str, key: str) -> None:
-    names = ("adaptive", "validated") if key.endswith("client") else ("adaptive",)
+    names = ("validated", "apart", "adaptive") if key.endswith("client") else ("adaptive",)
     if isinstance(value, str) and value not in names:
-        raise ConfigError(key, f"got {value!r}", f"write a number from 0 to 1, or {' or '.join(names)}")
+        raise ConfigError(key, f"got {value!r}", f"write a number from 0 to 1, or {', '.join(names)}")
     if not isinstance(value, str):
         fraction(value, key)
 
@@ -189,6 +189,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "merge.max_model_step": positive,
     "merge.common_fraction": fraction,
     "merge.fine_tune": _below_one,
+    "merge.proximal": not_negative,
     "resources.cpus": positive,
     "resources.clients_per_process": positive,
     "resources.gpus": not_negative,

@@ -121,9 +121,10 @@ class MergeConfig:
     """How far a node moves to its parent on a pull: theta = (1 - m) own + m parent, for the backbone."""
 
     client: float | int | str = 1.0
-    """A number from 0 to 1, `validated` (see worldlm_ray/client/own_model.py) or `adaptive` (see
-    worldlm_ray/aggregation/merge.py). `validated`: a client trains its parent's model for its parent, and beside it its
-    own model, which validation text chooses."""
+    """A number from 0 to 1, or `validated`, `apart` or `adaptive`. `validated`: a client trains its parent's model for
+    its parent, and beside it its own model, which validation text chooses (worldlm_ray/client/own_model.py). `apart`:
+    the same, but the own model takes nothing from the parent's: with `proximal`, Ditto. `adaptive`: see
+    worldlm_ray/aggregation/merge.py."""
     federation: float | int | str = 1.0
     """A number from 0 to 1, or `adaptive`, for federations."""
     agreement: float = 0.6
@@ -136,14 +137,22 @@ class MergeConfig:
     rest. Unless given: `adaptive` 0, where such a client pushes what it did to its own model; `validated` 1, where
     both are trained on the whole batch. See worldlm_ray/training/common.py."""
 
+    proximal: float = 0.0
+    """Strength of a term that draws a client's own model to its parent's last one in every step: FedProx's mu, Ditto's
+    and MR-MTL's lambda. See Proximal in worldlm_ray/training/trainer.py."""
     fine_tune: float = 0.0
     """Share of the budget, at its end, in which a client trains its parent's model at home and pushes no change:
     federated averaging, then fine-tuning."""
 
     @property
+    def has_base(self) -> bool:
+        """Whether a client trains its parent's model for its parent in any case, and its own beside it."""
+        return self.client in ("validated", "apart")
+
+    @property
     def shared_fraction(self) -> float:
         """`common_fraction`, given or not."""
-        return float(self.client == "validated") if self.common_fraction is None else self.common_fraction
+        return float(self.has_base) if self.common_fraction is None else self.common_fraction
 
     def common_rows(self, batch_size: int) -> int:
         """Sequences of a batch that go to the parent's model: at least one, unless the share is 0."""

@@ -3,6 +3,9 @@
     method        tree    when                 key layers        server                        source
     worldlm       as is   as configured        as configured     as configured                 this package
     fedavg        flat    synchronous          none              sgd 1.0                       arXiv 1602.05629
+    fedprox       flat    synchronous          none              sgd 1.0; clients drawn to it  arXiv 1812.06127
+    ditto         flat    synchronous          none              sgd 1.0; own models beside    arXiv 2012.04221
+    mr_mtl        flat    synchronous          none              sgd 1.0; own models pushed    arXiv 2206.07902
     hierfavg      as is   synchronous          none              sgd 1.0, push_every 2         arXiv 1905.06641
     fedper        flat    synchronous          personal          sgd 1.0                       arXiv 1912.00818
     fedbuff       flat    half the clients     none              sgd 1.0, 1/sqrt(1 + tau)      AISTATS 2022
@@ -149,6 +152,21 @@ def _fedavg(mapping: dict[str, Any], root: NodeSpec) -> None:
     _rules(mapping, trigger="synchronous", server_optimizer={"name": "sgd", "lr": 1.0})
 
 
+def _fedprox(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _fedavg(mapping, root)
+    mapping["merge"] |= {"proximal": 0.1}
+
+
+def _ditto(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _fedavg(mapping, root)
+    mapping["merge"] |= {"client": "apart", "proximal": 0.1}
+
+
+def _mr_mtl(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _fedavg(mapping, root)
+    mapping["merge"] |= {"client": 0.0, "proximal": 0.1}
+
+
 def _hierfavg(mapping: dict[str, Any], root: NodeSpec) -> None:
     mapping["world"] = _plain_tree(root, keep_rules=False)
     _no_keys(mapping)
@@ -243,6 +261,9 @@ def _worldlm(mapping: dict[str, Any], root: NodeSpec) -> None:
 METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "worldlm": _worldlm,
     "fedavg": _fedavg,
+    "fedprox": _fedprox,
+    "ditto": _ditto,
+    "mr_mtl": _mr_mtl,
     "hierfavg": _hierfavg,
     "fedper": _fedper,
     "fedbuff": _fedbuff,
@@ -269,6 +290,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "federations_adaptive": {"merge.federation": "adaptive"},
     "validated": {"merge.client": "validated"},
     FINE_TUNED: {"merge.fine_tune": 0.2},
+    "weakly_drawn": {"merge.proximal": 0.01},
+    "strongly_drawn": {"merge.proximal": 1.0},
     "half": {"merge.client": "validated", "merge.common_fraction": 0.5},
     "common": {"merge.client": "adaptive", "merge.common_fraction": 0.125},
     "eager": {"merge.agreement": 0.5},

@@ -51,7 +51,7 @@ def common_of_adaptive_clients(plan: Plan) -> Iterable[ConfigError]:
     """Only a client that may keep its own model has two to train."""
     for at, settings in plan.settings_in_force:
         fraction, merge = settings.merge.common_fraction, settings.merge.client
-        if fraction and merge not in ("adaptive", "validated"):
+        if fraction and merge not in ("adaptive", "validated", "apart"):
             got = f"got {fraction}, but merge.client is {merge}"
             cure = "set merge.client to validated, or leave this out: others never leave their parent"
             yield ConfigError(f"{at}merge.common_fraction", got, cure)
@@ -86,6 +86,26 @@ def common_without_noise(plan: Plan) -> Iterable[ConfigError]:
             got = f"got {fraction}, but privacy.unit is record, whose noise is for one model"
             cure = "set it to 0 at clients that promise privacy of records"
             yield ConfigError(f"{at}merge.common_fraction", got, cure)
+
+
+def apart_holds_two_models(plan: Plan) -> Iterable[ConfigError]:
+    """Where a client can hold one model only, an own model that takes nothing from its parent's has no place."""
+    for _, client in plan.distinct_clients:
+        settings = client.settings
+        if settings.merge.client == "apart" and (
+            settings.privacy.unit == "record" or deepspeed_config.is_zero(settings)
+        ):
+            what = "promises privacy of records" if settings.privacy.unit == "record" else "has DeepSpeed's workers"
+            cure = "set it to a number or to validated at this client"
+            yield ConfigError(f"{client.key}.merge.client", f"apart, but the client {what}: it has one model", cure)
+
+
+def proximal_in_one_process(plan: Plan) -> Iterable[ConfigError]:
+    """DeepSpeed's workers hold parts of one model, and none of another one to be drawn to."""
+    for _, client in plan.distinct_clients:
+        if client.settings.merge.proximal and deepspeed_config.is_zero(client.settings):
+            got = f"got {client.settings.merge.proximal:g}, but the client has DeepSpeed's workers"
+            yield ConfigError(f"{client.key}.merge.proximal", got, "set it to 0 at this client")
 
 
 def common_in_one_process(plan: Plan) -> Iterable[ConfigError]:
@@ -281,6 +301,8 @@ RULES: tuple[Rule, ...] = (
     common_of_adaptive_clients,
     common_leaves_rows,
     validated_has_text,
+    apart_holds_two_models,
+    proximal_in_one_process,
     common_without_noise,
     common_in_one_process,
     robust_needs_three,

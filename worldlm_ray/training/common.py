@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.training.trainer import Batch, RoundResult, Trainer
+from worldlm_ray.training.trainer import Batch, Proximal, RoundResult, Trainer
 
 _PREFIX = "common."
 _THETA = "theta"
@@ -78,10 +78,11 @@ class CommonTrainer(Trainer):
         rate: Callable[[int], float],
         *,
         should_stop: Callable[[], bool] = lambda: False,
+        proximal: Proximal | None = None,
     ) -> RoundResult:
         """Take one optimizer step per batch; of two models each takes it with its rows, or both with all."""
         if not self.is_apart:
-            return self.own.run(batches, rate, should_stop=should_stop)
+            return self.own.run(batches, rate, should_stop=should_stop, proximal=proximal)
         for_common: list[Batch] = []
 
         def for_own() -> Iterator[Batch]:
@@ -89,7 +90,7 @@ class CommonTrainer(Trainer):
                 for_common.append((x[: self.rows].copy(), y[: self.rows].copy()))
                 yield (x[self.rows :], y[self.rows :]) if self.rows < len(x) else (x, y)
 
-        result = self.own.run(for_own(), rate, should_stop=should_stop)
+        result = self.own.run(for_own(), rate, should_stop=should_stop, proximal=proximal)
         train_s = self.common.run(for_common[: result.steps], rate).train_s  # one more may have been drawn
         return replace(result, train_s=result.train_s + train_s)
 

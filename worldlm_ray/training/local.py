@@ -23,7 +23,7 @@ from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.deepspeed_config import is_bf16
 from worldlm_ray.training.sampling import generate
-from worldlm_ray.training.trainer import Batch, RoundResult, Trainer
+from worldlm_ray.training.trainer import Batch, Proximal, RoundResult, Trainer
 
 
 def device_of(resources: ResourcesConfig) -> str | None:
@@ -92,6 +92,8 @@ class LocalTrainer(Trainer):
         self.training, self.layout, self.shape = training, layout, shape
         self.threads = threads
         self.bf16 = is_bf16(training, cuda=self.device.type == "cuda")
+        self._center: Tensor | None = None
+        self._strength = 0.0
         self.flat = torch.zeros(layout.size, device=self.device)
         self.gradient = torch.zeros(layout.size, device=self.device)
         with torch.device("meta"):  # no memory and no default initialisation: the flat buffer is the model
@@ -131,6 +133,7 @@ class LocalTrainer(Trainer):
         rate: Callable[[int], float],
         *,
         should_stop: Callable[[], bool] = lambda: False,
+        proximal: Proximal | None = None,
     ) -> RoundResult:
         """Take one optimizer step per batch.
 
@@ -138,7 +141,10 @@ class LocalTrainer(Trainer):
             batches: token ids and targets.
             rate: learning rate of the step with this index.
             should_stop: asked before every step. True ends the training early and keeps the steps so far.
+            proximal: another model, to which every step is drawn.
         """
+        self._center = None if proximal is None else torch.from_numpy(np.array(proximal.center)).to(self.device)
+        self._strength = 0.0 if proximal is None else proximal.strength
         torch.set_num_threads(self.threads)
         self.model.train()
         losses = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -176,7 +182,9 @@ class LocalTrainer(Trainer):
         return loss
 
     def _descend(self, learning_rate: float) -> None:
-        """Clip the gradient, decay the matrices, take the step."""
+        """Add the proximal term's gradient, clip, decay the matrices, take the step."""
+        if self._center is not None:
+            self.gradient.add_(self.flat - self._center, alpha=self._strength)
         if self.training.grad_clip:
             norm = torch.linalg.vector_norm(self.gradient)
             self.gradient.mul_(torch.clamp(self.training.grad_clip / (norm + 1e-6), max=1.0))

@@ -19,6 +19,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Proximal:
+    """A term of the loss that draws the model to another one: strength / 2 times the squared distance.
+
+    FedProx (arXiv 1812.06127, equation 2), Ditto (arXiv 2012.04221, equation 1), MR-MTL (arXiv 2206.07902).
+    """
+
+    center: Flat
+    """[layout.size]"""
+    strength: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundResult:
     """What a run of optimizer steps came to."""
 
@@ -51,10 +63,12 @@ class Trainer(Protocol):
         rate: Callable[[int], float],
         *,
         should_stop: Callable[[], bool] = lambda: False,
+        proximal: Proximal | None = None,
     ) -> RoundResult:
         """Take one optimizer step per batch, at the learning rate that `rate` gives for its index.
 
-        `should_stop` is asked between steps; True ends the run early and keeps what was done.
+        `should_stop` is asked between steps; True ends the run early and keeps what was done. With `proximal` the
+        client's own model is drawn to another one.
         """
         ...
 
