@@ -246,7 +246,7 @@ def test_worldlm_is_the_configuration_itself(world: RunConfig) -> None:
 PROMISE = {"unit": "record", "noise_multiplier": 2.0, "target_epsilon": 3.0}
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"pooled"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"pooled", "ditto"}))
 def test_no_method_loses_a_promise_of_privacy(tiny: Callable[..., Plan], tmp_path: Path, method: str) -> None:
     children = [
         {"federation": "f", "privacy": PROMISE, "children": [client("a", tmp_path, 1)]},
@@ -264,3 +264,19 @@ def test_pooled_pools_no_private_text(tiny: Callable[..., Plan], tmp_path: Path)
     children = [client("a", tmp_path, 1), client("b", tmp_path, 2, privacy=PROMISE)]
     with pytest.raises(ConfigError, match="world/b trains with differential privacy"):
         configure(tiny(children).config, "pooled")
+
+
+def test_ditto_gives_a_private_client_no_second_model(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    children = [client("a", tmp_path, 1), client("b", tmp_path, 2, privacy=PROMISE)]
+    with pytest.raises(ConfigError, match="promises privacy of records: it has one model"):
+        make_plan(configure(tiny(children).config, "ditto"))
+
+
+@pytest.mark.parametrize(
+    ("method", "client", "proximal"), [("fedprox", 1.0, 0.1), ("ditto", "apart", 0.1), ("mr_mtl", 0.0, 0.1)]
+)
+def test_a_client_is_drawn_to_the_worlds_model(
+    tiny: Callable[..., Plan], method: str, client: Any, proximal: float
+) -> None:
+    merge = make_plan(configure(tiny().config, method)).root.clients[0].settings.merge
+    assert (merge.client, merge.proximal) == (client, proximal)
