@@ -79,6 +79,9 @@ CASES = [
         alice={"merge": {"client": "apart"}, "privacy": RECORD},
     ),
     Case(checks.proximal_in_one_process, f"{ALICE}.merge.proximal", alice={"merge": {"proximal": 0.1}} | ZERO),
+    Case(
+        checks.best_of_measured_rounds, "evaluation.keep_best", {"evaluation": {"keep_best": True, "every_rounds": 0}}
+    ),
     Case(checks.common_without_noise, f"{ALICE}.merge.common_fraction", alice={"merge": ADAPTIVE, "privacy": RECORD}),
     Case(checks.common_in_one_process, f"{ALICE}.merge.common_fraction", alice={"merge": ADAPTIVE} | ZERO),
     Case(checks.robust_needs_three, f"{FED}.aggregation.robust.rule", fed={"aggregation": MEDIAN}),
