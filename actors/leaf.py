@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.drivers import Link, link_of
 from actors.shared import Address, was_restarted, write_checkpoint
+from worldlm_ray.client.above import Turns
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import CheckpointError
 from worldlm_ray.plan.plan import Plan
@@ -70,6 +71,7 @@ class Leaf:
             now_s=self.clock.now_s,
             is_stopping=lambda: self._is_stopping,
             is_leaving=lambda: self._is_leaving or not self._is_member(),
+            turns=Turns(self.spec.path),
         )
         self._is_set_up = True
         self._tell(self._life("continued" if found else "started"))

@@ -11,7 +11,7 @@ call off, the child joins again and goes on from what the parent then says it ha
 
 The protocol is written once, as generators. They yield what is to be done (`Send`, `Sleep`). A driver does it, and
 sends back the answer or throws `Lost`. Drivers are a thread, an event loop (actors/drivers.py) and a virtual clock
-(worldlm_ray/simulation/). What a method's arguments and answers are:
+(worldlm_ray/simulation/network.py). What a method's arguments and answers are:
 
     join        name, incarnation, seq                                    Welcome
     push        name, incarnation, to, header, update                     Verdict

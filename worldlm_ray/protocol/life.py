@@ -1,7 +1,8 @@
 """A client's life: join, pull, begin, train, push, save, until the budget is spent or the client stops or leaves.
 
 It is written once, as a generator like those of worldlm_ray/protocol/child.py. It yields what is to be done, and a
-driver does it where that belongs: the model may have a thread, storage another one, and time may be virtual.
+driver does it where that belongs: the model may have a thread, storage another one, and time may be virtual
+(worldlm_ray/simulation/clients.py).
 
     Send, Sleep     of the protocol: they end with `Stopped` once the client is told to stop
     Compute         work that touches the model; the answer is what it returns
@@ -107,6 +108,7 @@ class Life:
         now_s: gives the run time.
         is_stopping: whether the client is told to stop: after the step under way, whose round a checkpoint keeps.
         is_leaving: whether the client is to leave the run for good, after the round under way.
+        turns: when it measures a node above.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Life:
         now_s: Callable[[], float],
         is_stopping: Callable[[], bool],
         is_leaving: Callable[[], bool],
+        turns: Turns,
     ) -> None:
         self._plan, self._client, self._uplink = plan, client, uplink
         self._tell, self._now_s, self._is_stopping, self._is_leaving = tell, now_s, is_stopping, is_leaving
@@ -129,7 +132,7 @@ class Life:
         self._end_turn: Callable[[], None] | None = None
         self.delivers_since_s: float | None = None
         """Since when an update is on its way. It is worth waiting for, even if the client is told to stop meanwhile."""
-        self._turns = Turns(client.spec.path)
+        self._turns = turns
         self._busy_s, self._pace_s = 0.0, 0.0
         self._began_s = self._saved_s = now_s()
 
@@ -267,9 +270,12 @@ class Life:
         if not client.overlaps:
             yield from self._deliver(update)
             return
-        if not (self._is_leaving() or self._is_last or client.is_done):
+        if self._may_begin_ahead():
             yield Compute(client.begin_ahead)
         self._exchange = yield Beside(self._talk(update, pull=client.began))
+
+    def _may_begin_ahead(self) -> bool:
+        return not (self._is_leaving() or self._is_last or self._client.is_done)
 
     def _talk(self, update: Update | None, *, pull: bool) -> Steps[Pulled | None]:
         """The exchange beside the training."""

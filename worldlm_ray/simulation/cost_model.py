@@ -24,7 +24,7 @@ from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.contributions import Contributions
-from worldlm_ray.records import Measure, Record, RoundRecord, StartRecord
+from worldlm_ray.records import Measure, ProgressRecord, Record, RoundRecord, StartRecord
 from worldlm_ray.tensors.buffers import Flat, frozen
 from worldlm_ray.tensors.layout import Layout, make_layout
 
@@ -99,6 +99,7 @@ class CostClient:
         "began",
         "dataset",
         "incarnation",
+        "is_whole",
         "outbox",
         "paused",
         "plan",
@@ -109,7 +110,7 @@ class CostClient:
     )
     warning: ClassVar[str] = ""
 
-    measure_is_due = may_pause = overlaps = False
+    measure_is_due = may_pause = overlaps = serves = False
     in_flight = None
     last_word = ""
     left_out = ()
@@ -120,7 +121,17 @@ class CostClient:
         self.outbox = Outbox() if plan.config.faults else _NOTHING_KEPT
         self.round = self.seq = self.base_version = 0
         self.incarnation = self.base_incarnation = 1
-        self.began = self.paused = False
+        self.began = self.is_whole = self.paused = False
+
+    @property
+    def steps(self) -> int:
+        """Steps of all rounds so far."""
+        return self.round * self.spec.settings.training.local_steps
+
+    @property
+    def step(self) -> int:
+        """Steps done of the round under way: all or none."""
+        return self.spec.settings.training.local_steps if self.is_whole else 0
 
     @property
     def started_tokens(self) -> int:
@@ -130,7 +141,7 @@ class CostClient:
     @property
     def begun(self) -> int:
         """Local rounds that have begun."""
-        return self.round
+        return self.round + (self.began and not self.is_whole)
 
     @property
     def is_done(self) -> bool:
@@ -142,7 +153,7 @@ class CostClient:
         """The parent is there, perhaps again: rounds that it has accepted since the checkpoint are counted."""
         missed = welcome.last_seq - self.seq
         if missed > 0:
-            self.seq, self.began = welcome.last_seq, False
+            self.seq, self.began, self.is_whole = welcome.last_seq, False, False
             self.round += missed
         self.outbox.durable(welcome.durable_seq)
 
@@ -155,18 +166,19 @@ class CostClient:
         self.base_version, self.base_incarnation = model.version, model.incarnation
         self.outbox.durable(model.durable_seq)
         self.seq = max(self.seq, model.last_seq)
-        self.began = True
+        self.began, self.is_whole = True, False
         return []
 
-    def train(self) -> float:
+    def train(self, should_stop: Any = None) -> float:
         """Count a round."""
         self.round += 1
+        self.is_whole = True
         return 0.0
 
     def update(self) -> Update:
         """The finished round as an update."""
         self.seq += 1
-        self.began = False
+        self.began = self.is_whole = False
         update = Update(
             sender=self.spec.name,
             seq=self.seq,
@@ -178,6 +190,14 @@ class CostClient:
         )
         self.outbox.add(update)
         return update
+
+    def use_shared_copy(self, shared: Update) -> None:
+        """No buffer moves."""
+
+    def progress_record(self, *, now_s: float) -> ProgressRecord:
+        """How far this client is."""
+        tokens = self.round * self.round_tokens
+        return ProgressRecord(node=self.spec.path, now_s=now_s, round=self.round, steps=self.steps, tokens=tokens)
 
     def start_record(self, *, now_s: float) -> StartRecord:
         """What tracking is told before the first round: nothing was measured."""
@@ -191,7 +211,7 @@ class CostClient:
             node=self.spec.path,
             now_s=now_s,
             round=self.round,
-            steps=self.round * self.spec.settings.training.local_steps,
+            steps=self.steps,
             tokens=self.round * self.round_tokens,
             train_loss=None,
             loss=None,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from worldlm_ray.aggregation.children import Status
 from worldlm_ray.aggregation.events import (
     Admit,
@@ -52,8 +50,6 @@ class InnerNodes:
         self.network = (FaultyNetwork if world.faults else Network)(world, self.take)
         every_s = AUDIT_EVERY_S if isinstance(world.plan, CostPlan) else 0.0
         self.audit = {path: AuditLog(world.plan.run_dir, path, every_s=every_s) for path in world.nodes}
-        self.resume: Callable[[str], Steps[None]]
-        """Makes the steps by which a child joins its parent again and goes on; set by the simulation."""
 
     def take(self, path: str, event: Event) -> Verdict | Welcome | None:
         """Let a node handle an event; returns what it answers to a push or to a child that joins."""
@@ -67,7 +63,7 @@ class InnerNodes:
             else:
                 self.perform(path, command)
         if path in world.final and not world.nodes[path].ended and world.incarnations[path]:
-            del world.final[path]  # a client below has come back: so does the federation
+            world.final.discard(path)  # a client below has come back: so does the federation
             self.network.restart(path, self.resume(path))
         return reply
 
@@ -97,7 +93,7 @@ class InnerNodes:
         elif isinstance(command, Finish):
             world.note(path, "finished", version=node.version)
             if path != "world":
-                self.network.start(path, self.finish(path))
+                self.network.start(path, world.uplinks[path].done())
 
     def _wake(self, path: str) -> None:
         self.take(path, Clock(now_s=self._clock.now_s))
@@ -122,10 +118,16 @@ class InnerNodes:
 
     # ---- a federation's link to its parent -------------------------------------------------------------------------
 
-    def finish(self, path: str) -> Steps[None]:
-        """A federation's final message."""
-        self._world.final[path] = Done
-        yield from self._world.uplinks[path].done()
+    def resume(self, path: str) -> Steps[None]:
+        """A federation joins its parent again, after a restart of either, and goes on from there."""
+        world, node = self._world, self._world.nodes[path]
+        world.catching_up.add(path)
+        yield from world.uplinks[path].join()
+        world.catching_up.discard(path)
+        if path in world.final:
+            yield from world.uplinks[path].done()
+        elif node.wants_refresh or node.is_sent:
+            yield from self.pull(path)
 
     def pull(self, path: str) -> Steps[None]:
         """Fetch the parent's model for a federation."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from worldlm_ray.aggregation.events import Left
-from worldlm_ray.protocol.child import Steps
 from worldlm_ray.simulation.inner import InnerNodes
-from worldlm_ray.simulation.restarts import Checkpoints
 from worldlm_ray.simulation.world import World
 
 if TYPE_CHECKING:
@@ -20,12 +17,11 @@ class Members:
 
     Args:
         world: the nodes.
-        checkpoints: where a client is saved before it leaves.
         inner: the inner nodes.
     """
 
-    def __init__(self, world: World, checkpoints: Checkpoints, inner: InnerNodes) -> None:
-        self._world, self._clock, self._checkpoints, self._inner = world, world.clock, checkpoints, inner
+    def __init__(self, world: World, inner: InnerNodes) -> None:
+        self._world, self._clock, self._inner = world, world.clock, inner
         self._too_late = False
         """Whether all clients that were there have ended, so that none comes any more."""
         self.restarts: Restarts
@@ -34,6 +30,10 @@ class Members:
     def is_member(self, path: str) -> bool:
         """Whether a client means to take part now."""
         return self._world.faults.is_member(path, self._clock.now_s)
+
+    def has_parted(self, path: str) -> bool:
+        """Whether a client is to leave."""
+        return not self.is_member(path)
 
     def keep_away(self) -> None:
         """Mark clients that come late, and those for which a federation has no slot yet, as absent."""
@@ -53,16 +53,10 @@ class Members:
             if client in world.absent and free > 0 and not self._too_late and self.is_member(client):
                 self.restarts.start(client, world.absent.pop(client) + 1)
 
-    def leave(self, path: str) -> Steps[None]:
-        """A client leaves, once its parent cannot lose any more what it has pushed."""
+    def has_left(self, path: str) -> None:
+        """A client has left the run: there may be a slot for another one."""
         world = self._world
-        if path not in world.final:
-            self._checkpoints.save(path)
-        world.final[path] = Left
-        yield from world.uplinks[path].left()
-        del world.final[path]
         world.absent[path], world.incarnations[path] = world.incarnations[path], 0
-        world.note(path, "left")
         self.fill(world.parent(path))
         self.end_if_all_have_ended()
 

@@ -6,7 +6,7 @@ by: a `Send` travels for the link's latency and the bytes over its bandwidth, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +26,21 @@ Take = Callable[[str, Event], Verdict | Welcome | None]
 """Lets a node handle an event; returns what it answers to a push or to a child that joins."""
 
 
+LATER = object()
+"""What a step is answered with that takes time: the task goes on later (`Network.go_on`)."""
 _FINAL: dict[str, type[Done] | type[Left] | type[Heartbeat]] = {"done": Done, "left": Left, "heartbeat": Heartbeat}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Task:
     """The steps that a child is taking."""
 
     child: str
-    steps: Steps[None]
+    steps: Steps[Any]
     background: bool = False
     """Whether the run may end without it."""
+    on_end: Callable[[Task], None] | None = None
+    """Called when the steps have ended by themselves."""
     call: int = 0
     """Number of the call under way. Whatever belongs to an older one comes too late."""
     is_answered: bool = True
@@ -45,6 +49,8 @@ class Task:
     """Whether no further step is taken."""
     awaits_model: bool = False
     """Whether the answer is a model, which may come much later than the call."""
+    has_ended: bool = False
+    result: Any = None
 
 
 class Network:
@@ -59,35 +65,37 @@ class Network:
         self._world, self._clock, self._take = world, world.clock, take
         self._tasks: dict[str, list[Task]] = {}
         """By child."""
+        self.others: Mapping[type, Callable[[Task, Any], Any]] = {}
+        """What does steps of other kinds than Send and Sleep, by kind; set by what drives the clients' lives."""
+        self.has_begun = False
+        """Whether the run has begun. Until then a child joins its parent in no time."""
 
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
-    def start(self, child: str, steps: Steps[None], *, background: bool = False) -> None:
+    def start(self, child: str, steps: Steps[Any], *, on_end: Callable[[Task], None] | None = None) -> Task:
         """Take steps of a child, beside those that it takes already."""
-        task = Task(child, steps, background)
+        task = Task(child, steps, on_end=on_end)
         self._tasks.setdefault(child, []).append(task)
-        self._advance(task)
+        self.go_on(task)
+        return task
 
     def restart(self, child: str, steps: Steps[None]) -> None:
         """Take other steps in place of all that a child takes."""
         self.drop(child)
         self.start(child, steps)
 
-    def drop(self, child: str) -> None:
-        """Take no more steps of a child."""
-        for task in self._tasks.pop(child, []):
+    def drop(self, child: str) -> list[Task]:
+        """Take no more steps of a child; returns the tasks that took them."""
+        dropped = self._tasks.pop(child, [])
+        for task in dropped:
             task.call += 1
             task.is_dropped = True
+        return dropped
 
-    def take_at_once(self, child: str, steps: Steps[None]) -> None:
-        """Take steps whose calls take no time, before the run begins."""
-        value = None
-        while True:
-            try:
-                send = steps.send(value)
-            except StopIteration:
-                return
-            value, _ = self._handle(child, send)
+    def kill(self, child: str) -> None:
+        """End all that a child does where it is."""
+        for task in self.drop(child):
+            task.steps.close()
 
     def fail_calls_to(self, parent: str) -> None:
         """A parent has died: calls that it has not answered fail."""
@@ -102,23 +110,42 @@ class Network:
         for task in [task for task in self._tasks.get(child, ()) if task.awaits_model]:
             self._answer(task, (model, size), size)
 
-    def _advance(self, task: Task, value: Any = None, error: Exception | None = None) -> None:
-        try:
-            step = task.steps.throw(error) if error is not None else task.steps.send(value)
-        except (StopIteration, SupersededError):
-            if task in self._tasks.get(task.child, ()):
-                self._tasks[task.child].remove(task)
-            return
-        if task.is_dropped:
-            return  # by this very step
-        task.call += 1
-        if isinstance(step, Sleep):
-            self._later(task, self._clock.now_s + step.seconds, lambda: self._advance(task))
-        else:
-            task.is_answered = task.awaits_model = False
-            self._send(task, step)
+    def go_on(self, task: Task, value: Any = None, error: Exception | None = None) -> None:
+        """Answer the step of a task that is due, and take the next ones until one takes time."""
+        while True:
+            try:
+                step = task.steps.throw(error) if error is not None else task.steps.send(value)
+            except (StopIteration, SupersededError) as end:
+                self._end(task, end)
+                return
+            if task.is_dropped:
+                return  # by this very step
+            task.call += 1
+            error = None
+            if isinstance(step, Sleep):
+                self.later(task, self._clock.now_s + step.seconds, lambda: self.go_on(task))
+                return
+            if not isinstance(step, Send):
+                value = self.others[type(step)](task, step)
+                if value is LATER:
+                    return
+            elif step.method == "join" and not self.has_begun:
+                value, _ = self._handle(task.child, step)
+            else:
+                task.is_answered = task.awaits_model = False
+                self._send(task, step)
+                return
 
-    def _later(self, task: Task, at_s: float, action: Callable[[], None]) -> None:
+    def _end(self, task: Task, end: StopIteration | SupersededError) -> None:
+        if task.is_dropped:
+            return
+        self._tasks[task.child].remove(task)
+        if isinstance(end, StopIteration):
+            task.has_ended, task.result = True, end.value
+            if task.on_end is not None:
+                task.on_end(task)
+
+    def later(self, task: Task, at_s: float, action: Callable[[], None]) -> None:
         """Do what belongs to the call under way, unless another one is by then."""
         call = task.call
 
@@ -126,7 +153,7 @@ class Network:
             if task.call == call:
                 action()
 
-        self._clock.at(at_s, act, of=task.child, background=task.background)
+        self._clock.at(at_s, act, background=task.background)
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +178,7 @@ class Network:
                 return
 
     def _send(self, task: Task, send: Send) -> None:
-        self._later(task, self.arrival_s(task.child, send.nbytes), lambda: self._deliver(task, send))
+        self.later(task, self.arrival_s(task.child, send.nbytes), lambda: self._deliver(task, send))
 
     def _deliver(self, task: Task, send: Send) -> None:
         if not self._world.incarnations[self._world.parent(task.child)]:
@@ -193,13 +220,13 @@ class Network:
             return
         task.is_answered, task.awaits_model = True, False
         value, error = (None, value) if isinstance(value, MessageError) else (value, None)
-        self._later(task, self.arrival_s(task.child, nbytes), lambda: self._advance(task, value, error))
+        self.later(task, self.arrival_s(task.child, nbytes), lambda: self.go_on(task, value, error))
 
     def _fail(self, task: Task) -> None:
         """The caller learns after a while that there will be no answer."""
         task.call += 1
         task.is_answered, task.awaits_model = True, False
-        self._later(task, self._clock.now_s + NOTICED_S, lambda: self._advance(task, error=Lost("no answer")))
+        self.later(task, self._clock.now_s + NOTICED_S, lambda: self.go_on(task, error=Lost("no answer")))
 
 
 class FaultyNetwork(Network):

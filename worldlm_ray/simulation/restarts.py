@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +35,8 @@ class Checkpoints:
     def __init__(self, world: World) -> None:
         self._world, self._clock = world, world.clock
         self._saved: dict[str, State] = {}
-        self._saved_s = dict.fromkeys(world.specs, 0.0)
         self._refused_s: dict[str, float] = {}
         """Since when a node's storage refuses."""
-
-    def save_if_due(self, path: str) -> None:
-        """Save a client if its last checkpoint is old enough."""
-        if self._world.faults and self._clock.now_s - self._saved_s[path] >= self._world.plan.config.checkpoint.every_s:
-            self.save(path)
 
     def save(self, path: str) -> None:
         """Save a node, unless its storage refuses."""
@@ -56,7 +49,6 @@ class Checkpoints:
             meta, arrays = world.child(path).state()
             copies = {name: np.array(values) for name, values in arrays.items()}
             self._saved[path] = (json.loads(json.dumps(meta)), copies)
-        self._saved_s[path] = now_s
         if path in world.nodes:
             world.nodes[path].handle(Saved(covered=world.nodes[path].covers()))
 
@@ -85,7 +77,6 @@ class Restarts:
     ) -> None:
         self._world, self._clock, self._checkpoints = world, world.clock, checkpoints
         self._inner, self._clients, self._members = inner, clients, members
-        self._resume: Callable[..., Any] = clients.resume
 
     def kill(self, fault: Fault) -> None:
         """Kill a node, and start it again after a while."""
@@ -94,9 +85,9 @@ class Restarts:
         if not incarnation:
             return
         world.incarnations[path] = 0
+        self._inner.network.kill(path)
         if path in world.clients:
             self._clients.forget(path)
-        self._inner.network.drop(path)
         self._inner.network.fail_calls_to(path)
         world.note(path, "killed")
         self._clock.after(fault.for_s or RESTART_S, lambda: self.start(path, incarnation + 1))
@@ -105,19 +96,19 @@ class Restarts:
         """Start a node from its newest checkpoint, if there is one."""
         world, found = self._world, self._checkpoints.newest(path)
         world.incarnations[path] = incarnation
-        world.final.pop(path, None)
-        world.catching_up.add(path)
+        world.final.discard(path)
         if path in world.clients:
-            self._clients.start(path, incarnation, found)
+            self._clients.make(path, incarnation, found)
         else:
+            world.catching_up.add(path)
             self._start_node(path, incarnation, found)
         world.note(path, "continued" if incarnation > 1 else "started")
-        if path in world.clients and incarnation == 1:
-            self._clients.introduce(path)
-        if world.has_never_joined(path):
+        if path in world.clients:
+            self._clients.begin(path)
+        elif world.has_never_joined(path):
             world.catching_up.discard(path)
         elif path != "world":
-            self._inner.network.restart(path, self._resume(path))
+            self._inner.network.restart(path, self._inner.resume(path))
 
     def _start_node(self, path: str, incarnation: int, found: State | None) -> None:
         world = self._world
@@ -134,4 +125,7 @@ class Restarts:
         self._members.end_if_all_have_ended()
 
     def _again(self, child: str) -> None:
-        self._inner.network.restart(child, self._resume(child))
+        if child in self._world.clients:
+            self._clients.notice(child)
+        else:
+            self._inner.network.restart(child, self._inner.resume(child))

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from worldlm_ray.aggregation.events import Done
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import prepare_shards
@@ -70,10 +69,10 @@ class Simulation:
         self._clock, self.nodes, self.clients, self.absent = world.clock, world.nodes, world.clients, world.absent
         checkpoints = Checkpoints(world)
         self._inner = InnerNodes(world, checkpoints)
-        self._members = Members(world, checkpoints, self._inner)
-        self._clients = Clients(world, self._inner, self._members, checkpoints)
+        self._members = Members(world, self._inner)
+        self._clients = Clients(world, self._inner.network, self._members, checkpoints)
         self._restarts = Restarts(world, checkpoints, self._inner, self._clients, self._members)
-        self._members.restarts, self._inner.resume = self._restarts, self._clients.resume
+        self._members.restarts = self._restarts
         self.speeds = self._clients.speeds
         """Tokens per second of every client."""
 
@@ -102,11 +101,11 @@ class Simulation:
                 clock.at(fault.at_s, lambda parent=parent: self._members.fill(parent))  # type: ignore[misc]
         self._members.keep_away()
         for path in world.specs:
-            if path != "world" and path not in world.absent and not world.has_never_joined(path):
-                self._inner.network.take_at_once(path, world.uplinks[path].join())
-        for path in world.clients:
-            if path not in world.absent:
+            if path in world.clients and path not in world.absent:
                 self._clients.begin(path)
+            elif path in world.nodes and path != "world" and not world.has_never_joined(path):
+                self._inner.network.start(path, world.uplinks[path].join())
+        self._inner.network.has_begun = True
         if world.faults:
             clock.at(self.plan.config.liveness.heartbeat_s, self._look, background=True)
         while not clock.is_empty and not (world.faults and self._is_over()):
@@ -128,7 +127,7 @@ class Simulation:
         world = self._world
         there = [path for path in world.specs if path not in world.absent]
         ended = all(node.ended for node in world.nodes.values()) and all(world.incarnations[path] for path in there)
-        return ended and all(world.final.get(path) is Done for path in there if path != "world")
+        return ended and all(path in world.final for path in there if path != "world")
 
     def conclude(self, status: str) -> Outcome:
         """Measure every model, write checkpoints and summary.json."""

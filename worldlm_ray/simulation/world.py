@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from worldlm_ray.aggregation.events import Done, Left
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
 from worldlm_ray.exchange.messages import Model, Packed, Update, buffer_of, pack
-from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec, parent_path
-from worldlm_ray.protocol.child import Child, Uplink
+from worldlm_ray.protocol.child import Child, Steps, Uplink
 from worldlm_ray.protocol.node_child import NodeAsChild
 from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.simulation import cost_model
+from worldlm_ray.simulation.budget import Budget
 from worldlm_ray.simulation.clock import Clock
 from worldlm_ray.simulation.cost_model import CostClient, CostPlan
 from worldlm_ray.tensors.buffers import Flat
@@ -50,12 +49,17 @@ class World:
         self.specs = {spec.path: spec for spec in plan.root.walk()}
         self.incarnations = dict.fromkeys(self.specs, 1)
         """By path; 0 while the node is dead."""
-        self.clock = Clock(self.incarnations)
+        self.clock = clock = Clock(self.incarnations)
+        self.now_s: Callable[[], float] = lambda: clock.now_s
+        """Gives the virtual time; one for all nodes."""
         self.initial = cost_model.initial(plan)
         self.contributions = {spec.path: build.contributions(plan, spec) for spec in plan.root.inner}
         self.nodes = {path: self._make_node(path) for path in self.contributions}
         self._make_client = make_client
         self.clients: dict[str, Any] = {spec.path: self.make_client(spec.path) for spec in plan.root.clients}
+        # Synchronous children all hear the same.
+        tokens = None if self.nodes["world"].synchronous else plan.config.budget.tokens
+        self.budget = Budget(tokens, self.clients, self.incarnations)
         self.uplinks: dict[str, SimulatedUplink] = {}
         """Of every child, by path."""
         for path in self.specs:
@@ -63,10 +67,10 @@ class World:
                 self.connect(path)
         self.absent: dict[str, int] = {}
         """Clients that are not there, since they come late, have no slot or have left, by their last incarnation."""
-        self.final: dict[str, type[Done | Left]] = {}
-        """Children that have sent their final message, or are sending it."""
+        self.final: set[str] = set()
+        """Children that have said that they train no more, or are saying it."""
         self.catching_up: set[str] = set()
-        """Children that are joining their parent and sending it again what it has lost."""
+        """Federations that are joining their parent and sending it again what it has lost."""
 
     def _make_node(self, path: str) -> Node:
         paid, watch = self.contributions[path], bool(self.faults)
@@ -107,6 +111,11 @@ class World:
         """Whether a node is a federation that has no child yet: such a one does not join its parent."""
         return path in self.nodes and path != "world" and self.nodes[path].children.have_never_joined
 
+    def tell(self, *records: Record) -> None:
+        """Take records."""
+        for record in records:
+            self.record(record)
+
     def note(self, path: str, event: str, detail: str = "", **more: Any) -> None:
         """Record an event in a node's life."""
         self.record(LifeRecord(node=path, now_s=self.clock.now_s, event=event, detail=detail, **more))
@@ -138,17 +147,18 @@ class SimulatedUplink(Uplink):
     """
 
     def __init__(self, world: World, path: str, child: Child) -> None:
-        super().__init__(world.plan, path, child, tell=world.record, now_s=lambda: world.clock.now_s)
-        self._plan, self._spec = world.plan, world.specs[path]
-        self.joins = 0
-        """How often the parent has been joined."""
-        self.on_join: Callable[[], None] = lambda: None
-        """Called when the parent has said what it has."""
+        super().__init__(world.plan, path, child, tell=world.record, now_s=world.now_s)
+        self._world, self._plan, self._spec = world, world.plan, world.specs[path]
 
-    def _welcomed(self, welcome: Welcome) -> None:
-        super()._welcomed(welcome)
-        self.joins += 1
-        self.on_join()
+    @property
+    def knows_parent(self) -> bool:
+        """Whether the parent is the one that was joined, or is dead."""
+        return self._world.incarnations[self._world.parent(self._path)] in (0, self._to)
+
+    def done(self) -> Steps[None]:
+        """See Uplink."""
+        self._world.final.add(self._path)
+        yield from super().done()
 
     def _size(self, header: bytes, update: Update) -> int:
         if isinstance(self._plan, CostPlan):
@@ -156,4 +166,5 @@ class SimulatedUplink(Uplink):
         return super()._size(header, update)
 
     def _read(self, answer: tuple[Model, int]) -> tuple[Model, int]:
-        return answer
+        model, size = answer
+        return (self._world.budget.apply(model) if self._spec.kind == "client" else model), size
