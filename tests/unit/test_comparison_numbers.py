@@ -87,7 +87,7 @@ def test_a_world_without_headroom_says_so_and_gives_no_share_of_it() -> None:
     assert [row["of_headroom"] for row in summarize({"runs": runs})] == [None] * 3
     assert verdict(runs)[0] == (
         "Headroom H of this world: -5.0% (pooled+ft has 2.1000 nats/byte, training alone, stopped early (local), "
-        "2.0000). There is nothing to win by federating here."
+        "2.0000). With this budget there is nothing to win by federating here."
     )
 
 

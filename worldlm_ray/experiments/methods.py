@@ -308,5 +308,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "best": {"evaluation.keep_best": True},
     "lr_third": {"training.lr": Scaled(1 / 3)},
     "lr_triple": {"training.lr": Scaled(3.0)},
+    "decay_tenfold": {"training.weight_decay": Scaled(10.0)},
 }
 """The change of each variant, by name."""

@@ -67,7 +67,7 @@ def _headroom(runs: Sequence[Run]) -> str:
         return "Headroom is not known: it needs the methods local and pooled+ft."
     what = f"pooled+ft has {room.oracle:.4f} nats/byte, training alone, stopped early ({room.method}), {room.alone:.4f}"
     found = f"Headroom H of this world: {room.share:+.1%} ({what})."
-    return found if room.share > 0 else f"{found} There is nothing to win by federating here."
+    return found if room.share > 0 else f"{found} With this budget there is nothing to win by federating here."
 
 
 def _best(runs: Sequence[Run], which: str) -> str:
