@@ -95,7 +95,7 @@ COLUMNS = {
         title="FLOPs of training",
         short="FLOPs",
         meaning="6 x parameters x tokens, and twice that of a client that may train two models with each token "
-        "(merge.client: validated). Measuring and aggregation are left out.",
+        "(merge.client: validated or apart). Measuring and aggregation are left out.",
         rank=6,
     ),
     "bytes_up": Quantity(
