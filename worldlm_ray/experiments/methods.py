@@ -289,7 +289,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge_adaptive": {"merge.client": "adaptive"},
     "federations_adaptive": {"merge.federation": "adaptive"},
     "validated": {"merge.client": "validated"},
-    FINE_TUNED: {"merge.fine_tune": 0.2},
+    FINE_TUNED: {"merge.fine_tune": 0.2, "evaluation.keep_best": True, "evaluation.every_rounds": 1},
     "weakly_drawn": {"merge.proximal": 0.01},
     "strongly_drawn": {"merge.proximal": 1.0},
     "half": {"merge.client": "validated", "merge.common_fraction": 0.5},
