@@ -16,7 +16,7 @@ from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.simulation.simulator import Simulation
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.tracker import Tracker
-from worldlm_ray.training.trainer import Batch, RoundResult, Trainer
+from worldlm_ray.training.trainer import Batch, Proximal, RoundResult, Trainer
 
 
 class Drift(Trainer):
@@ -40,6 +40,7 @@ class Drift(Trainer):
         rate: Callable[[int], float],
         *,
         should_stop: Callable[[], bool] = lambda: False,
+        proximal: Proximal | None = None,
     ) -> RoundResult:
         steps = 0
         for _ in batches:

@@ -48,7 +48,7 @@ def save(plan: Plan, path: str, values: Flat) -> None:
 
 
 def with_checkpoints(plan: Plan) -> Plan:
-    """The plan in a run's folder, where every node has a model of its own."""
+    """The plan in a run's folder, where every node has a model that is separate."""
     created = rundir.create(plan)
     for number, path in enumerate(created.specs):
         save(created, path, theta(created, number))
@@ -78,7 +78,7 @@ def test_every_node_is_a_member_unless_the_user_names_some(run: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [("nobody", "there is no node 'nobody'"), (" , ", "--members: names no node")]
+    ("names", "message"), [("no node", "there is no node 'no node'"), (" , ", "--members: names no node")]
 )
 def test_members_that_are_none_are_refused(run: Plan, names: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

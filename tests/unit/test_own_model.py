@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import MergeRecord
+from worldlm_ray.simulation.simulator import simulate
+from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.trainer import Proximal
@@ -240,3 +243,35 @@ def test_what_is_drawn_and_what_is_pushed(tiny: Callable[..., Plan], merge: dict
     assert (base is not None) == (pushes == "base")
     start, trained = (parent.values, expected[1]) if pushes == "base" else (own, expected[0])
     np.testing.assert_array_equal(again.update().values, trained - start)
+
+
+# ---- whole worlds ----------------------------------------------------------------------------------------------------
+
+
+def test_the_worlds_model_is_that_of_federated_averaging_to_the_bit(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+    """Clients that go their own way spoil nothing for the others."""
+    found = {}
+    for client in (1.0, "validated"):
+        plan = tiny(
+            budget={"rounds": 3},
+            run_dir=str(tmp_path / str(client)),
+            aggregation={"trigger": "synchronous"},
+            merge={"client": client},
+            model=TINY_MODEL | {"key_layers": []},
+        )
+        found[client] = simulate(plan).summary
+    assert found["validated"]["params_sha256"] == found[1.0]["params_sha256"]
+    [_, arrays] = checkpoint.load(checkpoint.folder(plan.run_dir, plan.root.clients[0].path))  # type: ignore[misc]
+    [_, world] = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))  # type: ignore[misc]
+    own_model = OwnModel(Client(plan, plan.root.clients[0])._loss_to_choose_by)
+    assert own_model._loss(arrays["theta"]) <= own_model._loss(world["theta"])  # it serves no worse than the world does
+
+
+def test_an_asynchronous_world_in_which_clients_overlap_serves_too(tiny: Callable[..., Plan]) -> None:
+    overlap = {"exchange": {"overlap": True}, "simulation": {"latency_s": 0.4}}
+    plan = tiny(budget={"rounds": 4}, merge={"client": "validated"}, model=TINY_MODEL | {"key_layers": []}, **overlap)
+    summary = simulate(plan).summary
+    assert all(node["steps"] == 16 for node in summary["nodes"].values() if node["kind"] == "client")
+    for spec in plan.root.clients:
+        [meta, _] = checkpoint.load(checkpoint.folder(plan.run_dir, spec.path))  # type: ignore[misc]
+        assert meta["own_model"]["served"] is not None

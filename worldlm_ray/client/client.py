@@ -1,7 +1,7 @@
 """A leaf of the tree: a text, a model, the local rounds that train it, and the exchange with the parent.
 
-A client does not know what drives it: an actor on Ray and the simulator call the same four methods in turn,
-`begin` (merge the parent's model), `train`, `update` (what to push) and `measure`.
+A client does not know what drives it: its life (worldlm_ray/protocol/life.py) calls, in turn, `begin` (merge the
+parent's model), `train`, `update` (what to push) and `measure`.
 
     measure.py         the text, the model, and what the model is worth
     rounds.py          local rounds
@@ -121,7 +121,7 @@ class Client(LocalRounds):
 
     @property
     def serves(self) -> bool:
-        """Whether its last word is its parent's last model: a blend with it, or it itself."""
+        """Whether at the end its model becomes a blend with its parent's last one, or that one itself."""
         return self.spec.settings.merge.client == "validated"
 
     def _loss_to_choose_by(self, values: Flat) -> float:

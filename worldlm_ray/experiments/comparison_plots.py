@@ -1,4 +1,4 @@
-"""The plots of a comparison. Each function draws into a figure of its own."""
+"""The plots of a comparison. Each function draws into a figure."""
 
 from __future__ import annotations
 

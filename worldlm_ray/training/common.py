@@ -68,7 +68,10 @@ class CommonTrainer(Trainer):
         return self.own.read(out)
 
     def write(self, values: Flat) -> None:
-        """Set the parameters. The client follows its parent: there is one model again."""
+        """Set the parameters. The client follows its parent: there is one model again, with the common moments."""
+        if self.is_apart:
+            self.own.forget()
+            self.own.load_optimizer_state(self.common.optimizer_state())
         self.is_apart = False
         self.own.write(values)
 
