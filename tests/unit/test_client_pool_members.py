@@ -57,7 +57,7 @@ def test_a_client_takes_the_place_of_one_that_has_left_a_pool(
         again = asyncio.create_task(pool.pool.live(third, plan))  # a call that Ray repeats
         ends = await asyncio.wait_for(asyncio.gather(pool.pool.outcome(second), comes, again), 60.0)
         assert ends == ["finished"] * 3
-        assert await pool.pool.outcome(first) == "left", "whoever asks later hears it, too"
+        assert await pool.pool.outcome(first) == "left", "each client that asks later hears it, too"
         await pool.pool.stop(first)
         return pool
 

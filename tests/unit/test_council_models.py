@@ -48,7 +48,7 @@ def save(plan: Plan, path: str, values: Flat) -> None:
 
 
 def with_checkpoints(plan: Plan) -> Plan:
-    """The plan in a run's folder, where every node has a model that is separate."""
+    """The plan in a run's folder, where every node has a model."""
     created = rundir.create(plan)
     for number, path in enumerate(created.specs):
         save(created, path, theta(created, number))
