@@ -11,6 +11,7 @@ import ast
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -118,6 +119,12 @@ def test_no_room_is_larger_than_it_may_be() -> None:
 def test_the_list_of_large_rooms_only_shrinks() -> None:
     mended = sorted(set(allowed()) - set(sizes()))
     assert not mended, f"take them out of tests/house.json (python tests/unit/test_house.py): {mended}"
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports test files by their names: it would refuse to collect the second one."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, number in names.items() if number > 1] == []
 
 
 def test_few_modules_stand_at_the_top() -> None:
