@@ -33,7 +33,7 @@ def deep(folder: Path) -> list[dict[str, Any]]:
     return inner
 
 
-ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.7, "common_fraction": 0.25}
+ADAPTIVE = {"client": "adaptive", "federation": "adaptive", "agreement": 0.65, "common_fraction": 0.25}
 RESIDUALS = {"residuals": {"per_round": 2, "threshold": 0.99, "max_age": 2}}
 
 
@@ -42,8 +42,8 @@ INT8 = {"codec": "int8"}
 
 @pytest.mark.parametrize(
     ("merge", "rules", "exchanged"),
-    [({}, {}, {}), (ADAPTIVE, RESIDUALS, {}), ({"client": 0.5}, RESIDUALS, INT8)],
-    ids=["plain", "adaptive", "int8"],
+    [({}, {}, {}), (ADAPTIVE, RESIDUALS, {}), ({"client": 0.5}, RESIDUALS, INT8), ({"client": "validated"}, {}, {})],
+    ids=["plain", "adaptive", "int8", "validated"],
 )
 def test_synchronous_mode_gives_the_same_bits_in_both_shells(
     cluster: None, tiny: Tiny, tmp_path: Path, merge: dict[str, Any], rules: dict[str, Any], exchanged: dict[str, Any]
