@@ -9,7 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+import actors.drivers
+import actors.inner
+import actors.shared
 from worldlm_ray.exchange.messages import Update, pack
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import Record
@@ -89,3 +93,11 @@ async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         await asyncio.sleep(0.002)
+
+
+def in_place_of_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    """A stand-in, in the modules of asynchronous actors."""
+    ray = FakeRay()
+    for module in (actors.shared, actors.inner, actors.drivers):
+        monkeypatch.setattr(module, "ray", ray)
+    return ray

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import OwnerDiedError, RayTaskError
-from support.event_loop_ray import FakeRay, Handle, Ref, an_update, until
+from support.event_loop_ray import FakeRay, Handle, Ref, an_update, in_place_of_ray, until
 
 import actors.drivers
 import actors.federation
@@ -32,10 +32,7 @@ from worldlm_ray.storage import checkpoint
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    ray = FakeRay()
-    for module in (actors.shared, actors.inner, actors.drivers):
-        monkeypatch.setattr(module, "ray", ray)
-    return ray
+    return in_place_of_ray(monkeypatch)
 
 
 def address(plan: Plan, path: str) -> Address:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
-from support.event_loop_ray import FakeRay, Handle, Method, an_update, until
+from support.event_loop_ray import FakeRay, Handle, Method, an_update, in_place_of_ray, until
 from support.pools import UNHURRIED, Pool, two
 from support.worlds import client, crowd, write_text
 
@@ -30,10 +30,7 @@ from worldlm_ray.tracking.audit import proofs
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    ray = FakeRay()
-    for module in (actors.shared, actors.inner, actors.drivers):
-        monkeypatch.setattr(module, "ray", ray)
-    return ray
+    return in_place_of_ray(monkeypatch)
 
 
 class Deaf(Handle):

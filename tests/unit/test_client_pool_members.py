@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.event_loop_ray import FakeRay, Handle, until
+from support.event_loop_ray import FakeRay, Handle, in_place_of_ray, until
 from support.pools import UNHURRIED, Pool, two
 from support.worlds import crowd, write_text
 
-import actors.drivers
-import actors.inner
-import actors.shared
 from actors.client_pool import ClientPoolActor
 from actors.world import WorldActor
 from worldlm_ray.config.loading import save
@@ -28,10 +25,7 @@ from worldlm_ray.tracking.audit import proofs
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    ray = FakeRay()
-    for module in (actors.shared, actors.inner, actors.drivers):
-        monkeypatch.setattr(module, "ray", ray)
-    return ray
+    return in_place_of_ray(monkeypatch)
 
 
 async def leave(pool: Pool, path: str) -> None:

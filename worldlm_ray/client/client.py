@@ -74,14 +74,13 @@ class Client(LocalRounds):
         """What it knows of the link to its parent. `anchor` is the merged model that the current local round began
         from. Where a round begins ahead of an exchange: the model that was pushed, moved with the parent since."""
         self.trainer.write(initial)
-        validated, has_base = spec.settings.merge.client == "validated", spec.settings.merge.has_base
-        self.own_model = OwnModel(self._loss_to_choose_by) if validated and self.has_validation else None
+        self.own_model = OwnModel(self._loss_to_choose_by) if self.serves and self.has_validation else None
         """What chooses its own model; None of a client that has one model, and of one that promises privacy."""
         self.merger = Merger(
             path=spec.path,
             layout=plan.layout,
             rules=spec.settings.aggregation,
-            m=1.0 if has_base else spec.settings.merge.client,
+            m=1.0 if spec.settings.merge.has_base else spec.settings.merge.client,
             agreement=spec.settings.merge.agreement,
             initial=initial,
         )
@@ -118,11 +117,6 @@ class Client(LocalRounds):
     def overlaps(self) -> bool:
         """Whether rounds begin before the exchange of the one before has come back."""
         return self.spec.settings.exchange.overlap
-
-    @property
-    def serves(self) -> bool:
-        """Whether at the end its model becomes a blend with its parent's last one, or that one itself."""
-        return self.spec.settings.merge.client == "validated"
 
     def _loss_to_choose_by(self, values: Flat) -> float:
         return self.validate(self.plan.config.evaluation.validation_tokens, parameters=values)

@@ -61,6 +61,8 @@ class OwnModel:
     def choose(self, *, own: Flat, base: Flat | None, parent: Flat) -> Choice:
         """The model to go on from. Of equals the parent's is taken, then the base.
 
+        The best model is kept without a copy: none of the buffers may change afterwards.
+
         Args:
             own: the own model [layout.size].
             base: the base after its round; None where the own model is the base.
@@ -70,8 +72,7 @@ class OwnModel:
         losses = {name: self._loss(values) for name, values in found.items()}
         name = min(losses, key=losses.__getitem__)
         choice = Choice(name=name, values=found[name], loss=losses[name])
-        if choice.loss < self.best_loss:
-            self.best, self.best_loss = choice.values.copy(), choice.loss
+        self._keep_if_best(choice.values, choice.loss)
         return choice
 
     def serve(self, *, own: Flat, base: Flat | None, parent: Flat) -> Flat:
@@ -79,12 +80,18 @@ class OwnModel:
 
         The parent's last model has nothing of its own to blend in: it is one end of the line.
         """
-        for values in (own,) if base is None else (base, own):
-            if self.best is None or self._loss(values) < self.best_loss:
-                self.best, self.best_loss = values, self._loss(values)
+        candidates = [own] if base is None else [base, own]
+        if self.best is None:
+            self.best = candidates[0]
+        for values in candidates:
+            self._keep_if_best(values, self._loss(values))
         losses = {share: self._loss(self._blend(parent, share)) for share in SERVED}
         self.served = min(losses, key=losses.__getitem__)
         return self._blend(parent, self.served)
+
+    def _keep_if_best(self, values: Flat, loss: float) -> None:
+        if loss < self.best_loss:
+            self.best, self.best_loss = values, loss
 
     def _blend(self, parent: Flat, share: float) -> Flat:
         assert self.best is not None, "there is a best model"

@@ -164,14 +164,18 @@ class LocalRounds(MeasuredModel):
                 self._keep_if_best()
         return result.train_s
 
+    @property
+    def serves(self) -> bool:
+        """Whether at the end its model becomes a blend with its parent's last one, or that one itself."""
+        return self.spec.settings.merge.client == "validated"
+
     def _keep_if_best(self) -> None:
         """Keep the client's present model if it is the best so far, by its validation text.
 
         A client that is `validated` chooses what it serves itself.
         """
         evaluation = self.plan.config.evaluation
-        chooses = self.spec.settings.merge.client == "validated"
-        if evaluation.keep_best and self.has_validation and not chooses:
+        if evaluation.keep_best and self.has_validation and not self.serves:
             loss = self.validate(evaluation.validation_tokens)
             if is_better(loss, self.best):
                 self.best = Best(round=self.round, loss=loss, values=self.trainer.read())

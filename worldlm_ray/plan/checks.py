@@ -50,9 +50,9 @@ def _raised_by(check: Callable[..., object], *arguments: Any, **named: Any) -> I
 def common_of_adaptive_clients(plan: Plan) -> Iterable[ConfigError]:
     """Only a client that may keep its own model has two to train."""
     for at, settings in plan.settings_in_force:
-        fraction, merge = settings.merge.common_fraction, settings.merge.client
-        if fraction and merge not in ("adaptive", "validated", "apart"):
-            got = f"got {fraction}, but merge.client is {merge}"
+        fraction, merge = settings.merge.common_fraction, settings.merge
+        if fraction and merge.client != "adaptive" and not merge.has_base:
+            got = f"got {fraction}, but merge.client is {merge.client}"
             cure = "set merge.client to validated, or leave this out: others never leave their parent"
             yield ConfigError(f"{at}merge.common_fraction", got, cure)
 
