@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.drift import whole_run
 from support.nodes import a_node
 from support.worlds import client
 
@@ -23,7 +24,7 @@ from worldlm_ray.exchange.messages import Model, Update, pack
 from worldlm_ray.experiments.methods import METHODS, VARIANTS, configure
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.describe import describe
-from worldlm_ray.tensors.layout import make_layout
+from worldlm_ray.tensors.layout import Layout, make_layout
 
 SHAPES = [("body.weight", (2,)), ("head.weight", (2,))]
 
@@ -46,12 +47,12 @@ def world(tiny: Callable[..., Plan], tmp_path: Path) -> RunConfig:
     return tiny(children).config
 
 
-def node_of(config: RunConfig, path: str = "world") -> Node:
-    """The inner node that a method gives, on a model of two backbone and two head numbers."""
+def node_of(config: RunConfig, path: str = "world", *, layout: Layout | None = None) -> Node:
+    """The inner node that a method gives, on a model of two backbone and two head numbers unless a layout is given."""
     plan = make_plan(config)
     spec = plan.node(path)
     keys = ["head.*"] if config.model.key_layers else []
-    layout = make_layout(SHAPES, keys, layers=1)
+    layout = make_layout(SHAPES, keys, layers=1) if layout is None else layout
     return a_node(
         path=path,
         children=tuple(child.name for child in spec.children),
@@ -59,7 +60,7 @@ def node_of(config: RunConfig, path: str = "world") -> Node:
         merge=spec.settings.merge,
         has_parent=path != "world",
         layout=layout,
-        initial=np.zeros(4, np.float32),
+        initial=np.zeros(layout.size, np.float32),
         budget=config.budget,
     )
 
@@ -137,6 +138,61 @@ def test_halos_delays_momentum_at_both_levels_and_merges_a_quarter(world: RunCon
     assert node.theta[0] == pytest.approx(0.2)
     assert north.merge.federation == 0.25
     assert north.merge.client == 1.0
+
+
+def test_soup_is_the_plain_mean_whatever_the_tokens(world: RunConfig) -> None:
+    node = node_of(configure(world, "soup"))
+    push(node, "north.a", [1, 2, 3, 4], tokens=10)
+    push(node, "north.b", [5, 6, 7, 8], tokens=30)
+    push(node, "south.c", [0, 1, 2, 6], tokens=40)
+    assert node.theta.tolist() == [2.0, 3.0, 4.0, 6.0]
+
+
+def test_ties_trims_each_child_and_merges_what_has_the_elected_sign(world: RunConfig) -> None:
+    shapes = [("body.weight", (10,))]
+    config = configure(world, "ties")
+    node = node_of(config, layout=make_layout(shapes, [], layers=1))
+    # Two of ten numbers stay of each: 9 and -8; 4 and -5; -2 and 6.
+    push(node, "north.a", [9, -8, 1, 0, 0, 0, 0, 0, 0, 0], tokens=1000)
+    push(node, "north.b", [4, 3, 0, -5, 1, 0, 0, 0, 0, 0])
+    push(node, "south.c", [-2, 6, 0, 0, 1, 1, 0, 0, 0, 0])
+    # First: the sum 9 + 4 - 2 is positive, and (9 + 4) / 2 has that sign. Second: -8 + 6 is negative: -8 alone.
+    assert node.theta.tolist() == [6.5, -8.0, 0, -5.0, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["soup", "ties"])
+@pytest.mark.parametrize("budget", [{"rounds": 3}, {"tokens": 3 * 3 * 5 * 4 * 16 - 1}])
+def test_one_shot_methods_train_as_long_as_others_at_the_same_rates(
+    tiny: Callable[..., Plan], tmp_path: Path, method: str, budget: dict[str, int]
+) -> None:
+    children = [client(name, tmp_path, seed) for seed, name in enumerate("abc")]
+    config = tiny(children, budget=budget, training={"local_steps": 5, "batch_size": 4}).config
+    once, alone = (make_plan(configure(config, name)) for name in (method, "local"))
+    ours, theirs = Client(once, once.root.clients[0]), Client(alone, alone.root.clients[0])
+    assert ours.training.local_steps == 15
+    batches, rates = list(ours._batches(0)), [ours._rate(step) for step in range(15)]
+    for round_ in range(3):
+        theirs.round, theirs.progress = round_, round_ * theirs._world_progress(5)
+        part = slice(5 * round_, 5 * round_ + 5)
+        np.testing.assert_array_equal(np.array(batches[part]), np.array(list(theirs._batches(0))))
+        assert rates[part] == pytest.approx([theirs._rate(step) for step in range(5)])
+
+
+@pytest.mark.parametrize("method", ["soup", "ties"])
+def test_a_client_of_a_one_shot_method_ends_with_the_merged_model(
+    tiny: Callable[..., Plan], tmp_path: Path, method: str
+) -> None:
+    children = [client(name, tmp_path, seed) for seed, name in enumerate("abc")]
+    simulation, _ = whole_run(make_plan(configure(tiny(children).config, method)), tmp_path / "run")
+    merged = simulation.nodes["world"].theta
+    for one in simulation.clients.values():
+        assert one.seq == 1
+        assert one.trainer.read().tobytes() == merged.tobytes()
+
+
+def test_serving_the_parents_model_goes_with_no_other_model_for_the_end(world: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"merge.serve_parent.*merge.fine_tune makes another model"):
+        make_plan(configure(world, "soup+ft"))
 
 
 @pytest.mark.parametrize(("method", "expected"), [("fedavg", [1, 1, 1, 1]), ("local", [5, 5, 5, 5])])

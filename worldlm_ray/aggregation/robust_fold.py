@@ -101,10 +101,9 @@ class RobustFold(Fold):
         if not self._sums:
             raise AggregationError("nothing was folded in: there is no update to aggregate")
         split, senders = self.layout.backbone_size, list(self._sums)
-        agreed = ROBUST_RULES.get(self.rules.robust.rule)
         for part in blocks(self.layout.size):
             rows = np.stack([self._sums[name][part] / np.float32(self._counts[name]) for name in senders])
-            self.flat[part] = agreed(rows, self.rules.robust.trim)
+            self.flat[part] = self.agreed(rows)
         scale = self.present(len(absent)) if self.rules.server_optimizer.lr is None else 1.0
         self.shares = dict.fromkeys(senders, scale / len(senders))
         keys = self.flat[split:]
@@ -112,6 +111,11 @@ class RobustFold(Fold):
         keys += theta[split:]
         norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale)
         return self.flat, norm, []
+
+    def agreed(self, rows: Flat) -> Flat:
+        """What the children agree on, of values [children, coordinates], which may be overwritten."""
+        agreed: Flat = ROBUST_RULES.get(self.rules.robust.rule)(rows, self.rules.robust.trim)
+        return agreed
 
     def state(self) -> dict[str, Any]:
         """Everything but the buffers, as JSON values."""

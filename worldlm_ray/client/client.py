@@ -74,7 +74,8 @@ class Client(LocalRounds):
         """What it knows of the link to its parent. `anchor` is the merged model that the current local round began
         from. Where a round begins ahead of an exchange: the model that was pushed, moved with the parent since."""
         self.trainer.write(initial)
-        self.own_model = OwnModel(self._loss_to_choose_by) if self.serves and self.has_validation else None
+        chooses = spec.settings.merge.client == "validated" and self.has_validation
+        self.own_model = OwnModel(self._loss_to_choose_by) if chooses else None
         """What chooses its own model; None of a client that has one model, and of one that promises privacy."""
         self.merger = Merger(
             path=spec.path,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -167,12 +168,13 @@ class LocalRounds(MeasuredModel):
     @property
     def serves(self) -> bool:
         """Whether at the end its model becomes a blend with its parent's last one, or that one itself."""
-        return self.spec.settings.merge.client == "validated"
+        merge = self.spec.settings.merge
+        return merge.client == "validated" or merge.serve_parent
 
     def _keep_if_best(self) -> None:
         """Keep the client's present model if it is the best so far, by its validation text.
 
-        A client that is `validated` chooses what it serves itself.
+        A client that `serves` has another model at its end.
         """
         evaluation = self.plan.config.evaluation
         if evaluation.keep_best and self.has_validation and not self.serves:
@@ -200,10 +202,19 @@ class LocalRounds(MeasuredModel):
         if self.account is not None:
             generator = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(16), "little")))
             return self.dataset.poisson_batches(generator, steps=steps - first, rate=self.account.rate, context=context)
-        batches = self.dataset.batches(
-            self.plan.config.seed, self.round, steps=steps, batch_size=self.training.batch_size, context=context
+        seed, batch_size, each = self.plan.config.seed, self.training.batch_size, self.training.draw_steps or steps
+        draws = math.ceil(steps / each)
+        drawn = (
+            self.dataset.batches(
+                seed,
+                self.round * draws + draw,
+                steps=min(each, steps - draw * each),
+                batch_size=batch_size,
+                context=context,
+            )
+            for draw in range(draws)
         )
-        return islice(batches, first, None)
+        return islice(chain.from_iterable(drawn), first, None)
 
     def _rate(self, step: int) -> float:
         """Learning rate of a step of the round, taken in its middle: a warm-up's first step trains too."""

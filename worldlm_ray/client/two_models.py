@@ -67,7 +67,7 @@ def serve(client: Client, parent: Flat) -> None:
     """Make the client's model what it serves, once, by its parent's last model [layout.size].
 
     A client that promises privacy has no text to choose on. It takes its parent's model: the mean of many updates holds
-    less noise than its own.
+    less noise than its own. So does a client that is to serve that model (`merge.serve_parent`).
     """
     own_model, trainer = client.own_model, client.trainer
     if own_model is None:

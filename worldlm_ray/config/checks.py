@@ -150,6 +150,7 @@ def _two_betas(betas: Any, key: str) -> None:
 
 BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "training.local_steps": positive,
+    "training.draw_steps": positive,
     "training.batch_size": positive,
     "training.lr": positive,
     "training.accumulation_steps": positive,

@@ -143,6 +143,9 @@ class MergeConfig:
     fine_tune: float = 0.0
     """Share of the budget, at its end, in which a client trains its parent's model at home and pushes no change:
     federated averaging, then fine-tuning."""
+    serve_parent: bool = False
+    """At the end of the run a client's model becomes its parent's last one, whatever `client` is: models that were
+    trained alone and merged once."""
 
     @property
     def has_base(self) -> bool:

@@ -85,6 +85,9 @@ class TrainingConfig:
 
     local_steps: int = 50
     """Optimizer steps per local round (H)."""
+    draw_steps: int | None = None
+    """Steps whose text is drawn together; those of a round unless given. One long round then trains on the same text in
+    the same order as many rounds of so many steps."""
     batch_size: int = 16
     """Sequences per step."""
     lr: float = 3e-3

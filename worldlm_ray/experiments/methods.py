@@ -11,11 +11,16 @@
     fedbuff       flat    half the clients     none              sgd 1.0, 1/sqrt(1 + tau)      AISTATS 2022
     diloco        flat    synchronous          none              nesterov 0.7, 0.9             arXiv 2311.08105
     halos         as is   each update          none              delayed_nesterov, merge 0.25  HALoS, ICML 2025
+    soup          flat    once, at the end     none              plain mean                    arXiv 2203.05482
+    ties          flat    once, at the end     none              ties                          arXiv 2306.01708
     local         flat    synchronous          none              no client takes from another; stopped early
     pooled        one     -                    none              one client; a step takes a batch of every client's text
 
 A name may have variants, such as `worldlm+keys+uniform`: see `VARIANTS`. A variant changes a single setting, so a
 comparison shows the effect of that setting. Of `pooled`, the variant `ft` adds a second run: see stages.py.
+
+Of `soup` and `ties` every client trains alone from the same initial weights, in one round as long as the budget, and at
+the end takes the merged model. Their curve of the clients' own models has no point after that.
 
 Flat: every client is a child of the world. Its link is as slow as the slowest on its path, with the sum of their
 delays. A method's settings replace those of the configuration at every node. The clients' training, data and machines
@@ -34,6 +39,7 @@ from worldlm_ray.config.schema import INHERITED, ModelConfig, RunConfig
 from worldlm_ray.config.values import one_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import tree
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.plan.tree import NodeSpec
 
 
@@ -222,6 +228,39 @@ def _halos(mapping: dict[str, Any], root: NodeSpec) -> None:
             child["aggregation"] = {"server_optimizer": local, "push_every": 8 * len(child["children"])}
 
 
+def _one_shot(mapping: dict[str, Any], root: NodeSpec) -> None:
+    """Every client trains alone for the whole budget, in one round; at its end it takes the world's model."""
+    _fedavg(mapping, root)
+    rounds = _rounds(mapping)
+    for client in mapping["world"]["children"]:
+        steps = client["training"]["local_steps"]
+        client["training"] |= {"local_steps": rounds * steps, "draw_steps": steps}
+    if mapping["budget"]["rounds"]:
+        mapping["budget"] = mapping["budget"] | {"rounds": 1}
+    mapping["merge"] |= {"serve_parent": True}
+    mapping["evaluation"] = mapping["evaluation"] | {"every_rounds": 1}
+
+
+def _rounds(mapping: dict[str, Any]) -> int:
+    """Rounds that the budget gives every client of a synchronous, flat configuration."""
+    plan = make_plan(from_mapping(mapping, resolved=True))
+    budget = plan.config.budget
+    if budget.rounds is not None:
+        return budget.rounds
+    assert budget.tokens is not None, "a comparison has no budget in seconds"
+    return math.ceil(budget.tokens / sum(map(plan.round_tokens, plan.root.clients)))
+
+
+def _soup(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _one_shot(mapping, root)
+    mapping["aggregation"] |= {"robust": {"rule": "trimmed_mean", "trim": 0.0}}  # the plain mean, whatever the tokens
+
+
+def _ties(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _one_shot(mapping, root)
+    mapping["aggregation"] |= {"rule": "ties"}
+
+
 def _local(mapping: dict[str, Any], root: NodeSpec) -> None:
     _flat(mapping, root)
     _no_keys(mapping)
@@ -269,6 +308,8 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "fedbuff": _fedbuff,
     "diloco": _diloco,
     "halos": _halos,
+    "soup": _soup,
+    "ties": _ties,
     "local": _local,
     "pooled": _pooled,
 }

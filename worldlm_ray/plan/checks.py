@@ -78,6 +78,16 @@ def validated_has_text(plan: Plan) -> Iterable[ConfigError]:
             )
 
 
+def served_without_choice(plan: Plan) -> Iterable[ConfigError]:
+    """A client that serves its parent's model drops its own: to choose that or to fine-tune it would be in vain."""
+    for _, client in plan.distinct_clients:
+        merge = client.settings.merge
+        other = "merge.client validated" if merge.client == "validated" else "merge.fine_tune"
+        if merge.serve_parent and (merge.client == "validated" or merge.fine_tune):
+            got = f"true, but {other} makes another model for the end"
+            yield ConfigError(f"{client.key}.merge.serve_parent", got, "set one of the two")
+
+
 def common_without_noise(plan: Plan) -> Iterable[ConfigError]:
     """The noise of DP-SGD is made for the gradient of one model: a second one would spend as much again."""
     for at, settings in plan.settings_in_force:
@@ -303,6 +313,7 @@ RULES: tuple[Rule, ...] = (
     validated_has_text,
     apart_holds_two_models,
     proximal_in_one_process,
+    served_without_choice,
     common_without_noise,
     common_in_one_process,
     robust_needs_three,
