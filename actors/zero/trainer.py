@@ -76,6 +76,7 @@ class ZeroTrainer(Trainer):
         batches: Iterable[Batch],
         rate: Callable[[int], float],
         *,
+        first: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         proximal: Proximal | None = None,
     ) -> RoundResult:

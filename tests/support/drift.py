@@ -39,6 +39,7 @@ class Drift(Trainer):
         batches: Iterable[Batch],
         rate: Callable[[int], float],
         *,
+        first: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         proximal: Proximal | None = None,
     ) -> RoundResult:

@@ -206,6 +206,17 @@ def test_fedper_takes_the_backbone_and_keeps_its_head(world: RunConfig) -> None:
     assert merged(config) == [1, 1, 5, 5]
 
 
+def test_fedrep_is_fedper_with_the_head_first(world: RunConfig) -> None:
+    config = configure(world, "fedrep")
+    assert merged(config) == [1, 1, 5, 5]
+    assert {spec.settings.training.head_first for spec in make_plan(config).root.clients} == {2 / 3}
+
+
+def test_apfl_serves_half_of_a_personal_model_and_half_of_the_worlds(world: RunConfig) -> None:
+    merges = [spec.settings.merge for spec in make_plan(configure(world, "apfl")).root.clients]
+    assert {(merge.client, merge.mixture) for merge in merges} == {("apart", 0.5)}
+
+
 def merged(config: RunConfig) -> list[float]:
     """A client's model of fives after a pull of its parent's model of ones."""
     settings = make_plan(config).root.clients[0].settings
@@ -302,7 +313,7 @@ def test_worldlm_is_the_configuration_itself(world: RunConfig) -> None:
 PROMISE = {"unit": "record", "noise_multiplier": 2.0, "target_epsilon": 3.0}
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"pooled", "ditto"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"pooled", "ditto", "apfl", "fedrep"}))
 def test_no_method_loses_a_promise_of_privacy(tiny: Callable[..., Plan], tmp_path: Path, method: str) -> None:
     children = [
         {"federation": "f", "privacy": PROMISE, "children": [client("a", tmp_path, 1)]},
@@ -322,10 +333,16 @@ def test_pooled_pools_no_private_text(tiny: Callable[..., Plan], tmp_path: Path)
         configure(tiny(children).config, "pooled")
 
 
-def test_ditto_gives_a_private_client_no_second_model(tiny: Callable[..., Plan], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [("ditto", "it has one model"), ("apfl", "it has one model"), ("fedrep", "a step trains its whole model")],
+)
+def test_a_private_client_has_one_model_that_is_trained_whole(
+    tiny: Callable[..., Plan], tmp_path: Path, method: str, reason: str
+) -> None:
     children = [client("a", tmp_path, 1), client("b", tmp_path, 2, privacy=PROMISE)]
-    with pytest.raises(ConfigError, match="promises privacy of records: it has one model"):
-        make_plan(configure(tiny(children).config, "ditto"))
+    with pytest.raises(ConfigError, match=f"promises privacy of records: {reason}"):
+        make_plan(configure(tiny(children).config, method))
 
 
 @pytest.mark.parametrize(

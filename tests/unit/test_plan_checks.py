@@ -12,7 +12,7 @@ from support.worlds import TINY_MODEL
 
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import checks, privacy_checks
+from worldlm_ray.plan import checks, client_checks, privacy_checks
 from worldlm_ray.plan.checks import Rule
 from worldlm_ray.plan.plan import Plan, assembled, make_plan
 
@@ -77,6 +77,38 @@ CASES = [
         checks.apart_holds_two_models,
         f"{ALICE}.merge.client",
         alice={"merge": {"client": "apart"}, "privacy": RECORD},
+    ),
+    Case(
+        client_checks.served_without_choice,
+        f"{ALICE}.merge.serve_parent",
+        alice={"merge": {"client": "validated", "serve_parent": True}},
+    ),
+    Case(client_checks.mixture_of_two_models, f"{ALICE}.merge.mixture", alice={"merge": {"mixture": 0.5}}),
+    Case(
+        client_checks.mixture_of_two_models,
+        f"{ALICE}.merge.mixture",
+        alice={"merge": {"client": "apart", "mixture": 0.5, "common_fraction": 0.5}},
+    ),
+    Case(
+        client_checks.head_needs_a_body,
+        f"{ALICE}.training.head_first",
+        alice={"training": {"head_first": 0.5, "local_steps": 1}},
+    ),
+    Case(
+        client_checks.head_needs_a_body,
+        f"{ALICE}.training.head_first",
+        {"model": TINY_MODEL | {"key_layers": []}},
+        alice={"training": {"head_first": 0.5}},
+    ),
+    Case(
+        client_checks.head_first_on_one_device,
+        f"{ALICE}.training.head_first",
+        alice={"training": {"head_first": 0.5}, "privacy": RECORD},
+    ),
+    Case(
+        client_checks.head_first_on_one_device,
+        f"{ALICE}.training.head_first",
+        alice={"training": {"head_first": 0.5, "zero_stage": 1}},
     ),
     Case(checks.proximal_in_one_process, f"{ALICE}.merge.proximal", alice={"merge": {"proximal": 0.1}} | ZERO),
     Case(

@@ -150,7 +150,8 @@ class LocalRounds(MeasuredModel):
         def rate(step: int) -> float:
             return self._rate(first + step)
 
-        result = self.trainer.run(self._batches(first), rate, should_stop=should_stop, proximal=self._proximal)
+        batches, proximal = self._batches(first), self._proximal
+        result = self.trainer.run(batches, rate, first=first, should_stop=should_stop, proximal=proximal)
         self._stretch_steps += result.steps
         self.step += result.steps
         self.steps += result.steps

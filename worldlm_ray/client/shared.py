@@ -30,8 +30,6 @@ from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.making import trainer_of_one_model, with_common
 from worldlm_ray.training.trainer import MOMENTS, Batch, Proximal, RoundResult, Trainer
 
-STEP = "step"
-
 
 class BufferStore:
     """Where buffers lie: in memory up to a limit, in files that are mapped into memory beyond it.
@@ -139,12 +137,13 @@ class Slot(Trainer):
         batches: Iterable[Batch],
         rate: Callable[[int], float],
         *,
+        first: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         proximal: Proximal | None = None,
     ) -> RoundResult:
         """Take one optimizer step per batch."""
         self._shared.activate(self)
-        return self._shared.trainer.run(batches, rate, should_stop=should_stop, proximal=proximal)
+        return self._shared.trainer.run(batches, rate, first=first, should_stop=should_stop, proximal=proximal)
 
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
         """Summed loss in nats and number of tokens."""

@@ -151,6 +151,7 @@ def _two_betas(betas: Any, key: str) -> None:
 BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "training.local_steps": positive,
     "training.draw_steps": positive,
+    "training.head_first": _below_one,
     "training.batch_size": positive,
     "training.lr": positive,
     "training.accumulation_steps": positive,
@@ -190,6 +191,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "merge.max_model_step": positive,
     "merge.common_fraction": fraction,
     "merge.fine_tune": _below_one,
+    "merge.mixture": _between,
     "merge.proximal": not_negative,
     "resources.cpus": positive,
     "resources.clients_per_process": positive,

@@ -143,6 +143,9 @@ class MergeConfig:
     fine_tune: float = 0.0
     """Share of the budget, at its end, in which a client trains its parent's model at home and pushes no change:
     federated averaging, then fine-tuning."""
+    mixture: float | None = None
+    """APFL's alpha, with `client: apart`: a client's model is (1 - alpha) of the parent's model, which it trains, and
+    alpha of a personal one. See worldlm_ray/training/mixed.py."""
     serve_parent: bool = False
     """At the end of the run a client's model becomes its parent's last one, whatever `client` is: models that were
     trained alone and merged once."""

@@ -88,6 +88,9 @@ class TrainingConfig:
     draw_steps: int | None = None
     """Steps whose text is drawn together; those of a round unless given. One long round then trains on the same text in
     the same order as many rounds of so many steps."""
+    head_first: float = 0.0
+    """Share of a round's steps, at its beginning, that train the key layers (the head) while the backbone (the body)
+    is frozen. The others train the backbone while the key layers are. 0 trains both in every step."""
     batch_size: int = 16
     """Sequences per step."""
     lr: float = 3e-3
@@ -118,6 +121,11 @@ class TrainingConfig:
     """ZeRO stage 3 keeps parameters in the host's memory while they are not needed."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys of DeepSpeed's own configuration, such as {zero_optimization: {overlap_comm: true}}."""
+
+    @property
+    def head_steps(self) -> int:
+        """Steps of a round that train the head alone: at least one, unless the share is 0."""
+        return max(1, round(self.head_first * self.local_steps)) if self.head_first else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,10 @@
     fedprox       flat    synchronous          none              sgd 1.0; clients drawn to it  arXiv 1812.06127
     ditto         flat    synchronous          none              sgd 1.0; own models beside    arXiv 2012.04221
     mr_mtl        flat    synchronous          none              sgd 1.0; own models pushed    arXiv 2206.07902
+    apfl          flat    synchronous          none              sgd 1.0; own models mixed in  arXiv 2003.13461
     hierfavg      as is   synchronous          none              sgd 1.0, push_every 2         arXiv 1905.06641
     fedper        flat    synchronous          personal          sgd 1.0                       arXiv 1912.00818
+    fedrep        flat    synchronous          personal, first   sgd 1.0                       arXiv 2102.07078
     fedbuff       flat    half the clients     none              sgd 1.0, 1/sqrt(1 + tau)      AISTATS 2022
     diloco        flat    synchronous          none              nesterov 0.7, 0.9             arXiv 2311.08105
     halos         as is   each update          none              delayed_nesterov, merge 0.25  HALoS, ICML 2025
@@ -173,6 +175,11 @@ def _mr_mtl(mapping: dict[str, Any], root: NodeSpec) -> None:
     mapping["merge"] |= {"client": 0.0, "proximal": 0.1}
 
 
+def _apfl(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _fedavg(mapping, root)
+    mapping["merge"] |= {"client": "apart", "mixture": 0.5}
+
+
 def _hierfavg(mapping: dict[str, Any], root: NodeSpec) -> None:
     mapping["world"] = _plain_tree(root, keep_rules=False)
     _no_keys(mapping)
@@ -189,6 +196,12 @@ def _fedper(mapping: dict[str, Any], root: NodeSpec) -> None:
         server_optimizer={"name": "sgd", "lr": 1.0},
         attention={"score": "uniform", "personal": True},
     )
+
+
+def _fedrep(mapping: dict[str, Any], root: NodeSpec) -> None:
+    # Published on FEMNIST: 10 of 15 local epochs train the head, the other 5 the body.
+    _fedper(mapping, root)
+    set_everywhere(mapping, ["training", "head_first"], 2 / 3)
 
 
 def _fedbuff(mapping: dict[str, Any], root: NodeSpec) -> None:
@@ -303,8 +316,10 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "fedprox": _fedprox,
     "ditto": _ditto,
     "mr_mtl": _mr_mtl,
+    "apfl": _apfl,
     "hierfavg": _hierfavg,
     "fedper": _fedper,
+    "fedrep": _fedrep,
     "fedbuff": _fedbuff,
     "diloco": _diloco,
     "halos": _halos,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from worldlm_ray.aggregation.rules import rule_name, rule_of
 from worldlm_ray.data import check_sources
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import initial_model, privacy_checks
+from worldlm_ray.plan import client_checks, initial_model, privacy_checks
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.training import deepspeed_config
 
@@ -76,16 +76,6 @@ def validated_has_text(plan: Plan) -> Iterable[ConfigError]:
             yield ConfigError(
                 f"{client.key}.data.validation_fraction", got, "raise it, or set merge.client to a number"
             )
-
-
-def served_without_choice(plan: Plan) -> Iterable[ConfigError]:
-    """A client that serves its parent's model drops its own: to choose that or to fine-tune it would be in vain."""
-    for _, client in plan.distinct_clients:
-        merge = client.settings.merge
-        other = "merge.client validated" if merge.client == "validated" else "merge.fine_tune"
-        if merge.serve_parent and (merge.client == "validated" or merge.fine_tune):
-            got = f"true, but {other} makes another model for the end"
-            yield ConfigError(f"{client.key}.merge.serve_parent", got, "set one of the two")
 
 
 def common_without_noise(plan: Plan) -> Iterable[ConfigError]:
@@ -313,7 +303,7 @@ RULES: tuple[Rule, ...] = (
     validated_has_text,
     apart_holds_two_models,
     proximal_in_one_process,
-    served_without_choice,
+    *client_checks.RULES,
     common_without_noise,
     common_in_one_process,
     robust_needs_three,

@@ -80,12 +80,13 @@ class CommonTrainer(Trainer):
         batches: Iterable[Batch],
         rate: Callable[[int], float],
         *,
+        first: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         proximal: Proximal | None = None,
     ) -> RoundResult:
         """Take one optimizer step per batch; of two models each takes it with its rows, or both with all."""
         if not self.is_apart:
-            return self.own.run(batches, rate, should_stop=should_stop, proximal=proximal)
+            return self.own.run(batches, rate, first=first, should_stop=should_stop, proximal=proximal)
         for_common: list[Batch] = []
 
         def for_own() -> Iterator[Batch]:
@@ -93,8 +94,9 @@ class CommonTrainer(Trainer):
                 for_common.append((x[: self.rows].copy(), y[: self.rows].copy()))
                 yield (x[self.rows :], y[self.rows :]) if self.rows < len(x) else (x, y)
 
-        result = self.own.run(for_own(), rate, should_stop=should_stop, proximal=proximal)
-        train_s = self.common.run(for_common[: result.steps], rate).train_s  # one more may have been drawn
+        result = self.own.run(for_own(), rate, first=first, should_stop=should_stop, proximal=proximal)
+        # One batch more may have been drawn.
+        train_s = self.common.run(for_common[: result.steps], rate, first=first).train_s
         return replace(result, train_s=result.train_s + train_s)
 
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:

@@ -23,7 +23,7 @@ from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.deepspeed_config import is_bf16
 from worldlm_ray.training.sampling import generate
-from worldlm_ray.training.trainer import Batch, Proximal, RoundResult, Trainer
+from worldlm_ray.training.trainer import MOMENTS, STEP, Batch, Proximal, RoundResult, Trainer
 
 
 def device_of(resources: ResourcesConfig) -> str | None:
@@ -100,13 +100,16 @@ class LocalTrainer(Trainer):
             self.model = Decoder(shape, recompute=training.activation_checkpointing)
         bind(self.model, layout, self.flat, self.gradient)
         self.model.to(self.device)
-        self._matrices = decayed(self.model)
+        self._parts = parts_of(layout, training)
+        self._trains = 0
+        """The part that the next step trains."""
+        matrices = decayed(self.model)
+        self._matrices = [[m for m in matrices if part.start <= m.storage_offset() < part.stop] for part in self._parts]
         self._training_loss = self._compiled() if is_compiled(training, self.device) else self.model.loss
-        self._tensor = torch.nn.Parameter(self.flat)
-        self._tensor.grad = self.gradient
+        self._tensors = [torch.nn.Parameter(self.flat[part]) for part in self._parts]
         # `step` applies weight decay, to matrices only: a flat tensor has no parameter groups.
         self.optimizer = torch.optim.AdamW(
-            [self._tensor],
+            self._tensors,
             lr=training.lr,
             betas=(training.betas[0], training.betas[1]),
             weight_decay=0.0,
@@ -132,6 +135,7 @@ class LocalTrainer(Trainer):
         batches: Iterable[Batch],
         rate: Callable[[int], float],
         *,
+        first: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         proximal: Proximal | None = None,
     ) -> RoundResult:
@@ -140,6 +144,7 @@ class LocalTrainer(Trainer):
         Args:
             batches: token ids and targets.
             rate: learning rate of the step with this index.
+            first: place of the first batch in its round. The first steps of a round train the head (`head_first`).
             should_stop: asked before every step. True ends the training early and keeps the steps so far.
             proximal: another model, to which every step is drawn.
         """
@@ -155,6 +160,7 @@ class LocalTrainer(Trainer):
             if should_stop():
                 break
             learning_rate = rate(steps)
+            self._trains = len(self._parts) - 1 if first + steps < self.training.head_steps else 0
             losses += self.step(inputs, targets, learning_rate)
             steps, tokens = steps + 1, tokens + inputs.size
             if self.training.step_delay_s:
@@ -182,14 +188,19 @@ class LocalTrainer(Trainer):
         return loss
 
     def _descend(self, learning_rate: float) -> None:
-        """Add the proximal term's gradient, clip, decay the matrices, take the step."""
+        """Add the proximal term's gradient; then clip, decay the matrices and take the step of the part that trains."""
         if self._center is not None:
             self.gradient.add_(self.flat - self._center, alpha=self._strength)
+        gradient = self.gradient[self._parts[self._trains]]
         if self.training.grad_clip:
-            norm = torch.linalg.vector_norm(self.gradient)
-            self.gradient.mul_(torch.clamp(self.training.grad_clip / (norm + 1e-6), max=1.0))
-        if self.training.weight_decay:
-            torch._foreach_mul_(self._matrices, 1.0 - learning_rate * self.training.weight_decay)
+            norm = torch.linalg.vector_norm(gradient)
+            gradient.mul_(torch.clamp(self.training.grad_clip / (norm + 1e-6), max=1.0))
+        matrices = self._matrices[self._trains]
+        if self.training.weight_decay and matrices:
+            torch._foreach_mul_(matrices, 1.0 - learning_rate * self.training.weight_decay)
+        for index, tensor in enumerate(self._tensors):
+            # Without a gradient a part is frozen, and so are its moments.
+            tensor.grad = gradient if index == self._trains else None
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
 
@@ -230,13 +241,19 @@ class LocalTrainer(Trainer):
         )
 
     def optimizer_state(self) -> dict[str, Flat]:
-        """The moments and the step count as flat buffers, for a checkpoint. Empty before the first step."""
-        state = self.optimizer.state.get(self._tensor, {})
-        if not state:
+        """The moments and each part's step count as flat buffers, for a checkpoint. Empty before the first step."""
+        if not self.optimizer.state:
             return {}
-        return {
-            name: state[name].detach().cpu().numpy().reshape(-1).copy() for name in ("exp_avg", "exp_avg_sq", "step")
+        states = [self.optimizer.state.get(tensor, {}) for tensor in self._tensors]
+        found = {
+            name: [
+                state[name].detach().cpu().numpy().reshape(-1) if state else np.zeros(tensor.numel(), np.float32)
+                for state, tensor in zip(states, self._tensors, strict=True)
+            ]
+            for name in MOMENTS
         }
+        found[STEP] = [np.array([float(state[STEP]) if state else 0.0], np.float32) for state in states]
+        return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def forget(self) -> None:
         """Drop the moments and the step count."""
@@ -246,11 +263,10 @@ class LocalTrainer(Trainer):
         """Restore the result of `optimizer_state`."""
         if not saved:
             return
-        self.optimizer.state[self._tensor] = {
-            "step": torch.tensor(float(saved["step"][0]), device=self.device),
-            "exp_avg": torch.from_numpy(np.array(saved["exp_avg"])).to(self.device),
-            "exp_avg_sq": torch.from_numpy(np.array(saved["exp_avg_sq"])).to(self.device),
-        }
+        for index, (tensor, part) in enumerate(zip(self._tensors, self._parts, strict=True)):
+            steps = float(saved[STEP][min(index, len(saved[STEP]) - 1)])
+            moments = {name: torch.from_numpy(np.array(saved[name][part])).to(self.device) for name in MOMENTS}
+            self.optimizer.state[tensor] = {STEP: torch.tensor(steps, device=self.device), **moments}
 
     def _mean_loss(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> Tensor:
         tokens_BT, targets_BT = on_device(inputs, self.device), on_device(targets, self.device)
@@ -266,6 +282,13 @@ class LocalTrainer(Trainer):
         """The mean loss, fused by `torch.compile`. Shapes are fixed, since they are equal in every step."""
         compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(self.model.loss, dynamic=False)
         return compiled
+
+
+def parts_of(layout: Layout, training: TrainingConfig) -> list[slice]:
+    """What is trained by steps of its own: the whole model, or where the head comes first its body and its head."""
+    if not training.head_steps:
+        return [slice(0, layout.size)]
+    return [slice(0, layout.backbone_size), slice(layout.backbone_size, layout.size)]
 
 
 def is_compiled(training: TrainingConfig, device: torch.device) -> bool:

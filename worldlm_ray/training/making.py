@@ -9,6 +9,7 @@ from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.common import CommonTrainer
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
+from worldlm_ray.training.mixed import MixedTrainer
 from worldlm_ray.training.trainer import Trainer
 
 
@@ -55,5 +56,7 @@ def trainer_of_one_model(
 
 def with_common(own: Trainer, make_common: Callable[[], Trainer], settings: NodeSettings) -> Trainer:
     """A trainer, and one of the common model beside it where the client has one: see MergeConfig.common_rows."""
-    rows = settings.merge.common_rows(settings.training.batch_size)
+    rows, alpha = settings.merge.common_rows(settings.training.batch_size), settings.merge.mixture
+    if alpha is not None:
+        return MixedTrainer(own, make_common, rows=rows, alpha=alpha)
     return CommonTrainer(own, make_common, rows=rows) if rows else own

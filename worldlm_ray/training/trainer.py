@@ -16,6 +16,8 @@ Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by torch's names."""
+STEP = "step"
+"""Its count of steps, by torch's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,13 @@ class Trainer(Protocol):
         batches: Iterable[Batch],
         rate: Callable[[int], float],
         *,
+        first: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         proximal: Proximal | None = None,
     ) -> RoundResult:
         """Take one optimizer step per batch, at the learning rate that `rate` gives for its index.
 
+        `first` is the place of the first batch in its round, by which `training.head_first` says what a step trains.
         `should_stop` is asked between steps; True ends the run early and keeps what was done. With `proximal` the
         client's own model is drawn to another one.
         """
