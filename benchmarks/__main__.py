@@ -28,6 +28,8 @@ NAMES = (
     "zero_exchange",
     "privacy",
     "membership",
+    "measuring",
+    "batched_clients",
 )
 OUT = Path(__file__).parent / "out"
 

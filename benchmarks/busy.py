@@ -36,6 +36,7 @@ def run() -> dict[str, Any]:
         }
         raw = {
             "run_dir": f"{folder}/run",
+            "merge": {"client": 1.0},  # one model per client
             "model": {"preset": "nano"},
             "budget": {"seconds": SECONDS},
             "training": {"local_steps": 25},

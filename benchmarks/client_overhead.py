@@ -55,6 +55,7 @@ def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             raw = {
                 "run_dir": folder,
+                "merge": {"client": 1.0},  # one model per client
                 "model": {"preset": preset},
                 "budget": {"rounds": PAIRS + 1},
                 "training": {"local_steps": STEPS},

@@ -49,6 +49,7 @@ def _train(clients: list[str], seconds: float, faults: list[str]) -> tuple[dict[
     with tempfile.TemporaryDirectory() as folder:
         raw = {
             "run_dir": f"{folder}/run",
+            "merge": {"client": 1.0},  # one model per client
             "model": {"preset": "nano"},
             "budget": {"seconds": seconds},
             "training": {"local_steps": 20, "batch_size": 4, "step_delay_s": STEP_S},

@@ -33,6 +33,7 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         raw = {
             "run_dir": f"{folder}/run",
+            "merge": {"client": 1.0},  # one model per client
             "model": {"preset": "nano"},
             "budget": {"seconds": 1_000.0},
             "training": {"local_steps": 10, "batch_size": 4, "step_delay_s": 0.2},

@@ -48,6 +48,7 @@ def conf(folder: Path, clients: int, share: int) -> dict[str, Any]:
     return {
         "name": "many",
         "run_dir": str(folder / f"run-{clients}-{share}"),
+        "merge": {"client": 1.0},  # one model per client
         "model": MODEL,
         "budget": {"rounds": ROUNDS},
         "training": {"local_steps": STEPS, "batch_size": 4},

@@ -54,6 +54,7 @@ def _lose(cluster: Any, nodes: list[Any], folder: Path) -> dict[str, Any]:
     ]
     raw = {
         "run_dir": str(folder / "run"),
+        "merge": {"client": 1.0},  # one model per client
         "model": {"preset": "nano"},
         "budget": {"rounds": ROUNDS},
         "training": {"local_steps": 10, "batch_size": 4, "step_delay_s": 0.2},

@@ -89,6 +89,7 @@ def plan_for(children: int, folder: str) -> Plan:
     clients = [{"client": f"c{i}", "data": {"corpus": "python_reference"}} for i in range(children)]
     raw = {
         "run_dir": folder,
+        "merge": {"client": 1.0},  # one model per client
         "model": {
             "preset": "mini",
             "hidden_size": 512,

@@ -50,6 +50,7 @@ def _busy(overlap: bool) -> dict[str, float]:
         ]
         raw = {
             "run_dir": f"{folder}/run",
+            "merge": {"client": 1.0},  # one model per client
             "model": {"preset": "nano"},
             "budget": {"seconds": SECONDS},
             "training": {"local_steps": LOCAL_STEPS},

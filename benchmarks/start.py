@@ -26,6 +26,7 @@ def first_updates(folder: Path) -> tuple[float, float]:
     """Seconds until the first client has been heard, and until all have."""
     clients = [{"client": f"c{i}", "data": {"corpus": corpus}} for i, corpus in enumerate(CORPORA)]
     conf = {
+        "merge": {"client": 1.0},  # one model per client
         "model": {"preset": "nano"},
         "budget": {"rounds": 10_000},
         "training": {"local_steps": 1, "batch_size": 8},

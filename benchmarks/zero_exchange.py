@@ -22,6 +22,7 @@ def _rounds(preset: str, settings: dict[str, Any], folder: str) -> tuple[float, 
     """Seconds of training of a round (the last), and mean seconds of a cycle outside training."""
     raw = {
         "run_dir": f"{folder}/run",
+        "merge": {"client": 1.0},  # one model per client
         "model": {"preset": preset},
         "budget": {"rounds": ROUNDS},
         "training": {"local_steps": STEPS},

@@ -28,7 +28,8 @@ def tiny(tmp_path: Path) -> Callable[..., plan.Plan]:
             "data": {"cache_dir": str(tmp_path / "cache")},
             "world": {"children": children or two_levels(tmp_path)},
         }
-        return plan.make_plan(from_mapping(raw | changes))
+        merge = {"client": 1.0} | changes.pop("merge", {})  # one model per client, unless a test says otherwise
+        return plan.make_plan(from_mapping(raw | {"merge": merge} | changes))
 
     return make
 

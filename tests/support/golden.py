@@ -111,6 +111,7 @@ def outcome(name: str, folder: Path) -> dict[str, Any]:
         "run_dir": str(folder / "run"),
         "model": TINY_MODEL,
         "budget": {"rounds": 3},
+        "merge": {"client": 1.0},
         "training": {"local_steps": 4, "batch_size": 4},
         "evaluation": {"tokens": 64, "final_tokens": 128},
         "data": {"cache_dir": str(folder / "cache"), "validation_fraction": 0.0},

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from worldlm_ray.config.schema import USUAL_KEY_LAYERS
 from worldlm_ray.records import VerdictRecord
 
 WORDS = [
@@ -31,7 +32,14 @@ WORDS = [
     "water",
     "stone",
 ]
-TINY_MODEL = {"hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 32, "context": 16}
+TINY_MODEL: dict[str, Any] = {
+    "hidden_size": 16,
+    "layers": 2,
+    "heads": 2,
+    "intermediate_size": 32,
+    "context": 16,
+    "key_layers": list(USUAL_KEY_LAYERS),
+}
 
 
 def write_text(path: Path, *, seed: int, size: int = 16_000) -> Path:

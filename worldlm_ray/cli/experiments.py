@@ -97,6 +97,55 @@ def _report(folder: Path) -> None:
     console.print(f"report: {pasted(page)}", highlight=False, soft_wrap=True)
 
 
+def newcomer(
+    conf: Conf,
+    overrides: Overrides = None,
+    clients: Annotated[
+        str | None,
+        typer.Option("--newcomers", help="their paths, with commas; each federation's last client unless given"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps of a newcomer, from the world's model")] = 50,
+    alone_steps: Annotated[int, typer.Option(help="optimizer steps of the same client alone")] = 500,
+    method: Annotated[str, typer.Option(help="how the world is trained without them")] = "worldlm",
+    seeds: Annotated[int, typer.Option(help="seeds 0, 1, ...")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
+    out: Annotated[str | None, typer.Option(help="folder of all runs; runs/NAME-newcomers unless given")] = None,
+) -> None:
+    """Measure what joining an old world brings to clients that it has never seen.
+
+    Simulated runs: the world without them, then each with a few steps from the world's model, and alone with many.
+    An interrupted call goes on where it was.
+    """
+    from worldlm_ray.experiments.compare import check_overrides, make_folder
+    from worldlm_ray.experiments.comparison_progress import ComparisonProgress
+    from worldlm_ray.experiments.newcomer import newcomers, table
+    from worldlm_ray.plan import rundir
+
+    check_overrides(overrides or [])
+    filled(out, "--out")
+    config = load(conf, overrides or [], None)
+    checks.positive(seeds, "--seeds")
+    checks.positive(jobs, "--jobs")
+    folder = Path(f"runs/{config.name}-newcomers" if out is None else out).absolute()
+    make_folder(folder)
+    console.print(f"runs in {pasted(folder)}", highlight=False, soft_wrap=True)
+    with rundir.held(folder), ComparisonProgress(console) as progress:
+        found = newcomers(
+            config,
+            range(seeds),
+            out=folder,
+            names=None if clients is None else [name.strip() for name in clients.split(",")],
+            method=method,
+            steps=steps,
+            alone_steps=alone_steps,
+            jobs=jobs,
+            command=" ".join(pasted(word) for word in ["worldlm", *sys.argv[1:]]),
+            on_phase=lambda text: console.print(text, highlight=False, soft_wrap=True),
+            on_progress=progress.show,
+        )
+    console.print(table(found, steps=steps, alone_steps=alone_steps))
+
+
 def evaluate(
     run: Run,
     tokens: Annotated[int, typer.Option(help="held-out tokens per client, at most")] = 65_536,

@@ -29,6 +29,7 @@ COMMANDS = (
     runs.train,
     runs.simulate,
     experiments.compare,
+    experiments.newcomer,
     inspect.show,
     inspect.presets,
     experiments.evaluate,

@@ -120,7 +120,7 @@ class AggregationConfig:
 class MergeConfig:
     """How far a node moves to its parent on a pull: theta = (1 - m) own + m parent, for the backbone."""
 
-    client: float | int | str = 1.0
+    client: float | int | str = "validated"
     """A number from 0 to 1, or `validated`, `apart` or `adaptive`. `validated`: a client trains its parent's model for
     its parent, and beside it its own model, which validation text chooses (worldlm_ray/client/own_model.py). `apart`:
     the same, but the own model takes nothing from the parent's: with `proximal`, Ditto. `adaptive`: see

@@ -36,6 +36,8 @@ from worldlm_ray.training.local import LocalTrainer, device_of
 MEASURES, CURVE = "measures.json", "curve.json"
 BASE, MODEL = "base", "model"
 """Folders below that of a run: its first stage, and below that the model which the second begins from."""
+SHORTER = 16
+"""Every client's model is measured on every client's text, n^2 times: so on fewer tokens than its own text."""
 FLOPS_PER_PARAMETER = 6
 """Of training, by token and parameter: two forward, four backward (arXiv 2001.08361). Attention is left out."""
 
@@ -187,7 +189,7 @@ def _measure(originals: list[NodeSpec], done: Sequence[_Stage]) -> list[dict[str
                 "own": text.loss(models[spec.path], tokens),
                 "validation": text.validation(models[spec.path], tokens),
                 "world": text.loss(world, tokens),
-                "by_model": {path: text.loss(theta, tokens // 4) for path, theta in models.items()},
+                "by_model": {path: text.loss(theta, tokens // SHORTER) for path, theta in models.items()},
                 "best_round": counted[-1]["best_round"],
                 **{name: sum(each[name] for each in counted) for name in ("steps", "bytes_up", "bytes_down")},
             }

@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from worldlm_ray.config.loading import from_mapping, to_mapping
-from worldlm_ray.config.schema import INHERITED, ModelConfig, RunConfig
+from worldlm_ray.config.schema import INHERITED, USUAL_KEY_LAYERS, RunConfig
 from worldlm_ray.config.values import one_of
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.plan import tree
@@ -189,7 +189,7 @@ def _hierfavg(mapping: dict[str, Any], root: NodeSpec) -> None:
 def _fedper(mapping: dict[str, Any], root: NodeSpec) -> None:
     _flat(mapping, root)
     if not mapping["model"]["key_layers"]:
-        mapping["model"] = mapping["model"] | {"key_layers": ModelConfig().key_layers}
+        mapping["model"] = mapping["model"] | {"key_layers": list(USUAL_KEY_LAYERS)}
     _rules(
         mapping,
         trigger="synchronous",
@@ -352,7 +352,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "common": {"merge.client": "adaptive", "merge.common_fraction": 0.125},
     "eager": {"merge.agreement": 0.5},
     "wary": {"merge.agreement": 0.7},
-    "keys": {"model.key_layers": ModelConfig().key_layers},
+    "keys": {"model.key_layers": list(USUAL_KEY_LAYERS)},
     "uniform": {"aggregation.attention.score": "uniform"},
     "dot": {"aggregation.attention.score": "dot"},
     "residuals": {"aggregation.residuals.per_round": 2},
