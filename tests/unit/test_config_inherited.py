@@ -47,7 +47,7 @@ def test_every_section_can_be_overridden_at_a_node(tmp_path: Path, raw: dict[str
     ours, theirs = made.node("world/europe/italy").settings, made.node("world/japan").settings
     assert (ours.aggregation.buffer_size, theirs.aggregation.buffer_size) == (3, 1)
     assert (ours.aggregation.staleness.fn, theirs.aggregation.staleness.fn) == ("hinge", "constant")
-    assert (ours.merge.client, theirs.merge.client) == (0.5, 1.0)
+    assert (ours.merge.client, theirs.merge.client) == (0.5, "validated")
     assert (ours.resources.cpus, theirs.resources.cpus) == (2, 1)
     assert (ours.placement.labels, theirs.placement.labels) == ({"region": "eu"}, {})
     assert (ours.simulation.tokens_per_s, theirs.simulation.tokens_per_s) == (5.0, 20_000.0)

@@ -29,8 +29,8 @@ def a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(folder: Path, **settings: Any) -> Plan:
-    raw = {"model": TINY_MODEL, "budget": {"rounds": 1}, "world": {"children": [client("a", folder, 1, **settings)]}}
-    return make_plan(from_mapping(raw))
+    one = client("a", folder, 1, merge={"client": 1.0}, **settings)
+    return make_plan(from_mapping({"model": TINY_MODEL, "budget": {"rounds": 1}, "world": {"children": [one]}}))
 
 
 def test_without_gpus_in_the_settings_a_client_trains_on_the_cpu(tmp_path: Path) -> None:

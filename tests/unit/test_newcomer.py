@@ -58,22 +58,22 @@ def test_copies_may_come_late(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "option"),
     [
-        ({"names": ["world/nowhere"]}, "--newcomers"),
-        ({"names": ["world/north/a", "world/north/b", "world/south/c", "world/south/d"]}, "--newcomers"),
+        ({"names": ("world/nowhere",)}, "--newcomers"),
+        ({"names": ("world/north/a", "world/north/b", "world/south/c", "world/south/d")}, "--newcomers"),
         ({"steps": 15}, "--steps"),
         ({"alone_steps": 3}, "--alone-steps"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_run(tmp_path: Path, given: dict[str, Any], option: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        newcomer.newcomers(world(tmp_path), [0], out=tmp_path / "out", **given)
+        newcomer.newcomers(world(tmp_path), [0], out=tmp_path / "out", rules=newcomer.Rules(**given))
     assert caught.value.key == option
     assert not (tmp_path / "out").exists()
 
 
 def test_a_newcomer_begins_from_the_worlds_model_and_a_second_call_trains_nothing(tmp_path: Path) -> None:
     phases: list[str] = []
-    rules: dict[str, Any] = {"out": tmp_path / "out", "steps": 10, "alone_steps": 5}
+    rules: dict[str, Any] = {"out": tmp_path / "out", "rules": newcomer.Rules(steps=10, alone_steps=5)}
     found = newcomer.newcomers(world(tmp_path), [0], on_phase=phases.append, **rules)
     assert [each.client for each in found] == ["world/north/b", "world/south/d"]
     assert len(phases) == 3

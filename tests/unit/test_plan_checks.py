@@ -65,7 +65,9 @@ OVERLAP = {"exchange": {"overlap": True}}
 ALL_KEYS = TINY_MODEL | {"key_layers": ["*"]}
 CASES = [
     Case(
-        checks.common_of_adaptive_clients, f"{ALICE}.merge.common_fraction", alice={"merge": {"common_fraction": 0.5}}
+        checks.common_of_adaptive_clients,
+        f"{ALICE}.merge.common_fraction",
+        alice={"merge": {"client": 1.0, "common_fraction": 0.5}},
     ),
     Case(checks.common_leaves_rows, "merge.common_fraction", {"merge": ADAPTIVE, "training": {"batch_size": 1}}),
     Case(

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from worldlm_ray.client.best import own_model
 from worldlm_ray.config.loading import to_mapping
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments import comparison_run
 from worldlm_ray.experiments.comparison_run import flops, levels, progress_of, run_one
+from worldlm_ray.experiments.methods import ALL
 from worldlm_ray.experiments.stages import shared_out, stages
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan, make_plan
@@ -36,7 +38,7 @@ def test_both_stages_together_have_the_budget() -> None:
 def test_the_second_stage_is_every_client_alone_with_a_third_of_the_learning_rate(tiny: Tiny) -> None:
     config = tiny(budget={"rounds": 5}, training={"lr": 0.3}).config
     first, second = stages(config, "pooled+bf16+ft")
-    assert (first.method, first.budget.rounds, first.evaluation.keep_best) == ("pooled+bf16", 4, False)
+    assert (first.method, first.budget.rounds, first.evaluation.keep_best) == ("pooled+bf16", 4, True)
     assert (second.method, second.budget.rounds, second.evaluation.keep_best) == ("pooled+bf16+ft", 1, True)
     after = make_plan(second)
     assert [spec.settings.training.lr for spec in after.root.clients] == pytest.approx([0.1] * 4)
@@ -69,12 +71,12 @@ def test_a_run_of_two_stages_counts_both(tiny: Tiny, tmp_path: Path) -> None:
     assert tokens == sorted(tokens)
     assert tokens[-1] == found["tokens"]
     assert found["world_curve"][-1]["tokens"] <= 2 / 3 * found["tokens"], "the world's model is that of the first stage"
-    # A client that is best before its first round of fine-tuning has the world's model, to the bit.
+    # A client that is best before its first round of fine-tuning has the best model of the first stage, to the bit.
     run = tmp_path / "runs" / f"{method}-7"
-    world = checkpoint.load(checkpoint.folder(run / "base", "world"))
-    assert world is not None
+    pooled = checkpoint.load(checkpoint.folder(run / "base", ALL))
+    assert pooled is not None
     second = make_plan(comparison_run.from_model(stages(config, method)[1], str(run / "base" / "model")))
-    assert np.array_equal(build.initial(second), world[1]["theta"])
+    assert np.array_equal(build.initial(second), own_model(pooled[1]))
     for each in found["clients"]:
         assert each["validation"] > 0.0
         if each["best_round"] == 0:

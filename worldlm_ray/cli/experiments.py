@@ -106,7 +106,6 @@ def newcomer(
     ] = None,
     steps: Annotated[int, typer.Option(help="optimizer steps of a newcomer, from the world's model")] = 50,
     alone_steps: Annotated[int, typer.Option(help="optimizer steps of the same client alone")] = 500,
-    method: Annotated[str, typer.Option(help="how the world is trained without them")] = "worldlm",
     seeds: Annotated[int, typer.Option(help="seeds 0, 1, ...")] = 1,
     jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
     out: Annotated[str | None, typer.Option(help="folder of all runs; runs/NAME-newcomers unless given")] = None,
@@ -118,7 +117,7 @@ def newcomer(
     """
     from worldlm_ray.experiments.compare import check_overrides, make_folder
     from worldlm_ray.experiments.comparison_progress import ComparisonProgress
-    from worldlm_ray.experiments.newcomer import newcomers, table
+    from worldlm_ray.experiments.newcomer import Rules, newcomers, table
     from worldlm_ray.plan import rundir
 
     check_overrides(overrides or [])
@@ -129,21 +128,20 @@ def newcomer(
     folder = Path(f"runs/{config.name}-newcomers" if out is None else out).absolute()
     make_folder(folder)
     console.print(f"runs in {pasted(folder)}", highlight=False, soft_wrap=True)
+    names = None if clients is None else tuple(name.strip() for name in clients.split(","))
+    rules = Rules(names=names, steps=steps, alone_steps=alone_steps)
     with rundir.held(folder), ComparisonProgress(console) as progress:
         found = newcomers(
             config,
             range(seeds),
             out=folder,
-            names=None if clients is None else [name.strip() for name in clients.split(",")],
-            method=method,
-            steps=steps,
-            alone_steps=alone_steps,
+            rules=rules,
             jobs=jobs,
             command=" ".join(pasted(word) for word in ["worldlm", *sys.argv[1:]]),
             on_phase=lambda text: console.print(text, highlight=False, soft_wrap=True),
             on_progress=progress.show,
         )
-    console.print(table(found, steps=steps, alone_steps=alone_steps))
+    console.print(table(found, rules))
 
 
 def evaluate(

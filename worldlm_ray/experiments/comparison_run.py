@@ -22,7 +22,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.experiments.comparison_curve import Curve
 from worldlm_ray.experiments.comparison_progress import DONE, MEASURING, TRAINING, WAITING, RunProgress
 from worldlm_ray.experiments.export import export
-from worldlm_ray.experiments.methods import flat_name
+from worldlm_ray.experiments.methods import ALL, flat_name
 from worldlm_ray.experiments.stages import SHARE, from_model, has_two, stages
 from worldlm_ray.plan import rundir, tree
 from worldlm_ray.plan.plan import Plan, make_plan
@@ -121,7 +121,7 @@ def _train(configs: Sequence[RunConfig], places: Sequence[Path]) -> dict[str, An
     for index, (config, place) in enumerate(zip(configs, places, strict=True)):
         if index:
             model = places[index - 1] / MODEL
-            export(str(places[index - 1]), "world", model)
+            export(str(places[index - 1]), ALL, model)
             config = from_model(config, str(model))
         plan = rundir.create(make_plan(replace(config, run_dir=str(place))))
         found = Curve(plan, tokens=tokens, virtual_s=virtual_s, world=not index)
@@ -167,11 +167,12 @@ class _Text:
 def _measure(originals: list[NodeSpec], done: Sequence[_Stage]) -> list[dict[str, Any]]:
     """Losses on each client's text: its own model, the world's, and every other client's.
 
-    The world's model is that of the first stage, a client's own that of the last.
+    The world's model is that of the first stage, a client's own that of the last. Of texts in one place, it is that of
+    their best round.
     """
     first, last = done[0], done[-1]
     tokens, shape = last.plan.config.evaluation.final_tokens, last.plan.shape
-    world = _theta(first.plan, "world")
+    world = _theta(first.plan, ALL if len(done) > 1 else "world")
     nodes = {spec.path: _node_of(spec, last.plan) for spec in originals}
     models = {path: _theta(last.plan, node) if node else world for path, node in nodes.items()}
     settings = originals[0].settings

@@ -52,6 +52,8 @@ class Scaled:
     factor: float
 
 
+ALL = "world/all"
+"""Path of the only client where all texts are in one place."""
 _KEEP = tuple(name for name in INHERITED if name not in ("aggregation", "merge"))
 """Settings of a client that every method keeps: all but the rules, and above all its privacy."""
 
@@ -296,7 +298,7 @@ def _pooled(mapping: dict[str, Any], root: NodeSpec) -> None:
         if spec.settings.privacy.unit != "none":
             got = f"pooled has all texts in one place, but {spec.path} trains with differential privacy"
             raise ConfigError("--methods", got, "leave pooled out")
-    only = _client(clients[0], root, name="all")
+    only = _client(clients[0], root, name=ALL.rpartition("/")[2])
     pool = [asdict(spec.settings.data) | {"order": spec.settings.data.order or spec.path} for spec in clients]
     only["data"] |= {"files": [], "corpus": None, "shard": None, "order": None, "pool": pool}
     only["data"] |= {"train_fraction": 1.0, "train_bytes": None}

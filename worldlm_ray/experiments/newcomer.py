@@ -51,6 +51,18 @@ class Newcomer:
         return 1.0 - self.joined / self.alone
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What is compared."""
+
+    names: tuple[str, ...] | None = None
+    """Paths of the newcomers; the last client of every federation unless given."""
+    steps: int = 50
+    """Of a newcomer, from the world's model; a multiple of `STEPS_PER_ROUND`."""
+    alone_steps: int = 500
+    """Of the same client from the initial weights; a multiple of `training.local_steps`."""
+
+
 def last_of_each(root: NodeSpec) -> list[str]:
     """Paths of the last client of every federation that has others, too."""
     found = [
@@ -66,10 +78,7 @@ def newcomers(
     seeds: Sequence[int],
     *,
     out: Path,
-    names: Sequence[str] | None = None,
-    method: str = "worldlm",
-    steps: int = 50,
-    alone_steps: int = 500,
+    rules: Rules,
     jobs: int = 1,
     command: str = "",
     on_phase: Callable[[str], None] = lambda text: None,
@@ -81,10 +90,7 @@ def newcomers(
         config: the world, with its newcomers.
         seeds: one run each.
         out: folder for all runs.
-        names: paths of the newcomers; the last client of every federation unless given.
-        method: how the world is trained.
-        steps: of a newcomer; a multiple of `STEPS_PER_ROUND`.
-        alone_steps: of its rival; a multiple of `training.local_steps`.
+        rules: who joins, and after how many steps they are compared.
         jobs: processes to run at a time.
         command: what the user typed.
         on_phase: called with what begins.
@@ -95,35 +101,38 @@ def newcomers(
         RunError: `out` holds runs of another configuration, or cannot be written.
     """
     root = tree.build(config)
-    late = _chosen(root, names)
+    late = _chosen(root, rules.names)
     per_round = root.clients[0].settings.training.local_steps
-    for option, value, unit in (("--steps", steps, STEPS_PER_ROUND), ("--alone-steps", alone_steps, per_round)):
+    for option, value, unit in (
+        ("--steps", rules.steps, STEPS_PER_ROUND),
+        ("--alone-steps", rules.alone_steps, per_round),
+    ):
         if value < unit or value % unit:
             raise ConfigError(option, f"got {value}", f"give a multiple of {unit}")
-    rules: dict[str, Any] = {"jobs": jobs, "command": command, "on_progress": on_progress}
+    shared: dict[str, Any] = {"jobs": jobs, "command": command, "on_progress": on_progress}
     only = _only(config, root, late)
     on_phase("1/3 training the world without its newcomers")
-    compare(_without(config, root, late), [method], seeds, out=out / "world", **rules)
+    compare(_without(config, root, late), ["worldlm"], seeds, out=out / "world", **shared)
     on_phase("2/3 training the newcomers alone")
-    many = replace(only, budget=BudgetConfig(rounds=alone_steps // per_round))
-    alone = compare(many, ["local"], seeds, out=out / "alone", **rules)
+    many = replace(only, budget=BudgetConfig(rounds=rules.alone_steps // per_round))
+    alone = compare(many, ["local"], seeds, out=out / "alone", **shared)
     on_phase("3/3 training the newcomers from the world's model")
     joined: list[dict[str, Any]] = []
     for seed in seeds:
         model = out / "models" / str(seed)
         if not (model / "config.json").is_file():
-            export(str(folder_of(out / "world", method, seed)), "world", model)
-        few = _few_steps(from_model(only, str(model)), steps)
-        joined += compare(few, ["local"], [seed], out=out / "newcomers" / str(seed), **rules)
+            export(str(folder_of(out / "world", "worldlm", seed)), "world", model)
+        few = _few_steps(from_model(only, str(model)), rules.steps)
+        joined += compare(few, ["local"], [seed], out=out / "newcomers" / str(seed), **shared)
     return [Newcomer(client=path, joined=_mean(joined, path), alone=_mean(alone, path)) for path in late]
 
 
-def table(found: Sequence[Newcomer], *, steps: int, alone_steps: int) -> FittingTable:
+def table(found: Sequence[Newcomer], rules: Rules) -> FittingTable:
     """The newcomers for a terminal."""
     columns = [
         Column("newcomer"),
-        Column(f"joined,\n{steps} steps", is_number=True),
-        Column(f"alone,\n{alone_steps} steps", is_number=True),
+        Column(f"joined,\n{rules.steps} steps", is_number=True),
+        Column(f"alone,\n{rules.alone_steps} steps", is_number=True),
         Column("gain", is_number=True),
     ]
     shown = FittingTable("", columns, caption="nats per byte of held-out text; each model is that of its best round")

@@ -1,9 +1,10 @@
 """`pooled+ft`: one model of all texts in one place, and then every client alone with it on its own text.
 
 It is what the clients of a world could hope for. A run has one tree, and this method has two: so it takes two runs, its
-stages. The tokens of both count, and together they are those of any other method. The second stage has a fifth of the
-budget. It begins from the model of the first with a third of the configured learning rate, and stops early on
-validation text (`evaluation.keep_best`). The clients draw their text in another order than in the first stage.
+stages. The tokens of both count, and together they are those of any other method. Both stop early on validation text
+(`evaluation.keep_best`): scarce text can be learned by heart in one place, too. The second stage has a fifth of the
+budget. It begins from the best model of the first, with a third of the configured learning rate. The clients draw their
+text in another order than in the first stage.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def has_two(method: str) -> bool:
 
 
 def stages(config: RunConfig, method: str) -> list[RunConfig]:
-    """The runs of a method, in their order. A second one is to begin from the world's model of the first.
+    """The runs of a method, in their order. A second one is to begin from the model of the first's only client.
 
     Args:
         config: the world.
@@ -42,7 +43,9 @@ def stages(config: RunConfig, method: str) -> list[RunConfig]:
         return [configure(config, method)]
     plain = "+".join(part for part in method.split("+") if part != FINE_TUNED)
     before, after = shared_out(config.budget)
-    return [configure(replace(config, budget=before), plain), _fine_tuning(replace(config, budget=after), method)]
+    pooled = configure(replace(config, budget=before), plain)
+    pooled = replace(pooled, evaluation=replace(pooled.evaluation, keep_best=True, every_rounds=1))
+    return [pooled, _fine_tuning(replace(config, budget=after), method)]
 
 
 def shared_out(budget: BudgetConfig) -> tuple[BudgetConfig, BudgetConfig]:

@@ -7,6 +7,8 @@ configuration costs a second and one line.
 from __future__ import annotations
 
 import math
+import pickle
+import zlib
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +38,16 @@ class Plan:
     shape: ModelShape
     layout: Layout
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: the fields, without what is made from them."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+    def __getstate__(self) -> bytes:
+        """What is pickled: the fields, without what is made from them.
+
+        It is compressed to stay below Ray's limit of 100 kB. Larger arguments of an actor lie in the memory of the
+        process that made it, and the actor could not be restarted after that process has ended.
+        """
+        return zlib.compress(pickle.dumps({f.name: getattr(self, f.name) for f in fields(self)}))
+
+    def __setstate__(self, state: bytes) -> None:
+        self.__dict__.update(pickle.loads(zlib.decompress(state)))
 
     @property
     def run_dir(self) -> Path:
