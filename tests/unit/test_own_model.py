@@ -250,17 +250,18 @@ def test_what_is_drawn_and_what_is_pushed(tiny: Callable[..., Plan], merge: dict
 
 def test_the_worlds_model_is_that_of_federated_averaging_to_the_bit(tiny: Callable[..., Plan], tmp_path: Path) -> None:
     """Clients that go their own way spoil nothing for the others."""
-    found = {}
-    for client in (1.0, "validated"):
+    found = []
+    rules: list[dict[str, object]] = [{"client": 1.0}, {"client": "apart", "proximal": 1.0}, {"client": "validated"}]
+    for index, merge in enumerate(rules):
         plan = tiny(
             budget={"rounds": 3},
-            run_dir=str(tmp_path / str(client)),
+            run_dir=str(tmp_path / str(index)),
             aggregation={"trigger": "synchronous"},
-            merge={"client": client},
+            merge=merge,
             model=TINY_MODEL | {"key_layers": []},
         )
-        found[client] = simulate(plan).summary
-    assert found["validated"]["params_sha256"] == found[1.0]["params_sha256"]
+        found.append(simulate(plan).summary["params_sha256"])
+    assert found[1:] == [found[0]] * 2
     [_, arrays] = checkpoint.load(checkpoint.folder(plan.run_dir, plan.root.clients[0].path))  # type: ignore[misc]
     [_, world] = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))  # type: ignore[misc]
     own_model = OwnModel(Client(plan, plan.root.clients[0])._loss_to_choose_by)
