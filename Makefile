@@ -29,7 +29,7 @@ $(DEV): $(READY)
 quickstart: $(READY)  ## train the world that ships with the package, on text that this machine holds
 	$(BIN)/worldlm train quickstart
 
-federating: $(READY)  ## ten clients with little text: alone, by FedAvg, with fine-tuning, and as worldlm does
+federating: $(READY)  ## eight clients with little text: alone, by FedAvg, with fine-tuning, and as worldlm does
 	$(BIN)/worldlm compare federating --methods local,fedavg,fedavg+ft,pooled+ft,worldlm --seeds 1 --jobs 2 --out runs/federating
 
 test: $(DEV)  ## unit tests, and those with Ray that take seconds

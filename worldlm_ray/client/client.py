@@ -243,7 +243,9 @@ class Client(LocalRounds):
             self._read_pushed(self.link.anchor)
         self.link.heard(model)
         merge = self.spec.settings.merge
-        if merge.proximal and (model.version > 0 or merge.client != "apart"):  # the first round trains both in one model
+        if merge.proximal and (
+            model.version > 0 or merge.client != "apart"
+        ):  # the first round trains both in one model
             self.center = model.values
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []

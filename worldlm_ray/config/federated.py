@@ -160,6 +160,11 @@ class MergeConfig:
         """`common_fraction`, given or not."""
         return float(self.has_base) if self.common_fraction is None else self.common_fraction
 
+    @property
+    def models_per_token(self) -> int:
+        """Models that a client may train with each token."""
+        return 2 if self.has_base and self.shared_fraction == 1.0 else 1
+
     def common_rows(self, batch_size: int) -> int:
         """Sequences of a batch that go to the parent's model: at least one, unless the share is 0."""
         return max(1, round(self.shared_fraction * batch_size)) if self.shared_fraction else 0

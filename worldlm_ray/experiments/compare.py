@@ -33,7 +33,7 @@ from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments.comparison_progress import RunProgress
 from worldlm_ray.experiments.comparison_run import progress_of, read, run_one
 from worldlm_ray.experiments.stages import stages
-from worldlm_ray.plan import rundir
+from worldlm_ray.plan import rundir, tree
 from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.storage.paths import pasted
 
@@ -106,7 +106,9 @@ def _run_all(
     mapping = to_mapping(config)
     # Fresh processes: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        tasks = {pool.submit(run_one, mapping, method, seed, str(out)): (method, seed) for method, seed in wanted}
+        # Those that take longest begin first, so that no process is left with one of them at the end.
+        longest_first = sorted(wanted, key=lambda pair: -models_per_token(config, pair[0]))
+        tasks = {pool.submit(run_one, mapping, *pair, str(out)): pair for pair in longest_first}
         began = time.time()
         waiting: set[Future[dict[str, Any]]] = set(tasks)
         try:
@@ -119,6 +121,12 @@ def _run_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the first failure must show now, not after the other runs
             raise
+
+
+def models_per_token(config: RunConfig, method: str) -> float:
+    """How many models a client of a method trains with each token: mean over the clients, by the last stage."""
+    clients = tree.build(stages(config, method)[-1]).clients
+    return sum(spec.settings.merge.models_per_token for spec in clients) / len(clients)
 
 
 def _note(command: str, out: Path) -> None:

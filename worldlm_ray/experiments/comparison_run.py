@@ -223,8 +223,7 @@ def flops(plan: Plan, nodes: dict[str, Any]) -> int:
     """
     total = 0
     for spec in plan.root.clients:
-        merge = spec.settings.merge
-        models = 2 if merge.has_base and merge.shared_fraction == 1.0 else 1
+        models = spec.settings.merge.models_per_token
         total += FLOPS_PER_PARAMETER * plan.layout.size * nodes[spec.path]["tokens"] * models
     return total
 
