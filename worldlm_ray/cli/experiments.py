@@ -1,4 +1,7 @@
-"""Commands that compare methods, and that use the models of a run that has ended: compare, evaluate, sample, export."""
+"""Commands that compare methods, and that use the models of a run that has ended.
+
+compare, map, evaluate, sample, export.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from worldlm_ray.storage.paths import pasted
 
 if TYPE_CHECKING:
     from worldlm_ray.experiments.council_measure import CouncilMeasures
+    from worldlm_ray.experiments.map_cells import Cell, Worlds
 
 ALL_PRIVATE = "nothing to show: the losses of every client of this run are private (privacy.report_metrics)"
 CouncilFlag = Annotated[bool, typer.Option("--council", help="a mixture of models, weighed while the text goes on")]
@@ -60,7 +64,6 @@ def compare(
     make_folder(folder)
     total, done = len(dict.fromkeys(names)) * seeds, 0
     console.print(f"{total} runs in {pasted(folder)}", highlight=False, soft_wrap=True)
-    command = " ".join(pasted(word) for word in ["worldlm", *sys.argv[1:]])
     with rundir.held(folder), ComparisonProgress(console) as progress:
 
         def on_done(method: str, seed: int, own: float) -> None:
@@ -75,7 +78,7 @@ def compare(
             range(seeds),
             out=folder,
             jobs=jobs,
-            command=command,
+            command=_command(),
             on_done=on_done,
             on_progress=progress.show,
         )
@@ -137,11 +140,80 @@ def newcomer(
             out=folder,
             rules=rules,
             jobs=jobs,
-            command=" ".join(pasted(word) for word in ["worldlm", *sys.argv[1:]]),
+            command=_command(),
             on_phase=lambda text: console.print(text, highlight=False, soft_wrap=True),
             on_progress=progress.show,
         )
     console.print(table(found, rules))
+
+
+def map_(
+    overrides: Overrides = None,
+    text: Annotated[str, typer.Option(help="bytes of each client to train on, with commas")] = "12kB,48kB,192kB,768kB",
+    kinship: Annotated[
+        str, typer.Option(help="shares of a client's text that are of a source common to all, with commas")
+    ] = "0,1/4,1/2,1",
+    clients: Annotated[int, typer.Option(help="clients; four or more are in two federations")] = 4,
+    common: Annotated[
+        str | None, typer.Option(help="the common source: a corpus, a file or a folder of data_dir; or the largest")
+    ] = None,
+    corner_seeds: Annotated[int, typer.Option(help="seeds at the four corners of the map; elsewhere one")] = 3,
+    jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
+    out: Annotated[str | None, typer.Option(help="folder of the map; runs/map unless given")] = None,
+) -> None:
+    """Draw when federating a language model pays: by a client's own text, and by how much is common to all.
+
+    Simulated runs of built-in corpora, or of data_dir=FOLDER with FEDERATION/CLIENT.txt; a table and a figure. A map
+    that was interrupted goes on where it was. Settings not given are those of the preset `federating`, with 16 rounds.
+    """
+    from worldlm_ray.experiments import map_cells
+    from worldlm_ray.experiments.compare import check_overrides
+
+    given = overrides or []
+    check_overrides(given, replaced=map_cells.REPLACED, what="a map")
+    filled(out, "--out")
+    for key, value in {"--clients": clients, "--corner-seeds": corner_seeds, "--jobs": jobs}.items():
+        checks.positive(value, key)
+    base = load("federating", map_cells.overrides_of(given), None)
+    kinships = map_cells.kinships_of(kinship)
+    sources = map_cells.sources(base.data_dir, common=common, clients=clients)
+    worlds = map_cells.worlds(base, *sources, kinships)
+    cells = map_cells.grid(map_cells.texts_of(text), kinships, corner_seeds=corner_seeds)
+    _map(worlds, cells, Path(f"runs/{base.name}" if out is None else out).absolute(), jobs=jobs)
+
+
+def _map(worlds: Worlds, cells: list[Cell], folder: Path, *, jobs: int) -> None:
+    """Run a map, and write and print its result."""
+    from worldlm_ray.experiments import map_run
+    from worldlm_ray.experiments.compare import Task, make_folder
+    from worldlm_ray.experiments.comparison_progress import ComparisonProgress
+    from worldlm_ray.experiments.map_report import table, write
+    from worldlm_ray.plan import rundir
+
+    make_folder(folder)
+    done = 0
+    with rundir.held(folder), ComparisonProgress(console) as progress:
+        console.print(f"texts of {len(cells)} worlds ...", highlight=False)
+        work = map_run.plan_work(worlds, cells, folder, command=_command())
+        for cell, why in work.short.items():
+            console.print(f"left out: {cell}: {why}", highlight=False, soft_wrap=True)
+        console.print(f"{work} in {pasted(folder)}", highlight=False, soft_wrap=True)
+
+        def on_done(task: Task, own: float) -> None:
+            nonlocal done
+            done += 1
+            said = f"[{done}/{len(work.tasks)}] {task}: clients' own models {own:.4f} nats/byte"
+            console.print(said, highlight=False, soft_wrap=True)
+
+        results = map_run.run(work, jobs=jobs, on_done=on_done, on_progress=progress.show)
+    figure = write(results, folder)
+    console.print(table(results))
+    console.print(f"figure: {pasted(figure)}", highlight=False, soft_wrap=True)
+
+
+def _command() -> str:
+    """What the user typed."""
+    return " ".join(pasted(word) for word in ["worldlm", *sys.argv[1:]])
 
 
 def evaluate(

@@ -30,6 +30,7 @@ COMMANDS = (
     runs.simulate,
     experiments.compare,
     experiments.newcomer,
+    experiments.map_,
     inspect.show,
     inspect.presets,
     experiments.evaluate,
@@ -44,7 +45,7 @@ COMMANDS = (
 )
 """In the order in which --help lists them."""
 for _command in COMMANDS:
-    app.command()(_command)
+    app.command(_command.__name__.rstrip("_"))(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -39,7 +39,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
     found = find_sources(config, key)
     if config.pool:
         members = [
-            prepare(member, context=context, key=f"{key}.pool[{index}]", order=f"{order}/{index}")
+            prepare(member, context=context, key=f"{key}.pool[{index}]", order=f"{config.order or order}/{index}")
             for index, member in enumerate(members_of(config, key))
         ]
         return pool_of(members)

@@ -19,9 +19,9 @@ import json
 import multiprocessing
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -74,50 +74,87 @@ def compare(
         ConfigError: a method is unknown or impossible on this world, or the budget is in seconds.
         RunError: `out` holds a comparison of another configuration, or cannot be written.
     """
-    if config.budget.seconds is not None:
-        raise ConfigError("budget", "in seconds", "a comparison at equal work wants budget.rounds or budget.tokens")
-    if not config.simulation.train:
-        raise ConfigError("simulation.train", "false: there are no losses to compare", "leave it out")
     methods = list(dict.fromkeys(methods))
-    for method in methods:  # every error of the configuration shows before the first run
-        for stage in stages(config, method):
-            make_plan(stage)
-    _same_configuration(config, out)
-    _note(command, out)
-    wanted = [(method, seed) for seed in seeds for method in methods]
-    _run_all(config, wanted, out, jobs=jobs, on_done=on_done, on_progress=on_progress)
-    found = [read(out, method, seed) for method, seed in wanted]
+    check(config, methods)
+    same_settings(settings_of(config), out / "world.json", what="a comparison")
+    note(command, out)
+    tasks = [Task(config=config, method=method, seed=seed, out=out) for seed in seeds for method in methods]
+    run_all(tasks, jobs=jobs, on_done=lambda task, own: on_done(task.method, task.seed, own), on_progress=on_progress)
+    found = [read(out, task.method, task.seed) for task in tasks]
     rows = [{"method": entry["method"], "seed": entry["seed"], **row} for entry in found for row in entry["clients"]]
     results = {"about": _about(config, out), "rows": rows, "runs": found}
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return rows
 
 
-def _run_all(
-    config: RunConfig,
-    wanted: Sequence[tuple[str, int]],
-    out: Path,
+def check(config: RunConfig, methods: Sequence[str]) -> None:
+    """Check methods on a world: every error of the configuration shows before the first run.
+
+    Raises:
+        ConfigError: a method is unknown or impossible on this world, or the budget is in seconds.
+    """
+    if config.budget.seconds is not None:
+        raise ConfigError("budget", "in seconds", "a comparison at equal work wants budget.rounds or budget.tokens")
+    if not config.simulation.train:
+        raise ConfigError("simulation.train", "false: there are no losses to compare", "leave it out")
+    for method in methods:
+        for stage in stages(config, method):
+            make_plan(stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A run that a comparison wants."""
+
+    config: RunConfig
+    method: str
+    seed: int
+    out: Path
+    """Folder of the comparison."""
+    world: str = ""
+    """Names its world where there are several."""
+
+    def __str__(self) -> str:
+        return f"{self.world + ': ' if self.world else ''}{self.method}, seed {self.seed}"
+
+    def progress(self, *, since: float) -> RunProgress:
+        """How far it is, since a time."""
+        found = progress_of(self.out, self.method, self.seed, since=since)
+        return replace(found, method=f"{self.world}: {self.method}") if self.world else found
+
+
+def run_all(
+    tasks: Sequence[Task],
     *,
     jobs: int,
-    on_done: Callable[[str, int, float], None],
+    on_done: Callable[[Task, float], None],
     on_progress: Callable[[list[RunProgress]], None],
 ) -> None:
-    """Run all pairs of a method and a seed, `jobs` at a time, each in a separate process."""
-    mapping = to_mapping(config)
+    """Run all tasks that are not done, `jobs` at a time, each in a separate process.
+
+    Args:
+        tasks: the runs.
+        jobs: processes to run at a time.
+        on_done: called with each finished run and its mean own loss.
+        on_progress: called about once a second with the progress of all runs.
+    """
     # Fresh processes: torch's threads do not survive a fork.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         # Those that take longest begin first, so that no process is left with one of them at the end.
-        longest_first = sorted(wanted, key=lambda pair: -models_per_token(config, pair[0]))
-        tasks = {pool.submit(run_one, mapping, *pair, str(out)): pair for pair in longest_first}
+        longest_first = sorted(tasks, key=lambda task: -models_per_token(task.config, task.method))
+        running = {
+            pool.submit(run_one, to_mapping(task.config), task.method, task.seed, str(task.out)): task
+            for task in longest_first
+        }
         began = time.time()
-        waiting: set[Future[dict[str, Any]]] = set(tasks)
+        waiting: set[Future[dict[str, Any]]] = set(running)
         try:
             while waiting:
                 ended, waiting = wait(waiting, timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
-                for task in ended:
-                    measured = task.result()
-                    on_done(*tasks[task], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
-                on_progress([progress_of(out, method, seed, since=began) for method, seed in wanted])
+                for future in ended:
+                    measured = future.result()
+                    on_done(running[future], sum(row["own"] for row in measured["clients"]) / len(measured["clients"]))
+                on_progress([task.progress(since=began) for task in tasks])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the first failure must show now, not after the other runs
             raise
@@ -129,7 +166,7 @@ def models_per_token(config: RunConfig, method: str) -> float:
     return sum(spec.settings.merge.models_per_token for spec in clients) / len(clients)
 
 
-def _note(command: str, out: Path) -> None:
+def note(command: str, out: Path) -> None:
     """Record when and by which command this comparison was begun or continued."""
     if command:
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -149,19 +186,32 @@ def _about(config: RunConfig, out: Path) -> dict[str, Any]:
     }
 
 
-def _same_configuration(config: RunConfig, out: Path) -> None:
-    """Check that the folder holds this comparison: methods and seeds may be added, the world may not change."""
-    file = out / "world.json"
-    mapping = json.loads(json.dumps(to_mapping(replace(config, run_dir=None, seed=0))))
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what may differ between the runs of a comparison."""
+    return to_mapping(replace(config, run_dir=None, seed=0))
+
+
+def same_settings(settings: dict[str, Any], file: Path, *, what: str) -> None:
+    """Check that a folder holds runs of these settings: methods and seeds may be added, the world may not change.
+
+    Args:
+        settings: what may not change.
+        file: of the folder; holds the settings from the first call on.
+        what: the folder holds, for messages.
+
+    Raises:
+        RunError: the settings differ, or the folder cannot be written.
+    """
+    mapping = json.loads(json.dumps(settings))
     if file.is_file():
         if json.loads(file.read_text(encoding="utf-8")) != mapping:
-            raise RunError(f"{out} holds a comparison of another configuration; give another --out")
+            raise RunError(f"{file.parent} holds {what} of another configuration; give another --out")
         return
-    make_folder(out)
+    make_folder(file.parent)
     try:
         file.write_text(json.dumps(mapping, indent=1), encoding="utf-8")
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise _unwritable(file.parent, error) from error
 
 
 def make_folder(out: Path) -> None:
@@ -187,12 +237,20 @@ REPLACED = {"seed": "--seeds", "method": "--methods", "run_dir": "--out"}
 """Keys that a comparison sets itself, each with its option."""
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse changes of keys that a comparison sets itself.
+def check_overrides(
+    overrides: Sequence[str], *, replaced: Mapping[str, str] = REPLACED, what: str = "a comparison"
+) -> None:
+    """Refuse changes of keys that a command sets itself.
+
+    Args:
+        overrides: what the user typed.
+        replaced: those keys, each with what to use instead. Keys below one are set with it.
+        what: sets them, for messages.
 
     Raises:
         ConfigError: there is such a change.
     """
     for key in (override.partition("=")[0].strip() for override in overrides):
-        if key in REPLACED:
-            raise ConfigError(key, "a comparison sets it itself", f"use {REPLACED[key]}")
+        for name, instead in replaced.items():
+            if key == name or key.startswith((f"{name}.", f"{name}[")):
+                raise ConfigError(key, f"{what} sets it itself", f"use {instead}")
