@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from worldlm_ray.experiments.map_cells import size
 from worldlm_ray.experiments.map_run import Result
@@ -42,6 +43,9 @@ MEANING = (
 )
 LEAST_SPAN = 0.01
 """Of the scale of colours on either side of 0: below, noise would look like a result."""
+
+DARK = 0.65
+"""Share of the scale from which on a colour wants white ink."""
 
 
 def cells_of(result: Result) -> dict[str, str]:
@@ -118,8 +122,11 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
     _contours(axes, xs, ys, _grid(rows, texts, kinships, "headroom"))
     for row, kinship in enumerate(kinships):
         for column, text in enumerate(texts):
-            place = (left[column], left[column + 1], bottom[row], bottom[row + 1])
-            _write(axes, place, rows.get((text, kinship)), gains[row][column] / span)
+            corner, far = (left[column], bottom[row]), (left[column + 1], bottom[row + 1])
+            if not math.isfinite(gains[row][column]):
+                sides = far[0] - corner[0], far[1] - corner[1]
+                axes.add_patch(Rectangle(corner, *sides, fill=False, hatch="//", edgecolor="lightgrey"))
+            _write(axes, xs[column], ys[row], rows.get((text, kinship)), depth=gains[row][column] / span)
     axes.set_xticks(xs, labels=[size(text) for text in texts])
     axes.set_yticks(ys, labels=[str(kinship) for kinship in kinships])
     axes.set_xlabel("own text of a client to train on (logarithmic)")
@@ -150,14 +157,15 @@ def _contours(axes: Axes, xs: Sequence[float], ys: Sequence[float], headroom: Se
     axes.clabel(lines, fmt=lambda value: f"H {value:.1%}", fontsize=7)
 
 
-def _write(axes: Axes, place: tuple[float, float, float, float], numbers: dict[str, Any] | None, depth: float) -> None:
-    """The numbers of a cell, in an ink that its colour does not hide. A cell without is hatched."""
-    left, right, low, high = place
-    if numbers is None or not math.isfinite(depth):
-        axes.add_patch(Rectangle((left, low), right - left, high - low, fill=False, hatch="//", edgecolor="lightgrey"))
-        text, ink = "too little text" if numbers is None else "diverged", "grey"
+def _write(axes: Axes, x: float, y: float, numbers: dict[str, Any] | None, *, depth: float) -> None:
+    """The numbers of a cell, in an ink that neither its colour nor a line hides."""
+    if numbers is None:
+        text, ink = "too little text", "grey"
+    elif not math.isfinite(depth):
+        text, ink = "diverged", "grey"
     else:
         error = "" if numbers["error"] is None else f" ± {numbers['error']:.1%}"
         room = "" if numbers["headroom"] is None else f"\nH {numbers['headroom']:.1%}"
-        text, ink = f"{numbers['gain']:+.1%}{error}{room}", "white" if abs(depth) > 0.65 else "black"
-    axes.text((left + right) / 2, (low + high) / 2, text, ha="center", va="center", fontsize=9, color=ink)
+        text, ink = f"{numbers['gain']:+.1%}{error}{room}", "white" if abs(depth) > DARK else "black"
+    halo = withStroke(linewidth=2.0, foreground="black" if ink == "white" else "white", alpha=0.6)
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, color=ink, path_effects=[halo])
