@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.worlds import TINY_MODEL, two_levels
 
+from worldlm_ray.cli import common
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import plan
 
@@ -32,6 +33,12 @@ def tiny(tmp_path: Path) -> Callable[..., plan.Plan]:
         return plan.make_plan(from_mapping(raw | {"merge": merge} | changes))
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_configuration_is_remembered() -> None:
+    """A command remembers its configuration for its error messages: a test must not meet that of another one."""
+    common._spoken_of.clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
