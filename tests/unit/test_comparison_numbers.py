@@ -141,6 +141,15 @@ def test_the_plane_shows_federations_pooled_text_and_training_alone() -> None:
     assert axes.get_ylim()[1] < 2.9
 
 
+def test_every_seed_of_a_method_in_the_plane_lies_within_its_frame() -> None:
+    [axes] = drawn([run("fedavg", [2.0], 2.0), run("fedavg", [2.4], 2.6, seed=1), run("fedper", [2.1], 2.2)]).axes
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    assert left < 2.0
+    assert right > 2.4
+    assert bottom < 2.0
+    assert top > 2.6
+
+
 def test_a_plane_of_losses_that_are_not_finite_is_drawn() -> None:
     assert drawn([run("fedavg", [math.nan], math.nan), run("local", [math.nan], 1.0)]).axes
     assert drawn([run("local", [2.0], 1.0)]).axes

@@ -25,6 +25,8 @@ from worldlm_ray.experiments.comparison_numbers import (
 from worldlm_ray.tracking import audit
 
 MARKERS = "osD^vPX"
+Point = tuple[float, float]
+"""Two losses: of the own models, and of the world's."""
 FARTHEST = 1.3
 """A method with a loss so many times the best one is outside the frame of the plane."""
 Draw = Callable[[Figure, list[dict[str, Any]]], None]
@@ -57,22 +59,22 @@ def plane(figure: Figure, runs: list[dict[str, Any]]) -> None:
     are single seeds. Methods far from the others are left out of the frame, so that the others can be told apart.
     """
     axes = figure.add_subplot()
-    points = dict[str, tuple[float, float]]()
+    points, single = dict[str, Point](), dict[str, list[Point]]()
     for method, mine in by_method(runs).items():
         if not is_alone(method):
             points[method] = (mean_loss(mine, "own"), mean_loss(mine, "world"))
+            owns, worlds = by_seed(mine, "own"), by_seed(mine, "world")
+            single[method] = [(owns[seed], worlds[seed]) for seed in owns] if len(owns) > 1 else []
     local = alone(runs)
-    shown = _in_frame(axes, points, mean_loss(local, "own") if local else None)
+    shown = _in_frame(axes, points, single, mean_loss(local, "own") if local else None)
     for index, (method, (own, world)) in enumerate(sorted(points.items(), key=lambda each: each[1])):
         colour, marker = f"C{index % 10}", MARKERS[index // 10 % len(MARKERS)]
         face = colour if is_federated(method) else "none"
         label = f"{method}  {own:.3f} / {world:.3f}" + ("" if method in shown else " (outside)")
         look: dict[str, Any] = {"edgecolors": colour, "facecolors": face, "marker": marker}
         axes.scatter(own, world, s=75, linewidths=1.6, zorder=3, label=label, **look)
-        seeds = [run for run in runs if run["method"] == method]
-        owns, worlds = by_seed(seeds, "own"), by_seed(seeds, "world")
-        if len(owns) > 1:
-            axes.scatter(list(owns.values()), [worlds[seed] for seed in owns], s=12, color=colour, marker=marker)
+        for seed in single[method]:
+            axes.scatter(*seed, s=12, color=colour, marker=marker)
     front = pareto({method: point for method, point in points.items() if is_federated(method)})
     if len(front) > 1:
         xs, ys = zip(*(points[method] for method in front), strict=True)
@@ -88,14 +90,22 @@ def plane(figure: Figure, runs: list[dict[str, Any]]) -> None:
         figure.legend(loc="outside right upper", fontsize=9, title="method  own / world")
 
 
-def _in_frame(axes: Axes, points: dict[str, tuple[float, float]], local: float | None) -> set[str]:
-    """Set the limits of the plane; returns the methods within them."""
+def _in_frame(axes: Axes, points: dict[str, Point], single: dict[str, list[Point]], local: float | None) -> set[str]:
+    """Set the limits of the plane; returns the methods within them.
+
+    Args:
+        axes: the plane.
+        points: both losses of each method.
+        single: those of each seed, where there are several.
+        local: loss of training alone.
+    """
     finite = {method: point for method, point in points.items() if all(map(math.isfinite, point))}
     if not finite:
         return set()
     lows = [min(point[axis] for point in finite.values()) for axis in (0, 1)]
     shown = {m for m, point in finite.items() if all(point[axis] <= FARTHEST * lows[axis] for axis in (0, 1))}
-    spans = [[finite[method][axis] for method in shown] or [lows[axis]] for axis in (0, 1)]
+    marks = [point for method in shown for point in (finite[method], *single[method])]
+    spans = [[point[axis] for point in marks if math.isfinite(point[axis])] or [lows[axis]] for axis in (0, 1)]
     if local is not None and math.isfinite(local):
         spans[0].append(local)
     edges = [0.08 * (max(values) - min(values)) or 0.05 * max(values) for values in spans]
