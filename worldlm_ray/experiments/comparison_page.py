@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 STYLE = (
-    "body{font:15px/1.45 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}"
+    "body{font:15px/1.45 sans-serif;max-width:1250px;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-    "td,th{padding:.35em .7em;border-bottom:1px solid #ccc;text-align:right;vertical-align:bottom}"
-    "td:first-child,th:first-child{text-align:left}td.best{font-weight:bold;background:#e8f3e8}"
+    "td,th{padding:.35em .55em;border-bottom:1px solid #ccc;text-align:right;vertical-align:bottom}"
+    "td{white-space:nowrap}td:first-child,th:first-child{text-align:left}td.best{font-weight:bold;background:#e8f3e8}"
     "ul.verdict{font-size:17px;background:#f4f6fa;padding:1em 1em 1em 2.2em;border-left:4px solid #456}"
     "ul.verdict li{margin:.4em 0}dt{font-weight:bold;margin-top:.5em}dd{margin-left:1.5em}"
     "pre{background:#f6f6f6;padding:.8em;white-space:pre-wrap}img{max-width:100%}"
