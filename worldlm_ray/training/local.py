@@ -285,7 +285,7 @@ class LocalTrainer(Trainer):
 
 
 def parts_of(layout: Layout, training: TrainingConfig) -> list[slice]:
-    """What is trained by steps of its own: the whole model, or where the head comes first its body and its head."""
+    """What is trained by separate steps: the whole model, or where the head comes first its body and its head."""
     if not training.head_steps:
         return [slice(0, layout.size)]
     return [slice(0, layout.backbone_size), slice(layout.backbone_size, layout.size)]
