@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from support.worlds import TINY_MODEL, client
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.errors import ConfigError
@@ -63,6 +65,24 @@ def test_the_batch_is_shared_by_the_clients_own_model_and_its_parents(plan: Plan
     assert client.trainer.read().tobytes() == mine.tobytes()
     np.testing.assert_array_equal(client.update().values, common - parent.values)
     assert client.tokens == 2 * client.round_tokens
+
+
+@pytest.mark.parametrize(("fraction", "rows"), [(None, (slice(None), slice(None))), (0.25, (slice(2, None), slice(2)))])
+def test_shares_are_of_the_whole_batch_of_pooled_text(
+    tiny: Callable[..., Plan], tmp_path: Path, fraction: float | None, rows: tuple[slice, slice]
+) -> None:
+    """A batch of pooled text has `batch_size` sequences of each member: here twice four."""
+    pool = [client(name, tmp_path, seed)["data"] for name, seed in (("a", 1), ("b", 2))]
+    merge = {"client": "apart", "common_fraction": fraction}
+    model = TINY_MODEL | {"key_layers": []}
+    plan = tiny([{"client": "both", "data": {"pool": pool}}], budget={"rounds": 4}, merge=merge, model=model)
+    pooled, parent = parted(plan), pulled(plan, version=1)
+    own, moments = pooled.trainer.read(), pooled.trainer.own.optimizer_state()  # type: ignore[attr-defined]
+    mine = alone(pooled, own, rows[0], moments=moments)
+    common = alone(pooled, parent.values, rows[1], moments=moments)
+    pooled.train()
+    assert pooled.trainer.read().tobytes() == mine.tobytes()
+    np.testing.assert_array_equal(pooled.update().values, common - parent.values)
 
 
 def test_a_client_that_follows_trains_one_model_with_all_of_its_text(tiny: Callable[..., Plan]) -> None:

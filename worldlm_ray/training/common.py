@@ -34,11 +34,12 @@ class CommonTrainer(Trainer):
     Args:
         own: trains the client's own model.
         make_common: makes what trains the common one, once there is one.
-        rows: sequences of every batch that the common model is trained on while there is one; the client's own model
-            is trained on the others. If it is the whole batch, both are trained on it.
+        rows: how many of so many sequences of a batch the common model is trained on while there is one; the client's
+            own model is trained on the others. If it is the whole batch, both are trained on it. Of pooled text a
+            batch has more sequences than `training.batch_size`.
     """
 
-    def __init__(self, own: Trainer, make_common: Callable[[], Trainer], *, rows: int) -> None:
+    def __init__(self, own: Trainer, make_common: Callable[[], Trainer], *, rows: Callable[[int], int]) -> None:
         self.own, self._make_common, self.rows = own, make_common, rows
         self.is_apart = False
         """Whether the client keeps its own model, so that the common one is trained beside it."""
@@ -91,8 +92,9 @@ class CommonTrainer(Trainer):
 
         def for_own() -> Iterator[Batch]:
             for x, y in batches:
-                for_common.append((x[: self.rows].copy(), y[: self.rows].copy()))
-                yield (x[self.rows :], y[self.rows :]) if self.rows < len(x) else (x, y)
+                rows = self.rows(len(x))
+                for_common.append((x[:rows].copy(), y[:rows].copy()))
+                yield (x[rows:], y[rows:]) if rows < len(x) else (x, y)
 
         result = self.own.run(for_own(), rate, first=first, should_stop=should_stop, proximal=proximal)
         # One batch more may have been drawn.

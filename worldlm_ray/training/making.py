@@ -56,7 +56,7 @@ def trainer_of_one_model(
 
 def with_common(own: Trainer, make_common: Callable[[], Trainer], settings: NodeSettings) -> Trainer:
     """A trainer, and one of the common model beside it where the client has one: see MergeConfig.common_rows."""
-    rows, alpha = settings.merge.common_rows(settings.training.batch_size), settings.merge.mixture
+    rows, alpha = settings.merge.common_rows, settings.merge.mixture
     if alpha is not None:
         return MixedTrainer(own, make_common, rows=rows, alpha=alpha)
-    return CommonTrainer(own, make_common, rows=rows) if rows else own
+    return CommonTrainer(own, make_common, rows=rows) if settings.merge.shared_fraction else own

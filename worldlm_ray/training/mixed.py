@@ -34,7 +34,9 @@ class MixedTrainer(CommonTrainer):
         alpha: share of the personal model, between 0 and 1.
     """
 
-    def __init__(self, own: Trainer, make_common: Callable[[], Trainer], *, rows: int, alpha: float) -> None:
+    def __init__(
+        self, own: Trainer, make_common: Callable[[], Trainer], *, rows: Callable[[int], int], alpha: float
+    ) -> None:
         super().__init__(own, make_common, rows=rows)
         self.alpha = alpha
 
