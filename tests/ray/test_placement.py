@@ -14,6 +14,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_actors_live_where_their_labels_say(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "support.placed", str(tmp_path)]

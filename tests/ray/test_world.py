@@ -91,7 +91,7 @@ def test_the_audit_has_a_line_for_every_update(cluster: None, tiny: Tiny, tmp_pa
         assert proof.applied == sorted(set(proof.applied))
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_stopped_run_continues_to_its_full_budget(cluster: None, tiny: Tiny, tmp_path: Path, overlap: bool) -> None:
     # Steps that sleep leave time to stop the run before it has ended by itself.
     settings: dict[str, Any] = {
