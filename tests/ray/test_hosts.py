@@ -143,6 +143,7 @@ def a_world(cluster: Cluster, name: str, *, rounds: int, **settings: Any) -> Pat
     ]
     raw = {
         "model": TINY_MODEL,
+        "merge": {"client": 1.0},
         "budget": {"rounds": rounds},
         "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
         "evaluation": {"tokens": 64, "final_tokens": 128},

@@ -43,6 +43,7 @@ def conf(tmp_path: Path) -> Path:
     """Clients sleep in every step, so that there is time to kill."""
     raw: dict[str, Any] = {
         "model": TINY_MODEL,
+        "merge": {"client": 1.0},
         "budget": {"rounds": 8},
         "training": {"local_steps": 5, "batch_size": 4, "step_delay_s": 0.1},
         "evaluation": {"tokens": 64, "final_tokens": 128},

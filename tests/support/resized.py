@@ -38,6 +38,7 @@ def main(folder: Path) -> None:
     raw = {
         "run_dir": str(folder / "run"),
         "model": TINY_MODEL,
+        "merge": {"client": 1.0},
         "budget": {"rounds": ROUNDS},
         "training": {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.25},
         "evaluation": {"tokens": 64, "final_tokens": 128},
