@@ -113,7 +113,7 @@ def newcomer(
     jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
     out: Annotated[str | None, typer.Option(help="folder of all runs; runs/NAME-newcomers unless given")] = None,
 ) -> None:
-    """Measure what joining an old world brings to clients that it has never seen.
+    """Measure what joining an old world brings to a newcomer.
 
     Simulated runs: the world without them, then each with a few steps from the world's model, and alone with many.
     An interrupted call goes on where it was.
@@ -161,7 +161,7 @@ def map_(
     jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
     out: Annotated[str | None, typer.Option(help="folder of the map; runs/map unless given")] = None,
 ) -> None:
-    """Draw when federating a language model pays: by a client's own text, and by how much is common to all.
+    """Draw when federating pays, by text and kinship.
 
     Simulated runs of built-in corpora, or of data_dir=FOLDER with FEDERATION/CLIENT.txt; a table and a figure. A map
     that was interrupted goes on where it was. Settings not given are those of the preset `federating`, with 16 rounds.
