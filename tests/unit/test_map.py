@@ -12,7 +12,6 @@ import pytest
 from support.texts import numbered
 from typer.testing import CliRunner
 
-from worldlm_ray.cli import common as cli_common
 from worldlm_ray.cli import main as cli
 from worldlm_ray.config.loading import load
 from worldlm_ray.config.schema import RunConfig
@@ -30,12 +29,6 @@ QUARTERS = [Fraction(0), Fraction(1, 4), Fraction(1)]
 TINY = ["model.hidden_size=16", "model.layers=2", "model.heads=2", "model.kv_heads=1", "model.intermediate_size=16"]
 TINY += ["model.context=16", "training.local_steps=2", "training.batch_size=4", "budget.rounds=2"]
 TINY += ["evaluation.tokens=64", "evaluation.final_tokens=128", "evaluation.validation_tokens=64"]
-
-
-@pytest.fixture(autouse=True)
-def _forgets_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command remembers its configuration for messages: the next test's must not name it."""
-    monkeypatch.setattr(cli_common, "_spoken_of", [])
 
 
 def folder_of_texts(tmp_path: Path, *, own: int = 200, common: int = 1200) -> Path:

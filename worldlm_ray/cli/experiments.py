@@ -1,6 +1,6 @@
 """Commands that compare methods, and that use the models of a run that has ended.
 
-compare, map, evaluate, sample, export.
+compare, newcomer, map, evaluate, sample, export.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def map_(
     """Draw when federating pays, by text and kinship.
 
     Simulated runs of built-in corpora, or of data_dir=FOLDER with FEDERATION/CLIENT.txt; a table and a figure. A map
-    that was interrupted goes on where it was. Settings not given are those of the preset `federating`, with 16 rounds.
+    that was interrupted goes on where it was. Settings not given are those of the preset `federating`.
     """
     from worldlm_ray.experiments import map_cells
     from worldlm_ray.experiments.compare import check_overrides
@@ -174,7 +174,7 @@ def map_(
     filled(out, "--out")
     for key, value in {"--clients": clients, "--corner-seeds": corner_seeds, "--jobs": jobs}.items():
         checks.positive(value, key)
-    base = load("federating", map_cells.overrides_of(given), None)
+    base = load("federating", ["name=map", *given], None)
     kinships = map_cells.kinships_of(kinship)
     sources = map_cells.sources(base.data_dir, common=common, clients=clients)
     worlds = map_cells.worlds(base, *sources, kinships)

@@ -243,9 +243,9 @@ class Client(LocalRounds):
             self._read_pushed(self.link.anchor)
         self.link.heard(model)
         merge = self.spec.settings.merge
-        if merge.proximal and (
-            model.version > 0 or merge.client != "apart"
-        ):  # the first round trains both in one model
+        # Before a client's models are apart, the round trains both in one: its base must be drawn to nothing.
+        is_base = merge.client == "apart" and model.version == 0
+        if merge.proximal and not is_base:
             self.center = model.values
         # Where noise is added above, what a client sees in its own model is covered by none.
         return records if self.spec.settings.privacy.unit != "client" else []

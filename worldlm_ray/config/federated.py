@@ -147,8 +147,8 @@ class MergeConfig:
     """APFL's alpha, with `client: apart`: a client's model is (1 - alpha) of the parent's model, which it trains, and
     alpha of a personal one. See worldlm_ray/training/mixed.py."""
     serve_parent: bool = False
-    """At the end of the run a client's model becomes its parent's last one, whatever `client` is: models that were
-    trained alone and merged once."""
+    """At the end of the run a client's model becomes its parent's last one: for models that were trained alone and
+    merged once. Not with `validated`, which chooses what it serves."""
 
     @property
     def has_base(self) -> bool:

@@ -38,8 +38,6 @@ REPLACED = {
 """Keys that a map sets itself, each with its option."""
 TWO_FEDERATIONS = 4
 """With so many clients there are two federations. Fewer are children of the world."""
-ROUNDS = 16
-"""Of a run, unless the user gives a budget."""
 UNITS = {"": 1, "k": 10**3, "M": 10**6}
 
 
@@ -147,12 +145,6 @@ def grid(texts: Sequence[int], kinships: Sequence[Fraction], *, corner_seeds: in
 
 
 # ---- what the user types -----------------------------------------------------------------------------------------
-
-
-def overrides_of(given: Sequence[str]) -> list[str]:
-    """Changes of the preset that a map begins from: the user's, after those of every map."""
-    has_budget = any(text.strip().startswith("budget") for text in given)
-    return ["name=map", *([] if has_budget else [f"budget.rounds={ROUNDS}"]), *given]
 
 
 def texts_of(given: str) -> list[int]:
