@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
+# Unit tests share nothing, so that each core takes some. Tests with Ray share one cluster, and run one by one.
+UNIT := $(BIN)/python -m pytest tests/unit -n auto --maxprocesses=8 --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
 .PHONY: help quickstart federating test test-long test-fast soak check format architecture bench clean
@@ -33,13 +35,14 @@ federating: $(READY)  ## eight clients with little text: alone, by FedAvg, with 
 	$(BIN)/worldlm compare federating --methods local,fedavg,fedavg+ft,pooled+ft,worldlm --seeds 1 --jobs 2 --out runs/federating
 
 test: $(DEV)  ## unit tests, and those with Ray that take seconds
-	$(BIN)/python -m pytest -m 'not long'
+	$(UNIT) -m 'not long'
+	$(BIN)/python -m pytest tests --ignore=tests/unit -m 'not long'
 
 test-long: $(DEV)  ## the tests that `make test` leaves out: kills, hosts, clocks, elastic members
 	$(BIN)/python -m pytest -m long
 
-test-fast: $(DEV)  ## unit tests, without Ray, in under a minute
-	$(BIN)/python -m pytest tests/unit
+test-fast: $(DEV)  ## unit tests, without Ray: five minutes on two cores
+	$(UNIT)
 
 soak: $(DEV)  ## mutated messages, faults on purpose and kills, many times as many: takes an hour
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/ray/test_kills.py tests/unit/test_faults.py \

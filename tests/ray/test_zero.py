@@ -100,6 +100,7 @@ def test_a_client_whose_worker_was_killed_ends_with_the_same_bits(cluster: None,
         assert undisturbed["nodes"][path]["loss"] == pytest.approx(node["loss"], abs=1e-4)
 
 
+@pytest.mark.long
 def test_private_clients_of_every_kind_pay_for_what_they_send(cluster: None, tiny: Tiny, tmp_path: Path) -> None:
     record = {"unit": "record", "noise_multiplier": 1.0}
     children = [
