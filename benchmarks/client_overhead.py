@@ -13,6 +13,7 @@ from worldlm_ray.client.client import Client
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.model.decoder import Decoder
+from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.training.schedule import learning_rate
@@ -22,6 +23,7 @@ PAIRS, STEPS = 7, 30
 
 def bare_loop(client: Client) -> Any:
     """What a user would write without us: a model, torch.optim.AdamW, clip, step."""
+    assert isinstance(client.plan.shape, ModelShape)
     model = Decoder(client.plan.shape)
     settings = client.training
     decay = [p for p in model.parameters() if p.ndim > 1]

@@ -208,7 +208,7 @@ def test_a_card_says_what_was_measured() -> None:
         node="world/italy",
         kind="client",
         method="worldlm",
-        parameters=1_234_567,
+        architecture="Llama, 1,234,567 parameters in fp32, embedding and head apart",
         context=128,
         longest=4096,
         began_from="random weights, seed 0",

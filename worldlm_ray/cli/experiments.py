@@ -333,6 +333,9 @@ def export(
     run: Run,
     folder: Annotated[str, typer.Argument(help="folder to write")],
     node: Annotated[str, typer.Option(help="path of the node, such as world/code/python, or its end")] = "world",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="of a run that trains adapters: whole weights instead of a PEFT adapter")
+    ] = False,
     council: CouncilFlag = False,
     members: MembersOption = None,
     top: TopOption = None,
@@ -340,7 +343,7 @@ def export(
         str | None, typer.Option(help="with --council: a node whose validation text its first weights are fitted on")
     ] = None,
 ) -> None:
-    """Write a node's model as a Hugging Face folder.
+    """Write a node's model as a Hugging Face folder; of a run that trains adapters, as a PEFT adapter.
 
     With --council several models, each in a folder, and council.json: `worldlm sample FOLDER --council` reads them.
     """
@@ -357,7 +360,7 @@ def export(
         )
         what = f"a council of {len(nodes)} models"
     else:
-        what, notes = write(run, node, Path(folder))
+        what, notes = write(run, node, Path(folder), merge=merge)
     for line in notes:
         errors.print(line, markup=False, highlight=False)
     console.print(f"{what} is in {pasted(folder)}", highlight=False, soft_wrap=True)

@@ -102,7 +102,8 @@ def _between(value: float, key: str) -> None:
         raise ConfigError(key, f"got {value}", "give a number between 0 and 1")
 
 
-def _below_one(value: float, key: str) -> None:
+def below_one(value: float, key: str) -> None:
+    """Raise a ConfigError unless the value lies in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ConfigError(key, f"got {value}", "give a number from 0 to below 1")
 
@@ -151,7 +152,7 @@ def _two_betas(betas: Any, key: str) -> None:
 BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "training.local_steps": positive,
     "training.draw_steps": positive,
-    "training.head_first": _below_one,
+    "training.head_first": below_one,
     "training.batch_size": positive,
     "training.lr": positive,
     "training.accumulation_steps": positive,
@@ -190,7 +191,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "merge.agreement": _cosine,
     "merge.max_model_step": positive,
     "merge.common_fraction": fraction,
-    "merge.fine_tune": _below_one,
+    "merge.fine_tune": below_one,
     "merge.mixture": _between,
     "merge.proximal": not_negative,
     "resources.cpus": positive,
@@ -208,7 +209,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "simulation.latency_s": _seconds,
     "simulation.speed_spread": not_negative,
     "data.heldout_fraction": _between,
-    "data.validation_fraction": _below_one,
+    "data.validation_fraction": below_one,
     "data.train_bytes": positive,
 }
 """What a number of a node's settings may be, by its dotted key."""

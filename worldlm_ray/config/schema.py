@@ -23,16 +23,37 @@ USUAL_KEY_LAYERS = ("model.embed_tokens.*", "model.layers.-1.*", "model.norm.*",
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., arXiv 2106.09685): W + alpha / r B A, where A and B alone are trained."""
+
+    r: int = 8
+    """Rank of B A."""
+    alpha: float = 16.0
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are zero in a training step."""
+    targets: list[str] = field(default_factory=list)
+    """Linear layers that get an adapter, by the last part of their names, such as q_proj. Unless given: all but the
+    output head."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The decoder. A preset gives the shape; any number set here replaces the preset's."""
+    """The language model. A preset gives the decoder's shape; any number set here replaces the preset's."""
 
     preset: str = "nano"
     key_layers: list[str] = field(default_factory=list)
     """Name patterns of the key layers, which are blended by attention; `layers.-1` is the last block. All the rest is
     backbone. Unless given there are none: averaging all layers was better in every world of docs/results.md."""
+    backend: Literal["decoder", "transformers"] = "decoder"
+    """What computes the model: the decoder of this package, or transformers, which takes any causal language model."""
     initial_from: str | None = None
-    """Folder of a Llama-shaped Hugging Face model: its shape and weights, in place of a preset and random weights.
-    A model that computes anything else than a plain Llama is refused, as are quantized weights."""
+    """Folder of a Hugging Face model: its shape and weights, in place of a preset and random weights. The backend
+    `decoder` refuses a model that computes anything else than a plain Llama. Quantized weights are refused by both."""
+    trainable: Any = "all"
+    """Backend `transformers`: `all`, `lora`, or a list of name patterns. Nothing else is trained, and nothing else
+    travels."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters of `trainable: lora`."""
     hidden_size: int | None = None
     """This and the next four replace the preset's; beside `initial_from` they must be the model's own."""
     layers: int | None = None

@@ -24,7 +24,7 @@ from worldlm_ray.experiments.council import CouncilRules, Floats
 from worldlm_ray.experiments.council_members import Members, members_of
 from worldlm_ray.experiments.council_scores import PRIOR_TOKENS, scored, texts_of
 from worldlm_ray.experiments.export import refuse_base, write_model
-from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.plan import kept, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.tensors.buffers import Flat
@@ -44,7 +44,7 @@ class Saved:
     prior_K: Floats
     """Log of the prior."""
     rules: CouncilRules
-    shape: ModelShape
+    shape: Architecture
     layout: Layout
     tokenizer: str
     """`bytes`, or the path of a tokenizer.json."""

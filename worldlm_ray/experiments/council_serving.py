@@ -22,9 +22,9 @@ from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments import council, council_folder
 from worldlm_ray.experiments.council import CouncilRules, Floats, Weights
 from worldlm_ray.experiments.council_members import KEY, Members, members_of
-from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind
-from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.model.making import LanguageModel, make_model
+from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.plan import rundir
 from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.tensors.buffers import Flat
@@ -47,7 +47,7 @@ class Council:
     def __init__(
         self,
         members: Mapping[str, Flat],
-        shape: ModelShape,
+        shape: Architecture,
         layout: Layout,
         tokenizer: Tokenizer,
         *,
@@ -175,9 +175,8 @@ def opened(place: str, members: str | None = None) -> tuple[Council, list[str]]:
     return load(folder), []
 
 
-def _bound(theta: Flat, shape: ModelShape, layout: Layout) -> Decoder:
-    with torch.device("meta"):  # no memory and no default initialisation: the parameters are the model
-        model = Decoder(shape)
+def _bound(theta: Flat, shape: Architecture, layout: Layout) -> LanguageModel:
+    model = make_model(shape)
     model.requires_grad_(False)
-    bind(model, layout, torch.from_numpy(np.require(theta, requirements=["W"])))
+    bind(model.root, layout, torch.from_numpy(np.require(theta, requirements=["W"])))
     return model.eval()

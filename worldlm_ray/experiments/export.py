@@ -11,6 +11,7 @@ from worldlm_ray import huggingface
 from worldlm_ray.errors import ConfigError, DataError, PrivacyError
 from worldlm_ray.experiments.evaluate import sound_theta
 from worldlm_ray.huggingface.card import Facts, card
+from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.plan import kept, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
@@ -20,13 +21,14 @@ from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.tensors.buffers import Flat
 
 
-def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:
+def export(run: str, node: str, folder: Path, *, merge: bool = False) -> tuple[str, list[str]]:
     """Write a node's model, from its checkpoint.
 
     Args:
         run: the run's folder or name.
         node: path of the node, or the end of that path.
         folder: made if missing. Files of an earlier export are replaced.
+        merge: write whole weights of a run that trains adapters.
 
     Returns:
         Path of the node, and lines for the user.
@@ -40,7 +42,7 @@ def export(run: str, node: str, folder: Path) -> tuple[str, list[str]]:
     plan = rundir.reopen(run, check_data=False)
     spec = plan.find(node)
     refuse_base(plan, folder)
-    return spec.path, write_model(plan, spec, sound_theta(plan, spec), folder.expanduser())
+    return spec.path, write_model(plan, spec, sound_theta(plan, spec), folder.expanduser(), merge=merge)
 
 
 def refuse_base(plan: Plan, folder: Path) -> None:
@@ -54,7 +56,7 @@ def refuse_base(plan: Plan, folder: Path) -> None:
         raise ConfigError("FOLDER", f"{folder} holds the model that the run began from", "give another folder")
 
 
-def write_model(plan: Plan, spec: NodeSpec, theta: Flat, folder: Path) -> list[str]:
+def write_model(plan: Plan, spec: NodeSpec, theta: Flat, folder: Path, *, merge: bool = False) -> list[str]:
     """Write the parameters of a node with the tokenizer's files and a model card.
 
     Returns:
@@ -65,7 +67,15 @@ def write_model(plan: Plan, spec: NodeSpec, theta: Flat, folder: Path) -> list[s
         DataError: the folder cannot be written.
     """
     files = _files(plan)
-    huggingface.export(theta, plan.shape, plan.layout, folder, kept=files, card=card(_facts(plan, spec, files)))
+    text = card(_facts(plan, spec, files))
+    if isinstance(plan.shape, PretrainedShape):
+        from worldlm_ray.huggingface.pretrained_export import export_pretrained
+
+        export_pretrained(theta, plan.shape, plan.layout, folder, kept=files, card=text, merge=merge)
+    elif merge:
+        raise ConfigError("--merge", "the run trains no adapters", "leave it out")
+    else:
+        huggingface.export(theta, plan.shape, plan.layout, folder, kept=files, card=text)
     if huggingface.has_other_card(folder):
         return [f"README.md in {folder} was there before and stays: no model card was written"]
     return []
@@ -90,13 +100,13 @@ def _facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes]) -> Facts:
         node=spec.path,
         kind=spec.kind,
         method=plan.config.method,
-        parameters=plan.layout.size,
+        architecture=_architecture(plan),
         context=plan.shape.context,
         longest=plan.shape.context if base is None else max(base.max_positions, plan.shape.context),
         began_from=f"random weights, seed {plan.config.seed}"
         if folder is None
         else f"the model in a folder named {Path(folder).name}",
-        tied=base is not None and base.tied,
+        tied=base is not None and base.tied and not isinstance(plan.shape, PretrainedShape),
         # A damaged summary.json only removes facts from the card.
         tokens=int(sum(number or 0 for number in below)) if any(number is not None for number in below) else None,
         tokenizer=_tokenizer(plan, files),
@@ -104,6 +114,16 @@ def _facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes]) -> Facts:
         perplexity_per_token=_number(nodes, spec.path, "perplexity_per_token"),
         privacy=_privacy(plan),
     )
+
+
+def _architecture(plan: Plan) -> str:
+    shape, trained = plan.shape, f"{plan.layout.size:,}"
+    if not isinstance(shape, PretrainedShape):
+        return f"Llama, {trained} parameters in fp32, embedding and head apart"
+    if shape.has_adapters:
+        lora = f"LoRA adapters of rank {shape.lora.r}, alpha {shape.lora.alpha:g}: {trained} parameters"
+        return f"{shape.model_type}, {shape.frozen:,} parameters, which are frozen; {lora} in fp32"
+    return f"{shape.model_type}, {trained} trained parameters in fp32, {shape.frozen:,} frozen"
 
 
 def _tokenizer(plan: Plan, files: dict[str, bytes]) -> str:

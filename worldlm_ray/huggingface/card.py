@@ -30,7 +30,8 @@ class Facts:
     kind: str
     """`client`, `federation` or `world`."""
     method: str
-    parameters: int
+    architecture: str
+    """What computes the model, and how many parameters were trained."""
     context: int
     """Tokens of a training sequence."""
     longest: int
@@ -52,7 +53,7 @@ def card(facts: Facts) -> str:
     """The text of a model card."""
     whose = "that client's" if facts.kind == "client" else "all clients' below it"
     rows = {
-        "architecture": f"Llama, {facts.parameters:,} parameters in fp32, embedding and head apart",
+        "architecture": facts.architecture,
         "began from": facts.began_from + (", whose embedding and head were one tensor" if facts.tied else ""),
         "method": facts.method,
         "trained on": "not known: the run has not ended" if facts.tokens is None else f"{facts.tokens:,} tokens",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.errors import DataError
+from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.model.shape import MOST_LAYERS, ModelShape
 from worldlm_ray.storage import filesystem
 
@@ -84,7 +85,7 @@ _HARMLESS = {
 class Declared:
     """The config.json of a model that can be trained here."""
 
-    shape: ModelShape
+    shape: Architecture
     """Sizes, with the context of the run."""
     max_positions: int
     """The model's longest sequence, in tokens."""
@@ -94,7 +95,9 @@ class Declared:
 
 def read_shape(folder: Path, *, context: int | None = None) -> ModelShape:
     """The shape of a Llama-shaped Hugging Face model on disk; see `read_declared`."""
-    return read_declared(folder / CONFIG, context=context).shape
+    shape = read_declared(folder / CONFIG, context=context).shape
+    assert isinstance(shape, ModelShape), "this package computes it"
+    return shape
 
 
 def read_declared(file: Path, *, context: int | None = None) -> Declared:

@@ -139,6 +139,11 @@ class Decoder(nn.Module):
         self.model = Trunk(shape, recompute=recompute)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
 
+    @property
+    def root(self) -> nn.Module:
+        """The module whose parameters have the layout's names."""
+        return self
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits of the next token at every position."""
         logits_BTV: Tensor = self.lm_head(self.model(tokens_BT))

@@ -6,19 +6,18 @@ import os
 
 import numpy as np
 
-from worldlm_ray import huggingface
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
 from worldlm_ray.aggregation.private_fold import ClientPrivacy
-from worldlm_ray.errors import ConfigError, DataError
+from worldlm_ray.errors import ConfigError
 from worldlm_ray.model.initial import initial_parameters
+from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.plan import initial_model
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.quotas import quotas
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import ledger_folder
 from worldlm_ray.privacy.contributions import Contributions
-from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.tensors.buffers import Flat, frozen
 
 
@@ -29,13 +28,11 @@ def initial(plan: Plan) -> Flat:
         ConfigError: they are damaged, or larger than this machine's memory.
     """
     check_memory(plan)
-    folder = plan.config.model.initial_from
-    if folder is not None:
-        try:
-            return frozen(huggingface.read_weights(expanded(folder), plan.layout))
-        except DataError as error:
-            raise ConfigError("model.initial_from", str(error)) from error
-    return frozen(initial_parameters(plan.shape, plan.layout, seed=plan.config.seed))
+    model, seed = plan.config.model, plan.config.seed
+    if model.initial_from is not None:
+        return frozen(initial_model.read_parameters(model, plan.shape, plan.layout, seed=seed))
+    assert isinstance(plan.shape, ModelShape), "a model of transformers begins from one on disk"
+    return frozen(initial_parameters(plan.shape, plan.layout, seed=seed))
 
 
 def check_initial(plan: Plan) -> None:
@@ -45,7 +42,7 @@ def check_initial(plan: Plan) -> None:
         ConfigError: they are damaged, or hold a number that is not finite.
     """
     if plan.config.model.initial_from is not None and plan.root.settings.simulation.train:
-        initial_model.check_weights(plan.config.model.initial_from, plan.layout, numbers=True)
+        initial_model.check_weights(plan.config.model.initial_from, plan.shape, plan.layout, numbers=True)
 
 
 def check_memory(plan: Plan) -> None:

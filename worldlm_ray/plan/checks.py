@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from worldlm_ray.aggregation.rules import rule_name, rule_of
 from worldlm_ray.data import check_sources
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import client_checks, initial_model, privacy_checks
+from worldlm_ray.plan import backend_checks, client_checks, initial_model, privacy_checks
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.training import deepspeed_config
 
@@ -286,7 +286,7 @@ def whole_model_folder(plan: Plan) -> Iterable[ConfigError]:
     folder = plan.config.model.initial_from
     if folder is not None:
         yield from _raised_by(initial_model.check_side_files, folder)
-        yield from _raised_by(initial_model.check_weights, folder, plan.layout)
+        yield from _raised_by(initial_model.check_weights, folder, plan.shape, plan.layout)
 
 
 def best_of_measured_rounds(plan: Plan) -> Iterable[ConfigError]:
@@ -304,6 +304,7 @@ RULES: tuple[Rule, ...] = (
     apart_holds_two_models,
     proximal_in_one_process,
     *client_checks.RULES,
+    *backend_checks.RULES,
     common_without_noise,
     common_in_one_process,
     robust_needs_three,

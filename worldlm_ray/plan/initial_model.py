@@ -6,11 +6,15 @@ from pathlib import Path
 
 from worldlm_ray import huggingface
 from worldlm_ray.config.checks import positive
-from worldlm_ray.config.schema import RunConfig
+from worldlm_ray.config.schema import ModelConfig, RunConfig
 from worldlm_ray.errors import ConfigError, DataError
-from worldlm_ray.model.shape import SIZES, ModelShape, resolve_shape
+from worldlm_ray.model import pretrained_base
+from worldlm_ray.model.pretrained_shape import Architecture, PretrainedShape, initial_adapters
+from worldlm_ray.model.shape import SIZES, resolve_shape
 from worldlm_ray.plan import kept
+from worldlm_ray.plan.backend_checks import check_backend
 from worldlm_ray.storage.filesystem import expanded
+from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 
 BYTES = 256
@@ -19,9 +23,10 @@ BYTE_MODEL = BYTES + 128
 """A model that knows more tokens than bytes and some special ones was made for another tokenizer."""
 
 
-def shape_of(config: RunConfig, vocab_size: int) -> ModelShape:
+def shape_of(config: RunConfig, vocab_size: int) -> Architecture:
     """The model's shape: a preset with the config's numbers, or that of a model on disk."""
     model = config.model
+    check_backend(model)
     if model.initial_from is None:
         return resolve_shape(model, vocab_size=vocab_size)
     if model.context is not None:
@@ -32,7 +37,7 @@ def shape_of(config: RunConfig, vocab_size: int) -> ModelShape:
         got = f"got {found.context}, but the model of {folder} was made for {base.max_positions:,} tokens"
         raise ConfigError("model.context", got, "lower it")
     for name in SIZES:
-        given, own = getattr(model, name), getattr(found, name)
+        given, own = getattr(model, name), getattr(found, name, None)
         if given not in (None, own):
             got = f"got {given}, but the model of {folder} has {own}"
             raise ConfigError(f"model.{name}", got, "remove it, or set it to null")
@@ -50,8 +55,54 @@ def shape_of(config: RunConfig, vocab_size: int) -> ModelShape:
 def declared(config: RunConfig, folder: str) -> huggingface.Declared:
     """What the model that a run begins from declares: by the run's copy, if it keeps one."""
     file = kept.place(config, kept.MODEL_CONFIG) or expanded(folder) / kept.MODEL_CONFIG
+    if config.model.backend == "transformers":
+        return pretrained(config.model, file, expanded(folder), cache_dir=config.data.cache_dir)
     try:
         return huggingface.read_declared(file, context=config.model.context)
+    except DataError as error:
+        raise ConfigError("model.initial_from", str(error)) from error
+
+
+def pretrained(model: ModelConfig, file: Path, folder: Path, *, cache_dir: str) -> huggingface.Declared:
+    """The same of a model that transformers computes. It is read once per process: transformers takes seconds to start.
+
+    Args:
+        model: the run's settings.
+        file: the config.json, or the run's copy of it.
+        folder: of the model.
+        cache_dir: for the frozen weights.
+    """
+    key = repr((model, file, folder, cache_dir))
+    try:
+        found = huggingface.read_object(file)
+        if (known := _READ.get(key)) is None or known[0] != found:
+            from worldlm_ray.model.pretrained import read_shape
+
+            shape, longest, tied = read_shape(found, model, file=file, folder=folder, cache_dir=cache_dir)
+            known = _READ[key] = (found, huggingface.Declared(shape=shape, max_positions=longest, tied=tied))
+    except DataError as error:
+        raise ConfigError("model.initial_from", str(error)) from error
+    return known[1]
+
+
+_READ: dict[str, tuple[object, huggingface.Declared]] = {}
+"""What `pretrained` has read, by its arguments, with the content that it was read from."""
+
+
+def read_parameters(model: ModelConfig, shape: Architecture, layout: Layout, *, seed: int) -> Flat:
+    """The initial parameters of a run that begins from a model on disk.
+
+    Raises:
+        ConfigError: the weights cannot be read.
+    """
+    if isinstance(shape, PretrainedShape) and shape.has_adapters:
+        return initial_adapters(layout, seed=seed)
+    assert model.initial_from is not None, "a run without it begins from random weights"
+    folder = expanded(model.initial_from)
+    try:
+        if isinstance(shape, PretrainedShape):
+            return pretrained_base.read_parameters(folder, Path(shape.cache_dir), layout)
+        return huggingface.read_weights(folder, layout)
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
 
@@ -79,10 +130,15 @@ def _check_bytes(folder: Path, vocab_size: int) -> None:
     raise ConfigError("data.tokenizer", f"{got}; its model knows {vocab_size:,} tokens", cure)
 
 
-def check_weights(folder: str, layout: Layout, *, numbers: bool = False) -> None:
+def check_weights(folder: str, shape: Architecture, layout: Layout, *, numbers: bool = False) -> None:
     """Look through the weights that the run begins from: the headers, and the numbers if that is asked for."""
     try:
-        huggingface.check_weights(expanded(folder), layout, numbers=numbers)
+        if not isinstance(shape, PretrainedShape):
+            huggingface.check_weights(expanded(folder), layout, numbers=numbers)
+        elif numbers:
+            pretrained_base.base_file(expanded(folder), Path(shape.cache_dir))
+        else:
+            pretrained_base.fingerprint(expanded(folder))
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
 

@@ -20,7 +20,7 @@ from worldlm_ray.config.schema import NodeSettings, RunConfig
 from worldlm_ray.config.values import listed
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
-from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.plan import checks, initial_model, kept, tree
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.plan.tree import NodeSpec
@@ -35,7 +35,7 @@ class Plan:
 
     config: RunConfig
     root: NodeSpec
-    shape: ModelShape
+    shape: Architecture
     layout: Layout
 
     def __getstate__(self) -> bytes:

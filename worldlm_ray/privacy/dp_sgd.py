@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.model.decoder import Decoder, cross_entropy
+from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.model.shape import ModelShape
 
 Mode = Literal["ghost", "hooks"]
@@ -190,12 +191,12 @@ class RecordGradients:
 
 
 def layers_with_rules(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold parameters.
+    """The modules that hold trainable parameters. Frozen ones get no gradient, and need no rule.
 
     Raises:
         PrivacyError: a parameter is shared, or lies in a module for which there is no rule.
     """
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    owners = Counter(id(p) for module in model.modules() for p in trained(module))
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     for parameter, count in owners.items():
         if count > 1:
@@ -204,19 +205,25 @@ def layers_with_rules(model: nn.Module) -> list[nn.Module]:
             )
     found = []
     for name, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if any(True for _ in trained(module)):
             if type(module) not in _SAMPLERS:
                 raise PrivacyError(f"{name} ({type(module).__name__}) has no rule for per-record gradients")
             found.append(module)
     return found
 
 
-def check_architecture(shape: ModelShape, *, mode: Mode) -> None:
-    """The self-test on a small decoder of the same make.
+def trained(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The trainable parameters that a module holds itself."""
+    return (parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad)
+
+
+def check_architecture(shape: Architecture, *, mode: Mode) -> None:
+    """The self-test on a small decoder of the same make. A model of transformers is tested itself.
 
     Raises:
         PrivacyError: see `self_test`.
     """
+    assert isinstance(shape, ModelShape), "there is no small model of another make"
     small = replace(shape, hidden_size=4 * shape.heads, intermediate_size=16, layers=2, context=12, vocab_size=32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -231,7 +238,7 @@ def self_test(model: nn.Module, *, vocab_size: int, length: int, mode: Mode) -> 
     broken without a word.
 
     Args:
-        model: of the architecture that will be trained; small, and on the CPU.
+        model: of the architecture that will be trained.
         vocab_size: token ids are below this.
         length: tokens per record.
         mode: of `RecordGradients`.
@@ -239,8 +246,8 @@ def self_test(model: nn.Module, *, vocab_size: int, length: int, mode: Mode) -> 
     Raises:
         PrivacyError: they differ.
     """
-    generator = torch.Generator().manual_seed(0)
-    records = torch.randint(vocab_size, (2, length + 1), generator=generator)
+    generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    records = torch.randint(vocab_size, (2, length + 1), generator=generator).to(device)
     tokens_BT, targets_BT = records[:, :-1].contiguous(), records[:, 1:].contiguous()
     gradients = RecordGradients(model, max_grad_norm=1.0, mode=mode)
     norms = gradients.norms(tokens_BT, targets_BT)[0]
@@ -249,7 +256,7 @@ def self_test(model: nn.Module, *, vocab_size: int, length: int, mode: Mode) -> 
         own = slice(index, index + 1)
         loss = cross_entropy(model(tokens_BT[own]), targets_BT[own])
         own_gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-        true = torch.sqrt(sum((g.square().sum() for g in own_gradients), torch.zeros(())))
+        true = torch.sqrt(sum((g.square().sum() for g in own_gradients), torch.zeros((), device=device)))
         if abs(float(norms[index] - true)) > TOLERANCE * float(true):
             raise PrivacyError(
                 f"per-record gradient norms of this model are wrong: {float(norms[index]):.6g} where brute force gives "

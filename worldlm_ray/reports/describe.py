@@ -12,6 +12,7 @@ from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.data.text import find_sources
 from worldlm_ray.exchange.compression import loses, nbytes
+from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.reports.tables import amount
@@ -42,6 +43,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "tokenizer": plan.tokenizer,
             **{name: getattr(shape, name) for name in ("hidden_size", "layers", "heads", "context", "vocab_size")},
             "parameters": layout.size,
+            **_frozen(plan),
             "backbone_parameters": layout.backbone_size,
             "key_parameters": layout.key_size,
             "key_layers": {layer.name: layer.stop - layer.start for layer in layout.key_layers},
@@ -61,11 +63,21 @@ def _base(plan: Plan) -> dict[str, Any]:
     return {"initial_from": folder, "longest": plan.base.max_positions, "was_tied": plan.base.tied}
 
 
+def _frozen(plan: Plan) -> dict[str, Any]:
+    """The facts about a pre-trained model of which a part is trained."""
+    shape = plan.shape
+    if not isinstance(shape, PretrainedShape):
+        return {}
+    trainable = shape.trainable if isinstance(shape.trainable, str) else list(shape.trainable)
+    return {"model_type": shape.model_type, "trainable": trainable, "frozen_parameters": shape.frozen}
+
+
 def _origin(model: Mapping[str, Any]) -> str:
     """Where shape and weights come from, and how the model differs from the one that the run begins from."""
     if "initial_from" not in model:
         return f"preset {model['preset']}"
-    apart = ", embedding and head trained apart though they were one tensor there" if model["was_tied"] else ""
+    is_apart = model["was_tied"] and "model_type" not in model
+    apart = ", embedding and head trained apart though they were one tensor there" if is_apart else ""
     return f"from {model['initial_from']} (sequences of at most {model['longest']:,} tokens there{apart})"
 
 
@@ -231,9 +243,12 @@ def tables(facts: Mapping[str, Any]) -> Iterator[FittingTable]:
     for name, number in rows.items():
         split.add_row(name, f"{number:,}", f"{number / model['parameters']:.1%}")
     split.add_row("all", f"{model['parameters']:,}", "100.0%")
+    if model.get("frozen_parameters"):
+        split.add_row("frozen, never sent", f"{model['frozen_parameters']:,}", "")
     shape = ", ".join(f"{name} {model[name]}" for name in ("hidden_size", "layers", "heads", "context", "vocab_size"))
     split.caption = f"{_origin(model)}: {shape}; tokenizer {model['tokenizer']}; "
-    split.caption += f"a whole model is {amount(facts['bytes_per_pull'])}B"
+    what = "what is trained is" if model.get("frozen_parameters") else "a whole model is"
+    split.caption += f"{what} {amount(facts['bytes_per_pull'])}B"
     yield split
     tree = FittingTable(
         "the tree",

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from worldlm_ray.config.schema import ResourcesConfig, TrainingConfig
-from worldlm_ray.model.decoder import Decoder
 from worldlm_ray.model.flat import bind, decayed
-from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.model.making import LanguageModel, make_model
+from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.deepspeed_config import is_bf16
@@ -69,7 +69,7 @@ class LocalTrainer(Trainer):
     """A model on one device with its optimizer; its parameters are the flat buffer `flat`.
 
     Args:
-        shape: sizes of the decoder.
+        shape: of the model.
         layout: the flat layout (which part is backbone, which is key).
         training: optimizer settings.
         threads: torch threads. Results are reproducible only with the same number.
@@ -81,7 +81,7 @@ class LocalTrainer(Trainer):
 
     def __init__(
         self,
-        shape: ModelShape,
+        shape: Architecture,
         layout: Layout,
         training: TrainingConfig,
         *,
@@ -96,9 +96,8 @@ class LocalTrainer(Trainer):
         self._strength = 0.0
         self.flat = torch.zeros(layout.size, device=self.device)
         self.gradient = torch.zeros(layout.size, device=self.device)
-        with torch.device("meta"):  # no memory and no default initialisation: the flat buffer is the model
-            self.model = Decoder(shape, recompute=training.activation_checkpointing)
-        bind(self.model, layout, self.flat, self.gradient)
+        self.model: LanguageModel = make_model(shape, recompute=training.activation_checkpointing)
+        bind(self.model.root, layout, self.flat, self.gradient)
         self.model.to(self.device)
         self._parts = parts_of(layout, training)
         self._trains = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from worldlm_ray.config.schema import NodeSettings
-from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.common import CommonTrainer
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
@@ -13,17 +13,17 @@ from worldlm_ray.training.mixed import MixedTrainer
 from worldlm_ray.training.trainer import Trainer
 
 
-def plain_trainer(shape: ModelShape, layout: Layout, settings: NodeSettings) -> LocalTrainer:
+def plain_trainer(shape: Architecture, layout: Layout, settings: NodeSettings) -> LocalTrainer:
     """A trainer of one model, without noise, on the device and the cores of the client."""
     device, threads = device_of(settings.resources), threads_of(settings.resources)
     return LocalTrainer(shape, layout, settings.training, threads=threads, device=device)
 
 
-def trainer_of(shape: ModelShape, layout: Layout, settings: NodeSettings, *, noise: float | None) -> Trainer:
+def trainer_of(shape: Architecture, layout: Layout, settings: NodeSettings, *, noise: float | None) -> Trainer:
     """The trainer that a client's settings ask for.
 
     Args:
-        shape: sizes of the decoder.
+        shape: of the model.
         layout: the flat layout.
         settings: the client's.
         noise: noise multiplier of a client that promises privacy of records; None of one that does not.
@@ -36,7 +36,7 @@ def trainer_of(shape: ModelShape, layout: Layout, settings: NodeSettings, *, noi
 
 
 def trainer_of_one_model(
-    shape: ModelShape, layout: Layout, settings: NodeSettings, *, noise: float | None
+    shape: Architecture, layout: Layout, settings: NodeSettings, *, noise: float | None
 ) -> LocalTrainer:
     """The same without the common model. Arguments and errors are those of `trainer_of`."""
     if noise is None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.model.decoder import Decoder, cross_entropy
+from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Entry, Layout
@@ -71,7 +72,7 @@ class ZeroWorker:
     """DeepSpeed's engine on one worker; torch.distributed is initialised.
 
     Args:
-        shape: sizes of the decoder.
+        shape: of the model.
         layout: the flat layout.
         training: optimizer settings, the ZeRO stage, and DeepSpeed's further keys.
         threads: torch threads.
@@ -85,7 +86,7 @@ class ZeroWorker:
 
     def __init__(
         self,
-        shape: ModelShape,
+        shape: Architecture,
         layout: Layout,
         training: TrainingConfig,
         *,
@@ -107,6 +108,7 @@ class ZeroWorker:
         _join(cuda=cuda)
         config = deepspeed_config(training, workers=self.workers, parameters=layout.size, cuda=cuda)
         self.sharded = training.zero_stage == 3
+        assert isinstance(shape, ModelShape), "a plan refuses workers for others"
         with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.sharded):
             model = Decoder(shape, recompute=training.activation_checkpointing)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=_groups(model, training), config=config)

@@ -1,0 +1,212 @@
+"""Pre-trained models of transformers: in, trained one round, out, and the logits are equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from support import worlds
+from support.pretrained import KINDS, save_pretrained
+
+from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.experiments.evaluate import sound_theta
+from worldlm_ray.experiments.export import export
+from worldlm_ray.model.pretrained_shape import PretrainedShape
+from worldlm_ray.plan import build, rundir
+from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.simulation.simulator import simulate
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def world(folder: Path, model: Path, **settings: Any) -> Plan:
+    """Two clients on a model on disk, two rounds of two steps."""
+    raw = {
+        "run_dir": str(folder / "run"),
+        "data": {"cache_dir": str(folder / "cache")},
+        "model": {"backend": "transformers", "initial_from": str(model), "context": 16, **settings},
+        "merge": {"client": 1.0},
+        "budget": {"rounds": 2},
+        "training": {"local_steps": 2, "batch_size": 4, "lr": 1e-2},
+        "evaluation": {"tokens": 256, "final_tokens": 256},
+        "world": {"children": [worlds.client("a", folder, 1), worlds.client("b", folder, 2)]},
+    }
+    return make_plan(from_mapping(raw))
+
+
+def logits(model: Any) -> np.ndarray:
+    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits.numpy()
+
+
+def computed_here(plan: Plan, theta: np.ndarray) -> np.ndarray:
+    from worldlm_ray.training.making import plain_trainer
+
+    trainer = plain_trainer(plan.shape, plan.layout, plan.root.clients[0].settings)
+    trainer.write(theta)
+    return logits(trainer.model.root)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_a_model_comes_in_is_trained_and_goes_out(tmp_path: Path, kind: str, trainable: str) -> None:
+    base = save_pretrained(tmp_path / "base", kind)
+    plan = world(tmp_path, base, trainable=trainable)
+    before = logits(transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    np.testing.assert_allclose(computed_here(plan, build.initial(plan)), before, atol=1e-5)
+
+    plan = rundir.create(plan)
+    simulate(plan)
+    theta = sound_theta(plan, plan.root)
+    trained = computed_here(plan, theta)
+    assert np.abs(trained - before).max() > 1e-3
+    if trainable == "lora":
+        export(str(plan.run_dir), "world", tmp_path / "adapter")
+        whole = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter")
+        np.testing.assert_allclose(logits(adapted), trained, atol=1e-5)
+    export(str(plan.run_dir), "world", tmp_path / "whole", merge=trainable == "lora")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    np.testing.assert_allclose(logits(whole), trained, atol=1e-5)
+
+
+def test_patterns_choose_what_is_trained_and_nothing_else_changes(tmp_path: Path) -> None:
+    base = save_pretrained(tmp_path / "base")
+    plan = rundir.create(world(tmp_path, base, trainable=["model.layers.1.*"]))
+    names = {entry.name for entry in plan.layout.entries}
+    assert names
+    assert all(name.startswith("model.layers.1.") for name in names)
+    assert isinstance(plan.shape, PretrainedShape)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert plan.shape.frozen + plan.layout.size == sum(p.numel() for p in whole.parameters())
+
+    simulate(plan)
+    export(str(plan.run_dir), "world", tmp_path / "out")
+    before = dict(whole.named_parameters())
+    after = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == names
+
+
+def test_an_inner_node_begins_without_the_base_model(tmp_path: Path) -> None:
+    base = save_pretrained(tmp_path / "base")
+    plan = world(tmp_path, base, trainable="lora")
+    for file in base.iterdir():
+        file.unlink()
+    first, second = build.initial(plan), build.initial(plan)
+    np.testing.assert_array_equal(first, second)
+    views = plan.layout.views(first)
+    assert all(not view.any() for name, view in views.items() if ".lora_B." in name)
+    assert all(view.any() for name, view in views.items() if ".lora_A." in name)
+
+
+def test_two_clients_of_a_process_map_the_same_frozen_weights(tmp_path: Path) -> None:
+    from worldlm_ray.training.making import plain_trainer
+
+    plan = world(tmp_path, save_pretrained(tmp_path / "base"), trainable="lora")
+    settings = plan.root.clients[0].settings
+    first, second = (plain_trainer(plan.shape, plan.layout, settings) for _ in range(2))
+    frozen = [
+        {n: p.data_ptr() for n, p in trainer.model.root.named_parameters() if not p.requires_grad}
+        for trainer in (first, second)
+    ]
+    assert frozen[0]
+    assert frozen[0] == frozen[1]
+    assert first.flat.data_ptr() != second.flat.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "BertForMaskedLM .* no causal language model"),
+        ({"architectures": ["ViTModel"], "model_type": "vit"}, "ViTModel .* no causal language model"),
+        ({"model_type": "nonsense"}, "model_type nonsense"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"num_attention_heads": 5}, "makes no model of it|hidden_size"),
+    ],
+)
+def test_another_model_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    base = save_pretrained(tmp_path / "base")
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ConfigError, match=words) as caught:
+        world(tmp_path, base)
+    assert "model.initial_from" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"trainable": "some"}, "model.trainable"),
+        ({"trainable": []}, "model.trainable"),
+        ({"trainable": ["nothing.*"]}, "model.trainable[0]"),
+        ({"trainable": "lora", "lora": {"r": 0}}, "model.lora.r"),
+        ({"trainable": "lora", "lora": {"dropout": 1.0}}, "model.lora.dropout"),
+        ({"trainable": "lora", "lora": {"targets": ["q_prj"]}}, "model.lora.targets[0]"),
+        ({"backend": "decoder", "trainable": "lora"}, "model.trainable"),
+        ({"initial_from": None}, "model.initial_from"),
+        ({"context": 128}, "model.context"),
+        ({"layers": 3}, "model.layers"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_refused_by_its_key(tmp_path: Path, settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        world(tmp_path, save_pretrained(tmp_path / "base"), **settings)
+    assert str(caught.value).startswith(key)
+
+
+def test_weights_that_are_missing_or_not_finite_are_refused(tmp_path: Path) -> None:
+    base = save_pretrained(tmp_path / "base")
+    plan = world(tmp_path, base)
+    weights = base / "model.safetensors"
+
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight holds a number that is not finite"):
+        build.check_initial(plan)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"missing keys such as model\.norm\.weight"):
+        build.check_initial(plan)
+    weights.unlink()
+    with pytest.raises(ConfigError, match="holds no weights"):
+        world(tmp_path, base)
+
+
+def test_adapters_under_record_privacy_clip_as_brute_force_does(tmp_path: Path) -> None:
+    from worldlm_ray.config.schema import PrivacyConfig
+    from worldlm_ray.training.private import PrivateTrainer
+
+    plan = world(tmp_path, save_pretrained(tmp_path / "base", "llama_tied_gqa"), trainable="lora")
+    settings, bound = plan.root.clients[0].settings, 0.05
+    privacy = PrivacyConfig(unit="record", max_grad_norm=bound, grad_sample_mode="ghost")
+    trainer = PrivateTrainer(plan.shape, plan.layout, settings.training, privacy, noise=0.0, threads=1, device="cpu")
+    generator = torch.Generator().manual_seed(1)
+    trainer.flat.normal_(std=0.3, generator=generator)
+    records = torch.randint(256, (5, 17), generator=generator)
+    inputs, targets = records[:, :-1].contiguous(), records[:, 1:].contiguous()
+    trainer.gradient.zero_()
+    trainer._records.add(inputs, targets)
+    summed = trainer.gradient.clone()
+
+    expected, clipped = torch.zeros_like(summed), 0
+    for row in range(5):
+        trainer.gradient.zero_()
+        trainer.model.loss(inputs[row : row + 1], targets[row : row + 1]).backward()
+        norm = float(trainer.gradient.norm())
+        clipped += norm > bound
+        expected += trainer.gradient * min(1.0, bound / (norm + 1e-6))
+    assert clipped > 0
+    torch.testing.assert_close(summed, expected, atol=1e-6, rtol=1e-5)
