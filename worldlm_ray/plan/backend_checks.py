@@ -9,7 +9,6 @@ from worldlm_ray.config.checks import below_one, positive
 from worldlm_ray.config.schema import ModelConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.model.pretrained_shape import PretrainedShape
-from worldlm_ray.training import deepspeed_config
 
 if TYPE_CHECKING:
     from worldlm_ray.plan.plan import Plan
@@ -50,9 +49,6 @@ def not_under_transformers(plan: Plan) -> Iterable[ConfigError]:
         if settings.training.compile == "on":
             got = "on, but transformers compiles its models itself, if at all"
             yield ConfigError(f"{client.key}.training.compile", got, cure)
-        if deepspeed_config.is_zero(settings):
-            got = "the client has DeepSpeed's workers, which train the decoder of this package alone"
-            yield ConfigError(f"{client.key}.training.zero_stage", got, cure)
 
 
 RULES: tuple[Callable[[Plan], Iterable[ConfigError]], ...] = (not_under_transformers,)

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from worldlm_ray.errors import PrivacyError
 from worldlm_ray.model.decoder import Decoder, cross_entropy
-from worldlm_ray.model.pretrained_shape import Architecture
-from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.model.pretrained_shape import Architecture, PretrainedShape
 
 Mode = Literal["ghost", "hooks"]
 MARGIN_BF16 = 0.995
@@ -217,18 +216,45 @@ def trained(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad)
 
 
-def check_architecture(shape: Architecture, *, mode: Mode) -> None:
-    """The self-test on a small decoder of the same make. A model of transformers is tested itself.
+def check_architecture(shape: Architecture, *, mode: Mode, model: nn.Module) -> None:
+    """The self-test on a small decoder of the same make; of a pre-trained model, on the model itself.
+
+    Args:
+        shape: of the model.
+        mode: of `RecordGradients`.
+        model: whole, not yet sharded. Its parameters are the same afterwards.
 
     Raises:
         PrivacyError: see `self_test`.
     """
-    assert isinstance(shape, ModelShape), "there is no small model of another make"
+    if isinstance(shape, PretrainedShape):
+        with _made_up(model):
+            self_test(model, vocab_size=shape.vocab_size, length=min(shape.context, 12), mode=mode)
+        return
     small = replace(shape, hidden_size=4 * shape.heads, intermediate_size=16, layers=2, context=12, vocab_size=32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Decoder(small)
-    self_test(model, vocab_size=small.vocab_size, length=small.context, mode=mode)
+        decoder = Decoder(small)
+    self_test(decoder, vocab_size=small.vocab_size, length=small.context, mode=mode)
+
+
+@contextmanager
+def _made_up(model: nn.Module) -> Iterator[None]:
+    """A model without dropout and with made-up adapters: while B is zero, A has no gradient to compare."""
+    was_training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    kept = [parameter.detach().clone() for parameter in trainable]
+    generator = torch.Generator().manual_seed(0)
+    model.eval()
+    with torch.no_grad():
+        for parameter in trainable:
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(trainable, kept, strict=True):
+                parameter.copy_(values)
+        model.train(was_training)
 
 
 def self_test(model: nn.Module, *, vocab_size: int, length: int, mode: Mode) -> None:

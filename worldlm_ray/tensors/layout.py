@@ -124,7 +124,7 @@ def _count_from_end(pattern: str, layers: int) -> str:
 
 def module_of(name: str) -> str:
     """The module that a parameter belongs to, as a unit of attention: `model.layers.2`, `lm_head`."""
-    match = re.match(r"(.*layers\.\d+)\.", name)
+    match = re.match(r"(.*(?:layers|h|blocks)\.\d+)\.", name)
     return match.group(1) if match else name.rsplit(".", 1)[0]
 
 

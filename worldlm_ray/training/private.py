@@ -16,8 +16,7 @@ from torch import Tensor
 
 from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.pretrained_shape import Architecture
-from worldlm_ray.model.shape import ModelShape
-from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, cheaper, check_architecture, self_test
+from worldlm_ray.privacy.dp_sgd import Mode, RecordGradients, cheaper, check_architecture
 from worldlm_ray.privacy.noise import Noise
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.local import LocalTrainer, on_device
@@ -57,19 +56,8 @@ class PrivateTrainer(LocalTrainer):
         self.privacy, self.noise = privacy, noise
         self._noise = Noise(self.device)
         self.mode = self._mode()
-        self._check(shape)
+        check_architecture(shape, mode=self.mode, model=self.model)
         self._records = self._gradients(self.mode)
-
-    def _check(self, shape: Architecture) -> None:
-        """The self-test of the model's make: on a small decoder, or on the pre-trained model with made-up weights."""
-        if isinstance(shape, ModelShape):
-            check_architecture(shape, mode=self.mode)
-            return
-        generator = torch.Generator(self.device).manual_seed(0)
-        self.flat.normal_(std=0.02, generator=generator)
-        self.model.eval()
-        self_test(self.model, vocab_size=shape.vocab_size, length=12, mode=self.mode)
-        self.flat.zero_()
 
     def step(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], learning_rate: float) -> Tensor:
         """One step of DP-SGD on the records of a Poisson batch, which may be empty. Returns their mean loss."""

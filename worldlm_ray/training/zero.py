@@ -9,7 +9,6 @@ Source: Rajbhandari et al., "ZeRO", arXiv 1910.02054.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,15 +30,15 @@ from torch import Tensor, nn
 
 from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.errors import PrivacyError
-from worldlm_ray.model.decoder import Decoder, cross_entropy
+from worldlm_ray.model.decoder import cross_entropy
 from worldlm_ray.model.pretrained_shape import Architecture
-from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Entry, Layout
 from worldlm_ray.training.deepspeed_config import deepspeed_config, is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.spans import spans
 from worldlm_ray.training.trainer import MOMENTS, Batch
+from worldlm_ray.training.zero_model import checked, groups_of, join, make_zero_model
 
 if TYPE_CHECKING:
     from worldlm_ray.privacy.dp_sgd import RecordGradients
@@ -105,14 +104,15 @@ class ZeroWorker:
         self.device = torch.device("cuda" if cuda else "cpu")
         self.spans = spans(layout)
         torch.set_num_threads(threads)
-        _join(cuda=cuda)
+        join(cuda=cuda)
         config = deepspeed_config(training, workers=self.workers, parameters=layout.size, cuda=cuda)
         self.sharded = training.zero_stage == 3
-        assert isinstance(shape, ModelShape), "a plan refuses workers for others"
-        with deepspeed.zero.Init(config_dict_or_path=config, enabled=self.sharded):
-            model = Decoder(shape, recompute=training.activation_checkpointing)
-        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=_groups(model, training), config=config)
-        self.parameters = dict(self.engine.module.named_parameters())
+        model = make_zero_model(shape, layout, training, config)
+        if privacy is not None:
+            privacy = checked(privacy, shape, model)
+        groups = groups_of(model, training)
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        self.parameters = {n: p for n, p in self.engine.module.root.named_parameters() if p.requires_grad}
         self._private = None if privacy is None else self._make_private(privacy, noise, cuda=cuda)
         self.forget()
 
@@ -239,14 +239,11 @@ class ZeroWorker:
     # ---- privacy -----------------------------------------------------------------------------------------------
 
     def _make_private(self, privacy: PrivacyConfig, noise: float, *, cuda: bool) -> _Private:
-        from worldlm_ray.privacy.dp_sgd import RecordGradients, check_architecture, likely_cheaper
+        from worldlm_ray.privacy.dp_sgd import RecordGradients
         from worldlm_ray.privacy.noise import Noise
 
-        mode = privacy.grad_sample_mode
-        if mode == "auto":
-            mode = likely_cheaper(width=self.shape.hidden_size, length=self.shape.context)
-        check_architecture(self.shape, mode=mode)
-        bf16 = is_bf16(self.training, cuda=cuda)
+        mode, bf16 = privacy.grad_sample_mode, is_bf16(self.training, cuda=cuda)
+        assert mode != "auto", "it was decided when the model was checked"
         records = RecordGradients(self.engine.module, max_grad_norm=privacy.max_grad_norm, mode=mode, bf16=bf16)
         # Each of W workers adds noise of sigma C / sqrt(W); DeepSpeed takes the mean over workers, the loss is times W.
         scale = noise * privacy.max_grad_norm / self.workers**0.5 * self.workers / self.expected_records
@@ -368,27 +365,3 @@ class ZeroWorker:
         own = value.reshape(-1)[self.rank * size : (self.rank + 1) * size]
         padded[: own.numel()] = own
         return padded
-
-
-def _join(*, cuda: bool) -> None:
-    """Let DeepSpeed use the process group that exists."""
-    # DeepSpeed calls torch's collectives by deprecated names, and torch warns at every call.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if not cuda:
-        # DeepSpeed would compile an all-reduce through shared memory at its first start. gloo needs no compiler, and
-        # works between hosts, too.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-
-
-def _groups(model: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """Weight decay on matrices, not on norms. At stage 3 `parameter.shape` is empty, and `ds_shape` is the whole."""
-    matrices: list[nn.Parameter] = []
-    norms: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(shape) > 1 else norms).append(parameter)
-    return [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
-    ]
