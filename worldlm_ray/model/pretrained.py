@@ -9,6 +9,7 @@ for all its processes: see pretrained_base.py.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -210,10 +211,14 @@ def _inject(root: Any, lora: LoraConfig) -> None:
 
 
 def _transformers() -> Any:
+    if not torch.cuda.is_available():
+        # accelerate imports DeepSpeed, which prints a warning where it has to find out by itself that there is no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import transformers
     except ImportError as error:
         raise ConfigError("model.backend", "transformers is not installed", EXTRA) from error
+    transformers.utils.logging.disable_progress_bar()  # the run has its progress line
     return transformers
 
 
