@@ -16,6 +16,7 @@ from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.experiments.evaluate import sound_theta
 from worldlm_ray.experiments.export import export
+from worldlm_ray.experiments.methods import configure
 from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.plan import build, rundir
 from worldlm_ray.plan.plan import Plan, make_plan
@@ -210,3 +211,40 @@ def test_adapters_under_record_privacy_clip_as_brute_force_does(tmp_path: Path) 
         expected += trainer.gradient * min(1.0, bound / (norm + 1e-6))
     assert clipped > 0
     torch.testing.assert_close(summed, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_frozen_a_never_travels_and_is_the_same_everywhere(tmp_path: Path) -> None:
+    base = save_pretrained(tmp_path / "base")
+    whole = world(tmp_path, base, trainable="lora")
+    plan = rundir.create(world(tmp_path, base, trainable="lora", lora={"freeze_a": True}))
+    assert all(".lora_B." in entry.name for entry in plan.layout.entries)
+    assert plan.layout.size < whole.layout.size
+    first = whole.layout.views(build.initial(whole))
+    assert isinstance(plan.shape, PretrainedShape)
+    assert plan.shape.frozen_a
+    from worldlm_ray.training.making import plain_trainer
+
+    trainer = plain_trainer(plan.shape, plan.layout, plan.root.clients[0].settings)
+    for name, _ in plan.shape.frozen_a:
+        np.testing.assert_array_equal(trainer.model.root.get_parameter(name).detach().numpy(), first[name])
+    simulate(plan)
+    trained = computed_here(plan, sound_theta(plan, plan.root))
+    export(str(plan.run_dir), "world", tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter"
+    )
+    np.testing.assert_allclose(logits(adapted), trained, atol=1e-5)
+
+
+def test_methods_for_adapters_are_published_rules(tmp_path: Path) -> None:
+    """FedIT averages A and B, FFA-LoRA trains B alone, FedSA-LoRA shares A and keeps B at home."""
+    base = save_pretrained(tmp_path / "base")
+    config = world(tmp_path, base, trainable="lora").config
+    fedit, ffa, fedsa = (make_plan(configure(config, name)) for name in ("fedit", "ffa_lora", "fedsa_lora"))
+    assert {entry.name.split(".")[-3] for entry in fedit.layout.entries} == {"lora_A", "lora_B"}
+    assert {entry.name.split(".")[-3] for entry in ffa.layout.entries} == {"lora_B"}
+    split = fedsa.layout.backbone_size
+    assert all((".lora_B." in entry.name) == (entry.offset >= split) for entry in fedsa.layout.entries)
+    assert fedsa.root.settings.aggregation.attention.personal
+    with pytest.raises(ConfigError, match="fedit trains adapters"):
+        configure(world(tmp_path, base).config, "fedit")

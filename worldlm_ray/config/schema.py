@@ -31,6 +31,9 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     """Share of an adapter's inputs that are zero in a training step."""
+    freeze_a: bool = False
+    """A stays as the run's seed draws it, and B alone is trained and sent (FFA-LoRA, Sun et al., arXiv 2403.12313): the
+    mean of B is then the mean of the adapters, in half of the bytes and with less noise under privacy."""
     targets: list[str] = field(default_factory=list)
     """Linear layers that get an adapter, by the last part of their names, such as q_proj. Unless given: all but the
     output head."""

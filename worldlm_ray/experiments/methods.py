@@ -15,6 +15,9 @@
     halos         as is   each update          none              delayed_nesterov, merge 0.25  HALoS, ICML 2025
     soup          flat    once, at the end     none              plain mean                    arXiv 2203.05482
     ties          flat    once, at the end     none              ties                          arXiv 2306.01708
+    fedit         flat    synchronous          none              sgd 1.0 on adapters           arXiv 2305.05644
+    ffa_lora      flat    synchronous          none              sgd 1.0 on B; A is frozen     arXiv 2403.12313
+    fedsa_lora    flat    synchronous          B, personal       sgd 1.0 on A                  arXiv 2410.01463
     local         flat    synchronous          none              no client takes from another; stopped early
     pooled        one     -                    none              one client; a step takes a batch of every client's text
 
@@ -206,6 +209,29 @@ def _fedrep(mapping: dict[str, Any], root: NodeSpec) -> None:
     set_everywhere(mapping, ["training", "head_first"], 2 / 3)
 
 
+def _fedit(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _needs_adapters(mapping)
+    _fedavg(mapping, root)
+
+
+def _ffa_lora(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _fedit(mapping, root)
+    mapping["model"] = mapping["model"] | {"lora": mapping["model"]["lora"] | {"freeze_a": True}}
+
+
+def _fedsa_lora(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _needs_adapters(mapping)
+    mapping["model"] = mapping["model"] | {"key_layers": ["*.lora_B.*"]}
+    _fedper(mapping, root)
+
+
+def _needs_adapters(mapping: dict[str, Any]) -> None:
+    """Refuse a method for adapters in a world without."""
+    if mapping["model"]["trainable"] != "lora":
+        got = f"{mapping['method']} trains adapters, but model.trainable is {mapping['model']['trainable']}"
+        raise ConfigError("--methods", got, "leave it out, or set model.trainable to lora")
+
+
 def _fedbuff(mapping: dict[str, Any], root: NodeSpec) -> None:
     _flat(mapping, root)
     _no_keys(mapping)
@@ -322,6 +348,9 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "hierfavg": _hierfavg,
     "fedper": _fedper,
     "fedrep": _fedrep,
+    "fedit": _fedit,
+    "ffa_lora": _ffa_lora,
+    "fedsa_lora": _fedsa_lora,
     "fedbuff": _fedbuff,
     "diloco": _diloco,
     "halos": _halos,

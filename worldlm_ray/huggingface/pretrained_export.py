@@ -12,7 +12,7 @@ from worldlm_ray.data.special_tokens import SETTINGS, TOKENIZER
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.huggingface.export import CARD, MARK, has_other_card
 from worldlm_ray.huggingface.side_files import TEMPLATE
-from worldlm_ray.model.pretrained_shape import LORA_A, LORA_B, PretrainedShape
+from worldlm_ray.model.pretrained_shape import LORA_A, LORA_B, PretrainedShape, draw_a
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 
@@ -55,7 +55,8 @@ def export_pretrained(
     files = {name: kept[name] for name in (TOKENIZER, SETTINGS, _SPECIAL, TEMPLATE) if name in kept}
     if not has_other_card(folder):
         files[CARD] = f"{card}\n{MARK}\n".encode()
-    views = layout.views(theta)
+    views: dict[str, np.ndarray[Any, Any]] = dict(layout.views(theta))
+    views |= {name: draw_a(name, size, seed=shape.seed) for name, size in shape.frozen_a}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if shape.has_adapters and not merge:

@@ -24,7 +24,7 @@ from worldlm_ray.config.schema import LoraConfig, ModelConfig
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.decoder import cross_entropy
 from worldlm_ray.model.pretrained_base import mapped_weights
-from worldlm_ray.model.pretrained_shape import PretrainedShape
+from worldlm_ray.model.pretrained_shape import LORA_A, PretrainedShape, draw_a
 
 EXTRA = "pip install 'worldlm_ray[huggingface]'"
 DEFAULT_CONTEXT = 512
@@ -57,7 +57,7 @@ class Pretrained(nn.Module):
 
 
 def read_shape(
-    found: Mapping[str, Any], model: ModelConfig, *, file: Path, folder: Path, cache_dir: str
+    found: Mapping[str, Any], model: ModelConfig, *, file: Path, folder: Path, cache_dir: str, seed: int = 0
 ) -> tuple[PretrainedShape, int, bool]:
     """What a run needs to know of a model on disk, from its config.json.
 
@@ -67,6 +67,7 @@ def read_shape(
         file: the config.json, for messages.
         folder: of the model.
         cache_dir: for the frozen weights.
+        seed: of the run.
 
     Returns:
         The shape, the model's longest sequence in tokens, and whether embedding and head are one tensor.
@@ -88,9 +89,11 @@ def read_shape(
         vocab_size=config.vocab_size,
         context=model.context if model.context is not None else min(limit, DEFAULT_CONTEXT),
         parameters=trained,
-        frozen=sum(p.numel() for p in root.parameters() if not p.requires_grad),
+        frozen=sum(p.numel() for n, p in root.named_parameters() if not p.requires_grad and LORA_A not in n),
         trainable=model.trainable if isinstance(model.trainable, str) else tuple(model.trainable),
         lora=model.lora,
+        frozen_a=tuple((n, tuple(p.shape)) for n, p in root.named_parameters() if LORA_A in n and not p.requires_grad),
+        seed=seed,
         cache_dir=cache_dir,
     )
     return shape, limit, bool(getattr(config, "tie_word_embeddings", False))
@@ -114,6 +117,10 @@ def make(shape: PretrainedShape, *, recompute: bool = False) -> Pretrained:
         root.load_state_dict(mapped_weights(folder, Path(shape.cache_dir)), strict=False, assign=True)
         root.tie_weights()
     choose(root, shape.trainable, shape.lora)
+    drawn = {name: torch.from_numpy(draw_a(name, size, seed=shape.seed)) for name, size in shape.frozen_a}
+    root.load_state_dict(drawn, strict=False, assign=True)
+    for name, _ in shape.frozen_a:
+        root.get_parameter(name).requires_grad_(False)
     if recompute:
         root.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         root.enable_input_require_grads()
@@ -208,6 +215,9 @@ def _inject(root: Any, lora: LoraConfig) -> None:
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
     )
     peft.inject_adapter_in_model(settings, root, low_cpu_mem_usage=True)
+    for name, parameter in root.named_parameters():
+        if lora.freeze_a and name.endswith(LORA_A):
+            parameter.requires_grad_(False)
 
 
 def _transformers() -> Any:

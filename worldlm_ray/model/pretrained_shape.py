@@ -43,6 +43,10 @@ class PretrainedShape:
     """`all`, `lora`, or name patterns."""
     lora: LoraConfig
     """Used where `trainable` is `lora`."""
+    frozen_a: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Name and shape of every A that stays as `seed` draws it."""
+    seed: int = 0
+    """Of the run."""
     cache_dir: str
     """Where the frozen weights are kept in the form in which they are mapped."""
 
@@ -77,7 +81,18 @@ def initial_adapters(layout: Layout, *, seed: int) -> Flat:
     flat = np.zeros(layout.size, np.float32)
     for name, view in layout.views(flat).items():
         if name.endswith(LORA_A):
-            generator = np.random.Generator(np.random.PCG64(derive(seed, "init", name)))
-            bound = 1.0 / math.sqrt(view.shape[1])
-            view[...] = generator.uniform(-bound, bound, view.shape)
+            view[...] = draw_a(name, view.shape, seed=seed)
     return flat
+
+
+def draw_a(name: str, shape: tuple[int, ...], *, seed: int) -> Flat:
+    """The initial A [r, inputs] of an adapter; see `initial_adapters`.
+
+    Args:
+        name: of the matrix.
+        shape: of the matrix.
+        seed: of the run.
+    """
+    generator = np.random.Generator(np.random.PCG64(derive(seed, "init", name)))
+    bound = 1.0 / math.sqrt(shape[1])
+    return generator.uniform(-bound, bound, shape).astype(np.float32)

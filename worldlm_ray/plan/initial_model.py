@@ -56,14 +56,14 @@ def declared(config: RunConfig, folder: str) -> huggingface.Declared:
     """What the model that a run begins from declares: by the run's copy, if it keeps one."""
     file = kept.place(config, kept.MODEL_CONFIG) or expanded(folder) / kept.MODEL_CONFIG
     if config.model.backend == "transformers":
-        return pretrained(config.model, file, expanded(folder), cache_dir=config.data.cache_dir)
+        return pretrained(config.model, file, expanded(folder), cache_dir=config.data.cache_dir, seed=config.seed)
     try:
         return huggingface.read_declared(file, context=config.model.context)
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
 
 
-def pretrained(model: ModelConfig, file: Path, folder: Path, *, cache_dir: str) -> huggingface.Declared:
+def pretrained(model: ModelConfig, file: Path, folder: Path, *, cache_dir: str, seed: int) -> huggingface.Declared:
     """The same of a model that transformers computes. It is read once per process: transformers takes seconds to start.
 
     Args:
@@ -71,14 +71,15 @@ def pretrained(model: ModelConfig, file: Path, folder: Path, *, cache_dir: str) 
         file: the config.json, or the run's copy of it.
         folder: of the model.
         cache_dir: for the frozen weights.
+        seed: of the run.
     """
-    key = repr((model, file, folder, cache_dir))
+    key = repr((model, file, folder, cache_dir, seed))
     try:
         found = huggingface.read_object(file)
         if (known := _READ.get(key)) is None or known[0] != found:
             from worldlm_ray.model.pretrained import read_shape
 
-            shape, longest, tied = read_shape(found, model, file=file, folder=folder, cache_dir=cache_dir)
+            shape, longest, tied = read_shape(found, model, file=file, folder=folder, cache_dir=cache_dir, seed=seed)
             known = _READ[key] = (found, huggingface.Declared(shape=shape, max_positions=longest, tied=tied))
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
