@@ -21,7 +21,7 @@ from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model, Update, pack
-from worldlm_ray.experiments.methods import METHODS, VARIANTS, configure
+from worldlm_ray.experiments.methods import FOR_ADAPTERS, METHODS, VARIANTS, configure
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.describe import describe
 from worldlm_ray.tensors.layout import Layout, make_layout
@@ -78,7 +78,7 @@ def push(node: Node, name: str, values: list[float], *, tokens: int = 10, base: 
     node.handle(Push(sender=name, packed=pack(update, node.layout), now_s=0.0))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - FOR_ADAPTERS))
 def test_every_method_gives_a_world_that_can_run(world: RunConfig, method: str) -> None:
     config = configure(alike(world), method)
     plan = make_plan(config)
@@ -313,7 +313,7 @@ def test_worldlm_is_the_configuration_itself(world: RunConfig) -> None:
 PROMISE = {"unit": "record", "noise_multiplier": 2.0, "target_epsilon": 3.0}
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"pooled", "ditto", "apfl", "fedrep"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - FOR_ADAPTERS - {"pooled", "ditto", "apfl", "fedrep"}))
 def test_no_method_loses_a_promise_of_privacy(tiny: Callable[..., Plan], tmp_path: Path, method: str) -> None:
     children = [
         {"federation": "f", "privacy": PROMISE, "children": [client("a", tmp_path, 1)]},

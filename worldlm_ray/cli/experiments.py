@@ -51,13 +51,14 @@ def compare(
     from worldlm_ray.experiments.compare import check_overrides, make_folder
     from worldlm_ray.experiments.compare import compare as run
     from worldlm_ray.experiments.comparison_progress import ComparisonProgress
-    from worldlm_ray.experiments.methods import METHODS
+    from worldlm_ray.experiments.methods import FOR_ADAPTERS, METHODS
     from worldlm_ray.plan import rundir
 
     check_overrides(overrides or [])
     filled(out, "--out")
     config = load(conf, overrides or [], None)
-    names = list(METHODS) if methods == "all" else [name.strip() for name in methods.split(",")]
+    every = [name for name in METHODS if name not in FOR_ADAPTERS or config.model.trainable == "lora"]
+    names = every if methods == "all" else [name.strip() for name in methods.split(",")]
     checks.positive(seeds, "--seeds")
     checks.positive(jobs, "--jobs")
     folder = Path(f"runs/{config.name}-comparison" if out is None else out).absolute()

@@ -210,7 +210,9 @@ def _fedrep(mapping: dict[str, Any], root: NodeSpec) -> None:
 
 
 def _fedit(mapping: dict[str, Any], root: NodeSpec) -> None:
-    _needs_adapters(mapping)
+    if mapping["model"]["trainable"] != "lora":
+        got = f"{mapping['method']} trains adapters, but model.trainable is {mapping['model']['trainable']}"
+        raise ConfigError("--methods", got, "leave it out, or set model.trainable to lora")
     _fedavg(mapping, root)
 
 
@@ -220,16 +222,9 @@ def _ffa_lora(mapping: dict[str, Any], root: NodeSpec) -> None:
 
 
 def _fedsa_lora(mapping: dict[str, Any], root: NodeSpec) -> None:
-    _needs_adapters(mapping)
+    _fedit(mapping, root)
     mapping["model"] = mapping["model"] | {"key_layers": ["*.lora_B.*"]}
     _fedper(mapping, root)
-
-
-def _needs_adapters(mapping: dict[str, Any]) -> None:
-    """Refuse a method for adapters in a world without."""
-    if mapping["model"]["trainable"] != "lora":
-        got = f"{mapping['method']} trains adapters, but model.trainable is {mapping['model']['trainable']}"
-        raise ConfigError("--methods", got, "leave it out, or set model.trainable to lora")
 
 
 def _fedbuff(mapping: dict[str, Any], root: NodeSpec) -> None:
@@ -360,6 +355,8 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "pooled": _pooled,
 }
 """Every method by name."""
+FOR_ADAPTERS = frozenset({"fedit", "ffa_lora", "fedsa_lora"})
+"""Methods of worlds that train adapters."""
 
 FINE_TUNED = "ft"
 """The variant that fine-tunes at the end."""
