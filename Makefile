@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
+HUGGINGFACE := $(VENV)/.ready-huggingface
 # Unit tests share nothing, so that each core takes some. Tests with Ray share one cluster, and run one by one.
 UNIT := $(BIN)/python -m pytest tests/unit -n auto --maxprocesses=8 --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
-.PHONY: help quickstart federating test test-long test-fast soak check format architecture bench clean
+.PHONY: help quickstart federating smollm2 test test-long test-fast soak check format architecture bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +34,14 @@ quickstart: $(READY)  ## train the world that ships with the package, on text th
 
 federating: $(READY)  ## eight clients with little text: alone, by FedAvg, with fine-tuning, and as worldlm does
 	$(BIN)/worldlm compare federating --methods local,fedavg,fedavg+ft,pooled+ft,worldlm --seeds 1 --jobs 2 --out runs/federating
+
+$(HUGGINGFACE): $(READY)
+	@echo "installing transformers and peft: usually a minute, once"
+	$(PIP) --editable '.[huggingface]'
+	touch $(HUGGINGFACE)
+
+smollm2: $(HUGGINGFACE)  ## fine-tune a real model of 135M parameters by adapters, across two federations
+	$(BIN)/python examples/fine_tune.py
 
 test: $(DEV)  ## unit tests, and those with Ray that take seconds
 	$(UNIT) -m 'not long'
