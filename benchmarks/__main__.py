@@ -30,6 +30,7 @@ NAMES = (
     "membership",
     "measuring",
     "batched_clients",
+    "adapters",
 )
 OUT = Path(__file__).parent / "out"
 

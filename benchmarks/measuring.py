@@ -17,7 +17,7 @@ from worldlm_ray.training.local import LocalTrainer
 
 METHODS = ("local", "fedavg", "worldlm")
 ROUNDS = 12
-"""Of the 20 that the world has."""
+"""Of the 16 that the world has."""
 TARGET = 0.15
 
 
