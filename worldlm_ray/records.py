@@ -174,8 +174,6 @@ class MergeRecord:
     """The parent's."""
     m: float
     """How far the backbone moved: 0 not at all, 1 all the way."""
-    agreement: float | None = None
-    """Cosine of the node's own movement and the others'; None where the node does not ask."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def in_folder(plan: Plan, folder: Path) -> Plan:
     "changes",
     [
         {},
-        {"merge": {"client": "adaptive", "agreement": 1.0, "common_fraction": 0.25}},
+        {"merge": {"client": "apart"}},
         {"faults": ["900s join world/north/phone-2", "900s leave world/north/phone-1"]},
     ],
     ids=["plain", "two models", "elastic membership"],
@@ -50,7 +50,7 @@ def test_synchronous_mode_gives_the_bits_of_clients_with_a_process_each(
     ]
     settings = {
         "aggregation": {"trigger": "synchronous"},
-        "merge": {"client": "adaptive", "federation": "adaptive"},
+        "merge": {"client": 0.5, "federation": 0.5},
         "budget": {"rounds": 3},
         "exchange": {"codec": "int8"},
     }

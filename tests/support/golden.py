@@ -19,6 +19,8 @@ from worldlm_ray.simulation.simulator import simulate
 
 KEYS = {"key_layers": ["model.embed_tokens.*", "model.layers.1.*"]}
 SYNCHRONOUS = {"trigger": "synchronous"}
+CHOOSING = {"validation_fraction": 0.05}
+"""Text on which a client of two models chooses."""
 
 
 def mixed(folder: Path) -> list[dict[str, Any]]:
@@ -43,7 +45,10 @@ def guild(folder: Path) -> list[dict[str, Any]]:
 
 CASES: dict[str, tuple[Callable[[Path], list[dict[str, Any]]], dict[str, Any]]] = {
     "flat": (lambda f: [client(n, f, i) for i, n in enumerate("abc")], {"aggregation": SYNCHRONOUS}),
-    "tree": (two_levels, {"aggregation": SYNCHRONOUS, "merge": {"client": "adaptive", "federation": "adaptive"}}),
+    "tree": (
+        two_levels,
+        {"aggregation": SYNCHRONOUS, "merge": {"client": "validated", "federation": 0.5}, "data": CHOOSING},
+    ),
     "key_layers": (
         two_levels,
         {
@@ -71,7 +76,7 @@ CASES: dict[str, tuple[Callable[[Path], list[dict[str, Any]]], dict[str, Any]]] 
         lambda f: [
             {"federation": "north", "resources": {"clients_per_process": 3}, "children": [crowd("phone", f, copies=4)]}
         ],
-        {"aggregation": SYNCHRONOUS, "merge": {"client": "adaptive"}},
+        {"aggregation": SYNCHRONOUS, "merge": {"client": "validated"}, "data": CHOOSING},
     ),
     "asynchronous": (mixed, {"aggregation": {"trigger": "goal_achieved", "staleness": {"fn": "polynomial"}}}),
     "overlap": (mixed, {"exchange": {"overlap": True}, "simulation": {"latency_s": 0.4}, "merge": {"client": 0.5}}),
@@ -117,8 +122,9 @@ def outcome(name: str, folder: Path) -> dict[str, Any]:
         "data": {"cache_dir": str(folder / "cache"), "validation_fraction": 0.0},
         "world": {"children": children(folder)},
     }
+    changed = raw | changes | {"data": raw["data"] | changes.get("data", {})}
     with patch.object(os, "urandom", entropy()):
-        done = simulate(plans.make_plan(from_mapping(raw | changes)))
+        done = simulate(plans.make_plan(from_mapping(changed)))
     nodes = {
         path: {key: node[key] for key in ("loss", "steps", "tokens", "version") if key in node}
         for path, node in done.summary["nodes"].items()

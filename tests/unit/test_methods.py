@@ -223,17 +223,9 @@ def merged(config: RunConfig) -> list[float]:
     layout = make_layout(SHAPES, ["head.*"] if config.model.key_layers else [], layers=1)
     own, out = np.full(4, 5, np.float32), np.zeros(4, np.float32)
     parent = Model(version=1, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=np.ones(4, np.float32))
-    merger = Merger(
-        path="world/a",
-        layout=layout,
-        rules=settings.aggregation,
-        m=settings.merge.client,
-        agreement=settings.merge.agreement,
-        initial=np.zeros(4, np.float32),
-    )
-    m, _ = merger.judge(parent, None, now_s=0.0)
-    merger.backbone(m, own, own, parent, out=out)
-    merger.keys(m, own, own, parent, own_tokens=1.0, now_s=0.0, out=out)
+    merger = Merger(path="world/a", layout=layout, rules=settings.aggregation, initial=np.zeros(4, np.float32))
+    merger.backbone(settings.merge.client_m, own, own, parent, out=out)
+    merger.keys(own, own, parent, own_tokens=1.0, now_s=0.0, out=out)
     return out.tolist()
 
 

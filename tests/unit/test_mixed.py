@@ -38,7 +38,7 @@ def values(number: float) -> Flat:
 
 
 def test_both_models_step_from_where_they_were_and_a_pull_moves_the_parents_alone() -> None:
-    trainer = MixedTrainer(Bowl(), Bowl, rows=lambda size: size, alpha=0.25)
+    trainer = MixedTrainer(Bowl(), Bowl, alpha=0.25)
     trainer.write(values(4.0))
     trainer.train_beside(values(2.0), own=trainer.read())  # v = 4, w = 2
     assert trainer.read() == pytest.approx(0.25 * 4.0 + 0.75 * 2.0)
@@ -53,9 +53,9 @@ def test_both_models_step_from_where_they_were_and_a_pull_moves_the_parents_alon
 
 
 def test_no_batch_is_taken_after_a_stop() -> None:
-    trainer = MixedTrainer(Bowl(), Bowl, rows=lambda size: size, alpha=0.5)
+    trainer = MixedTrainer(Bowl(), Bowl, alpha=0.5)
     trainer.write(values(4.0))
-    trainer.train_beside(values(2.0))
+    trainer.train_beside(values(2.0), own=trainer.read())
     assert trainer.run([BATCH], lambda _: 0.1, should_stop=lambda: True).steps == 0
     assert trainer.read() == pytest.approx(3.0)
 

@@ -17,7 +17,6 @@ from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.experiments.methods import configure
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan, make_plan
-from worldlm_ray.records import MergeRecord
 from worldlm_ray.tensors.buffers import Flat
 
 Tiny = Callable[..., Plan]
@@ -102,27 +101,6 @@ def test_key_layers_are_blended_with_the_parents_and_progress_is_kept(tiny: Tiny
     np.testing.assert_array_equal(each.update().values[keys], expected)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_agreement_is_judged_by_what_was_pushed(tiny: Tiny, sign: float) -> None:
-    plan = tiny(exchange=OVERLAP, merge={"client": "adaptive", "agreement": 0.5})
-    each, pushed, _ = in_mid_exchange(plan)
-    change = pushed - build.initial(plan)
-    # It has turned round since the push: that is another round's business.
-    each.trainer.write(pushed - 5.0 * sign * change)
-    records = each.merge(model(plan, build.initial(plan) + sign * change, version=1), now_s=0.0)
-    [record] = [record for record in records if isinstance(record, MergeRecord)]
-    assert record.agreement == pytest.approx(sign, abs=1e-4)
-    assert record.m == float(sign > 0)
-
-
-def test_a_share_of_its_own_work_is_no_agreement(tiny: Tiny) -> None:
-    plan = tiny(exchange=OVERLAP, merge={"client": "adaptive", "agreement": 0.5})
-    each, pushed, _ = in_mid_exchange(plan)
-    records = each.merge(model(plan, pushed, version=1, share=1.0), now_s=0.0)
-    [record] = [record for record in records if isinstance(record, MergeRecord)]
-    assert record.agreement == 0.0, "all that moved the parent was this client"
-
-
 def test_what_a_codec_loses_goes_with_the_next_update(tiny: Tiny) -> None:
     plan = tiny(exchange=OVERLAP | {"codec": "int4"}, merge={"client": 0.5}, budget={"rounds": 9})
     each, part = one(plan), slice(0, plan.layout.backbone_size)
@@ -186,7 +164,7 @@ def test_a_round_trained_from_a_diverged_model_is_given_up(tiny: Tiny, steps: in
 def test_a_client_goes_on_from_the_middle_of_an_exchange_to_the_same_bits(
     tiny: Tiny, steps: int, durable: bool
 ) -> None:
-    plan = tiny(exchange=OVERLAP, merge={"client": "adaptive", "agreement": -1.0}, budget={"rounds": 5})
+    plan = tiny(exchange=OVERLAP, merge={"client": 0.5}, budget={"rounds": 5})
     each, _, _ = in_mid_exchange(plan, steps)
     if durable:
         each.outbox.durable(1)
@@ -253,17 +231,10 @@ def test_a_client_with_workers_is_refused(tiny: Tiny) -> None:
         tiny([big], exchange=OVERLAP)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("merge.common_fraction", {"merge": {"client": "adaptive", "common_fraction": 0.5}}),
-        ("simulation.train", {"simulation": {"train": False}}),
-    ],
-)
-def test_what_begins_from_the_parents_word_is_refused(tiny: Tiny, name: str, changes: dict[str, Any]) -> None:
-    tiny(**{key: value for key, value in changes.items() if key != "exchange"})
-    with pytest.raises(ConfigError, match=rf"exchange\.overlap.*{name}"):
-        tiny(**({"exchange": OVERLAP} | changes))
+def test_a_cost_model_is_refused(tiny: Tiny) -> None:
+    tiny(simulation={"train": False})
+    with pytest.raises(ConfigError, match=r"exchange\.overlap.*simulation\.train"):
+        tiny(exchange=OVERLAP, simulation={"train": False})
 
 
 SYNCHRONOUS = {"trigger": "synchronous"}

@@ -47,7 +47,7 @@ def all_arrives(simulation: Simulation) -> None:
     assert all(each.tokens == each.round * each.round_tokens for each in simulation.clients.values())
 
 
-@pytest.mark.parametrize("merge", [1.0, 0.5, "adaptive"])
+@pytest.mark.parametrize("merge", [1.0, 0.5, "validated"])
 def test_where_exchanges_take_no_time_nothing_changes(tiny: Tiny, merge: Any) -> None:
     at_once = {"latency_s": 0.0, "bandwidth_gbps": 1e300, "tokens_per_s": 256.0}
     found = []
@@ -103,7 +103,7 @@ def test_the_arrival_says_after_how_many_steps(tiny: Tiny, tmp_path: Path) -> No
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_the_seed_decides_the_bits(tiny: Tiny, codec: str) -> None:
     plan = tiny(
-        exchange=OVERLAP | {"codec": codec}, simulation=LINK, merge={"client": "adaptive"}, budget={"rounds": 3}
+        exchange=OVERLAP | {"codec": codec}, simulation=LINK, merge={"client": "validated"}, budget={"rounds": 3}
     )
     other = replace(plan, config=replace(plan.config, seed=1))
     hashes = [run(each)[0].nodes["world"].theta.tobytes() for each in (plan, plan, other)]

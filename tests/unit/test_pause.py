@@ -104,29 +104,28 @@ def parent_at(plan: Plan, version: int, value: float) -> Model:
     )
 
 
-@pytest.mark.parametrize(("direction", "follows"), [(1.0, True), (-1.0, False)])
-def test_an_adaptive_client_keeps_to_what_its_last_round_said(
-    tiny: Tiny, tmp_path: Path, direction: float, follows: bool
-) -> None:
-    plan = world(tiny, tmp_path, merge={"client": "adaptive"})
+@pytest.mark.parametrize(("merge", "m"), [(0.0, 0.0), (0.5, 0.5), ("validated", 1.0)])
+def test_a_paused_client_goes_on_by_its_merge_rule(tiny: Tiny, tmp_path: Path, merge: Any, m: float) -> None:
+    plan = world(tiny, tmp_path, merge={"client": merge})
     one = drifting(plan, plan.node("world/north/spent"))
     start = parent_at(plan, 1, 0.0)
     one.begin(start, now_s=0.0)
     one.train()
     one.update()
-    one.paused = True
+    one.paused, part = True, slice(0, plan.layout.backbone_size)
     for version in (2, 3, 4):
-        before = one.trainer.read()
-        [judged, *_] = one.follow(parent_at(plan, version, direction * version), now_s=1.0)
-        assert isinstance(judged, MergeRecord)
-        assert judged.m == float(follows)
-        assert (np.abs(one.trainer.read() - before).max() > 0) == follows
+        expected = (1.0 - m) * one.trainer.read()[part] + m * version
+        [followed, *_] = one.follow(parent_at(plan, version, version), now_s=1.0)
+        assert isinstance(followed, MergeRecord)
+        assert (followed.version, followed.m) == (version, m)
+        np.testing.assert_allclose(one.trainer.read()[part], expected, rtol=1e-6)
         assert one.follow(parent_at(plan, version, 7.0), now_s=1.0) == [], "no newer model"
     again = drifting(plan, plan.node("world/north/spent"))
     again.restore(*one.state())
     again.paused = True
-    [judged, *_] = again.follow(parent_at(plan, 5, direction * 5), now_s=1.0)
-    assert judged.m == float(follows), "a restart changes nothing"  # type: ignore[union-attr]
+    for life in (one, again):
+        life.follow(parent_at(plan, 5, 5.0), now_s=1.0)
+    assert again.trainer.read().tobytes() == one.trainer.read().tobytes(), "a restart changes nothing"
 
 
 def test_a_larger_budget_lets_it_train_again(tiny: Tiny, tmp_path: Path) -> None:

@@ -58,18 +58,10 @@ class Case:
 
 
 SHARED = {"resources": {"clients_per_process": 2}}
-ADAPTIVE = {"client": "adaptive", "common_fraction": 0.25}
 MEDIAN = {"robust": {"rule": "median"}}
 ZERO = {"training": {"zero_stage": 1}}
 OVERLAP = {"exchange": {"overlap": True}}
-ALL_KEYS = TINY_MODEL | {"key_layers": ["*"]}
 CASES = [
-    Case(
-        checks.common_of_adaptive_clients,
-        f"{ALICE}.merge.common_fraction",
-        alice={"merge": {"client": 1.0, "common_fraction": 0.5}},
-    ),
-    Case(checks.common_leaves_rows, "merge.common_fraction", {"merge": ADAPTIVE, "training": {"batch_size": 1}}),
     Case(
         checks.validated_has_text,
         f"{ALICE}.data.validation_fraction",
@@ -86,11 +78,6 @@ CASES = [
         alice={"merge": {"client": "validated", "serve_parent": True}},
     ),
     Case(client_checks.mixture_of_two_models, f"{ALICE}.merge.mixture", alice={"merge": {"mixture": 0.5}}),
-    Case(
-        client_checks.mixture_of_two_models,
-        f"{ALICE}.merge.mixture",
-        alice={"merge": {"client": "apart", "mixture": 0.5, "common_fraction": 0.5}},
-    ),
     Case(
         client_checks.head_needs_a_body,
         f"{ALICE}.training.head_first",
@@ -116,8 +103,6 @@ CASES = [
     Case(
         checks.best_of_measured_rounds, "evaluation.keep_best", {"evaluation": {"keep_best": True, "every_rounds": 0}}
     ),
-    Case(checks.common_without_noise, f"{ALICE}.merge.common_fraction", alice={"merge": ADAPTIVE, "privacy": RECORD}),
-    Case(checks.common_in_one_process, f"{ALICE}.merge.common_fraction", alice={"merge": ADAPTIVE} | ZERO),
     Case(checks.robust_needs_three, f"{FED}.aggregation.robust.rule", fed={"aggregation": MEDIAN}),
     Case(
         checks.robust_without_residuals,
@@ -125,7 +110,6 @@ CASES = [
         fed={"aggregation": {"trigger": "synchronous", "robust": {"rule": "median"}, "residuals": {"per_round": 1}}},
     ),
     Case(checks.one_vocabulary, "world.children[1].data.tokenizer", alice={"data": {"tokenizer": "bytes"}}),
-    Case(checks.backbone_to_judge_by, "world.merge", {"model": ALL_KEYS, "merge": {"client": "adaptive"}}),
     Case(privacy_checks.absolute_ledger, "privacy.ledger_dir", {"privacy": {"ledger_dir": "here"}}),
     Case(
         privacy_checks.counted_updates, f"{ALICE}.privacy.max_updates", alice={"privacy": RECORD | {"max_updates": 3}}
@@ -207,7 +191,12 @@ CASES = [
         alice=OVERLAP,
     ),
     Case(checks.overlap_of_whole_models, f"{ALICE}.exchange.overlap", alice=OVERLAP | ZERO),
-    Case(checks.overlap_from_own_model, f"{ALICE}.exchange.overlap", alice=OVERLAP | {"merge": ADAPTIVE}),
+    Case(
+        checks.overlap_from_own_model,
+        f"{ALICE}.exchange.overlap",
+        {"simulation": {"train": False}},
+        alice=OVERLAP,
+    ),
     Case(checks.batches_for_workers, f"{ALICE}.training.batch_size", alice={"training": {"accumulation_steps": 3}}),
     Case(checks.all_train_or_none, f"{ALICE}.simulation.train", alice={"simulation": {"train": False}}),
     Case(

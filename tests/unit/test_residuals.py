@@ -141,7 +141,7 @@ def test_a_pool_survives_a_restart() -> None:
 
 def test_a_residual_is_a_candidate_of_its_layer_discounted_by_age() -> None:
     rules = AggregationConfig(attention=AttentionConfig(score="uniform"))
-    merger = Merger(path="world/a", layout=LAYOUT, rules=rules, m=1.0, agreement=0.6, initial=np.zeros(5, np.float32))
+    merger = Merger(path="world/a", layout=LAYOUT, rules=rules, initial=np.zeros(5, np.float32))
     told = Model(
         version=1,
         progress=0.0,
@@ -152,9 +152,7 @@ def test_a_residual_is_a_candidate_of_its_layer_discounted_by_age() -> None:
         residuals=(residual("world/b", "head", 16, 0, age=3),),
     )
     out = np.zeros(5, np.float32)
-    record = merger.keys(
-        1.0, np.zeros(5, np.float32), np.zeros(5, np.float32), told, own_tokens=10.0, now_s=0.0, out=out
-    )
+    record = merger.keys(np.zeros(5, np.float32), np.zeros(5, np.float32), told, own_tokens=10.0, now_s=0.0, out=out)
     # tokens 10, 10 and 10/sqrt(1 + 3): weights 0.4, 0.4, 0.2 for the head; the neck is half and half.
     assert out.tolist() == pytest.approx([0, 2, 2, 0.4 * 4 + 0.2 * 16, 0.4 * 4])
     assert record is not None

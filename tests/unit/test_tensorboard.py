@@ -126,7 +126,7 @@ def test_every_chart_of_the_first_screen_finds_its_tags(tmp_path: Path) -> None:
         run.record(start(client), round_of(client, tokens=100, loss=3.0, epsilon=1.5))
         run.record(PushRecord(node=client, now_s=1.0, bytes=1))
         run.record(PullRecord(node=client, now_s=1.0, version=1, bytes=1))
-        run.record(MergeRecord(node=client, now_s=1.0, version=1, m=1.0, agreement=0.75))
+        run.record(MergeRecord(node=client, now_s=1.0, version=1, m=1.0))
     run.record(verdict("italy"), verdict("france", "stale"), verdict("mars", "unknown"), aggregation())
     run.close()
     tags = {node: scalar_tags(tmp_path, node) for node in KINDS}

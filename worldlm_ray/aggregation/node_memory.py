@@ -23,7 +23,6 @@ def node_bytes(
     keys: int,
     children: int,
     is_world: bool,
-    adaptive: bool = False,
     codec: str = "fp32",
 ) -> int:
     """Bytes of the buffers that an inner node holds at most.
@@ -34,12 +33,10 @@ def node_bytes(
         keys: elements of all key layers.
         children: children of the node.
         is_world: whether the node has no parent.
-        adaptive: whether it judges its parent's model, and so keeps the last one.
         codec: how its updates travel; a codec that rounds makes it keep the error.
     """
     model, backbone_bytes = 4 * (backbone + keys), 4 * backbone
     found = (WORLD_MODELS if is_world else FEDERATION_MODELS) * model
-    found += model * (not is_world and adaptive)
     found += backbone_bytes * (not is_world and loses(codec))
     found += backbone_bytes * len(state_buffers(rules.server_optimizer))
     found += model * rule_of(rules).models_held(rules, children)

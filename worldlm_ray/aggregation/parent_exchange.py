@@ -10,7 +10,7 @@ import numpy as np
 from worldlm_ray.aggregation.budget import Budget
 from worldlm_ray.aggregation.children import Children
 from worldlm_ray.aggregation.events import Command, Note, ParentModel
-from worldlm_ray.aggregation.merge import Merger, Moved
+from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
 from worldlm_ray.aggregation.published import Published
 from worldlm_ray.aggregation.residuals import Pool
@@ -18,7 +18,7 @@ from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.link import ParentLink
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.quota import Quota
-from worldlm_ray.records import LifeRecord
+from worldlm_ray.records import LifeRecord, MergeRecord
 from worldlm_ray.tensors.buffers import Flat, frozen
 from worldlm_ray.tensors.layout import Layout
 
@@ -48,14 +48,7 @@ class ParentExchange(ParentLink):
         max_step = rules.merge.max_model_step
         super().__init__(place.path, layout, codec=rules.codec, max_step=max_step, anchor=published.theta)
         self.place, self.rules, self.published, self.quota = place, rules, published, quota
-        self.merger = Merger(
-            path=place.path,
-            layout=layout,
-            rules=rules.aggregation,
-            m=rules.merge.federation,
-            agreement=rules.merge.agreement,
-            initial=initial,
-        )
+        self.merger = Merger(path=place.path, layout=layout, rules=rules.aggregation, initial=initial)
         self.unpushed_aggregations = 0
         self.unpushed_tokens = 0
         self.is_sent = False
@@ -179,21 +172,21 @@ class ParentExchange(ParentLink):
         if model.version == 0:
             return notes  # the parent has aggregated nothing yet: it has nothing to say
         if is_newcomer:
-            self._begin_from(model, now_s=event.now_s)
+            self._begin_from(model)
             return notes
-        return notes + self._merge(model, pushed, children=children, now_s=event.now_s)
+        return notes + self._merge(model, children=children, now_s=event.now_s)
 
-    def _merge(self, model: Model, pushed: Update | None, *, children: Children, now_s: float) -> list[Command]:
-        moved = Moved(now=self.anchor, change=pushed.values) if pushed is not None else None
-        m, judged = self.merger.judge(model, moved, now_s=now_s)
+    def _merge(self, model: Model, *, children: Children, now_s: float) -> list[Command]:
+        m = self.rules.merge.federation
         theta, merged = self.published.theta, self.published.buffer()
         anchor = self.merger.backbone(m, theta, self.anchor, model, out=merged)
         own_tokens = self.published.mean_tokens
-        record = self.merger.keys(m, theta, self.anchor, model, own_tokens=own_tokens, now_s=now_s, out=merged)
+        record = self.merger.keys(theta, self.anchor, model, own_tokens=own_tokens, now_s=now_s, out=merged)
         children.scale_shares(1.0 - m + m * model.share)
         self.published.publish(merged, keep_old=True)
         self.anchor = self.published.theta if anchor is None else frozen(anchor)
-        notes: list[Command] = [Note(record=judged)]
+        followed = MergeRecord(node=self.place.path, now_s=now_s, version=model.version, m=float(m))
+        notes: list[Command] = [Note(record=followed)]
         return notes if record is None else [*notes, Note(record=record)]
 
     def _count_on(self, last_seq: int, now_s: float) -> list[Command]:
@@ -206,9 +199,8 @@ class ParentExchange(ParentLink):
         said = f"has forgotten {forgotten} of its updates: what its children send again counts twice above it"
         return [Note(record=LifeRecord(node=self.place.path, now_s=now_s, event="warning", detail=said))]
 
-    def _begin_from(self, model: Model, *, now_s: float) -> None:
+    def _begin_from(self, model: Model) -> None:
         """A newcomer has nothing of its own to keep. The parent's model is its first version: its children take it."""
-        self.merger.judge(model, None, now_s=now_s)
         values = self.published.buffer()
         np.copyto(values, model.values)
         self.published.publish(values, keep_old=True)
@@ -223,8 +215,6 @@ class ParentExchange(ParentLink):
         meta |= {name: getattr(self, name) for name in _STATE}
         if self.anchor is self.published.theta:
             del arrays["anchor"]
-        if self.merger.last_parent_model is not None:
-            arrays["last_parent_model"] = self.merger.last_parent_model
         return meta, arrays
 
     def restore(self, meta: dict[str, Any], arrays: dict[str, Flat], *, most_tokens: int | None = None) -> None:
@@ -234,8 +224,6 @@ class ParentExchange(ParentLink):
         for name in _STATE:
             setattr(self, name, meta[name])
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.published.theta
-        if self.merger.last_parent_model is not None and "last_parent_model" in arrays:
-            self.merger.last_parent_model = frozen(arrays["last_parent_model"])
         self.is_sent, self._covered_seq = False, self.seq
 
 

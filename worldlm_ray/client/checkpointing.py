@@ -34,7 +34,6 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     """
     meta = {name: getattr(client, name) for name in _STATE}
     meta["layout"] = client.plan.layout.hash
-    meta["followed"] = client.followed
     meta["charges"] = 0 if client.account is None else len(client.account.ledger.entries())
     meta["link"], arrays = client.link.state()
     arrays |= {name: arrays[name].copy() for name in ("anchor", "codec_error") if name in arrays}
@@ -44,8 +43,6 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     arrays |= kept
     if client.center is not None:
         arrays["center"] = client.center
-    if client.merger.last_parent_model is not None:
-        arrays["heard"] = client.merger.last_parent_model
     if client.own_model is not None:
         meta["own_model"], kept = client.own_model.state()
         arrays |= {f"own_model.{name}": values for name, values in kept.items()}
@@ -63,7 +60,6 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
         raise CheckpointError(f"{client.spec.path}: the checkpoint is of another model or another choice of key layers")
     for name in _STATE:
         setattr(client, name, meta[name])
-    client.followed = meta.get("followed")
     if meta["whole"]:
         client.step = client.training.local_steps  # it waits for the exchange, to be pushed
     elif client.began:
@@ -73,8 +69,6 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
         _pay_again(client, client.account, meta["charges"])
     client.link.restore(meta["link"], arrays, most_tokens=client.round_tokens)
     client.link.anchor[:] = arrays["anchor"]
-    if client.merger.last_parent_model is not None and "heard" in arrays:
-        client.merger.last_parent_model = arrays["heard"]
     client.center = arrays.get("center")
     client.trainer.write(arrays["theta"])
     client.best = best.restored(meta["best"], arrays)

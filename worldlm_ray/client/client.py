@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.merge import Merger, Moved
+from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.client import checkpointing, following, two_models
 from worldlm_ray.client.own_model import OwnModel
 from worldlm_ray.client.rounds import LocalRounds
@@ -37,7 +37,7 @@ from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.privacy.account import Account
-from worldlm_ray.records import Record
+from worldlm_ray.records import MergeRecord, Record
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.trainer import Trainer
 
@@ -77,22 +77,13 @@ class Client(LocalRounds):
         chooses = spec.settings.merge.client == "validated" and self.has_validation
         self.own_model = OwnModel(self._loss_to_choose_by) if chooses else None
         """What chooses its own model; None of a client that has one model, and of one that promises privacy."""
-        self.merger = Merger(
-            path=spec.path,
-            layout=plan.layout,
-            rules=spec.settings.aggregation,
-            m=1.0 if spec.settings.merge.has_base else spec.settings.merge.client,
-            agreement=spec.settings.merge.agreement,
-            initial=initial,
-        )
+        self.merger = Merger(path=spec.path, layout=plan.layout, rules=spec.settings.aggregation, initial=initial)
         self.incarnation = 1
         """How often this client has been started: for the backend to set."""
         self.start_over = False
         """Whether the next pull replaces the model and the optimizer's state."""
         self.at_home = False
         """Whether the round under way is one of fine-tuning, which nothing is pushed of (`merge.fine_tune`)."""
-        self.followed: float | None = None
-        """How far a paused client moves to its parent at every pull, once that is settled."""
 
     @property
     def seq(self) -> int:
@@ -158,7 +149,7 @@ class Client(LocalRounds):
         """
         if not self._pay():
             return []
-        self.paused, self.followed = False, None
+        self.paused = False
         if self.own_model is not None:
             self.own_model.served = None
         taken, records = self._let_in(model, now_s=now_s)
@@ -231,7 +222,6 @@ class Client(LocalRounds):
         self.progress = model.progress
         if self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
-            self.merger.judge(model, None, now_s=now_s)
             self.link.anchor[:] = model.values
             self.trainer.write(self.link.anchor)
             if self.start_over:
@@ -271,23 +261,17 @@ class Client(LocalRounds):
             return two_models.stay(self, model, now_s=now_s)
         if self.own_model is not None or self.spec.settings.merge.client == "apart":
             return two_models.merge(self, self.own_model, model, pushed, now_s=now_s)
-        own, anchor = self.trainer.read(), self.link.anchor
-        moved = Moved(now=own, since=anchor) if pushed is None else Moved(now=anchor, change=pushed.values)
-        if (beside := self.trainer.beside()) is not None:
-            moved = Moved(now=own, change=beside - anchor)
-        m, judged = self.merger.judge(model, moved, now_s=now_s)
-        if m == 0.0 and self.trainer.train_beside(model.values):
-            anchor[:] = model.values
-            return [judged]
+        own, anchor, m = self.trainer.read(), self.link.anchor, self.spec.settings.merge.client_m
+        followed = MergeRecord(node=self.spec.path, now_s=now_s, version=model.version, m=m)
         # Before the first step after a push there is no progress to keep: the plain rule, to the bit.
         if pushed is None or not self.began or self.step == 0:
             self.merger.backbone(m, own, own, model, out=anchor)
-            return [judged, *self._merge_keys(m, own, own, model, now_s=now_s, merged=anchor)]
+            return [followed, *self._merge_keys(own, own, model, now_s=now_s, merged=anchor)]
         merged = np.empty_like(own)
         moved_anchor = self.merger.backbone(m, own, anchor, model, out=merged)
         assert moved_anchor is not None, "the anchor and the model are two buffers"
         self.link.anchor = moved_anchor
-        return [judged, *self._merge_keys(m, own, anchor, model, now_s=now_s, merged=merged)]
+        return [followed, *self._merge_keys(own, anchor, model, now_s=now_s, merged=merged)]
 
     def serve(self, model: Model | MessageError, *, now_s: float) -> None:
         """The run is over: the client's model becomes what it serves, by its parent's last model.
@@ -300,12 +284,10 @@ class Client(LocalRounds):
         if taken is not None and taken.version > 0:
             two_models.serve(self, taken.values)
 
-    def _merge_keys(
-        self, m: float, own: Flat, keys_from: Flat, model: Model, *, now_s: float, merged: Flat
-    ) -> list[Record]:
+    def _merge_keys(self, own: Flat, keys_from: Flat, model: Model, *, now_s: float, merged: Flat) -> list[Record]:
         """Merge the key layers beside a backbone that is merged already, and go on from the result."""
         tokens = float(self.round_tokens)
-        weights = self.merger.keys(m, own, keys_from, model, own_tokens=tokens, now_s=now_s, out=merged)
+        weights = self.merger.keys(own, keys_from, model, own_tokens=tokens, now_s=now_s, out=merged)
         self.trainer.write(merged)
         return [] if weights is None else [weights]
 

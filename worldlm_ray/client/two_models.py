@@ -41,7 +41,7 @@ def merge(
     taken = np.empty_like(own)
     moved = client.merger.backbone(1.0, trained, since, model, out=taken)
     tokens = float(client.round_tokens)
-    weights = client.merger.keys(1.0, trained, since, model, own_tokens=tokens, now_s=now_s, out=taken)
+    weights = client.merger.keys(trained, since, model, own_tokens=tokens, now_s=now_s, out=taken)
     name, chosen = OWN, own
     if own_model is not None:
         choice = own_model.choose(own=own, base=base, parent=taken)
@@ -52,15 +52,14 @@ def merge(
         link.anchor[:] = taken
     else:
         link.anchor = moved
-    follows = float(name != OWN)
-    judged = MergeRecord(node=client.spec.path, now_s=now_s, version=model.version, m=follows, agreement=None)
-    return [judged] if weights is None else [judged, weights]
+    followed = MergeRecord(node=client.spec.path, now_s=now_s, version=model.version, m=float(name != OWN))
+    return [followed] if weights is None else [followed, weights]
 
 
 def stay(client: Client, model: Model, *, now_s: float) -> list[Record]:
     """Go on with the own model."""
     client.trainer.read(client.link.anchor)
-    return [MergeRecord(node=client.spec.path, now_s=now_s, version=model.version, m=0.0, agreement=None)]
+    return [MergeRecord(node=client.spec.path, now_s=now_s, version=model.version, m=0.0)]
 
 
 def serve(client: Client, parent: Flat) -> None:

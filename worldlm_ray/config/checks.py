@@ -92,11 +92,6 @@ def fraction(value: float, key: str) -> None:
         raise ConfigError(key, f"got {value}", "give a number from 0 to 1")
 
 
-def _cosine(value: float, key: str) -> None:
-    if not -1.0 <= value <= 1.0:
-        raise ConfigError(key, f"got {value}", "give a cosine, from -1 to 1")
-
-
 def _between(value: float, key: str) -> None:
     if not 0.0 < value < 1.0:
         raise ConfigError(key, f"got {value}", "give a number between 0 and 1")
@@ -125,9 +120,8 @@ def _trim(value: float, key: str) -> None:
 
 
 def _follows(value: float | str, key: str) -> None:
-    names = ("validated", "apart", "adaptive") if key.endswith("client") else ("adaptive",)
-    if isinstance(value, str) and value not in names:
-        raise ConfigError(key, f"got {value!r}", f"write a number from 0 to 1, or {', '.join(names)}")
+    if isinstance(value, str) and value not in ("validated", "apart"):
+        raise ConfigError(key, f"got {value!r}", "write a number from 0 to 1, validated or apart")
     if not isinstance(value, str):
         fraction(value, key)
 
@@ -187,10 +181,8 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "aggregation.server_optimizer.eps": positive,
     "aggregation.server_optimizer.momentum": fraction,
     "merge.client": _follows,
-    "merge.federation": _follows,
-    "merge.agreement": _cosine,
+    "merge.federation": fraction,
     "merge.max_model_step": positive,
-    "merge.common_fraction": fraction,
     "merge.fine_tune": below_one,
     "merge.mixture": _between,
     "merge.proximal": not_negative,

@@ -121,22 +121,14 @@ class MergeConfig:
     """How far a node moves to its parent on a pull: theta = (1 - m) own + m parent, for the backbone."""
 
     client: float | int | str = "validated"
-    """A number from 0 to 1, or `validated`, `apart` or `adaptive`. `validated`: a client trains its parent's model for
-    its parent, and beside it its own model, which validation text chooses (worldlm_ray/client/own_model.py). `apart`:
-    the same, but the own model takes nothing from the parent's: with `proximal`, Ditto. `adaptive`: see
-    worldlm_ray/aggregation/merge.py."""
-    federation: float | int | str = 1.0
-    """A number from 0 to 1, or `adaptive`, for federations."""
-    agreement: float = 0.6
-    """`adaptive`: a node follows its parent while the cosine of its own movement and the others' is at least this."""
+    """A number from 0 to 1, or `validated` or `apart`. `validated`: a client trains its parent's model for its parent,
+    and beside it its own model, which validation text chooses (worldlm_ray/client/own_model.py). `apart`: the same, but
+    the own model takes nothing from the parent's: with `proximal`, Ditto."""
+    federation: float = 1.0
+    """A number from 0 to 1, for federations."""
     max_model_step: float | None = None
     """A parent's model is refused that lies further from the node's own than this: L2 distance over the L2 norm of the
     own model, of what an exchange carries. The node goes on with its own model. A newcomer takes any first model."""
-    common_fraction: float | None = None
-    """Share of every batch with which a client that keeps its own model trains its parent's on; its own model gets the
-    rest. Unless given: `adaptive` 0, where such a client pushes what it did to its own model; `validated` 1, where
-    both are trained on the whole batch. See worldlm_ray/training/common.py."""
-
     proximal: float = 0.0
     """Strength of a term that draws a client's own model to its parent's last one in every step: FedProx's mu, Ditto's
     and MR-MTL's lambda. See Proximal in worldlm_ray/training/trainer.py."""
@@ -152,22 +144,18 @@ class MergeConfig:
 
     @property
     def has_base(self) -> bool:
-        """Whether a client trains its parent's model for its parent in any case, and its own beside it."""
+        """Whether a client trains its parent's model for its parent, and its own beside it."""
         return self.client in ("validated", "apart")
 
     @property
-    def shared_fraction(self) -> float:
-        """`common_fraction`, given or not."""
-        return float(self.has_base) if self.common_fraction is None else self.common_fraction
+    def client_m(self) -> float:
+        """How far the model that a client trains for its parent moves to the parent's, 0 to 1."""
+        return 1.0 if self.has_base else float(self.client)
 
     @property
     def models_per_token(self) -> int:
         """Models that a client may train with each token."""
-        return 2 if self.has_base and self.shared_fraction == 1.0 else 1
-
-    def common_rows(self, batch_size: int) -> int:
-        """Sequences of a batch that go to the parent's model: at least one, unless the share is 0."""
-        return max(1, round(self.shared_fraction * batch_size)) if self.shared_fraction else 0
+        return 2 if self.has_base else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,25 +47,6 @@ def _raised_by(check: Callable[..., object], *arguments: Any, **named: Any) -> I
 # ---- the parent's model beside the client's own ------------------------------------------------------------------
 
 
-def common_of_adaptive_clients(plan: Plan) -> Iterable[ConfigError]:
-    """Only a client that may keep its own model has two to train."""
-    for at, settings in plan.settings_in_force:
-        fraction, merge = settings.merge.common_fraction, settings.merge
-        if fraction and merge.client != "adaptive" and not merge.has_base:
-            got = f"got {fraction}, but merge.client is {merge.client}"
-            cure = "set merge.client to validated, or leave this out: others never leave their parent"
-            yield ConfigError(f"{at}merge.common_fraction", got, cure)
-
-
-def common_leaves_rows(plan: Plan) -> Iterable[ConfigError]:
-    """The rows of a batch are shared out: the client's own model needs at least one."""
-    for at, settings in plan.settings_in_force:
-        fraction, batch = settings.merge.common_fraction, settings.training.batch_size
-        if fraction and settings.merge.client == "adaptive" and settings.merge.common_rows(batch) == batch:
-            got = f"{fraction} of {batch} sequences leaves none for the client's own model"
-            yield ConfigError(f"{at}merge.common_fraction", got, "lower it, or raise training.batch_size")
-
-
 def validated_has_text(plan: Plan) -> Iterable[ConfigError]:
     """Validation text decides what the client's own model is. Of a client that promises privacy none is read."""
     for _, client in plan.distinct_clients:
@@ -76,16 +57,6 @@ def validated_has_text(plan: Plan) -> Iterable[ConfigError]:
             yield ConfigError(
                 f"{client.key}.data.validation_fraction", got, "raise it, or set merge.client to a number"
             )
-
-
-def common_without_noise(plan: Plan) -> Iterable[ConfigError]:
-    """The noise of DP-SGD is made for the gradient of one model: a second one would spend as much again."""
-    for at, settings in plan.settings_in_force:
-        fraction = settings.merge.common_fraction
-        if fraction and settings.privacy.unit == "record":
-            got = f"got {fraction}, but privacy.unit is record, whose noise is for one model"
-            cure = "set it to 0 at clients that promise privacy of records"
-            yield ConfigError(f"{at}merge.common_fraction", got, cure)
 
 
 def apart_holds_two_models(plan: Plan) -> Iterable[ConfigError]:
@@ -108,16 +79,6 @@ def proximal_in_one_process(plan: Plan) -> Iterable[ConfigError]:
             yield ConfigError(f"{client.key}.merge.proximal", got, "set it to 0 at this client")
 
 
-def common_in_one_process(plan: Plan) -> Iterable[ConfigError]:
-    """DeepSpeed's engine shards the parameters of one model."""
-    for at, settings in plan.settings_in_force:
-        fraction = settings.merge.common_fraction
-        if fraction and (settings.training.zero_stage or settings.resources.worker_range[1] > 1):
-            got = f"got {fraction}, but the client has DeepSpeed's workers, which hold one model"
-            cure = "set it to 0 at clients with several workers or a zero_stage"
-            yield ConfigError(f"{at}merge.common_fraction", got, cure)
-
-
 # ---- robust rules, caps, key layers ------------------------------------------------------------------------------
 
 
@@ -138,14 +99,6 @@ def robust_without_residuals(plan: Plan) -> Iterable[ConfigError]:
         if rules.robust.rule != "none" and rules.residuals.per_round:
             got = f"{rules.robust.rule} does not score key layers, by which residuals are found"
             yield ConfigError(f"{at}aggregation.robust.rule", got, "set aggregation.residuals.per_round to 0")
-
-
-def backbone_to_judge_by(plan: Plan) -> Iterable[ConfigError]:
-    """An adaptive merge takes the cosine of two backbones: a backbone of length 0 has no direction."""
-    for node in plan.distinct if plan.layout.backbone_size == 0 else []:
-        if "adaptive" in (node.settings.merge.client, node.settings.merge.federation):
-            got = "adaptive, but every layer is a key layer: there is no backbone to judge by"
-            yield ConfigError(f"{node.key}.merge", got, "leave some out of model.key_layers, or give a number")
 
 
 def capped_weights(plan: Plan) -> Iterable[ConfigError]:
@@ -228,14 +181,9 @@ def overlap_of_whole_models(plan: Plan) -> Iterable[ConfigError]:
 def overlap_from_own_model(plan: Plan) -> Iterable[ConfigError]:
     """An overlapping round begins from the client's own model, before its parent's is there."""
     for _, client, key in _overlapping(plan):
-        settings = client.settings
-        others = {
-            "merge.common_fraction": bool(settings.merge.common_fraction),
-            "simulation.train: false": not settings.simulation.train,
-        }
-        for name in (name for name, is_set in others.items() if is_set):
-            got = f"true, but the client has {name}, whose rounds begin from what the parent has sent"
-            yield ConfigError(key, got, f"set it to false, or do without {name}")
+        if not client.settings.simulation.train:
+            got = "true, but the client has simulation.train: false, whose rounds begin from what the parent has sent"
+            yield ConfigError(key, got, "set it to false, or do without simulation.train: false")
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------------
@@ -298,19 +246,14 @@ def best_of_measured_rounds(plan: Plan) -> Iterable[ConfigError]:
 
 
 RULES: tuple[Rule, ...] = (
-    common_of_adaptive_clients,
-    common_leaves_rows,
     validated_has_text,
     apart_holds_two_models,
     proximal_in_one_process,
     *client_checks.RULES,
     *backend_checks.RULES,
-    common_without_noise,
-    common_in_one_process,
     robust_needs_three,
     robust_without_residuals,
     one_vocabulary,
-    backbone_to_judge_by,
     *privacy_checks.RULES,
     shared_without_workers,
     overlap_without_waiting,

@@ -23,14 +23,11 @@ def served_without_choice(plan: Plan) -> Iterable[ConfigError]:
 
 
 def mixture_of_two_models(plan: Plan) -> Iterable[ConfigError]:
-    """A mixture needs a personal model that takes nothing from the parent's, and both trained on the whole batch."""
+    """A mixture needs a personal model that takes nothing from the parent's."""
     for _, client in plan.distinct_clients:
         merge, key = client.settings.merge, f"{client.key}.merge.mixture"
         if merge.mixture is not None and merge.client != "apart":
             yield ConfigError(key, f"got {merge.mixture:g}, but merge.client is {merge.client}", "set that to apart")
-        elif merge.mixture is not None and merge.shared_fraction != 1.0:
-            got = f"got {merge.mixture:g}, but merge.common_fraction is {merge.shared_fraction:g}"
-            yield ConfigError(key, got, "leave that out: both models are trained on the whole batch")
 
 
 def head_needs_a_body(plan: Plan) -> Iterable[ConfigError]:

@@ -154,10 +154,8 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     push = {} if spec.kind == "world" else exchange
     if spec.kind == "client":
         training = settings.training
-        buffers = (CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
-        if is_zero(settings):
-            buffers = (ZERO_CLIENT_BUFFERS + (settings.merge.client == "adaptive")) * size
-        if settings.merge.common_rows(training.batch_size) and settings.privacy.unit != "record":
+        buffers = (ZERO_CLIENT_BUFFERS if is_zero(settings) else CLIENT_BUFFERS) * size
+        if settings.merge.has_base and settings.privacy.unit != "record":
             buffers += COMMON_BUFFERS * size
         buffers += 4 * plan.layout.backbone_size * loses(codec)  # the codec error
         buffers += size * settings.exchange.overlap  # the update in flight
@@ -178,7 +176,6 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         keys=plan.layout.key_size,
         children=len(spec.children),
         is_world=spec.kind == "world",
-        adaptive=settings.merge.federation == "adaptive",
         codec=codec,
     )
     return {

@@ -4,7 +4,7 @@ Nothing is trained and no text is read: a client is a few counters, and a local 
 else is that of a simulated run: the same state machine decides at every inner node, on buffers of a few elements; links
 carry as many bytes as the real model has. So versions, staleness, who is accepted, who waits, bytes and tokens per
 second are those of the run with training, event by event (a test compares the two). What depends on values is absent:
-losses, attention, residuals; nodes follow their parent whole where `merge` is adaptive, and no update is too large.
+losses, attention and residuals; no update is too large.
 """
 
 from __future__ import annotations
@@ -64,11 +64,10 @@ def inner_node(
 
 
 def _plain(settings: NodeSettings) -> NodeSettings:
-    rules, merge = settings.aggregation, settings.merge
+    rules = settings.aggregation
     return replace(
         settings,
         aggregation=replace(rules, residuals=replace(rules.residuals, per_round=0)),
-        merge=replace(merge, federation=1.0 if isinstance(merge.federation, str) else merge.federation),
         exchange=replace(settings.exchange, codec="fp32"),
     )
 

@@ -143,14 +143,7 @@ CHARTS: dict[tuple[str, str], tuple[Chart, ...]] = {
             title="How far a node followed its parent (0 to 1)",
         ),
     ),
-    ("agreement", "any"): (
-        Chart(
-            tag=f"{_MERGING}/2 agreement with the movement of the others, cosine",
-            category="Asynchrony",
-            title="Agreement with the movement of the others, cosine",
-        ),
-    ),
-    ("step_norm", "inner"): (Chart(tag=f"{_MERGING}/3 norm of an aggregation"),),
+    ("step_norm", "inner"): (Chart(tag=f"{_MERGING}/2 norm of an aggregation"),),
     ("perplexity", "client"): (
         Chart(
             tag=f"{_LEARNING}/1 perplexity per byte, clients, own models, by tokens",

@@ -133,7 +133,7 @@ class Drawing:
                 # A newer record replaces one that still waits, so the nodes take turns.
                 self._images[path, record.direction] = record
             case MergeRecord():
-                self._put(path, {"merge": record.m, "agreement": record.agreement}, now_s=now_s)
+                self._put(path, {"merge": record.m}, now_s=now_s)
             case PrivacyRecord():
                 self._show_privacy(path, record.epsilon, now_s)
             case PushRecord():

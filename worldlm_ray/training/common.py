@@ -1,15 +1,11 @@
-"""The common model of a client that has left for its own: its parent's, which it goes on training beside.
+"""The common model of a client with two: its parent's, which it trains for its parent, beside its own.
 
-Where validation text decides (worldlm_ray/client/own_model.py), both models are trained on the whole batch. No token
-more is read, but every step is taken twice. `merge.common_fraction` shares the batch out instead.
+Both are trained on the whole batch. No token more is read, but every step is taken twice. The common model is trained
+as in FedAvg, and its change is pushed. If the change of the client's own model were pushed, the parent's model would be
+the mean of models that have parted, good for no client.
 
-With `merge: {client: adaptive}` a client that no longer agrees with the others keeps its own model. If it then pushed
-what it did to that, its parent's model would be the mean of models that never met again, good for no client. With
-`merge.common_fraction` a part of every batch trains the model that was pulled, as in FedAvg, and this is what is
-pushed; the rest trains the client's own. No token is trained twice, and none more than without.
-
-Keeping a personal and a common model is Ditto's idea (Li et al., arXiv 2012.04221), which trains each with all of the
-text and ties them by a penalty. Here they share the batch, and part only when the movements do.
+Keeping a personal and a common model is Ditto's idea (Li et al., arXiv 2012.04221), which ties the two by a penalty:
+`merge.proximal`. Which one becomes the client's own is settled in worldlm_ray/client/own_model.py.
 """
 
 from __future__ import annotations
@@ -34,13 +30,10 @@ class CommonTrainer(Trainer):
     Args:
         own: trains the client's own model.
         make_common: makes what trains the common one, once there is one.
-        rows: how many of so many sequences of a batch the common model is trained on while there is one; the client's
-            own model is trained on the others. If it is the whole batch, both are trained on it. Of pooled text a
-            batch has more sequences than `training.batch_size`.
     """
 
-    def __init__(self, own: Trainer, make_common: Callable[[], Trainer], *, rows: Callable[[int], int]) -> None:
-        self.own, self._make_common, self.rows = own, make_common, rows
+    def __init__(self, own: Trainer, make_common: Callable[[], Trainer]) -> None:
+        self.own, self._make_common = own, make_common
         self.is_apart = False
         """Whether the client keeps its own model, so that the common one is trained beside it."""
 
@@ -53,15 +46,14 @@ class CommonTrainer(Trainer):
         """A copy of the common model; None while there is one model."""
         return self.common.read() if self.is_apart else None
 
-    def train_beside(self, values: Flat, *, own: Flat | None = None) -> bool:
+    def train_beside(self, values: Flat, *, own: Flat) -> bool:
         """Train the parent's model in the round that begins; when the two have only just parted, with own moments."""
         if not self.is_apart:
             self.common.forget()
             self.common.load_optimizer_state(self.own.optimizer_state())
         self.is_apart = True
         self.common.write(values)
-        if own is not None:
-            self.own.write(own)
+        self.own.write(own)
         return True
 
     def read(self, out: Flat | None = None) -> Flat:
@@ -85,16 +77,15 @@ class CommonTrainer(Trainer):
         should_stop: Callable[[], bool] = lambda: False,
         proximal: Proximal | None = None,
     ) -> RoundResult:
-        """Take one optimizer step per batch; of two models each takes it with its rows, or both with all."""
+        """Take one optimizer step per batch; of two models each takes it."""
         if not self.is_apart:
             return self.own.run(batches, rate, first=first, should_stop=should_stop, proximal=proximal)
         for_common: list[Batch] = []
 
         def for_own() -> Iterator[Batch]:
             for x, y in batches:
-                rows = self.rows(len(x))
-                for_common.append((x[:rows].copy(), y[:rows].copy()))
-                yield (x[rows:], y[rows:]) if rows < len(x) else (x, y)
+                for_common.append((x.copy(), y.copy()))
+                yield x, y
 
         result = self.own.run(for_own(), rate, first=first, should_stop=should_stop, proximal=proximal)
         # One batch more may have been drawn.

@@ -55,8 +55,7 @@ def trainer_of_one_model(
 
 
 def with_common(own: Trainer, make_common: Callable[[], Trainer], settings: NodeSettings) -> Trainer:
-    """A trainer, and one of the common model beside it where the client has one: see MergeConfig.common_rows."""
-    rows, alpha = settings.merge.common_rows, settings.merge.mixture
-    if alpha is not None:
-        return MixedTrainer(own, make_common, rows=rows, alpha=alpha)
-    return CommonTrainer(own, make_common, rows=rows) if settings.merge.shared_fraction else own
+    """A trainer, and one of the common model beside it where the client has one: see MergeConfig.has_base."""
+    if settings.merge.mixture is not None:
+        return MixedTrainer(own, make_common, alpha=settings.merge.mixture)
+    return CommonTrainer(own, make_common) if settings.merge.has_base else own

@@ -34,13 +34,11 @@ class MixedTrainer(CommonTrainer):
         alpha: share of the personal model, between 0 and 1.
     """
 
-    def __init__(
-        self, own: Trainer, make_common: Callable[[], Trainer], *, rows: Callable[[int], int], alpha: float
-    ) -> None:
-        super().__init__(own, make_common, rows=rows)
+    def __init__(self, own: Trainer, make_common: Callable[[], Trainer], *, alpha: float) -> None:
+        super().__init__(own, make_common)
         self.alpha = alpha
 
-    def train_beside(self, values: Flat, *, own: Flat | None = None) -> bool:
+    def train_beside(self, values: Flat, *, own: Flat) -> bool:
         """Take the parent's model into the mixture; the personal one stays."""
         before = self.common.read() if self.is_apart else self.own.read()
         super().train_beside(values, own=own)

@@ -103,12 +103,12 @@ class Trainer(Protocol):
         """A copy of the parameters that are trained beside the model's; None if none are."""
         return None
 
-    def train_beside(self, values: Flat, *, own: Flat | None = None) -> bool:
+    def train_beside(self, values: Flat, *, own: Flat) -> bool:
         """Train the given parameters (the parent's) beside the model until `write`, if there is a way.
 
         Args:
             values: what is trained beside.
-            own: becomes the model; it stays as it is unless given.
+            own: becomes the model.
 
         Returns:
             Whether there is: of a trainer of one model, False, and nothing changes.
