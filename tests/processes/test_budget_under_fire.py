@@ -36,7 +36,6 @@ def live(plan: Plan, place: Path) -> None:
         finished=False,
         tokens=0.0,
         last_seq=0,
-        share=0.0,
         residuals=(),
         values=build.initial(plan),
     )

@@ -1,14 +1,12 @@
-"""An inner node and its parent: exchanges, merging, budgets, and the share of a child in the model."""
+"""An inner node and its parent: exchanges, merging and budgets."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.nodes import (
-    FEDBUFF,
     NAMES,
     SPLIT,
     START,
@@ -38,12 +36,7 @@ from worldlm_ray.aggregation.events import (
     Serve,
     Started,
 )
-from worldlm_ray.aggregation.node import Node
-from worldlm_ray.config.federated import (
-    ServerOptimizerConfig,
-)
 from worldlm_ray.config.schema import BudgetConfig
-from worldlm_ray.exchange.messages import Model
 from worldlm_ray.records import AttentionRecord, MergeRecord
 
 # ---- a federation and its parent ---------------------------------------------------------------------------
@@ -123,8 +116,10 @@ def test_the_world_never_exchanges() -> None:
 def test_merging_moves_the_backbone_a_share_of_the_way(merge: float, expected: list[float]) -> None:
     node = federation(merge=merge)
     exchange(node, push(node, "a", 1, change=1.0))  # own: 2, 3, 4
-    answer(node, parent_model(5, 8.0, progress=0.5))
+    told = answer(node, parent_model(5, 8.0, progress=0.5))
     assert body(node) == expected
+    [record] = [note.record for note in of(Note, told) if isinstance(note.record, MergeRecord)]
+    assert (record.node, record.version, record.m) == (node.path, 5, merge)
     assert (node.parent.base_version, node.budget.progress, exchanging(node)) == (5, 0.5, False)
 
 
@@ -267,60 +262,3 @@ def test_all_children_of_a_synchronous_round_hear_the_same() -> None:
 def test_a_federation_does_not_judge_the_budget() -> None:
     node = make(("a",), parent=True, budget=BudgetConfig(tokens=10))
     assert not of(Serve, pull(node, "a", started=1_000))[0].model.finished
-
-
-# ---- what a child is told of its own work in the model -------------------------------------------------------
-
-
-def served(node: Node, child: str) -> Model:
-    [command] = [command for command in of(Serve, pull(node, child)) if command.child == child]
-    return command.model
-
-
-def test_a_child_is_told_its_share_of_the_movement_since_its_last_pull() -> None:
-    # The rate is a child's share: a third.
-    node = make(buffer_size=1, server_optimizer=ServerOptimizerConfig(), staleness=FEDBUFF)
-    push(node, "a", 1, change=1.0)
-    push(node, "b", 1, change=1.0)
-    assert served(node, "a").share == pytest.approx(1 / 3)
-    assert served(node, "a").share == 0.0  # it has moved no more
-    assert served(node, "c").share == 0.0
-    push(node, "b", 2, base=2, change=1.0)
-    assert served(node, "b").share == pytest.approx((1 / math.sqrt(2) + 1) / 3)  # the first was one version old
-
-
-def test_in_a_synchronous_round_the_share_is_that_of_the_tokens() -> None:
-    node = make(("a", "b"), trigger="synchronous")
-    push(node, "a", 1, tokens=10)
-    push(node, "b", 1, tokens=30)
-    assert (served(node, "a").share, served(node, "b").share) == (0.25, 0.75)
-
-
-@pytest.mark.parametrize(("merge", "expected"), [(0.0, 0.5), (0.5, 0.3125), (1.0, 0.125)])
-def test_the_share_follows_the_work_through_the_parent(merge: float, expected: float) -> None:
-    # Half of the federation's movement is the child's; a quarter of the parent's movement is the federation's.
-    node = federation(children=("a", "b"), merge=merge, trigger="synchronous")
-    push(node, "a", 1, change=1.0)
-    exchange(node, push(node, "b", 1, change=1.0))
-    answer(node, parent_model(1, 3.0, share=0.25))
-    assert served(node, "a").share == pytest.approx(expected)
-
-
-def test_work_done_during_an_exchange_keeps_its_share() -> None:
-    node = federation(children=("a", "b"), buffer_size=1, server_optimizer=ServerOptimizerConfig())
-    exchange(node, push(node, "a", 1, change=1.0))
-    push(node, "b", 1, base=1, change=1.0)
-    answer(node, parent_model(1, 3.0, share=0.25))
-    # Half of each one's work is in the federation's model; of a's, a quarter of that has come back through the parent.
-    assert (served(node, "a").share, served(node, "b").share) == (0.125, 0.5)
-
-
-@pytest.mark.parametrize(("merge", "lead"), [(0.0, 0.0), (0.25, 0.5), (1.0, 2.0)])
-def test_tracking_is_told_how_far_a_federation_followed(merge: float, lead: float) -> None:
-    node = federation(merge=merge)
-    exchange(node, push(node, "a", 1, change=1.0))
-    before = body(node)
-    commands = answer(node, parent_model(1, np.array(before, np.float32) + np.float32(2.0)))
-    [record] = [n.record for n in of(Note, commands) if isinstance(n.record, MergeRecord)]
-    assert (record.node, record.version, record.m) == (node.path, 1, merge)
-    assert body(node) == [value + lead for value in before]

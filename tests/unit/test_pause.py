@@ -98,7 +98,6 @@ def parent_at(plan: Plan, version: int, value: float) -> Model:
         finished=False,
         tokens=100.0,
         last_seq=0,
-        share=0.0,
         residuals=(),
         values=np.full(plan.layout.size, value, np.float32),
     )

@@ -37,7 +37,6 @@ def model_of(plan: Plan) -> Model:
         finished=False,
         tokens=0.0,
         last_seq=0,
-        share=0.0,
         residuals=(),
         values=build.initial(plan),
     )

@@ -62,10 +62,6 @@ class Child:
     """Seconds between its last heartbeats."""
     scores: list[float] = field(default_factory=list)
     """Scores of its key layers in its newest update, by the temperature."""
-    own_share: float = 0.0
-    """How much of its work since its last pull has been aggregated here, in multiples of one update; of this ..."""
-    own_share_from_parent: float = 0.0
-    """... what has been passed on to the parent, as much of it as came back."""
 
     @property
     def is_active(self) -> bool:
@@ -233,7 +229,7 @@ class Children(Mapping[str, Child]):
         said = f"says that {claimed} tokens are begun, and updates of {settled} have come: {counted} are counted"
         return LifeRecord(node=f"{self.path}/{name}", now_s=now_s, event="warning", detail=said)
 
-    # ---- what they have in a model ---------------------------------------------------------------------------
+    # ---- who is in an aggregation --------------------------------------------------------------------------------
 
     def absent(self, contributors: Sequence[str], *, scored: bool) -> list[list[float]]:
         """The newest scores of each child that belongs to the node and is not in an aggregation.
@@ -247,22 +243,6 @@ class Children(Mapping[str, Child]):
             return [c.scores for name, c in self._children.items() if not c.has_left and name not in heard]
         here = sum(name in self._children and not self._children[name].has_left for name in heard)
         return [[]] * (len(self) - self._number[Status.LEFT] - here)
-
-    def add_shares(self, shares: Mapping[str, float], rate: float) -> None:
-        """Count what an aggregation has taken of each child's work."""
-        for name, share in shares.items():
-            if name in self._children:
-                self._children[name].own_share += share * rate
-
-    def pass_on_shares(self) -> None:
-        """What was aggregated of them is in an update for the parent."""
-        for child in self._children.values():
-            child.own_share_from_parent, child.own_share = child.own_share_from_parent + child.own_share, 0.0
-
-    def scale_shares(self, factor: float) -> None:
-        """So much of what was passed on has come back from the parent."""
-        for child in self._children.values():
-            child.own_share_from_parent *= factor
 
     # ---- durability ------------------------------------------------------------------------------------------
 

@@ -74,8 +74,6 @@ class Fold:
         self.tokens = 0
         """Undiscounted weight of all updates."""
         self.contributors: list[str] = []
-        self.shares: dict[str, float] = {}
-        """Weight of every child's work in the sum; after `finish`, in the mean."""
 
     @classmethod
     def models_held(cls, rules: AggregationConfig, children: int) -> int:
@@ -132,7 +130,6 @@ class Fold:
             self._first = None
         if self.layout.key_layers:
             self.attention.fold(update.sender, self._key_change(update, clipped), logits)
-        self.shares[update.sender] = self.shares.get(update.sender, 0.0) + weight
 
     def _key_change(self, update: Update, clipped: float) -> Flat:
         change = update.values[self.layout.backbone_size :]
@@ -185,7 +182,6 @@ class Fold:
         scale = 1.0 / self.divisor
         if self.rules.server_optimizer.lr is None:
             scale *= self.present(len(absent))
-        self.shares = {name: weight * scale for name, weight in self.shares.items()}
         norm = optimizer.apply(self.flat[:split], theta[:split], scale=scale, first=self._first)
         return self.flat, norm, weights
 
@@ -219,7 +215,6 @@ class Fold:
             "tokens": self.tokens,
             "fits": [list(fit) for fit in self.fits],
             "contributors": list(self.contributors),
-            "shares": dict(self.shares),
             "first_s": self.first_s,
             "claimed": dict(self.claimed),
             "first_weight": None if self._first is None else self._first[1],
@@ -277,7 +272,7 @@ class Fold:
         if _SUM in arrays:
             self.flat[:split] = arrays[_SUM]
         self.tokens, self.contributors = saved["tokens"], list(saved["contributors"])
-        self.fits, self.shares = [list(fit) for fit in saved["fits"]], dict(saved["shares"])
+        self.fits = [list(fit) for fit in saved["fits"]]
         self.first_s = saved["first_s"]
         self.attention.maximum, self.attention.total = list(saved["maximum"]), list(saved["total"])
         self.attention.names, self.attention.logits = list(saved["names"]), [list(row) for row in saved["logits"]]

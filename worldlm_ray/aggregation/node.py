@@ -231,7 +231,7 @@ class Node:
         elif isinstance(event, Pull):
             self.serving.pull(event)
         elif isinstance(event, ParentModel):
-            commands += self.to_parent.take(event, budget=self.budget, children=self.children)
+            commands += self.to_parent.take(event, budget=self.budget)
         elif isinstance(event, Joined):
             commands += self._join(event)
         elif isinstance(event, Done | Left) and event.child in self.children:
@@ -335,7 +335,6 @@ class Node:
         absent = self.children.absent(fold.contributors, scored=bool(self.layout.key_layers))
         flat, norm, weights = fold.finish(before, self.optimizer, absent=absent)
         self.published.publish(flat, keep_old=self.parent is not None and self.parent.anchor is before)
-        self.children.add_shares(fold.shares, self.optimizer.rate)
         self.residuals.settle()
         self.published.aggregated(fold.tokens, len(fold.contributors))
         if self.parent is None:

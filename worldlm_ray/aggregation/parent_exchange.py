@@ -100,7 +100,7 @@ class ParentExchange(ParentLink):
         After a restart that lost the answer it is the same update again.
 
         Args:
-            children: whose work is in it.
+            children: they say how many tokens have been begun.
             residuals: those that fitted no child go along.
         """
         self._is_asked = False
@@ -118,7 +118,6 @@ class ParentExchange(ParentLink):
         )
         self.anchor = theta  # the next update measures from here
         self.unpushed_aggregations, self.unpushed_tokens = 0, gathered - tokens
-        children.pass_on_shares()
         return self.in_flight
 
     @property
@@ -150,7 +149,7 @@ class ParentExchange(ParentLink):
 
     # ---- down ------------------------------------------------------------------------------------------------
 
-    def take(self, event: ParentModel, *, budget: Budget, children: Children) -> list[Command]:
+    def take(self, event: ParentModel, *, budget: Budget) -> list[Command]:
         """Move to the parent and keep whatever the children did meanwhile.
 
         A model that is refused ends the exchange all the same: the node goes on with its own, and asks again after the
@@ -174,15 +173,14 @@ class ParentExchange(ParentLink):
         if is_newcomer:
             self._begin_from(model)
             return notes
-        return notes + self._merge(model, children=children, now_s=event.now_s)
+        return notes + self._merge(model, now_s=event.now_s)
 
-    def _merge(self, model: Model, *, children: Children, now_s: float) -> list[Command]:
+    def _merge(self, model: Model, *, now_s: float) -> list[Command]:
         m = self.rules.merge.federation
         theta, merged = self.published.theta, self.published.buffer()
         anchor = self.merger.backbone(m, theta, self.anchor, model, out=merged)
         own_tokens = self.published.mean_tokens
         record = self.merger.keys(theta, self.anchor, model, own_tokens=own_tokens, now_s=now_s, out=merged)
-        children.scale_shares(1.0 - m + m * model.share)
         self.published.publish(merged, keep_old=True)
         self.anchor = self.published.theta if anchor is None else frozen(anchor)
         followed = MergeRecord(node=self.place.path, now_s=now_s, version=model.version, m=float(m))

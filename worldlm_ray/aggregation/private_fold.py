@@ -90,7 +90,6 @@ class PrivateFold(Fold):
             weight *= min(1.0, self.privacy.bound / max(math.sqrt(squared_norm(update.values)), 1e-12))
         add_scaled(self.flat, update.values, weight)
         self.count(update)
-        self.shares[update.sender] = weight
         return []
 
     def finish(
@@ -109,7 +108,6 @@ class PrivateFold(Fold):
         scale = 1.0 / privacy.expected
         if self.rules.server_optimizer.lr is None:
             scale *= min(privacy.expected / (len(set(self.contributors)) + len(absent)), 1.0)
-        self.shares = {name: weight * scale for name, weight in self.shares.items()}
         keys = self.flat[split:]
         keys *= np.float32(scale)
         keys += theta[split:]

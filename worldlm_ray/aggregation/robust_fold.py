@@ -105,7 +105,6 @@ class RobustFold(Fold):
             rows = np.stack([self._sums[name][part] / np.float32(self._counts[name]) for name in senders])
             self.flat[part] = self.agreed(rows)
         scale = self.present(len(absent)) if self.rules.server_optimizer.lr is None else 1.0
-        self.shares = dict.fromkeys(senders, scale / len(senders))
         keys = self.flat[split:]
         keys *= np.float32(scale)
         keys += theta[split:]

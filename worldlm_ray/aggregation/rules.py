@@ -31,8 +31,6 @@ class AggregationRule(Protocol):
     """Tokens of all updates so far."""
     contributors: list[str]
     """The sender of each update so far."""
-    shares: dict[str, float]
-    """After `finish`: weight of every child's work in the step."""
     attention: OnlineAttention
     """The weights of key layers, for the record."""
 

@@ -29,8 +29,6 @@ from worldlm_ray.tensors.buffers import BLOCK, Flat, spread
 
 Lr = Callable[[ServerOptimizerConfig], float]
 """From a configuration to the rate that a rule has if none was set."""
-Reach = Callable[[ServerOptimizerConfig, float], float]
-"""From a configuration and the rate to how far a mean update moves the backbone at once, in multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ class ServerRule:
 
     step: Step
     lr: Lr
-    reach: Reach
     buffers: tuple[str, ...]
     """Names of the backbone-sized buffers that the rule keeps; they begin as zeros and travel in checkpoints."""
 
@@ -64,32 +61,29 @@ class ServerRule:
 SERVER_OPTIMIZERS: Registry[ServerRule] = names.SERVER_OPTIMIZERS
 
 
-def server_optimizer(
-    name: str, *, lr: float | Lr, buffers: tuple[str, ...] = (), reach: Reach = lambda config, lr: 1.0
-) -> Callable[[Step], Step]:
+def server_optimizer(name: str, *, lr: float | Lr, buffers: tuple[str, ...] = ()) -> Callable[[Step], Step]:
     """Register a rule for the backbone.
 
     Args:
         name: what `aggregation.server_optimizer.name` calls it.
         lr: the rate where a configuration gives none.
         buffers: names of the backbone-sized buffers that it keeps.
-        reach: how far a mean update moves the backbone at once; 1 where that depends on the update.
     """
 
     def register(step: Step) -> Step:
         rate = lr if callable(lr) else lambda config: lr
-        SERVER_OPTIMIZERS.add(name, ServerRule(step, rate, reach, buffers), step)
+        SERVER_OPTIMIZERS.add(name, ServerRule(step, rate, buffers), step)
         return step
 
     return register
 
 
-@server_optimizer("sgd", lr=1.0, reach=lambda config, lr: lr)
+@server_optimizer("sgd", lr=1.0)
 def sgd(block: Block, config: ServerOptimizerConfig) -> None:
     """The step is g. Source: FedAvg, arXiv 1602.05629."""
 
 
-@server_optimizer("nesterov", lr=0.7, buffers=("momentum",), reach=lambda config, lr: lr * (1.0 + config.momentum))
+@server_optimizer("nesterov", lr=0.7, buffers=("momentum",))
 def nesterov(block: Block, config: ServerOptimizerConfig) -> None:
     """m = mu m + g; the step is g + mu m. Source: DiLoCo, arXiv 2311.08105."""
     g, momentum, mu = block.g, block.state["momentum"], np.float32(config.momentum)
@@ -103,7 +97,6 @@ def nesterov(block: Block, config: ServerOptimizerConfig) -> None:
     "delayed_nesterov",
     lr=lambda config: 0.2 * config.delay,
     buffers=("momentum", "delayed"),
-    reach=lambda config, lr: lr / config.delay,
 )
 def delayed_nesterov(block: Block, config: ServerOptimizerConfig) -> None:
     """d += g; the step is g / N, and every N-th time mu m more, with m = mu m + d / N; d = 0.
@@ -175,11 +168,6 @@ class ServerOptimizer:
         self.steps = 0
         """Aggregations applied so far."""
         self.buffers: dict[str, Flat] = {name: np.zeros(size, np.float32) for name in state_buffers(config)}
-
-    @property
-    def rate(self) -> float:
-        """How far a mean update moves the backbone at once, in multiples of it; of adam there is no telling: 1."""
-        return self.rule.reach(self.config, self.lr)
 
     def apply(
         self,

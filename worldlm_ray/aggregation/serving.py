@@ -79,12 +79,11 @@ class Serving:
 
     def serve(self, name: str, *, incarnation: int, now_s: float) -> list[Command]:
         """Give the model to a child; `incarnation` is the node's."""
-        doubt, child, started = None, self.children[name], self._waiting.pop(name)
+        doubt, started = None, self._waiting.pop(name)
         if not self.budget.finished:
             doubt = self.children.count_started(name, started, now_s)
         model = self.model(name, incarnation=incarnation)
         self.published.lend()
-        child.own_share = child.own_share_from_parent = 0.0
         return [*([] if doubt is None else [Note(record=doubt)]), Serve(child=name, model=model)]
 
     def model(self, child: str, *, incarnation: int) -> Model:
@@ -96,7 +95,6 @@ class Serving:
             finished=self.budget.finished or self.privacy.is_exhausted(child),
             tokens=self.published.mean_tokens,
             last_seq=known.last_seq,
-            share=known.own_share + known.own_share_from_parent,
             incarnation=incarnation,
             durable_seq=known.durable_seq,
             residuals=self.residuals.offer(child),

@@ -17,8 +17,6 @@ LARGEST_NORM = 1e15
 """Of an update or a model: its square, and sums of it over tokens and children, stay far inside fp32."""
 LARGEST_COUNT = 2**53 - 1
 """Of a count, a version or a number of tokens."""
-LARGEST_SHARE = 1e6
-"""Of `Model.share`: updates of one child that its parent has aggregated between two of its pulls."""
 LONGEST_NAME = 255
 """Characters of a node's name, which names files."""
 LONGEST_PATH = 4_096

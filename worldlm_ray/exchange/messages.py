@@ -21,7 +21,6 @@ from worldlm_ray.exchange.compression import CODECS, Bytes, decode, encode, nbyt
 from worldlm_ray.exchange.limits import (
     HEADER_BYTES,
     LARGEST_COUNT,
-    LARGEST_SHARE,
     LONGEST_PATH,
     checked,
     checked_norm,
@@ -31,7 +30,7 @@ from worldlm_ray.exchange.limits import (
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 
-SCHEMA = 7
+SCHEMA = 8
 """Version of the message schema; a receiver refuses any other."""
 
 
@@ -104,9 +103,6 @@ class Model:
     """[backbone | key layers], read-only."""
     residuals: tuple[Residual, ...] = ()
     """What may fit the child."""
-    share: float = 0.0
-    """How much of the child's own work is in what the parent moved since the child's last pull, in multiples of one
-    update of the child."""
     incarnation: int = 1
     """The parent's."""
     durable_seq: int = 0
@@ -149,7 +145,6 @@ _MODEL = {
     "finished": bool,
     "tokens": float,
     "last_seq": int,
-    "share": float,
     "incarnation": int,
     "durable_seq": int,
 }
@@ -249,7 +244,7 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type],
     return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, layout.size)}
 
 
-_MOST = {"progress": 1.0, "share": LARGEST_SHARE}
+_MOST = {"progress": 1.0}
 """Fields whose largest value is another one than that of all counts."""
 
 
