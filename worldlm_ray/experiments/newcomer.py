@@ -3,7 +3,7 @@
 Three simulated runs for each seed, of one world whose newcomers are left out at first:
 
     OUT/world/       the world without its newcomers
-    OUT/newcomers/   the newcomers, each alone, from the world's model: a few steps with a third of the learning rate
+    OUT/newcomers/   the newcomers, each alone, from the world's model: a few steps
     OUT/alone/       the newcomers, each alone, from the initial weights: ten times as many steps
 
 All three are kept, and a call that was interrupted goes on where it was. A newcomer's model and its rival are both
@@ -26,7 +26,7 @@ from worldlm_ray.experiments.comparison_progress import RunProgress
 from worldlm_ray.experiments.comparison_run import folder_of
 from worldlm_ray.experiments.export import export
 from worldlm_ray.experiments.methods import configure, set_everywhere
-from worldlm_ray.experiments.stages import LR, from_model
+from worldlm_ray.experiments.stages import from_model
 from worldlm_ray.plan import tree
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.reports.terminal import Column, FittingTable
@@ -187,9 +187,8 @@ def _only(config: RunConfig, root: NodeSpec, late: Sequence[str]) -> RunConfig:
 
 
 def _few_steps(config: RunConfig, steps: int) -> RunConfig:
-    """Few steps with a low learning rate, in short rounds: validation text is looked at after each."""
+    """Few steps in short rounds: validation text is looked at after each."""
     mapping = to_mapping(config)
-    set_everywhere(mapping, ["training", "lr"], LR)
     set_everywhere(mapping, ["training", "local_steps"], STEPS_PER_ROUND)
     mapping["budget"] = asdict(BudgetConfig(rounds=steps // STEPS_PER_ROUND))
     return from_mapping(mapping, resolved=True)
