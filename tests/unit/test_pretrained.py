@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,9 @@ def test_methods_for_adapters_are_published_rules(tmp_path: Path) -> None:
     assert fedsa.root.settings.aggregation.attention.personal
     with pytest.raises(ConfigError, match="fedit trains adapters"):
         configure(world(tmp_path, base).config, "fedit")
+
+
+def test_a_compiled_step_is_refused(tmp_path: Path) -> None:
+    config = world(tmp_path, save_pretrained(tmp_path / "base")).config
+    with pytest.raises(ConfigError, match=r"training\.compile: on"):
+        make_plan(replace(config, training=replace(config.training, compile="on")))
