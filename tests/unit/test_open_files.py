@@ -106,7 +106,7 @@ def test_an_error_names_the_limit_not_the_folder(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(open_files, "limit", lambda: 256)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_replacing", refuse)
+        patch.setattr(cache, "replacing", refuse)
         with pytest.raises(DataError, match=r"may hold 256 files open: raise the limit with `ulimit -n") as caught:
             prepare(config, context=8, key="data")
         assert "space" not in str(caught.value)

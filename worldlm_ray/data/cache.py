@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -30,6 +28,7 @@ from worldlm_ray.data.text import read_documents, shard_of
 from worldlm_ray.data.tokenizer import Tokenizer, Tokens
 from worldlm_ray.errors import DataError
 from worldlm_ray.storage import open_files
+from worldlm_ray.storage.filesystem import replacing
 
 FORMAT = 2
 """Part of every cache key: raise it when the corpora, the split or the files change."""
@@ -176,7 +175,7 @@ class _ShardWriter:
     def __init__(self, folder: Path, config: DataConfig, tokenizer: Tokenizer, files: ExitStack, total: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._writers = {
-            part: _Writer(files.enter_context(_replacing(folder / f"{part}.bin")), tokenizer) for part in PARTS
+            part: _Writer(files.enter_context(replacing(folder / f"{part}.bin")), tokenizer) for part in PARTS
         }
         self._parting = _parting(config)
         most = config.train_bytes
@@ -231,7 +230,7 @@ def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) ->
             _deal(blocks(documents), configs, writers)
             parts = {folder: writer.end() for folder, writer in writers.items()}
         for folder in configs:
-            with _replacing(folder / "meta.json") as meta_file:
+            with replacing(folder / "meta.json") as meta_file:
                 meta_file.write(json.dumps({name: vars(part) for name, part in parts[folder].items()}).encode())
     except OSError as error:
         problem = f"cannot write the token cache in {folder} ({error.strerror})"
@@ -256,22 +255,6 @@ def _deal(stream: Iterable[Block], configs: dict[Path, DataConfig], to: Mapping[
         for shards, theirs in takers.items():
             for taker in theirs.get(index % shards, ()):
                 taker.add(apart(block) if shards > 1 else block)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that replaces `path` once it is complete and on disk. After an error `path` is unchanged."""
-    # delete=False: on success the file is renamed away from its temporary name. It keeps mode 0600, since only its
-    # client may read a text. A process that is killed here leaves a .tmp- file, which is never read.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as handle:
-        try:
-            yield cast(BinaryIO, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-            os.replace(handle.name, path)
-        except BaseException:
-            os.unlink(handle.name)
-            raise
 
 
 def cached(folder: Path) -> dict[str, PartMeta] | None:

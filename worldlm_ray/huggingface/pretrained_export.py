@@ -12,6 +12,7 @@ from worldlm_ray.data.special_tokens import SETTINGS, TOKENIZER
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.huggingface.export import CARD, MARK, has_other_card
 from worldlm_ray.huggingface.side_files import TEMPLATE
+from worldlm_ray.model.pretrained_base import whole_model
 from worldlm_ray.model.pretrained_shape import LORA_A, LORA_B, PretrainedShape, draw_a
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
@@ -97,15 +98,8 @@ def _write_adapter(views: Mapping[str, np.ndarray[Any, Any]], shape: PretrainedS
 
 def _write_whole(views: Mapping[str, np.ndarray[Any, Any]], shape: PretrainedShape, folder: Path) -> None:
     import torch
-    import transformers
 
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            shape.folder, dtype=torch.float32, local_files_only=True
-        )
-    except Exception as error:  # transformers and safetensors raise errors of many kinds
-        detail = " ".join(str(error).split())[:300]
-        raise DataError(f"{shape.folder}: cannot be read ({detail}); restore the base model") from error
+    model = whole_model(Path(shape.folder))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, values in views.items():

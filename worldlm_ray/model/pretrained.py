@@ -1,6 +1,6 @@
 """Causal language models of transformers, with or without peft's adapters, as modules that a trainer can train.
 
-    skeleton    the module without weights: how `worldlm show` and a plan know its parameters
+    read_shape  what a plan and `worldlm show` know of a model, from a module without weights
     make        the module to train: frozen parameters are mapped from a file, trainable ones are bound later
 
 The frozen weights of a process exist once, whatever its number of clients, and the machine's page cache holds them once
@@ -9,6 +9,7 @@ for all its processes: see pretrained_base.py.
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -76,12 +77,14 @@ def read_shape(
         ConfigError: a pattern of `model.trainable` or a target of `model.lora` matches nothing.
         DataError: the folder holds no causal language model of transformers.
     """
-    root = skeleton(found, model.trainable, model.lora, file=file)
+    root = bare(found, file=file)
+    choose(root, model.trainable, model.lora)
     config = root.config
     limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
     trained = tuple((name, tuple(p.shape)) for name, p in root.named_parameters() if p.requires_grad)
     shape = PretrainedShape(
         folder=str(folder),
+        config=json.dumps(found),
         model_type=config.model_type,
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -109,29 +112,18 @@ def make(shape: PretrainedShape, *, recompute: bool = False) -> Pretrained:
     Raises:
         DataError: the weights cannot be read.
     """
-    from worldlm_ray.huggingface.declared import CONFIG, read_object
-
     folder = Path(shape.folder)
-    root = bare(read_object(folder / CONFIG), file=folder / CONFIG)
+    root = bare(json.loads(shape.config), file=folder / "config.json")
     if shape.trainable != "all":
         root.load_state_dict(mapped_weights(folder, Path(shape.cache_dir)), strict=False, assign=True)
         root.tie_weights()
     choose(root, shape.trainable, shape.lora)
     drawn = {name: torch.from_numpy(draw_a(name, size, seed=shape.seed)) for name, size in shape.frozen_a}
     root.load_state_dict(drawn, strict=False, assign=True)
-    for name, _ in shape.frozen_a:
-        root.get_parameter(name).requires_grad_(False)
     if recompute:
         root.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         root.enable_input_require_grads()
     return Pretrained(root)
-
-
-def skeleton(found: Mapping[str, Any], trainable: str | Any, lora: LoraConfig, *, file: Path) -> Any:
-    """transformers' module without weights. Exactly what is trained requires a gradient. Errors as `read_shape`."""
-    root = bare(found, file=file)
-    choose(root, trainable, lora)
-    return root
 
 
 def bare(found: Mapping[str, Any], *, file: Path) -> Any:

@@ -1,7 +1,7 @@
 """The weights of a pre-trained model, mapped: read once per machine, and shared by all that train beside each other.
 
-A file is mapped as it is where its tensors are fp32 and have transformers' names. Any other folder (shards, bf16, older
-names) is read by transformers once, and written as one such file to
+transformers reads a folder once, whatever its form (shards, bf16, older names). Its parameters are written in fp32,
+under the names that they have in the module, to
 
     CACHE_DIR/weights/<fingerprint>/model.safetensors
 
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray.errors import DataError
+from worldlm_ray.storage.filesystem import replacing
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 
@@ -90,10 +89,33 @@ def fingerprint(folder: Path) -> str:
 
 
 def _convert(folder: Path, made: Path) -> None:
-    """Read a model by transformers, and write its parameters as one file. A tied parameter is written once."""
+    """Write the parameters of a model as one file. A tied parameter is written once."""
+    import torch
+    from safetensors.torch import save_file
+
+    model = whole_model(folder)
+    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            raise DataError(f"{folder}: {name} holds a number that is not finite; give another model")
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(made) as handle:
+            save_file(tensors, handle.name, metadata={"format": "pt"})
+    except OSError as error:
+        raise DataError(
+            f"{made}: cannot be written ({error.strerror}); set data.cache_dir to another folder"
+        ) from error
+
+
+def whole_model(folder: Path) -> Any:
+    """transformers' module with all its weights, in fp32.
+
+    Raises:
+        DataError: the weights cannot be read, or are not those of the model that config.json declares.
+    """
     import torch
     import transformers
-    from safetensors.torch import save_file
 
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -106,20 +128,4 @@ def _convert(folder: Path, made: Path) -> None:
         if report.get(kind):
             first = sorted(map(str, report[kind]))[0]
             raise DataError(f"{folder}: {kind.replace('_', ' ')} such as {first}; download the model again")
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
-            raise DataError(f"{folder}: {name} holds a number that is not finite; give another model")
-    try:
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=made.parent, prefix=".tmp-", delete=False) as handle:
-            temporary = Path(handle.name)
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            os.replace(temporary, made)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{made}: cannot be written ({error.strerror}); set data.cache_dir to another folder"
-        ) from error
+    return model

@@ -27,6 +27,8 @@ class PretrainedShape:
 
     folder: str
     """Where its config.json and its weights lie, on every machine that trains it."""
+    config: str
+    """The content of its config.json, as JSON: by the run's copy, if it keeps one."""
     model_type: str
     """Its kind by transformers' name, such as `llama` or `gpt2`."""
     hidden_size: int

@@ -73,21 +73,21 @@ def pretrained(model: ModelConfig, file: Path, folder: Path, *, cache_dir: str, 
         cache_dir: for the frozen weights.
         seed: of the run.
     """
-    key = repr((model, file, folder, cache_dir, seed))
     try:
         found = huggingface.read_object(file)
-        if (known := _READ.get(key)) is None or known[0] != found:
+        key = repr((found, model, file, folder, cache_dir, seed))
+        if key not in _READ:
             from worldlm_ray.model.pretrained import read_shape
 
             shape, longest, tied = read_shape(found, model, file=file, folder=folder, cache_dir=cache_dir, seed=seed)
-            known = _READ[key] = (found, huggingface.Declared(shape=shape, max_positions=longest, tied=tied))
+            _READ[key] = huggingface.Declared(shape=shape, max_positions=longest, tied=tied)
     except DataError as error:
         raise ConfigError("model.initial_from", str(error)) from error
-    return known[1]
+    return _READ[key]
 
 
-_READ: dict[str, tuple[object, huggingface.Declared]] = {}
-"""What `pretrained` has read, by its arguments, with the content that it was read from."""
+_READ: dict[str, huggingface.Declared] = {}
+"""What `pretrained` has made, by the content of config.json and its arguments."""
 
 
 def read_parameters(model: ModelConfig, shape: Architecture, layout: Layout, *, seed: int) -> Flat:

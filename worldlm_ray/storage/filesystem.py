@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from worldlm_ray.errors import RunError, WorldLMError
 
@@ -84,6 +84,25 @@ def refusals(path: Path) -> Iterator[None]:
 def is_lfs_pointer(begin: bytes) -> bool:
     """Whether a file that begins like this is a pointer of git-lfs, whose content has not been fetched."""
     return begin.startswith(b"version https://git-lfs.github.com/spec/")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A local file that replaces `path` once it is complete and on disk. After an error `path` is unchanged.
+
+    It keeps mode 0600: what a client caches may be private.
+    """
+    # delete=False: on success the file is renamed away from its temporary name. A process that is killed here leaves a
+    # .tmp- file, which is never read.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as handle:
+        try:
+            yield cast(BinaryIO, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+            os.replace(handle.name, path)
+        except BaseException:
+            os.unlink(handle.name)
+            raise
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
