@@ -344,7 +344,9 @@ def export(
         str | None, typer.Option(help="with --council: a node whose validation text its first weights are fitted on")
     ] = None,
 ) -> None:
-    """Write a node's model as a Hugging Face folder; of a run that trains adapters, as a PEFT adapter.
+    """Write a node's model as a Hugging Face folder.
+
+    Of a run that trains adapters it is a PEFT adapter, or whole weights with --merge.
 
     With --council several models, each in a folder, and council.json: `worldlm sample FOLDER --council` reads them.
     """
