@@ -23,6 +23,7 @@ from worldlm_ray.model.initial import initial_parameters
 from worldlm_ray.model.shape import PRESETS, ModelShape
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
+from worldlm_ray.tensors.targets import IGNORED
 from worldlm_ray.training.deepspeed_config import worker_bytes
 from worldlm_ray.training.trainer import MOMENTS, Batch
 
@@ -63,6 +64,14 @@ def batches(shape: ModelShape, *, steps: int, size: int = 16, seed: int = 0) -> 
     return drawn
 
 
+def with_prompts(drawn: list[Batch]) -> list[Batch]:
+    """The batches with ignored targets at the beginning of each sequence: the more, the later its row."""
+    for _, targets in drawn:
+        for row, target_T in enumerate(targets):
+            target_T[: row * len(target_T) // len(targets)] = IGNORED
+    return drawn
+
+
 def start(shape: ModelShape) -> tuple[Layout, Flat]:
     """A layout with a key layer, and the initial parameters."""
     layout = shape.layout(["lm_head.*"])
@@ -98,7 +107,7 @@ def _member(rank: int, workers: int, port: int, folder: str, work: Callable[...,
 # ---- what members do ---------------------------------------------------------------------------------------------
 
 
-def train(stage: int, preset: str, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
+def train(stage: int, preset: str, steps: int, changes: dict[str, Any], prompts: bool = False) -> dict[str, Any]:
     """Train, then go on in two ways: as it is, and in a fresh engine that was given parameters and moments."""
     from worldlm_ray.training.zero import ZeroWorker
 
@@ -106,6 +115,7 @@ def train(stage: int, preset: str, steps: int, changes: dict[str, Any]) -> dict[
     layout, initial = start(shape)
     settings = training(stage, **changes)
     drawn = batches(shape, steps=steps + 3)
+    drawn = with_prompts(drawn) if prompts else drawn
     worker = ZeroWorker(shape, layout, settings, threads=1)
     worker.write(initial)
     losses = [worker.run([batch], [RATE]) for batch in drawn[:steps]]

@@ -114,7 +114,7 @@ class ZeroTrainer(Trainer):
         )
 
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
-        """Summed loss in nats and number of tokens, of the model or of other parameters."""
+        """Summed loss in nats and number of counted targets, of the model or of other parameters."""
         own = self.read() if parameters is not None else None
         if parameters is not None:
             self.write(parameters)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.zero_group import RATE, batches, in_group, memory, start, train, training
+from benchmarks.zero_group import RATE, batches, in_group, memory, start, train, training, with_prompts
 from worldlm_ray.model.shape import PRESETS
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.trainer import MOMENTS
@@ -64,6 +64,20 @@ def test_saving_memory_changes_no_result(stage: int, changes: dict[str, Any]) ->
     _, losses = plain_after(5)
     found = in_group(train, stage, "nano", 5, changes)[0]
     np.testing.assert_allclose(found["losses"], losses, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulation_steps": 4}], ids=["whole", "in parts"])
+def test_workers_with_unequally_many_counted_targets_take_the_steps_of_one(changes: dict[str, Any]) -> None:
+    layout, initial = start(SHAPE)
+    plain = LocalTrainer(SHAPE, layout, training(0), threads=1, device="cpu")
+    plain.write(initial)
+    drawn = with_prompts(batches(SHAPE, steps=8))
+    losses = [plain.run([batch], lambda _: RATE).loss_sum for batch in drawn[:5]]
+    nats, tokens = plain.evaluate([(inputs[:3], targets[:3]) for inputs, targets in drawn[5:]])
+    found = in_group(train, 2, "nano", 5, changes, True)[0]
+    np.testing.assert_allclose(found["losses"], losses, atol=1e-5)
+    np.testing.assert_allclose(found["theta"], plain.read(), atol=5e-5)
+    assert found["evaluated"] == pytest.approx(nats / tokens, abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -16,6 +16,7 @@ from worldlm_ray.experiments.council import Floats
 from worldlm_ray.experiments.council_members import Members
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
+from worldlm_ray.tensors.targets import IGNORED
 from worldlm_ray.training.local import LocalTrainer
 
 PRIOR_TOKENS = 8_192
@@ -103,7 +104,7 @@ def scored(
 
 @torch.no_grad()
 def log_probabilities(trainer: LocalTrainer, batches: Iterable[Batch]) -> Floats:
-    """Log probability of every target, [T], in the order of the batches' rows.
+    """Log probability of every counted target, [T], in the order of the batches' rows.
 
     Args:
         trainer: holds the model.
@@ -116,5 +117,6 @@ def log_probabilities(trainer: LocalTrainer, batches: Iterable[Batch]) -> Floats
         tokens_BT = torch.from_numpy(inputs).to(trainer.device)
         targets_BT = torch.from_numpy(targets).to(trainer.device)
         with torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=trainer.bf16):
-            found.append(trainer.model.loss(tokens_BT, targets_BT, reduction="none"))
+            losses_T = trainer.model.loss(tokens_BT, targets_BT, reduction="none")
+        found.append(losses_T[targets_BT.flatten() != IGNORED])
     return -torch.cat(found).double().cpu().numpy()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from worldlm_ray.model.shape import ModelShape
+from worldlm_ray.tensors.targets import IGNORED
 
 
 class Rotary(nn.Module):
@@ -150,10 +151,17 @@ class Decoder(nn.Module):
         return logits_BTV
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, *, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats: the mean per token, the sum, or one number per token."""
+        """Cross-entropy in nats: the mean per counted target, the sum, or one number per target."""
         return cross_entropy(self(tokens_BT), targets_BT, reduction=reduction)
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats, computed in fp32."""
-    return functional.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction=reduction)
+    """Cross-entropy in nats, computed in fp32: the mean per counted target, the sum, or one number per target.
+
+    An ignored target adds 0. A mean of no counted target is 0.
+    """
+    logits, targets = logits_BTV.float().flatten(0, 1), targets_BT.flatten()
+    if reduction == "mean":
+        total = functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+        return total / (targets != IGNORED).sum().clamp(min=1)
+    return functional.cross_entropy(logits, targets, reduction=reduction, ignore_index=IGNORED)

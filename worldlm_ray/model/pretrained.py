@@ -50,7 +50,7 @@ class Pretrained(nn.Module):
         return logits_BTV
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, *, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats: the mean per token, the sum, or one number per token."""
+        """Cross-entropy in nats: the mean per counted target, the sum, or one number per target."""
         if self.training and self.drops:
             # A batch decides its own dropout, so that a client that was restarted drops what it would have dropped.
             torch.manual_seed(zlib.crc32(tokens_BT.cpu().numpy().tobytes()))

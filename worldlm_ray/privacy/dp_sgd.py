@@ -116,6 +116,7 @@ class RecordGradients:
         with self._record_calls() as calls:
             logits_BTV = self.model(tokens_BT)
         loss_BT = cross_entropy(logits_BTV, targets_BT, reduction="none").view(targets_BT.shape)
+        # Over all T positions. An ignored target adds 0, so that the number of a record's targets is no scale.
         loss_B = loss_BT.mean(dim=1)
         # Layer outputs only, never parameters: their own gradients would not be clipped.
         outputs = [call.output for call in calls if call.output is not None]

@@ -21,6 +21,7 @@ from worldlm_ray.model.making import LanguageModel, make_model
 from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
+from worldlm_ray.tensors.targets import counted
 from worldlm_ray.training.deepspeed_config import is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.trainer import MOMENTS, STEP, Batch, Proximal, RoundResult, Trainer
@@ -174,13 +175,17 @@ class LocalTrainer(Trainer):
         )
 
     def step(self, inputs: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], learning_rate: float) -> Tensor:
-        """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101); returns the loss, still on the device."""
+        """One AdamW step (Loshchilov and Hutter, arXiv 1711.05101); returns the loss, still on the device.
+
+        A part of the batch weighs as much as its share of the counted targets.
+        """
         self.gradient.zero_()
         loss = torch.zeros((), device=self.device)
-        parts = self.training.accumulation_steps
+        parts, whole = self.training.accumulation_steps, max(counted(targets), 1)
         for part in range(parts):
             rows = slice(part * len(inputs) // parts, (part + 1) * len(inputs) // parts)
-            share = self._mean_loss(inputs[rows], targets[rows]) / parts
+            weight = counted(targets[rows]) * parts / whole  # 1 where all targets count
+            share = self._mean_loss(inputs[rows], targets[rows]) * weight / parts
             share.backward()  # type: ignore[no-untyped-call]
             loss += share.detach()
         self._descend(learning_rate)
@@ -205,7 +210,7 @@ class LocalTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
-        """Summed loss in nats and number of tokens over the batches.
+        """Summed loss in nats and number of counted targets over the batches.
 
         Args:
             batches: token ids and targets.
@@ -220,7 +225,7 @@ class LocalTrainer(Trainer):
         try:
             for inputs, targets in batches:
                 total += float(self._loss(inputs, targets, "sum"))
-                tokens += targets.size
+                tokens += counted(targets)
         finally:
             if own is not None:
                 self.write(own)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from worldlm_ray.tensors.buffers import Flat
 
 Batch = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""Token ids and targets, [batch, context] each."""
+"""Token ids and targets, [batch, context] each. A target may be IGNORED (worldlm_ray/tensors/targets.py)."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by torch's names."""
@@ -39,7 +39,7 @@ class RoundResult:
     steps: int
     tokens: int
     loss_sum: float
-    """Sum over steps of the step's mean loss, nats per token."""
+    """Sum over steps of the step's mean loss, nats per counted target."""
     train_s: float
     learning_rate: float
     """Of the last step."""
@@ -77,7 +77,7 @@ class Trainer(Protocol):
         ...
 
     def evaluate(self, batches: Iterable[Batch], *, parameters: Flat | None = None) -> tuple[float, int]:
-        """Summed loss in nats and number of tokens, of the model or of other parameters."""
+        """Summed loss in nats and number of counted targets, of the model or of other parameters."""
         ...
 
     def sample(self, prompt: npt.NDArray[np.int64], *, tokens: int, temperature: float, seed: int) -> list[int]:

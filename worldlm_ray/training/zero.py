@@ -34,6 +34,7 @@ from worldlm_ray.model.decoder import cross_entropy
 from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Entry, Layout
+from worldlm_ray.tensors.targets import counted
 from worldlm_ray.training.deepspeed_config import deepspeed_config, is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.spans import spans
@@ -195,7 +196,7 @@ class ZeroWorker:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Summed loss in nats and number of tokens. Each worker takes its part of a batch's sequences."""
+        """Summed loss in nats and number of counted targets. Each worker takes its part of a batch's sequences."""
         self.engine.eval()
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for inputs, targets in batches:
@@ -205,7 +206,7 @@ class ZeroWorker:
             rows = slice(0, 1) if empty else own
             loss = self._loss(inputs[rows], targets[rows], "sum")
             total += 0.0 if empty else loss.double()
-            tokens += targets.size
+            tokens += counted(targets)
         dist.all_reduce(total)
         return float(total), tokens
 
@@ -223,14 +224,15 @@ class ZeroWorker:
         )
 
     def _step(self, batch: Batch) -> Tensor:
-        """One optimizer step on this worker's part of a batch. Returns its mean loss."""
+        """One optimizer step on this worker's part of a batch. Returns its share of the loss, times the workers."""
         inputs, targets = batch
-        parts = self.training.accumulation_steps
+        parts, whole = self.training.accumulation_steps, max(counted(targets), 1)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in range(parts):
             share = self.rank * parts + part
             rows = slice(*(len(inputs) * end // (self.workers * parts) for end in (share, share + 1)))
-            loss = self._loss(inputs[rows], targets[rows], "mean")
+            weight = counted(targets[rows]) * self.workers * parts / whole  # 1 where all targets count
+            loss = self._loss(inputs[rows], targets[rows], "mean") * weight
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach().double() / parts
