@@ -8,6 +8,8 @@
     ├── AggregationError         an aggregation was asked for with nothing to aggregate
     ├── PrivacyError             a privacy budget or its ledger does not allow what was asked for
     ├── CheckpointError          a checkpoint is missing, damaged or of another run
+    ├── GatewayError             a gateway's folder, a profile or an invitation cannot be used
+    │   └── Refused              what a member or a stranger asks at the border is refused (carries the refusal's name)
     └── RunError                 a run cannot start, continue or be found
         ├── OutputError          stdout or stderr cannot be written
         └── Interrupted          the user left before the run had begun
@@ -112,6 +114,27 @@ class CheckpointError(WorldLMError):
 
 class SupersededError(WorldLMError):
     """A newer process plays this node: the one that hears this is a leftover and must end, without a trace."""
+
+
+class GatewayError(WorldLMError):
+    """A gateway's folder, a member's profile or an invitation cannot be used."""
+
+
+class Refused(GatewayError):
+    """What a peer asks at the border is refused; nothing has changed.
+
+    Args:
+        reason: the name of the refusal, as counted and shown.
+        detail: who, what was got, and the cure.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 class RunError(WorldLMError):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import unicodedata
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -29,6 +30,8 @@ T = TypeVar("T")
 NAMED = 50
 """As many names are listed in a message, at most."""
 LARGEST_INT = 2**63
+_NAME_BYTES = 200
+"""Longest name of a node in UTF-8: names become folders, whose names have 255 bytes at most."""
 _BOOLS = {"true": True, "yes": True, "on": True, "y": True, "1": True}
 _BOOLS |= {"false": False, "no": False, "off": False, "n": False, "0": False}
 
@@ -242,6 +245,23 @@ def _any(value: Any, key: str) -> Any:
         elif isinstance(each, list):
             waiting += [(f"{place}[{index}]", below) for index, below in enumerate(each)]
     return deepcopy(value)
+
+
+def checked_name(given: Any, key: str) -> str:
+    """A node's name, in Unicode's normal form C, so that names that look alike are alike.
+
+    Raises:
+        ConfigError: it cannot be one, by the key.
+    """
+    name = unicodedata.normalize("NFC", converted(given, str, key))
+    # Letters of every script, with the marks that some write above or below a letter.
+    fit = all(c in "_.-:" or c.isalnum() or unicodedata.category(c)[0] == "M" for c in name)
+    if not fit or not name[:1].isalnum():
+        cure = "use letters, digits, '_', '-', '.' and ':', and begin with a letter or digit"
+        raise ConfigError(key, f"{name!r} is no name", cure)
+    if len(name.encode()) > _NAME_BYTES:
+        raise ConfigError(key, f"{name[:20]!r}... is too long", f"give a name of {_NAME_BYTES} bytes at most")
+    return name
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,6 @@ has its part (`data.shard`), so that together they have all of it, once; where `
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -23,13 +22,11 @@ from typing import Any, Literal
 from worldlm_ray.config import values as schema
 from worldlm_ray.config.checks import check_settings
 from worldlm_ray.config.schema import INHERITED, NODE_KEYS, NodeSettings, RunConfig
-from worldlm_ray.config.values import Problems, one_of
+from worldlm_ray.config.values import Problems, checked_name, one_of
 from worldlm_ray.errors import ConfigError
 
 Kind = Literal["world", "federation", "client"]
 _MOST_COPIES = 10_000_000
-_NAME_BYTES = 200
-"""Longest name in UTF-8: names become folders, whose names have 255 bytes at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,20 +302,3 @@ def _kind_and_name(item: Any, place: str) -> tuple[Kind, str]:
     if len(kinds) != 1:
         raise ConfigError(place, "is neither a federation nor a client", "name it by one key, federation or client")
     return kinds[0], checked_name(item[kinds[0]], f"{place}.{kinds[0]}")
-
-
-def checked_name(given: Any, key: str) -> str:
-    """A node's name, in Unicode's normal form C, so that names that look alike are alike.
-
-    Raises:
-        ConfigError: it cannot be one, by the key.
-    """
-    name = unicodedata.normalize("NFC", schema.converted(given, str, key))
-    # Letters of every script, with the marks that some write above or below a letter.
-    fit = all(c in "_.-:" or c.isalnum() or unicodedata.category(c)[0] == "M" for c in name)
-    if not fit or not name[:1].isalnum():
-        cure = "use letters, digits, '_', '-', '.' and ':', and begin with a letter or digit"
-        raise ConfigError(key, f"{name!r} is no name", cure)
-    if len(name.encode()) > _NAME_BYTES:
-        raise ConfigError(key, f"{name[:20]!r}... is too long", f"give a name of {_NAME_BYTES} bytes at most")
-    return name
