@@ -251,6 +251,16 @@ def test_methods_for_adapters_are_published_rules(tmp_path: Path) -> None:
         configure(world(tmp_path, base).config, "fedit")
 
 
+@pytest.mark.parametrize("method", ["fedit", "local", "worldlm"])
+def test_methods_read_text_by_the_tokenizer_of_the_model(tmp_path: Path, method: str) -> None:
+    """A configuration names no tokenizer then. A method writes out what every client does."""
+    base = save_pretrained(tmp_path / "base", vocab_size=512)
+    own = worlds.tokenizer(base / "tokenizer.json")
+    plan = world(tmp_path, base, trainable="lora")
+    assert plan.tokenizer == str(own)
+    assert make_plan(configure(plan.config, method)).tokenizer == str(own)
+
+
 def test_a_compiled_step_is_refused(tmp_path: Path) -> None:
     config = world(tmp_path, save_pretrained(tmp_path / "base")).config
     with pytest.raises(ConfigError, match=r"training\.compile: on"):

@@ -43,7 +43,7 @@ from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.config.schema import INHERITED, USUAL_KEY_LAYERS, RunConfig
 from worldlm_ray.config.values import one_of
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import tree
+from worldlm_ray.plan import initial_model, tree
 from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.plan.tree import NodeSpec
 
@@ -77,6 +77,7 @@ def configure(config: RunConfig, method: str) -> RunConfig:
     for variant in variants:
         if variant not in VARIANTS:
             raise ConfigError("--methods", f"unknown variant {variant!r}", one_of(variant, list(VARIANTS)))
+    config = initial_model.with_tokenizer(config)  # the methods write it at every client
     root = tree.build(config)
     mapping = to_mapping(config) | {"method": method, "name": f"{config.name}-{method}"}
     METHODS[base](mapping, root)

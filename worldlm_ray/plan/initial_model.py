@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from worldlm_ray import huggingface
@@ -117,6 +118,14 @@ def tokenizer_of(config: RunConfig) -> str | None:
         own = expanded(config.model.initial_from) / kept.TOKENIZER
         return str(own) if own.is_file() else "bytes"
     return None
+
+
+def with_tokenizer(config: RunConfig) -> RunConfig:
+    """The configuration with the tokenizer of its initial model, where it names none and that model has one."""
+    tokenizer = tokenizer_of(config)
+    if tokenizer in (None, "bytes"):
+        return config
+    return replace(config, data=replace(config.data, tokenizer=tokenizer))
 
 
 def _check_bytes(folder: Path, vocab_size: int) -> None:
