@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from support import worlds
+from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.plan.plan import Plan, make_plan
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -41,3 +46,35 @@ def save_pretrained(folder: Path, kind: str = "llama_tied_gqa", **settings: Any)
     torch.manual_seed(0)
     made(config).save_pretrained(folder)
     return folder
+
+
+def world(folder: Path, model: Path, **settings: Any) -> Plan:
+    """Two clients on a model on disk, two rounds of two steps."""
+    raw = {
+        "run_dir": str(folder / "run"),
+        "data": {"cache_dir": str(folder / "cache")},
+        "model": {"backend": "transformers", "initial_from": str(model), "context": 16, **settings},
+        "merge": {"client": 1.0},
+        "budget": {"rounds": 2},
+        "training": {"local_steps": 2, "batch_size": 4, "lr": 1e-2},
+        "evaluation": {"tokens": 256, "final_tokens": 256},
+        "world": {"children": [worlds.client("a", folder, 1), worlds.client("b", folder, 2)]},
+    }
+    return make_plan(from_mapping(raw))
+
+
+def logits(model: Any) -> np.ndarray:
+    """Logits [2, 16, V] of a module of transformers on tokens that are always the same."""
+    torch = pytest.importorskip("torch")
+    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits.numpy()
+
+
+def computed_here(plan: Plan, theta: np.ndarray) -> np.ndarray:
+    """The same of a plan's model with trainable parameters, computed by a trainer."""
+    from worldlm_ray.training.making import plain_trainer
+
+    trainer = plain_trainer(plan.shape, plan.layout, plan.root.clients[0].settings)
+    trainer.write(theta)
+    return logits(trainer.model.root)

@@ -296,9 +296,10 @@ def test_the_tokenizer_of_the_run_goes_with_it(tiny: Tiny, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 9}, "format 9, this version reads 1"),
+        ({"format": 9}, "format 9, this version reads 2"),
         ({"eps": 1.0}, "eps is 1.0"),
         ({"eps": "much"}, "damaged"),
+        ({"backend": "none"}, "damaged"),
         ({"top": 0}, "top is 0"),
         ({"after": 0}, "after 0"),
         ({"members": []}, "0 different members"),

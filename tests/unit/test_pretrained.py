@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
-from support import worlds
-from support.pretrained import KINDS, save_pretrained
+from support.pretrained import KINDS, computed_here, logits, save_pretrained, world
 
-from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.experiments.evaluate import sound_theta
 from worldlm_ray.experiments.export import export
 from worldlm_ray.experiments.methods import configure
 from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.plan import build, rundir
-from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.simulation.simulator import simulate
 
 torch = pytest.importorskip("torch")
@@ -28,35 +26,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def world(folder: Path, model: Path, **settings: Any) -> Plan:
-    """Two clients on a model on disk, two rounds of two steps."""
-    raw = {
-        "run_dir": str(folder / "run"),
-        "data": {"cache_dir": str(folder / "cache")},
-        "model": {"backend": "transformers", "initial_from": str(model), "context": 16, **settings},
-        "merge": {"client": 1.0},
-        "budget": {"rounds": 2},
-        "training": {"local_steps": 2, "batch_size": 4, "lr": 1e-2},
-        "evaluation": {"tokens": 256, "final_tokens": 256},
-        "world": {"children": [worlds.client("a", folder, 1), worlds.client("b", folder, 2)]},
-    }
-    return make_plan(from_mapping(raw))
-
-
-def logits(model: Any) -> np.ndarray:
-    tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model.eval()(input_ids=tokens).logits.numpy()
-
-
-def computed_here(plan: Plan, theta: np.ndarray) -> np.ndarray:
-    from worldlm_ray.training.making import plain_trainer
-
-    trainer = plain_trainer(plan.shape, plan.layout, plan.root.clients[0].settings)
-    trainer.write(theta)
-    return logits(trainer.model.root)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -21,7 +21,7 @@ from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import RunError
 from worldlm_ray.experiments.comparison_curve import Curve
 from worldlm_ray.experiments.comparison_progress import DONE, MEASURING, TRAINING, WAITING, RunProgress
-from worldlm_ray.experiments.export import export
+from worldlm_ray.experiments.export import export_whole
 from worldlm_ray.experiments.methods import ALL, flat_name
 from worldlm_ray.experiments.stages import SHARE, from_model, has_two, stages
 from worldlm_ray.plan import rundir, tree
@@ -90,6 +90,8 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
     world = from_mapping(mapping, resolved=True)
     configs = [replace(config, seed=seed) for config in stages(world, method)]
     places = [folder] if len(configs) == 1 else [folder / BASE, folder]
+    if len(configs) > 1:
+        configs[1] = from_model(configs[1], str(folder / BASE / MODEL))
     if not (folder / CURVE).is_file():
         if folder.exists():
             shutil.rmtree(folder)  # of an interrupted run: a simulation starts over
@@ -120,9 +122,7 @@ def _train(configs: Sequence[RunConfig], places: Sequence[Path]) -> dict[str, An
     tokens, virtual_s = 0, 0.0
     for index, (config, place) in enumerate(zip(configs, places, strict=True)):
         if index:
-            model = places[index - 1] / MODEL
-            export(str(places[index - 1]), ALL, model)
-            config = from_model(config, str(model))
+            export_whole(str(places[index - 1]), ALL, places[index - 1] / MODEL)
         plan = rundir.create(make_plan(replace(config, run_dir=str(place))))
         found = Curve(plan, tokens=tokens, virtual_s=virtual_s, world=not index)
         summary = simulate(plan, on_progress=found.add_points, on_record=found.add_record).summary
@@ -176,11 +176,19 @@ def _measure(originals: list[NodeSpec], done: Sequence[_Stage]) -> list[dict[str
     nodes = {spec.path: _node_of(spec, last.plan) for spec in originals}
     models = {path: _theta(last.plan, node) if node else world for path, node in nodes.items()}
     settings = originals[0].settings
-    trainer = LocalTrainer(shape, last.plan.layout, settings.training, threads=1, device=device_of(settings.resources))
+
+    def trainer_of(stage: _Stage) -> LocalTrainer:
+        device = device_of(settings.resources)
+        return LocalTrainer(stage.plan.shape, stage.plan.layout, settings.training, threads=1, device=device)
+
+    trainer = trainer_of(last)
+    # Adapters of the first stage belong to the model that this stage began from.
+    trainer_of_world = trainer if first.plan.shape == shape else trainer_of(first)
     rows = []
     for spec in originals:
         dataset = prepare(spec.settings.data, context=shape.context, key=f"{spec.key}.data")
         text = _Text(dataset, trainer, shape.context)
+        text_of_world = _Text(dataset, trainer_of_world, shape.context)
         counted = [
             stage.summary["nodes"][_node_of(spec, stage.plan) or stage.plan.root.clients[0].path] for stage in done
         ]
@@ -189,7 +197,7 @@ def _measure(originals: list[NodeSpec], done: Sequence[_Stage]) -> list[dict[str
                 "client": spec.path,
                 "own": text.loss(models[spec.path], tokens),
                 "validation": text.validation(models[spec.path], tokens),
-                "world": text.loss(world, tokens),
+                "world": text_of_world.loss(world, tokens),
                 "by_model": {path: text.loss(theta, tokens // SHORTER) for path, theta in models.items()},
                 "best_round": counted[-1]["best_round"],
                 **{name: sum(each[name] for each in counted) for name in ("steps", "bytes_up", "bytes_down")},

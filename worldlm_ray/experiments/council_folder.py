@@ -1,8 +1,9 @@
 """A council on disk: an exported model in a folder of each member, and council.json.
 
 council.json holds `format`, `run`, `eps`, `top`, `after` (see `council.CouncilRules`), `context` (tokens that a model
-sees at most), `tokenizer` (`bytes`, or a file of this folder) and `members`: for each its `node` in the run, its
-`folder`, which `AutoModelForCausalLM` loads, and its `prior`, the weight with which a text begins.
+sees at most), `backend` (what computes the models: see `ModelConfig.backend`), `tokenizer` (`bytes`, or a file of this
+folder) and `members`: for each its `node` in the run, its `folder`, which `AutoModelForCausalLM` loads, and its
+`prior`, the weight with which a text begins. Of a run that trains adapters the folders hold whole weights.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray import huggingface
+from worldlm_ray.config.schema import ModelConfig
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.experiments import council
 from worldlm_ray.experiments.council import CouncilRules, Floats
 from worldlm_ray.experiments.council_members import Members, members_of
 from worldlm_ray.experiments.council_scores import PRIOR_TOKENS, scored, texts_of
 from worldlm_ray.experiments.export import refuse_base, write_model
+from worldlm_ray.model.pretrained_base import read_whole
 from worldlm_ray.model.pretrained_shape import Architecture
 from worldlm_ray.plan import kept, rundir
 from worldlm_ray.plan.plan import Plan
@@ -32,7 +35,7 @@ from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.making import plain_trainer
 
 COUNCIL = "council.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +94,7 @@ def export_council(
     for number, (path, theta) in enumerate(found.thetas.items(), 1):
         name = f"{number:0{width}}"
         refuse_base(plan, folder / name)
-        notes += write_model(plan, plan.specs[path], theta, folder / name)
+        notes += write_model(plan, plan.specs[path], theta, folder / name, merge=plan.shape.has_adapters)
         entries.append({"node": path, "folder": name, "prior": float(prior_K[number - 1])})
     written = {
         "format": FORMAT,
@@ -100,6 +103,7 @@ def export_council(
         "top": rules.top,
         "after": rules.after,
         "context": plan.shape.context,
+        "backend": plan.config.model.backend,
         "tokenizer": "bytes" if plan.tokenizer == "bytes" else f"{entries[0]['folder']}/{kept.TOKENIZER}",
         "members": entries,
     }
@@ -144,25 +148,38 @@ def read(folder: Path) -> Saved:
     try:
         rules = CouncilRules(eps=float(found["eps"]), top=found["top"], after=int(found["after"]))
         context, tokenizer, entries = int(found["context"]), str(found["tokenizer"]), list(found["members"])
+        is_pretrained = {"decoder": False, "transformers": True}[found["backend"]]
         priors = [float(entry["prior"]) for entry in entries]
         folders = {str(entry["node"]): _below(file, str(entry["folder"])) for entry in entries}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{file}: is damaged ({type(error).__name__}: {error}); export it again") from error
     _check(file, rules, priors, folders)
-    shapes = {path: huggingface.read_shape(path, context=context) for path in folders.values()}
+    read_shape = _pretrained_shape if is_pretrained else huggingface.read_shape
+    shapes: dict[Path, Architecture] = {path: read_shape(path, context=context) for path in folders.values()}
     shape = next(iter(shapes.values()))
     for path, other in shapes.items():
-        if other != shape:
+        if (other.parameters, other.vocab_size) != (shape.parameters, shape.vocab_size):
             raise DataError(f"{path}: is a model of other sizes than the first member; export the council again")
     layout = shape.layout([])
+    read_weights = read_whole if is_pretrained else huggingface.read_weights
     return Saved(
-        thetas={node: huggingface.read_weights(path, layout) for node, path in folders.items()},
+        thetas={node: read_weights(path, layout) for node, path in folders.items()},
         prior_K=np.log(priors),
         rules=rules,
         shape=shape,
         layout=layout,
         tokenizer=tokenizer if tokenizer == "bytes" else str(_below(file, tokenizer)),
     )
+
+
+def _pretrained_shape(folder: Path, *, context: int) -> Architecture:
+    """The shape of a member that transformers computes."""
+    from worldlm_ray.model.pretrained import read_shape  # transformers takes seconds to import
+
+    file, model = folder / huggingface.CONFIG, ModelConfig(backend="transformers", context=context)
+    found = huggingface.read_object(file)
+    # No weight is frozen, so that nothing goes into a cache.
+    return read_shape(found, model, file=file, folder=folder, cache_dir=str(folder))[0]
 
 
 def _below(file: Path, name: str) -> Path:

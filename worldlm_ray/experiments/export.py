@@ -45,6 +45,15 @@ def export(run: str, node: str, folder: Path, *, merge: bool = False) -> tuple[s
     return spec.path, write_model(plan, spec, sound_theta(plan, spec), folder.expanduser(), merge=merge)
 
 
+def export_whole(run: str, node: str, folder: Path) -> None:
+    """Write a node's model as whole weights, which another run may begin from; see `export`.
+
+    Adapters are added to the weights. A run that trains adapters then draws new ones beside them.
+    """
+    plan = rundir.reopen(run, check_data=False)
+    export(run, node, folder, merge=plan.shape.has_adapters)
+
+
 def refuse_base(plan: Plan, folder: Path) -> None:
     """Refuse to overwrite the model that a run began from.
 

@@ -24,7 +24,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.experiments.compare import compare
 from worldlm_ray.experiments.comparison_progress import RunProgress
 from worldlm_ray.experiments.comparison_run import folder_of
-from worldlm_ray.experiments.export import export
+from worldlm_ray.experiments.export import export_whole
 from worldlm_ray.experiments.methods import configure, set_everywhere
 from worldlm_ray.experiments.stages import from_model
 from worldlm_ray.plan import tree
@@ -121,7 +121,7 @@ def newcomers(
     for seed in seeds:
         model = out / "models" / str(seed)
         if not (model / "config.json").is_file():
-            export(str(folder_of(out / "world", "worldlm", seed)), "world", model)
+            export_whole(str(folder_of(out / "world", "worldlm", seed)), "world", model)
         few = _few_steps(from_model(only, str(model)), rules.steps)
         joined += compare(few, ["local"], [seed], out=out / "newcomers" / str(seed), **shared)
     return [Newcomer(client=path, joined=_mean(joined, path), alone=_mean(alone, path)) for path in late]

@@ -10,11 +10,12 @@ conversion. A folder holds config.json, model.safetensors (or shards with an ind
     card.py       its model card
 """
 
-from worldlm_ray.huggingface.declared import Declared, read_declared, read_object, read_shape
+from worldlm_ray.huggingface.declared import CONFIG, Declared, read_declared, read_object, read_shape
 from worldlm_ray.huggingface.export import export, has_other_card
 from worldlm_ray.huggingface.weights import check_weights, read_weights
 
 __all__ = [
+    "CONFIG",
     "Declared",
     "check_weights",
     "export",

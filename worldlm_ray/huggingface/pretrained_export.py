@@ -63,6 +63,8 @@ def export_pretrained(
         if shape.has_adapters and not merge:
             _write_adapter(views, shape, folder)
         else:
+            for name in (ADAPTER, ADAPTER_CONFIG):  # transformers would add an earlier export's to the weights
+                (folder / name).unlink(missing_ok=True)
             _write_whole(views, shape, folder)
         for name, contents in files.items():
             (folder / name).write_bytes(contents)

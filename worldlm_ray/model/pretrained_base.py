@@ -68,6 +68,18 @@ def read_parameters(folder: Path, cache_dir: Path, layout: Layout) -> Flat:
     return flat
 
 
+def read_whole(folder: Path, layout: Layout) -> Flat:
+    """The same of a folder that is read once: nothing is kept in a cache.
+
+    Raises:
+        DataError: as `whole_model`.
+    """
+    flat, parameters = np.empty(layout.size, np.float32), dict(whole_model(folder).named_parameters())
+    for name, view in layout.views(flat).items():
+        view[...] = parameters[name].detach().numpy()
+    return flat
+
+
 def fingerprint(folder: Path) -> str:
     """Identity of the weights: names, sizes and times of the files, and the model's config.json.
 

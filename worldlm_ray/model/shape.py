@@ -33,6 +33,11 @@ class ModelShape:
     norm_eps: float = 1e-5
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained instead of the model's own parameters: never here."""
+        return False
+
+    @property
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.heads

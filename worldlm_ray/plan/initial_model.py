@@ -97,7 +97,7 @@ def read_parameters(model: ModelConfig, shape: Architecture, layout: Layout, *, 
     Raises:
         ConfigError: the weights cannot be read.
     """
-    if isinstance(shape, PretrainedShape) and shape.has_adapters:
+    if shape.has_adapters:
         return initial_adapters(layout, seed=seed)
     assert model.initial_from is not None, "a run without it begins from random weights"
     folder = expanded(model.initial_from)
