@@ -18,7 +18,8 @@ from worldlm_ray.cli import main as cli
 from worldlm_ray.config.loading import from_mapping, save, to_mapping
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.experiments.export import _facts, export
+from worldlm_ray.experiments.card_facts import facts
+from worldlm_ray.experiments.export import export
 from worldlm_ray.huggingface.card import Facts, card
 from worldlm_ray.huggingface.side_files import side_files
 from worldlm_ray.model.initial import initial_parameters
@@ -238,7 +239,7 @@ def test_a_damaged_summary_costs_its_facts_only(tiny: Callable[..., Plan], tmp_p
     plan = tiny()
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     (plan.run_dir / "summary.json").write_text(damaged)
-    found = _facts(plan, plan.root, {})
+    found = facts(plan, plan.root, {})
     assert (found.tokens, found.loss, found.perplexity_per_token) == (None, None, None)
     assert "not measured, or private" in card(found)
 
