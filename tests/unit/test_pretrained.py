@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from support import worlds
 from support.pretrained import KINDS, computed_here, logits, save_pretrained, world
 
 from worldlm_ray.errors import ConfigError
