@@ -76,6 +76,9 @@ class DataConfig:
     A folder stands for FOLDER/**/*: links are followed, hidden names left out. What is left out is counted and said."""
     corpus: str | None = None
     """Name of a corpus (see worldlm_ray/data/corpora.py); instead of `files`."""
+    format: Literal["text", "conversations"] = "text"
+    """`conversations`: records hold `messages` ([{role, content}, ...]), or `prompt` and `completion`. The tokenizer's
+    chat template writes them, and the loss is on the assistant's messages only (docs/pretrained.md)."""
     text_key: str = "text"
     """Field or column that holds the text of JSON and .parquet files; `meta.text` names a field of a field."""
     tokenizer: str | None = None

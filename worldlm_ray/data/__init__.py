@@ -7,6 +7,7 @@ special_tokens.py  which of its tokens no text may write, and which one ends a t
 fidelity.py    how much of a text its tokenizer loses
 split.py       documents -> blocks, and the part that each goes to
 cache.py       blocks -> memory-mapped tokens of the train, validation and held-out parts
+chat_records.py, chat_template.py, packing.py, conversations.py  conversations -> rows whose targets are the answers
 dataset.py     tokens -> batches
 preparation.py a data section -> its dataset
 """

@@ -165,7 +165,7 @@ class _TrainBytes:
         self._count(self._parting.rest())
         return self._bytes
 
-    def _count(self, blocks: list[Placed]) -> None:
+    def _count(self, blocks: list[Placed[Block]]) -> None:
         self._bytes += sum(len(placed.block.text.encode()) for placed in blocks if placed.part == "train")
 
 
@@ -188,15 +188,15 @@ class _ShardWriter:
         self._write(self._parting.rest())
         return {part: writer.meta() for part, writer in self._writers.items()}
 
-    def _write(self, blocks: list[Placed]) -> None:
+    def _write(self, blocks: list[Placed[Block]]) -> None:
         for placed in blocks:
             block = self._used.kept(placed) if placed.part == "train" else placed.block
             if block is not None:
                 self._writers[placed.part].add(block, index=placed.index)
 
 
-def _parting(config: DataConfig) -> Parting:
-    return Parting(heldout=config.heldout_fraction, validation=config.validation_fraction)
+def _parting(config: DataConfig) -> Parting[Block]:
+    return Parting[Block](heldout=config.heldout_fraction, validation=config.validation_fraction)
 
 
 def build(configs: dict[Path, DataConfig], tokenizer: Tokenizer, *, key: str) -> dict[Path, dict[str, PartMeta]]:

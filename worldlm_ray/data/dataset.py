@@ -68,7 +68,7 @@ class Dataset:
         generator = np.random.Generator(np.random.PCG64(derive(seed, self.order, "batches", round)))
         for _ in range(steps):
             starts = generator.integers(0, len(tokens) - context, size=batch_size)
-            yield _windows(tokens, starts, context=context)
+            yield self._windows(tokens, starts, context=context)
 
     def records(self, *, context: int) -> int:
         """Number of disjoint sequences in the training part, each of `context` tokens and the one that follows."""
@@ -93,7 +93,7 @@ class Dataset:
         for _ in range(steps):
             # First how many, then which: the distribution of independent draws, without a draw for each record.
             chosen = generator.choice(count, size=generator.binomial(count, rate), replace=False)
-            yield _windows(tokens, chosen.astype(np.int64) * (context + 1), context=context)
+            yield self._windows(tokens, chosen.astype(np.int64) * (context + 1), context=context)
 
     def heldout_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
         """Windows for evaluation. They do not overlap, and are spread evenly over the held-out part.
@@ -109,7 +109,7 @@ class Dataset:
         Raises:
             DataError: the held-out part is shorter than a window.
         """
-        return _spread(self.heldout, "held-out", tokens, context=context, batch_size=batch_size)
+        return self._spread(self.heldout, "held-out", tokens, context=context, batch_size=batch_size)
 
     def validation_windows(self, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
         """Windows of the validation part, as `heldout_windows`.
@@ -117,7 +117,7 @@ class Dataset:
         Raises:
             DataError: the validation part is shorter than a window, or there is none.
         """
-        return _spread(self.validation, "validation", tokens, context=context, batch_size=batch_size)
+        return self._spread(self.validation, "validation", tokens, context=context, batch_size=batch_size)
 
     def validation_bytes_per_token(self) -> float:
         """Mean bytes of a validation token."""
@@ -126,6 +126,16 @@ class Dataset:
     def heldout_bytes_per_token(self) -> float:
         """Mean bytes of a held-out token. A loss per token divided by it is a loss per byte."""
         return self.heldout_bytes / len(self.heldout)
+
+    def _spread(self, part: Tokens, name: str, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
+        """Windows that do not overlap, spread evenly over a part."""
+        require_window(len(part), name, context)
+        for starts in spread((len(part) - 1) // context, tokens, step=context, context=context, batch_size=batch_size):
+            yield self._windows(np.asarray(part), starts, context=context)
+
+    def _windows(self, tokens: Tokens, starts: npt.NDArray[np.int64], *, context: int) -> Batch:
+        window_BT = tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+        return np.ascontiguousarray(window_BT[:, :-1]), np.ascontiguousarray(window_BT[:, 1:])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -191,19 +201,20 @@ def pool_of(members: Sequence[Dataset]) -> Pool:
     )
 
 
-def _spread(part: Tokens, name: str, tokens: int, *, context: int, batch_size: int) -> Iterator[Batch]:
-    """Windows that do not overlap, spread evenly over a part."""
-    require_window(len(part), name, context)
-    available = (len(part) - 1) // context
+def spread(available: int, tokens: int, *, step: int, context: int, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Where evaluated windows of a part begin, for one batch after the other.
+
+    Args:
+        available: windows of the part.
+        tokens: largest number of tokens that are predicted. At least one window is given.
+        step: tokens from one window of the part to the next.
+        context: T.
+        batch_size: B; the last batch may be smaller.
+    """
     wanted = max(1, min(available, tokens // context))
-    starts = np.arange(wanted, dtype=np.int64) * available // wanted * context
+    starts = np.arange(wanted, dtype=np.int64) * available // wanted * step
     for first in range(0, wanted, batch_size):
-        yield _windows(np.asarray(part), starts[first : first + batch_size], context=context)
-
-
-def _windows(tokens: Tokens, starts: npt.NDArray[np.int64], *, context: int) -> Batch:
-    window_BT = tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
-    return np.ascontiguousarray(window_BT[:, :-1]), np.ascontiguousarray(window_BT[:, 1:])
+        yield starts[first : first + batch_size]
 
 
 def require_window(got: int, part: str, context: int, *, cure: str = "give more text") -> None:

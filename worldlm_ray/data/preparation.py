@@ -8,6 +8,7 @@ from pathlib import Path
 
 from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import cache
+from worldlm_ray.data.conversations import prepare_conversations
 from worldlm_ray.data.dataset import Dataset, pool_of, require_window
 from worldlm_ray.data.fidelity import check_fidelity
 from worldlm_ray.data.text import check_shard, describe, find_sources, members_of
@@ -43,6 +44,8 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
             for index, member in enumerate(members_of(config, key))
         ]
         return pool_of(members)
+    if config.format == "conversations":
+        return prepare_conversations(config, found, context=context, key=key, order=order)
     tokenizer = load_tokenizer(config.tokenizer)
     source = cache.source_of(config, found.paths)
     whole = cache.fingerprint_of(replace(config, shard=None), source, tokenizer)
@@ -75,7 +78,7 @@ def prepare(config: DataConfig, *, context: int, key: str, order: str = "") -> D
 def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> None:
     """Fill the cache for many shards of one text. The text is read once per `SHARDS_AT_ONCE` missing shards.
 
-    `prepare` then finds each of them. Sections without `shard` are left to `prepare`.
+    `prepare` then finds each of them. Sections without `shard` and conversations are left to `prepare`.
 
     Args:
         configs: data sections that differ in `shard` alone.
@@ -86,7 +89,8 @@ def prepare_shards(configs: Sequence[DataConfig], *, context: int, key: str) -> 
         ConfigError: a value of the section cannot be used.
         DataError: the text is damaged, or the cache cannot be written.
     """
-    shared = [config for config in configs if config.shard is not None and not config.pool]
+    texts = [config for config in configs if config.format == "text" and not config.pool]
+    shared = [config for config in texts if config.shard is not None]
     if len(shared) < 2:
         return
     if len({repr(replace(config, shard=None)) for config in shared}) > 1:

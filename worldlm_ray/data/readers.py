@@ -62,7 +62,7 @@ def read(path: Path, *, text_key: str, key: str) -> Iterator[str]:
     Raises:
         DataError: the file is damaged or holds no such field.
     """
-    _refuse_pointer(path)
+    refuse_pointer(path)
     match format_of(path):
         case ".txt":
             yield from _read_txt(path)
@@ -73,7 +73,7 @@ def read(path: Path, *, text_key: str, key: str) -> Iterator[str]:
         case ".parquet":
             yield from _read_parquet(path, text_key=text_key, key=key)
         case _:
-            for number, record in _json_lines(path):
+            for number, record in json_lines(path):
                 yield from _unless_blank(text_of(record, text_key, where=f"{path}:{number}", key=key))
 
 
@@ -95,7 +95,7 @@ def holds_text(path: Path, *, text_key: str, key: str) -> bool:
 
 @lru_cache(1024)
 def _holds_text_as_of(path: Path, text_key: str, key: str, *_: int) -> bool:
-    _refuse_pointer(path)
+    refuse_pointer(path)
     match format_of(path):
         case ".txt":
             return _has_characters(path)  # not by documents: a file of one line would be read as a whole
@@ -130,7 +130,12 @@ def _unless_blank(text: str) -> Iterator[str]:
         yield text
 
 
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
+    """Refuse a pointer of git-lfs.
+
+    Raises:
+        DataError: the file is one.
+    """
     with damage_named(path), path.open("rb") as handle:
         if handle.read(len(LFS_POINTER)) == LFS_POINTER:
             raise DataError(f"{path}: is a pointer of git-lfs, not the text itself; run `git lfs pull` in its folder")
@@ -162,7 +167,12 @@ def _read_txt(path: Path) -> Iterator[str]:
             yield kind("\n".join(lines))
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of the lines of a .jsonl file, numbered from 1, without blank lines.
+
+    Raises:
+        DataError: a line is not JSON.
+    """
     with numbered_lines(path) as numbered:
         for number, line in numbered:
             if line.strip():
@@ -277,7 +287,7 @@ def _no_key(where: str, what: str, text_key: str, keys: list[str], texts: list[s
 def _read_parquet(path: Path, *, text_key: str, key: str) -> Iterator[str]:
     row = 0
     try:
-        with _parquet(path) as file:
+        with parquet_file(path) as file:
             parts = _column(path, file.schema_arrow, text_key, key=key)
             for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
@@ -297,7 +307,7 @@ def _parquet_rows(path: Path, *, text_key: str, key: str) -> int:
     """Number of rows, from the header."""
     import pyarrow
 
-    with _parquet(path) as file:
+    with parquet_file(path) as file:
         column: Any = file.schema_arrow
         for part in _column(path, column, text_key, key=key):
             column = column.field(part) if isinstance(column, pyarrow.Schema) else column.type.field(part)
@@ -307,7 +317,12 @@ def _parquet_rows(path: Path, *, text_key: str, key: str) -> int:
 
 
 @contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
+def parquet_file(path: Path) -> Iterator[Any]:
+    """A .parquet file, opened by pyarrow.
+
+    Raises:
+        DataError: it cannot be read, or its rows cannot.
+    """
     # pyarrow takes a large part of a second to import: only readers of parquet pay for it.
     import pyarrow
     import pyarrow.parquet

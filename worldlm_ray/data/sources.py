@@ -19,10 +19,11 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
+from worldlm_ray.data import chat_records
 from worldlm_ray.data.readers import COMPRESSED, EXPECTED, format_of, is_blank, is_record, json_values
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.storage.filesystem import expanded
@@ -42,12 +43,12 @@ class Found:
     """A line for each entry with left-out files: `3 files of 'texts' left out: 2 .md, 1 empty`."""
 
 
-def find(entries: list[str], *, text_key: str, key: str) -> Found:
+def find(entries: list[str], *, text_key: str | None, key: str) -> Found:
     """Find the files behind the entries of `data.files`.
 
     Args:
         entries: files, folders and globs.
-        text_key: field that holds the text. A .json file without it holds no records.
+        text_key: field that holds the text. A .json file without it holds no records. None: conversations are read.
         key: dotted key of the list, for messages.
 
     Raises:
@@ -74,7 +75,7 @@ def counted(left_out: Counter[str]) -> str:
     return ", ".join([f"{number:,} {kind}" for kind, number in most] + ([f"{more:,} others"] if more else []))
 
 
-def _expand(entry: str, *, text_key: str, key: str) -> tuple[list[Path], Counter[str]]:
+def _expand(entry: str, *, text_key: str | None, key: str) -> tuple[list[Path], Counter[str]]:
     """The files of one entry, sorted, and how many are left out, by kind."""
     if REMOTE.match(entry):
         cure = "copy it to a folder of this machine first, and give that path"
@@ -85,11 +86,11 @@ def _expand(entry: str, *, text_key: str, key: str) -> tuple[list[Path], Counter
         matches = sorted(_below(path, ["**", "*"], left_out, key=key))
         paths = _readable(matches, left_out, text_key=text_key, key=key)
         if not paths:
-            problem = f"the folder {entry!r} holds no text files"
-            raise ConfigError(key, problem + (f" ({counted(left_out)})" if left_out else ""), EXPECTED)
+            problem = f"the folder {entry!r} holds no {'conversations' if text_key is None else 'text files'}"
+            raise ConfigError(key, problem + (f" ({counted(left_out)})" if left_out else ""), _expected(text_key))
         return paths, left_out
     if path.exists():
-        return [_named(path, entry, key=key)], left_out
+        return [_named(path, entry, text_key=text_key, key=key)], left_out
     if not glob.has_magic(entry):
         raise ConfigError(key, f"there is no file {entry!r}", f"check the path (from {os.getcwd()})")
     folder, parts = _literal(path)
@@ -97,13 +98,13 @@ def _expand(entry: str, *, text_key: str, key: str) -> tuple[list[Path], Counter
     paths = _readable(matches, left_out, text_key=text_key, key=key)
     if not paths:
         problem = f"matches no file of a supported suffix ({counted(left_out)})" if left_out else "matches no file"
-        raise ConfigError(key, f"{entry!r} {problem}", f"check the pattern; {EXPECTED}")
+        raise ConfigError(key, f"{entry!r} {problem}", f"check the pattern; {_expected(text_key)}")
     return paths, left_out
 
 
-def _named(path: Path, entry: str, *, key: str) -> Path:
-    if format_of(path) is None:
-        raise ConfigError(key, f"{entry!r} has an unsupported suffix", EXPECTED)
+def _named(path: Path, entry: str, *, text_key: str | None, key: str) -> Path:
+    if not _is_supported(path, text_key):
+        raise ConfigError(key, f"{entry!r} has an unsupported suffix", _expected(text_key))
     if not path.is_file():
         raise ConfigError(key, f"{str(path)!r} is no regular file", "copy its text to one, and give that")
     if path.stat().st_size == 0:
@@ -112,23 +113,31 @@ def _named(path: Path, entry: str, *, key: str) -> Path:
     return path
 
 
+def _is_supported(path: Path, text_key: str | None) -> bool:
+    return format_of(path) is not None and (text_key is not None or format_of(path) != ".txt")
+
+
+def _expected(text_key: str | None) -> str:
+    return EXPECTED if text_key is not None else chat_records.EXPECTED
+
+
 def _require_access(path: Path, *, key: str) -> None:
     if not os.access(path, os.R_OK):
         raise ConfigError(key, f"{str(path)!r} is not readable", "mend its permissions")
 
 
-def _readable(matches: list[Path], left_out: Counter[str], *, text_key: str, key: str) -> list[Path]:
+def _readable(matches: list[Path], left_out: Counter[str], *, text_key: str | None, key: str) -> list[Path]:
     """The matches that are read. The others are counted in `left_out`."""
     paths = []
     for path in matches:
-        if format_of(path) is None:
+        if not _is_supported(path, text_key):
             left_out[_kind(path)] += 1
             continue
         _require_access(path, key=key)
         if is_blank(path):
             left_out["empty"] += 1
         elif format_of(path) == ".json" and not _has_records(path, text_key):
-            left_out[f".json without {text_key!r}"] += 1
+            left_out[f".json without {text_key or chat_records.MESSAGES!r}"] += 1
         else:
             paths.append(path)
     return paths
@@ -141,8 +150,8 @@ def _kind(path: Path) -> str:
     return "".join(suffixes[-2:] if suffixes[-1] in COMPRESSED else suffixes[-1:])
 
 
-def _has_records(path: Path, text_key: str) -> bool:
-    """Whether a .json file of a folder holds text. Some .json files describe a data set instead.
+def _has_records(path: Path, text_key: str | None) -> bool:
+    """Whether a .json file of a folder holds text, or conversations. Some .json files describe a data set instead.
 
     A file with one object without text, or with no object, holds none. Several objects without text mean that the key
     is wrong: the reader raises an error.
@@ -152,13 +161,14 @@ def _has_records(path: Path, text_key: str) -> bool:
 
 
 @lru_cache(1024)
-def _has_records_as_of(path: Path, text_key: str, *_: int) -> bool:
+def _has_records_as_of(path: Path, text_key: str | None, *_: int) -> bool:
     try:
         with closing(json_values(path)) as values:
             first = [value for _, value in islice(values, 2)]
     except DataError:
         return True  # the reader says what is wrong
-    return bool(first) and (is_record(first[0], text_key) or len([v for v in first if isinstance(v, dict)]) > 1)
+    holds = chat_records.is_record if text_key is None else partial(is_record, text_key=text_key)
+    return bool(first) and (holds(first[0]) or len([v for v in first if isinstance(v, dict)]) > 1)
 
 
 # ---- globs -------------------------------------------------------------------------------------------------------

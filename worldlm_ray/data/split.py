@@ -1,4 +1,7 @@
-"""Documents -> blocks of text: which of them a shard takes, and to which part each goes."""
+"""Documents -> blocks of text: which of them a shard takes, and to which part each goes.
+
+Conversations go to the parts by the same rule, each as a whole.
+"""
 
 from __future__ import annotations
 
@@ -100,16 +103,16 @@ def _pieces(document: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A block, and the part that it goes to."""
+class Placed(Generic[Item]):
+    """A block or a conversation, and the part that it goes to."""
 
-    block: Block
+    block: Item
     index: int
     """Of the block in the stream, from 0."""
     part: Part
 
 
-class Parting:
+class Parting(Generic[Item]):
     """Deals the blocks of one stream to the three parts of a client's text.
 
     A hash chooses one block of every 1/fraction in a row. First for the held-out part, then, of the others, for the
@@ -124,25 +127,25 @@ class Parting:
     """
 
     def __init__(self, *, heldout: float, validation: float) -> None:
-        self._heldout = Cells[tuple[int, Block]](heldout, "heldout")
-        self._validation = Cells[tuple[int, Block]](validation / (1.0 - heldout), "validation") if validation else None
+        self._heldout = Cells[tuple[int, Item]](heldout, "heldout")
+        self._validation = Cells[tuple[int, Item]](validation / (1.0 - heldout), "validation") if validation else None
         self._index = 0
 
-    def add(self, block: Block) -> list[Placed]:
+    def add(self, block: Item) -> list[Placed[Item]]:
         """Add a block. Returns the blocks whose part is now decided, of each part in the order of the stream."""
         decided = self._heldout.add((self._index, block))
         self._index += 1
         return self._placed(decided)
 
-    def rest(self) -> list[Placed]:
+    def rest(self) -> list[Placed[Item]]:
         """The blocks that still wait. With little text each part gets one in turn: held-out, validation, train."""
         placed = self._placed(self._heldout.rest())
         return placed if self._validation is None else [*placed, *_parts(self._validation.rest(), "validation")]
 
-    def _placed(self, decided: list[tuple[tuple[int, Block], bool]]) -> list[Placed]:
+    def _placed(self, decided: list[tuple[tuple[int, Item], bool]]) -> list[Placed[Item]]:
         if self._validation is None:
             return _parts(decided, "heldout")
-        placed = list[Placed]()
+        placed = list[Placed[Item]]()
         for item, is_heldout in decided:
             if is_heldout:
                 placed += _parts([(item, True)], "heldout")
@@ -151,7 +154,7 @@ class Parting:
         return placed
 
 
-def _parts(decided: Iterable[tuple[tuple[int, Block], bool]], part: Part) -> list[Placed]:
+def _parts(decided: Iterable[tuple[tuple[int, Item], bool]], part: Part) -> list[Placed[Item]]:
     return [Placed(block, index, part if is_chosen else "train") for (index, block), is_chosen in decided]
 
 
@@ -200,7 +203,7 @@ class Share:
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
 
-    def kept(self, placed: Placed) -> Block | None:
+    def kept(self, placed: Placed[Item]) -> Item | None:
         """The block if it is kept."""
         index = placed.index
         return placed.block if int((index + 1) * self._fraction) > int(index * self._fraction) else None
@@ -220,7 +223,7 @@ class Allowance:
         self._most, self._total = most, total
         self._seen = self._taken = 0
 
-    def kept(self, placed: Placed) -> Block | None:
+    def kept(self, placed: Placed[Block]) -> Block | None:
         """The block, or its beginning, if it is kept."""
         size, gap = len(placed.block.text.encode()), len(BLANK) if self._taken else 0
         self._seen += size

@@ -14,6 +14,8 @@ from pathlib import Path
 from worldlm_ray.config.checks import positive
 from worldlm_ray.config.loading import merge_into
 from worldlm_ray.config.schema import DataConfig
+from worldlm_ray.data.chat_records import holds_conversations
+from worldlm_ray.data.chat_template import check_template
 from worldlm_ray.data.corpora import CORPORA
 from worldlm_ray.data.readers import EXPECTED, holds_text, read
 from worldlm_ray.data.sources import Found, find
@@ -39,12 +41,18 @@ def check_sources(config: DataConfig, key: str) -> list[Path]:
         return [path for index, m in enumerate(members_of(config, key)) for path in check_sources(m, _of(key, index))]
     paths = find_sources(config, key).paths
     try:
-        with_text = [path for path in paths if holds_text(path, text_key=config.text_key, key=key)]
+        with_text = [path for path in paths if _holds(path, config, key)]
     except DataError as error:
         raise ConfigError(f"{key}.files", str(error)) from error
     if paths and not with_text:
         raise ConfigError(f"{key}.files", f"{describe(config)}: there is no text in it", EXPECTED)
     return paths
+
+
+def _holds(path: Path, config: DataConfig, key: str) -> bool:
+    if config.format == "conversations":
+        return holds_conversations(path)
+    return holds_text(path, text_key=config.text_key, key=key)
 
 
 def find_sources(config: DataConfig, key: str) -> Found:
@@ -76,6 +84,8 @@ def find_sources(config: DataConfig, key: str) -> Found:
         found = [find_sources(m, _of(key, index)) for index, m in enumerate(members_of(config, key))]
         lines = [line for each in found for line in each.left_out]
         return Found([path for each in found for path in each.paths], lines)
+    if config.format == "conversations":
+        _check_conversations(config, key)
     if config.corpus is not None:
         if config.files:
             raise ConfigError(f"{key}.corpus", "set together with files", "keep only one of corpus and files")
@@ -87,7 +97,18 @@ def find_sources(config: DataConfig, key: str) -> Found:
             "neither files nor a corpus given",
             "set files: [PATH, ...] or corpus: " + "|".join(sorted(CORPORA)),
         )
-    return find(config.files, text_key=config.text_key, key=f"{key}.files")
+    text_key = None if config.format == "conversations" else config.text_key
+    return find(config.files, text_key=text_key, key=f"{key}.files")
+
+
+def _check_conversations(config: DataConfig, key: str) -> None:
+    if config.corpus is not None:
+        raise ConfigError(f"{key}.corpus", f"{config.corpus} is text", "give files of conversations, or format: text")
+    for name in ("max_bytes", "train_bytes"):
+        if getattr(config, name) is not None:
+            cure = "leave it out; train_fraction takes a share of the conversations"
+            raise ConfigError(f"{key}.{name}", "cuts text, and a conversation is kept whole", cure)
+    check_template(config.tokenizer, key)
 
 
 def _of(key: str, index: int) -> str:
@@ -154,15 +175,15 @@ def read_documents(config: DataConfig, key: str) -> Iterator[str]:
 
 
 def describe(config: DataConfig) -> str:
-    """The source in a few words, such as `corpus python_stdlib` or `a.txt and 2 more`."""
+    """The source in a few words, such as `corpus python_stdlib`, `a.txt and 2 more` or `conversations of a.jsonl`."""
     if config.pool:
         return f"a pool of {len(config.pool)}"
     if config.corpus is not None:
         return f"corpus {config.corpus}"
     if not config.files:
         return "no text"
-    more = len(config.files) - 1
-    return config.files[0] + (f" and {more} more" if more else "")
+    more, what = len(config.files) - 1, "conversations of " if config.format == "conversations" else ""
+    return what + config.files[0] + (f" and {more} more" if more else "")
 
 
 def _check_tokenizer(spec: str | None, key: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,10 +98,8 @@ class JsonTokenizer:
         # tokenizers costs 50 ms to import: clients that train on bytes do not pay for it.
         import tokenizers
 
-        raw = _read(path)
-        files = {special_tokens.TOKENIZER: raw}
-        if path.name == special_tokens.TOKENIZER:  # files beside a tokenizer of another name belong to another model
-            files |= _beside(path)
+        raw = read_file(path)
+        files = {special_tokens.TOKENIZER: raw} | files_beside(path, (special_tokens.SETTINGS, special_tokens.MAP))
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # tokenizers raises bare exceptions from Rust
@@ -180,7 +178,7 @@ def check_tokenizer(spec: str | None) -> None:
         return
     path = tokenizer_file(spec)
     try:
-        state = json.loads(_read(path))
+        state = json.loads(read_file(path))
     except ValueError as error:
         raise DataError(f"tokenizer {path}: is not JSON; {_CURE}") from error
     if not isinstance(state, dict) or "model" not in state:
@@ -194,18 +192,29 @@ def tokenizer_file(spec: str) -> Path:
         return path / "tokenizer.json" if path.is_dir() else path
 
 
-def _beside(path: Path) -> dict[str, bytes]:
-    """The files beside a tokenizer.json that say what its special tokens are for."""
+def files_beside(path: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The files of some names that lie beside a tokenizer.json, by name.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
     found = dict[str, bytes]()
-    for name in (special_tokens.SETTINGS, special_tokens.MAP):
+    if path.name != special_tokens.TOKENIZER:  # files beside a tokenizer of another name belong to another model
+        return found
+    for name in names:
         file = path.with_name(name)
         with filesystem.refusals(file):
             if file.is_file():
-                found[name] = _read(file)
+                found[name] = read_file(file)
     return found
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The contents of a file of a tokenizer.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with filesystem.refusals(path):
             raw = path.read_bytes()
