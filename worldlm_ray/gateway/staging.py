@@ -138,6 +138,8 @@ class Upload:
             self._fd = -1
 
     def _write(self, part: memoryview, offset: int) -> None:
+        if self._fd < 0:
+            raise MessageError("busy", f"another update has taken the place of update {self.name}")
         try:
             while part:
                 written = os.pwrite(self._fd, part, offset)
@@ -228,7 +230,9 @@ class Staging:
             if upload.judged:
                 self.drop(path)
         if not self._is_room(size, keep=keep):
-            got = f"{size} bytes more than the {self.nbytes} that are staged, expected at most {self._most_bytes} in all"
+            got = (
+                f"{size} bytes more than the {self.nbytes} that are staged, expected at most {self._most_bytes} in all"
+            )
             raise MessageError("over_quota", f"{got}: try again later")
 
     def _is_room(self, size: int, *, keep: Path) -> bool:

@@ -9,9 +9,9 @@
     GET down/DIGEST          a Range of a model
     enrol, renew             a certificate
 
-A buffer is cut into leaves of 4 MiB. Its digest is the SHA-256 of its leaves' SHA-256. An upload has a name that is known
-before its digest is, so that a side hashes a leaf while it sends another. The size of a buffer follows from the layout
-and the codec: any other size is refused before its first byte is read.
+A buffer is cut into leaves of 4 MiB. Its digest is the SHA-256 of its leaves' SHA-256. An upload has a name that is
+known before its digest is, so that a side hashes a leaf while it sends another. The size of a buffer follows from the
+layout and the codec: any other size is refused before its first byte is read.
 
 Whatever arrives is checked: a message has exactly the fields of its dataclass, each of its type and within its limits.
 """
@@ -189,6 +189,36 @@ class Served:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Enrol:
+    """What a stranger with an invitation sends."""
+
+    request: bytes
+    """A certificate signing request, DER."""
+    invitation: str
+    """Its id."""
+    proof: bytes
+    """That the stranger knows the invitation's secret, and has made the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renew:
+    """What a member sends for its next certificate."""
+
+    request: bytes
+    """A certificate signing request of a new key, DER."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enrolled:
+    """The answer to both."""
+
+    path: str
+    """The member's."""
+    chain: bytes
+    """Its certificate and the issuing certificate, PEM."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refusal:
     """The body of every answer that refuses."""
 
@@ -203,6 +233,8 @@ _LONGEST: dict[str, int] = {
     "path": LONGEST_PATH,
     "digest": DIGEST_BYTES,
     "signature": LONGEST_SIGNATURE,
+    "request": ENROL_BYTES,
+    "chain": MESSAGE_BYTES,
     "verdict": MESSAGE_BYTES,
     "codecs": MOST_NAMES,
 }
@@ -232,7 +264,7 @@ def parsed(kind: type[M], body: bytes, *, most_bytes: int = MESSAGE_BYTES) -> M:
         found = msgpack.unpackb(body, max_ext_len=0)
     except Exception as error:
         raise MessageError("malformed", f"the message is not msgpack ({type(error).__name__})") from error
-    kinds = _kinds(kind)
+    kinds = _kinds(kind)  # type: ignore[arg-type]
     if not isinstance(found, dict) or set(found) != set(kinds):
         got = shown(sorted(map(str, found))) if isinstance(found, dict) else type(found).__name__
         raise MessageError("malformed", f"the message has the fields {got}, expected {shown(sorted(kinds))}")

@@ -1,0 +1,300 @@
+"""A member's side of a border: an object with the parent's methods, behind which the parent is far away.
+
+A federation or a client calls it as it would call its parent. Everything that keeps it from its parent becomes
+`MessageError("unreachable", ...)`: the caller joins again and sends what is in its outbox, as after any loss
+(worldlm_ray/protocol/child.py). A call may reach the parent twice; the update's `seq` makes it count once.
+
+Memory: the update is sent from the buffer that it lies in, and a model arrives in the buffer that is handed on.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from worldlm_ray import __version__
+from worldlm_ray.errors import MessageError
+from worldlm_ray.exchange.messages import Packed, read_header
+from worldlm_ray.exchange.replies import Verdict, Welcome
+from worldlm_ray.gateway import wire
+from worldlm_ray.gateway.http import TRIES, Http
+from worldlm_ray.gateway.transfer import Transfer
+
+CONNECTIONS = 4
+"""For leaves; small requests have two more."""
+THREADS = 2
+"""That hash."""
+TRIES_OF_PULL = 3
+"""A model of which the parent has a newer one meanwhile is asked for again so often."""
+CLOCK_S = 300.0
+"""The other side's clock may differ by so much before it is worth a warning."""
+
+
+class Seal(Protocol):
+    """Signatures of the member's side."""
+
+    def sign(self, data: bytes) -> bytes:
+        """The signature of some bytes."""
+        ...
+
+    def verify(self, signature: bytes, data: bytes) -> None:
+        """Check the parent's side's signature; raises Refused or MessageError (bad_signature)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """A verdict that the parent's side has given."""
+
+    manifest: bytes
+    """What the member has signed."""
+    verdict: Verdict
+    packed: bytes
+    """The verdict as it was signed: `wire.receipt(manifest, packed)`."""
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSettings:
+    """How a link works."""
+
+    url: str
+    """Of the gateway, `https://HOST:PORT`."""
+    path: str
+    """The member's."""
+    sizes: wire.Sizes
+    hello: wire.Hello
+    """What this side has; the parent's side must have it alike."""
+    world: str = ""
+    """The world's id."""
+    connections: int = CONNECTIONS
+    tries: int = TRIES
+
+
+class Link:
+    """The parent, as its child over a border sees it.
+
+    Args:
+        settings: how it works.
+        context: of TLS.
+        seal: signs pushes, and checks verdicts; nothing is signed without.
+        keep: hears of every receipt.
+    """
+
+    def __init__(
+        self,
+        settings: LinkSettings,
+        context: ssl.SSLContext,
+        *,
+        seal: Seal | None = None,
+        keep: Callable[[Receipt], None] = lambda receipt: None,
+    ) -> None:
+        self._settings, self._seal, self._keep = settings, seal, keep
+        self._http = Http(settings.url, context, connections=settings.connections, tries=settings.tries)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="link")
+        self.transfer = Transfer(self._http, self._threads, connections=settings.connections)
+        self.terms: wire.Terms | None = None
+        """What the parent's side has answered to the newest hello."""
+        self._clock_error_s = 0.0
+        self._last: tuple[bytes, Callable[[], Any]] | None = None
+        """Digest of the newest model, and the way to its buffer if the caller still has it."""
+
+    async def use(self, context: ssl.SSLContext) -> None:
+        """Go on by another certificate."""
+        await self._http.use(context)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.close()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def clock_error_s(self) -> float:
+        """How far this side's clock is ahead of the other side's, as of the newest hello; 0 if the two agree."""
+        return self._clock_error_s if abs(self._clock_error_s) > CLOCK_S else 0.0
+
+    # ---- the parent's methods ----------------------------------------------------------------------------------
+
+    async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
+        """See calls.Parent.
+
+        Raises:
+            MessageError: unreachable, or as the parent refuses.
+        """
+        await self.greet()
+        found = await self._http.ask("join", wire.Join(incarnation=incarnation, seq=seq), wire.Joined)
+        return Welcome(**vars(found))
+
+    async def push(self, sender: str, incarnation: int, to: int, header: bytes, values: Any) -> Verdict:
+        """See calls.Parent.
+
+        Raises:
+            MessageError: unreachable, or as the parent refuses.
+        """
+        fields = read_header(header, most_bytes=len(header))
+        codec, seq = fields.get("codec", "fp32"), fields.get("seq", 0)
+        leaves, view = self._settings.sizes.update(codec), memoryview(values).cast("B")
+        if len(view) != leaves.size:
+            raise MessageError("wrong_shape", f"an update of {len(view)} bytes, expected {leaves.size}")
+        place = f"up/{incarnation}/{seq}/{codec}"
+        for left in reversed(range(TRIES_OF_PULL)):
+            digest = await self.transfer.send(place, view, leaves)
+            message = wire.Push(incarnation=incarnation, to=to, seq=seq, codec=codec, digest=digest, header=header)
+            try:
+                return await self._judged(message)
+            except MessageError as error:  # gone: the other side has lost what was staged
+                if error.reason not in ("gone", "wrong_digest") or not left:
+                    raise
+        raise AssertionError("the last attempt raises")
+
+    async def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Packed:
+        """See calls.Parent; the values are read-only.
+
+        Raises:
+            MessageError: unreachable, or as the parent refuses.
+        """
+        message = wire.Pull(incarnation=incarnation, to=to, started_tokens=started_tokens)
+        leaves, got, there = self._settings.sizes.model, b"", set[int]()
+        values: Any = None
+        for left in reversed(range(TRIES_OF_PULL)):
+            found = await self._http.ask("pull", message, wire.Served, most=self._settings.sizes.message_bytes)
+            if found.size != leaves.size:
+                raise MessageError("wrong_shape", f"got a model of {found.size} bytes, expected {leaves.size}")
+            held = self._held(found.digest)
+            if held is not None:
+                return Packed(found.header, held)
+            if values is None:
+                values = np.empty(leaves.size // 4, np.float32)
+            if found.digest != got:
+                got, there = found.digest, set()
+            try:
+                await self.transfer.fetch(found.digest, leaves, memoryview(values).cast("B"), there)
+            except MessageError as error:  # gone: there is a newer one
+                if error.reason != "gone" or not left:
+                    raise
+            else:
+                values.setflags(write=False)
+                self.hold(found.digest, values)
+                return Packed(found.header, values)
+        raise AssertionError("the last attempt raises")
+
+    async def done(self, child: str, incarnation: int, to: int) -> None:
+        """See calls.Parent."""
+        await self._http.call("POST", "done", wire.packed(wire.Call(incarnation=incarnation, to=to)))
+
+    async def left(self, child: str, incarnation: int, to: int) -> bool:
+        """See calls.Parent."""
+        return (await self._http.ask("left", wire.Call(incarnation=incarnation, to=to), wire.Left)).may_end
+
+    async def heartbeat(self, child: str, incarnation: int, to: int) -> None:
+        """See calls.Parent; it is not made again, since the next one comes soon."""
+        await self._http.call("POST", "heartbeat", wire.packed(wire.Call(incarnation=incarnation, to=to)), tries=1)
+
+    # ---- what else a member asks -------------------------------------------------------------------------------
+
+    async def greet(self) -> wire.Terms:
+        """Compare what both sides must have alike.
+
+        Raises:
+            MessageError: unreachable, not_allowed; wrong_layout and the like.
+        """
+        terms = await self._http.ask("hello", self._settings.hello, wire.Terms)
+        if terms.path != self._settings.path:
+            text = f"the certificate is one of {terms.path}, expected {self._settings.path}: join by another invitation"
+            raise MessageError("not_allowed", text)
+        if terms.leaf_bytes != self._settings.sizes.leaf:
+            text = f"got leaves of {terms.leaf_bytes} bytes, expected {self._settings.sizes.leaf}"
+            raise MessageError("wrong_protocol", text)
+        self._clock_error_s = time.time() - terms.now_s
+        self.terms = terms
+        return terms
+
+    async def renew(self, request: bytes) -> wire.Enrolled:
+        """Ask for a new certificate, by a certificate signing request of a new key.
+
+        Raises:
+            MessageError: unreachable, or as the other side refuses.
+        """
+        return await self._http.ask("renew", wire.Renew(request=request), wire.Enrolled)
+
+    def hold(self, digest: bytes, values: Any) -> None:
+        """The newest model lies in this buffer, for as long as its owner keeps it: it need not come again.
+
+        Args:
+            digest: of the model.
+            values: the buffer, or the same values in shared memory.
+        """
+        self._last = (digest, weakref.ref(values))
+
+    @property
+    def last_digest(self) -> bytes:
+        """Of the newest model; empty before the first."""
+        return b"" if self._last is None else self._last[0]
+
+    def _held(self, digest: bytes) -> Any:
+        return self._last[1]() if self._last is not None and self._last[0] == digest else None
+
+    async def _judged(self, message: wire.Push) -> Verdict:
+        """Send a push whose leaves are staged."""
+        manifest = message.manifest(self._settings.world, self._settings.path)
+        if self._seal is not None:
+            message = wire.Push(**(vars(message) | {"signature": self._seal.sign(manifest)}))
+        found = await self._http.ask("push", message, wire.Judged)
+        verdict = wire.parsed_verdict(found.verdict)
+        if self._seal is not None:
+            self._seal.verify(found.signature, wire.receipt(manifest, found.verdict))
+        self._keep(Receipt(manifest=manifest, verdict=verdict, packed=found.verdict, signature=found.signature))
+        return verdict
+
+
+async def root_of(url: str, context: ssl.SSLContext) -> bytes:
+    """The certificate of the world's root, PEM: not to be believed before an invitation has been held against it.
+
+    Args:
+        url: of the gateway.
+        context: of TLS, which checks nothing yet.
+
+    Raises:
+        MessageError: unreachable, or as the other side refuses.
+    """
+    http = Http(url, context, connections=1)
+    try:
+        return await http.call("GET", "root", most=wire.ENROL_BYTES)
+    finally:
+        await http.close()
+
+
+async def enrol(url: str, context: ssl.SSLContext, message: wire.Enrol) -> wire.Enrolled:
+    """Ask for the first certificate.
+
+    Args:
+        url: of the gateway.
+        context: of TLS, with the world's root and no certificate.
+        message: the request, and the proof of an invitation.
+
+    Raises:
+        MessageError: unreachable, or as the other side refuses.
+    """
+    http = Http(url, context, connections=1)
+    try:
+        return await http.ask("enrol", message, wire.Enrolled)
+    finally:
+        await http.close()
+
+
+def hello_of(sizes: wire.Sizes, *, initial: str = "", charter: int = 0) -> wire.Hello:
+    """What a side has.
+
+    Args:
+        sizes: of what may come.
+        initial: SHA-256 of the initial parameters, if it is known.
+        charter: epoch of the charter.
+    """
+    software = f"worldlm_ray {__version__}"
+    return wire.Hello(layout=sizes.layout.hash, initial=initial, charter=charter, software=software)
