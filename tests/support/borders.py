@@ -3,136 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
+from support.gateway import make_member, make_world
 from worldlm_ray.aggregation.events import Admit, Answer, Done, Heartbeat, Joined, Left, Pull, Push, Serve
 from worldlm_ray.aggregation.node import Node
-from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.gateway import wire
+from worldlm_ray.gateway.authority import Authority
 from worldlm_ray.gateway.connections import ConnectionLimits
+from worldlm_ray.gateway.contexts import client_context, server_context
 from worldlm_ray.gateway.link import Link, LinkSettings, hello_of
+from worldlm_ray.gateway.profile import Profile
+from worldlm_ray.gateway.seals import ServerKey
 from worldlm_ray.gateway.server import Gateway, Settings
 from worldlm_ray.tensors.layout import Layout
-
-WORLD = "w" * 64
-DAY = datetime.timedelta(days=1)
-
-
-# ---- certificates ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Signed:
-    """A certificate and its key."""
-
-    key: ec.EllipticCurvePrivateKey
-    certificate: x509.Certificate
-
-    @property
-    def der(self) -> bytes:
-        return self.certificate.public_bytes(serialization.Encoding.DER)
-
-    @property
-    def pem(self) -> bytes:
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
-
-    def write(self, folder: Path, name: str) -> Path:
-        """The certificate and its key in one file."""
-        form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        (folder / name).write_bytes(self.pem + self.key.private_bytes(*form))
-        return folder / name
-
-
-def signed(
-    name: str, by: Signed | None, *names: x509.GeneralName, purpose: Any = None, days: tuple[int, int] = (-1, 2)
-) -> Signed:
-    """A certificate, by a root or as one."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject if by is None else by.certificate.subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now + days[0] * DAY)
-        .not_valid_after(now + days[1] * DAY)
-        .add_extension(x509.BasicConstraints(ca=by is None, path_length=None), critical=True)
-    )
-    if names:
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    if purpose is not None:
-        builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-    return Signed(key, builder.sign(key if by is None else by.key, hashes.SHA256()))
-
-
-@cache
-def root(name: str) -> Signed:
-    return signed(name, None)
-
-
-def member(path: str, *, by: str = "root", days: tuple[int, int] = (-1, 2)) -> Signed:
-    uri = x509.UniformResourceIdentifier(f"worldlm://{WORLD}/{path}")
-    return signed("member", root(by), uri, purpose=ExtendedKeyUsageOID.CLIENT_AUTH, days=days)
-
-
-def server_context(folder: Path) -> ssl.SSLContext:
-    here = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    own = signed("server", root("root"), here, purpose=ExtendedKeyUsageOID.SERVER_AUTH)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.num_tickets = 0
-    context.verify_mode = ssl.CERT_OPTIONAL
-    context.load_verify_locations(cadata=root("root").pem.decode())
-    context.load_cert_chain(own.write(folder, "server.pem"))
-    return context
-
-
-def client_context(folder: Path, own: Signed | None, *, trusts: str = "root") -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=root(trusts).pem.decode())
-    if own is not None:
-        context.load_cert_chain(own.write(folder, f"{own.certificate.serial_number}.pem"))
-    return context
-
-
-class Doorkeeper:
-    """Lets in every member of the root that is not refused."""
-
-    def __init__(self) -> None:
-        self.refused: set[str] = set()
-
-    def authorise(self, certificate: bytes) -> str:
-        found = x509.load_der_x509_certificate(certificate)
-        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        path = names.get_values_for_type(x509.UniformResourceIdentifier)[0].removeprefix(f"worldlm://{WORLD}/")
-        if path in self.refused:
-            raise MessageError("not_allowed", f"{path} is no member any more")
-        return path
-
-    def enrol(self, request: bytes, invitation: str, proof: bytes) -> Any:
-        raise MessageError("not_allowed", f"there is no invitation {invitation}")
-
-    def renew(self, certificate: bytes, request: bytes) -> bytes:
-        raise MessageError("not_allowed", "no certificate is renewed here")
-
 
 # ---- the parent --------------------------------------------------------------------------------------------------
 
@@ -277,72 +169,60 @@ class Border:
     folder: Path
     layout: Layout
     parent: Any
-    doorkeeper: Doorkeeper
+    world: Authority
     settings: Settings
     gateway: Gateway
     port: int
     line: Line
+    context: ssl.SSLContext
     links: list[Link] = field(default_factory=list)
 
-    @property
-    def staging(self) -> Path:
-        return self.settings.staging_dir
+    def member(self, path: str = "world/a") -> Profile:
+        """A member's profile; it enrols when it is first asked for."""
+        place = self.folder / path.replace("/", "-")
+        return Profile(place) if place.exists() else make_member(self.world, place, path)
 
-    def link(self, path: str = "world/a", *, own: Signed | None = None, direct: bool = False, **changes: Any) -> Link:
+    def link(self, path: str = "world/a", *, direct: bool = False, **changes: Any) -> Link:
         """A member's link, through the line."""
-        options = {"tries": 3, "connections": self.settings.connections} | changes
-        seal, keep = options.pop("seal", None), options.pop("keep", lambda receipt: None)
-        settings = LinkSettings(
-            url=f"https://127.0.0.1:{self.port if direct else self.line.port}",
-            path=path,
-            sizes=options.pop("sizes", self.settings.sizes),
-            hello=options.pop("hello", self.settings.hello),
-            world=WORLD,
-            **options,
-        )
-        context = client_context(self.folder, own or member(path))
-        link = Link(settings, context, seal=seal, keep=keep)
+        found = self.member(path)
+        options: dict[str, Any] = {"path": path, "sizes": self.settings.sizes, "hello": self.settings.hello}
+        options |= {"tries": 3, "connections": self.settings.connections, "world": self.world.identity.world}
+        others = {name: changes.pop(name) for name in ("seal", "keep", "check_server") if name in changes}
+        url = f"https://127.0.0.1:{self.port if direct else self.line.port}"
+        link = Link(LinkSettings(**({"url": url} | options | changes)), client_context(found), **others)
         self.links.append(link)
         return link
 
     async def restart(self) -> None:
-        """Another gateway process, as far as memory goes, at the same port."""
+        """Another gateway, which knows no more than a new process would, at the same port."""
         await self.gateway.stop()
-        self.gateway = Gateway(self.parent, self.doorkeeper, self.settings)
-        await self.gateway.start(server_context(self.folder), host="127.0.0.1", port=self.port)
-
-
-def sizes_of(layout: Layout, *, leaf: int, codecs: tuple[str, ...] = ("fp32", "int8")) -> wire.Sizes:
-    return wire.Sizes(layout=layout, codecs=codecs, leaf=leaf)
+        self.gateway = Gateway(self.parent, self.world, self.settings)
+        await self.gateway.start(self.context, host="127.0.0.1", port=self.port)
 
 
 @asynccontextmanager
 async def a_border(
-    folder: Path,
-    parent: Any,
-    layout: Layout,
-    *,
-    leaf: int = 4096,
-    limits: ConnectionLimits | None = None,
-    seal: Any = None,
-    **changes: Any,
+    folder: Path, parent: Any, layout: Layout, *, leaf: int = 4096, sealed: bool = False, **changes: Any
 ) -> AsyncIterator[Border]:
-    """A gateway before a parent."""
-    sizes = sizes_of(layout, leaf=leaf)
-    options: dict[str, Any] = {"staging_bytes": 4 * layout.nbytes, "poll_s": 0.2, "world": WORLD} | changes
-    settings = Settings(
-        sizes=sizes,
-        hello=hello_of(sizes),
-        staging_dir=folder / "staging",
-        limits=limits or ConnectionLimits(of_member=16, look_s=0.02),
-        **options,
-    )
-    doorkeeper = Doorkeeper()
-    gateway = Gateway(parent, doorkeeper, settings, seal=seal)
-    port = await gateway.start(server_context(folder), host="127.0.0.1", port=0)
+    """A gateway before a parent; with `sealed`, pushes and verdicts are signed."""
+    sizes = wire.Sizes(layout=layout, codecs=("fp32", "int8"), leaf=leaf)
+    world = make_world(folder / "gateway")
+    options: dict[str, Any] = {
+        "sizes": sizes,
+        "hello": hello_of(sizes),
+        "staging_dir": folder / "staging",
+        "staging_bytes": 4 * layout.nbytes,
+        "poll_s": 0.2,
+        "limits": ConnectionLimits(of_member=16, look_s=0.02),
+        "world": world.identity.world,
+        "root_pem": world.identity.root_pem,
+    }
+    settings, context = Settings(**(options | changes)), server_context(world.identity)
+    gateway = Gateway(parent, world, settings, seal=ServerKey(world.identity) if sealed else None)
+    port = await gateway.start(context, host="127.0.0.1", port=0)
     line = Line(port)
     await line.start()
-    border = Border(folder, layout, parent, doorkeeper, settings, gateway, port, line)
+    border = Border(folder, layout, parent, world, settings, gateway, port, line, context)
     try:
         yield border
     finally:

@@ -129,9 +129,9 @@ def test_what_the_parent_refuses_is_refused_by_the_same_name(tmp_path: Path) -> 
             assert (await push(link, an_update("a", 1), to=7)).reason == "restarted"
             with pytest.raises(MessageError, match="restarted"):
                 await link.pull("a", 1, 7, 0)
-            stranger = border.link("world/c")
-            with pytest.raises(MessageError, match="unknown_sender"):
-                await stranger.join("c", 1, 0)
+            await link.join("a", 2, 1)
+            with pytest.raises(MessageError, match="superseded"):
+                await link.pull("a", 1, 1, 0)
 
     run(work())
 

@@ -16,6 +16,7 @@ from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.gateway import wire
 from worldlm_ray.gateway.downloads import Downloads
 from worldlm_ray.gateway.requests import Member, answer, connection_of, read
+from worldlm_ray.gateway.seals import WorldSeal
 from worldlm_ray.gateway.staging import Name, Upload
 from worldlm_ray.gateway.uploads import Uploads
 
@@ -53,18 +54,6 @@ class Parent(Protocol):
 
     async def heartbeat(self, child: str, incarnation: int, to: int) -> None:
         """A child lives."""
-        ...
-
-
-class Seal(Protocol):
-    """Signatures of the parent's side."""
-
-    def sign(self, data: bytes) -> bytes:
-        """The signature of some bytes."""
-        ...
-
-    def verify(self, certificate: bytes, signature: bytes, data: bytes) -> None:
-        """Check a member's signature; raises Refused or MessageError (bad_signature)."""
         ...
 
 
@@ -107,7 +96,7 @@ class Calls:
         sizes: wire.Sizes,
         *,
         world: str = "",
-        seal: Seal | None = None,
+        seal: WorldSeal | None = None,
         poll_s: float = POLL_S,
     ) -> None:
         self._parent, self._uploads, self._downloads, self._sizes = parent, uploads, downloads, sizes
@@ -178,8 +167,10 @@ class Calls:
         if not verdict.accepted and self._pushes.get(member.path) is under_way:
             del self._pushes[member.path]  # the same update may be judged otherwise later
         body = wire.packed(verdict)
-        signature = b"" if self._seal is None else self._seal.sign(wire.receipt(manifest, body))
-        return answer(wire.Judged(verdict=body, signature=signature))
+        if self._seal is None:
+            return answer(wire.Judged(verdict=body))
+        signature = self._seal.sign(wire.receipt(manifest, body))
+        return answer(wire.Judged(verdict=body, signature=signature, chain=self._seal.chain))
 
     async def _judge(self, member: Member, asked: wire.Push, upload: Upload) -> Verdict:
         values = np.frombuffer(upload.view(), np.float32 if asked.codec == "fp32" else np.uint8)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from worldlm_ray.errors import MessageError
+from worldlm_ray.errors import MessageError, WorldLMError
 from worldlm_ray.gateway.wire import MESSAGE_BYTES, Refusal, packed, parsed
 
 CONNECT_S = 10.0
@@ -29,6 +29,21 @@ READ_BYTES = 1024 * 1024
 M = TypeVar("M")
 Failures = (aiohttp.ClientError, OSError, TimeoutError)
 """What is raised where the other side cannot be reached. (An SSL error is an OSError.)"""
+
+
+def checking(context: ssl.SSLContext, check: Callable[[bytes], None]) -> ssl.SSLContext:
+    """Have every handshake of a context end with a check of the server's certificate (DER), which raises to refuse."""
+
+    class Checked(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            super().do_handshake()
+            try:
+                check(self.getpeercert(binary_form=True) or b"")
+            except WorldLMError as error:
+                raise ssl.SSLCertVerificationError(str(error)) from error
+
+    context.sslobject_class = Checked
+    return context
 
 
 class Backoff:

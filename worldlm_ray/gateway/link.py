@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Packed, read_header
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.gateway import wire
-from worldlm_ray.gateway.http import TRIES, Http
+from worldlm_ray.gateway.http import TRIES, Http, checking
+from worldlm_ray.gateway.seals import MemberSeal
 from worldlm_ray.gateway.transfer import Transfer
 
 CONNECTIONS = 4
@@ -37,28 +38,17 @@ CLOCK_S = 300.0
 """The other side's clock may differ by so much before it is worth a warning."""
 
 
-class Seal(Protocol):
-    """Signatures of the member's side."""
-
-    def sign(self, data: bytes) -> bytes:
-        """The signature of some bytes."""
-        ...
-
-    def verify(self, signature: bytes, data: bytes) -> None:
-        """Check the parent's side's signature; raises Refused or MessageError (bad_signature)."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
     """A verdict that the parent's side has given."""
 
     manifest: bytes
     """What the member has signed."""
+    signed: bytes
+    """The member's signature of it."""
     verdict: Verdict
-    packed: bytes
-    """The verdict as it was signed: `wire.receipt(manifest, packed)`."""
-    signature: bytes
+    answer: wire.Judged
+    """The verdict as it came: its signature is one of `wire.receipt(manifest, answer.verdict)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +76,7 @@ class Link:
         context: of TLS.
         seal: signs pushes, and checks verdicts; nothing is signed without.
         keep: hears of every receipt.
+        check_server: refuses a server by its certificate (DER), beside what TLS checks.
     """
 
     def __init__(
@@ -93,10 +84,13 @@ class Link:
         settings: LinkSettings,
         context: ssl.SSLContext,
         *,
-        seal: Seal | None = None,
+        seal: MemberSeal | None = None,
         keep: Callable[[Receipt], None] = lambda receipt: None,
+        check_server: Callable[[bytes], None] = lambda certificate: None,
     ) -> None:
         self._settings, self._seal, self._keep = settings, seal, keep
+        self._check_server = check_server
+        context = checking(context, check_server)
         self._http = Http(settings.url, context, connections=settings.connections, tries=settings.tries)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="link")
         self.transfer = Transfer(self._http, self._threads, connections=settings.connections)
@@ -108,7 +102,7 @@ class Link:
 
     async def use(self, context: ssl.SSLContext) -> None:
         """Go on by another certificate."""
-        await self._http.use(context)
+        await self._http.use(checking(context, self._check_server))
 
     async def close(self) -> None:
         """Close all connections."""
@@ -248,8 +242,8 @@ class Link:
         found = await self._http.ask("push", message, wire.Judged)
         verdict = wire.parsed_verdict(found.verdict)
         if self._seal is not None:
-            self._seal.verify(found.signature, wire.receipt(manifest, found.verdict))
-        self._keep(Receipt(manifest=manifest, verdict=verdict, packed=found.verdict, signature=found.signature))
+            self._seal.verify(found.chain, found.signature, wire.receipt(manifest, found.verdict))
+        self._keep(Receipt(manifest=manifest, signed=message.signature, verdict=verdict, answer=found))
         return verdict
 
 

@@ -31,10 +31,11 @@ from worldlm_ray import __version__
 from worldlm_ray.errors import MessageError, WorldLMError
 from worldlm_ray.exchange.limits import LARGEST_COUNT, shown
 from worldlm_ray.gateway import wire
-from worldlm_ray.gateway.calls import POLL_S, Calls, Parent, Seal
+from worldlm_ray.gateway.calls import POLL_S, Calls, Parent
 from worldlm_ray.gateway.connections import Connection, ConnectionLimits, Connections
 from worldlm_ray.gateway.downloads import Downloads
 from worldlm_ray.gateway.requests import PIECE_BYTES, Member, answer, connection_of, read, read_raw, refused
+from worldlm_ray.gateway.seals import WorldSeal
 from worldlm_ray.gateway.staging import Name, Staging
 from worldlm_ray.gateway.uploads import Uploads
 
@@ -96,7 +97,9 @@ class Gateway:
         seal: signs verdicts, and checks members' signatures; nothing is signed without.
     """
 
-    def __init__(self, parent: Parent, authority: Authority, settings: Settings, *, seal: Seal | None = None) -> None:
+    def __init__(
+        self, parent: Parent, authority: Authority, settings: Settings, *, seal: WorldSeal | None = None
+    ) -> None:
         self._authority, self._settings = authority, settings
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="gateway")
         self._staging = Staging(settings.staging_dir, most_bytes=settings.staging_bytes)

@@ -156,6 +156,8 @@ class Judged:
     """A packed `Verdict`."""
     signature: bytes = b""
     """Of `receipt`."""
+    chain: bytes = b""
+    """The signer's certificates, PEM."""
 
 
 def receipt(manifest: bytes, verdict: bytes) -> bytes:
