@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray import __version__
+import worldlm_ray
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Packed, read_header
 from worldlm_ray.exchange.replies import Verdict, Welcome
@@ -290,5 +290,5 @@ def hello_of(sizes: wire.Sizes, *, initial: str = "", charter: int = 0) -> wire.
         initial: SHA-256 of the initial parameters, if it is known.
         charter: epoch of the charter.
     """
-    software = f"worldlm_ray {__version__}"
+    software = f"worldlm_ray {worldlm_ray.__version__}"
     return wire.Hello(layout=sizes.layout.hash, initial=initial, charter=charter, software=software)

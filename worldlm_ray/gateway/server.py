@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from worldlm_ray import __version__
+import worldlm_ray
 from worldlm_ray.errors import MessageError, WorldLMError
 from worldlm_ray.exchange.limits import LARGEST_COUNT, shown
 from worldlm_ray.gateway import wire
@@ -186,7 +186,7 @@ class Gateway:
         with connection_of(request).handling():
             try:
                 if request.path == "/healthz" and request.method == "GET":
-                    return web.Response(text=f"worldlm_ray {__version__}, protocol {wire.PROTOCOL}\n")
+                    return web.Response(text=f"worldlm_ray {worldlm_ray.__version__}, protocol {wire.PROTOCOL}\n")
                 if connection_of(request).certificate is None:
                     return await self._enrol(request)
                 member = self._member(request)
@@ -267,7 +267,7 @@ class Gateway:
             connections=self._settings.connections,
             codecs=self._settings.sizes.codecs,
             charter=ours.charter,
-            software=f"worldlm_ray {__version__}",
+            software=f"worldlm_ray {worldlm_ray.__version__}",
         )
         return answer(terms)
 
