@@ -21,7 +21,8 @@ from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model, Update, pack
-from worldlm_ray.experiments.methods import FOR_ADAPTERS, METHODS, VARIANTS, configure
+from worldlm_ray.experiments.methods import FOR_ADAPTERS, METHODS, configure
+from worldlm_ray.experiments.variants import VARIANTS
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.describe import describe
 from worldlm_ray.tensors.layout import Layout, make_layout

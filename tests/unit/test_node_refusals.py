@@ -73,7 +73,7 @@ REFUSALS: dict[str, tuple[str, Callable[[], Push]]] = {
     "negative tokens": ("malformed", pushed(tokens=-5)),
     "other schema": (
         "wrong_schema",
-        packed_as(lambda p: Packed(p.header.replace(b"schema\x08", b"schema\x09"), p.values)),
+        packed_as(lambda p: Packed(p.header.replace(b"schema\x09", b"schema\x08"), p.values)),
     ),
     "other layout": ("wrong_layout", wrong_layout),
     "one value too few": ("wrong_shape", packed_as(lambda p: Packed(p.header, p.values[:-1]))),

@@ -12,7 +12,7 @@ from support.worlds import TINY_MODEL
 
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import checks, client_checks, privacy_checks
+from worldlm_ray.plan import checks, client_checks, expert_checks, privacy_checks
 from worldlm_ray.plan.checks import Rule
 from worldlm_ray.plan.plan import Plan, assembled, make_plan
 
@@ -72,6 +72,7 @@ CASES = [
         f"{ALICE}.merge.client",
         alice={"merge": {"client": "apart"}, "privacy": RECORD},
     ),
+    Case(expert_checks.sums_of_experts, f"{FED}.aggregation.rule", fed={"aggregation": {"rule": "sums"}}),
     Case(
         client_checks.served_without_choice,
         f"{ALICE}.merge.serve_parent",
@@ -238,7 +239,8 @@ def test_a_sound_configuration_breaks_no_rule(rule: Rule) -> None:
 def test_every_rule_has_a_case_and_a_reason() -> None:
     rules = {*checks.RULES, *checks.DATA_RULES}
     without = {rule.__name__ for rule in rules - {case.rule for case in CASES}}
-    assert without == {"whole_model_folder", "not_under_transformers"}  # the second: test_pretrained.py
+    # The others need a model of transformers: test_pretrained.py, test_experts.py.
+    assert without == {"whole_model_folder", "not_under_transformers", "exact_parts", "own_adapters_stay"}
     assert all(rule.__doc__ for rule in rules)
 
 

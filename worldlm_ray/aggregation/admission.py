@@ -107,7 +107,7 @@ def _standing(update: Update, rules: AggregationConfig, sender: Sender, tau: int
         return "future_version", f"from version {update.base_version}, this node is at {update.base_version + tau}"
     if rules.max_staleness is not None and tau > rules.max_staleness:
         return "stale", f"tau {tau} is above max_staleness {rules.max_staleness}: pull again"
-    if update.tokens == 0:
+    if update.tokens == 0 and update.weight == 0:  # a child that leaves a sum has trained nothing for that
         return "malformed", "tokens is 0, expected the tokens that the update was trained on"
     return ACCEPTED, ""
 

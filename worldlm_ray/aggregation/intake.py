@@ -166,6 +166,8 @@ class Intake:
         named: dict[str, Any] = {"origin": self.origin, "first_s": first_s, "buffer": self.published.buffer()}
         if self.privacy.privacy is not None:
             return PrivateFold(self.layout, self.rules, self.privacy.privacy, **named)
+        if self.published.sums is not None:
+            named["sums"] = self.published.sums
         return rule_of(self.rules)(self.layout, self.rules, **named)
 
     # ---- what is in it ---------------------------------------------------------------------------------------

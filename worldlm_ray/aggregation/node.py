@@ -67,6 +67,7 @@ from worldlm_ray.aggregation.published import Published
 from worldlm_ray.aggregation.residuals import Pool
 from worldlm_ray.aggregation.server_optimizer import ServerOptimizer
 from worldlm_ray.aggregation.serving import Serving
+from worldlm_ray.aggregation.sums import Sums
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.messages import Update
 from worldlm_ray.exchange.outbox import KeptUpdates
@@ -102,7 +103,8 @@ class Node:
         self.path, self.rules, self.layout = place.path, rules, layout
         self.incarnation = 1
         """How often this node has been started."""
-        self.published = Published(initial)
+        sums = Sums(layout.size) if rules.aggregation.rule == "sums" else None
+        self.published = Published(initial, sums=sums)
         self.children = Children(place, liveness=rules.liveness, quotas=quotas)
         self.privacy = PrivacyBudget(place.path, privacy, contributions)
         self.budget = Budget(rules.budget)

@@ -32,7 +32,7 @@ def changes(name: str) -> bool:
     """Whether a buffer of the state changes in place with the next event."""
     if name == "fold.first" or name.startswith("fold.kept."):  # updates as they came
         return False
-    return name == "codec_error" or name.startswith(("fold.", "optimizer."))
+    return name in ("codec_error", "sums.total") or name.startswith(("fold.", "optimizer."))
 
 
 def restore(node: Node, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:

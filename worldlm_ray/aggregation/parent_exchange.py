@@ -12,12 +12,14 @@ from worldlm_ray.aggregation.children import Children
 from worldlm_ray.aggregation.events import Command, Note, ParentModel
 from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
+from worldlm_ray.aggregation.own_part import OwnPart
 from worldlm_ray.aggregation.published import Published
 from worldlm_ray.aggregation.residuals import Pool
 from worldlm_ray.errors import AggregationError
 from worldlm_ray.exchange.link import ParentLink
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.quota import Quota
+from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.records import LifeRecord, MergeRecord
 from worldlm_ray.tensors.buffers import Flat, frozen
 from worldlm_ray.tensors.layout import Layout
@@ -48,6 +50,8 @@ class ParentExchange(ParentLink):
         max_step = rules.merge.max_model_step
         super().__init__(place.path, layout, codec=rules.codec, max_step=max_step, anchor=published.theta)
         self.place, self.rules, self.published, self.quota = place, rules, published, quota
+        self.own_part = None if published.sums is None else OwnPart(layout.size)
+        """What the parent's sums hold of this node, where both keep sums."""
         self.merger = Merger(path=place.path, layout=layout, rules=rules.aggregation, initial=initial)
         self.unpushed_aggregations = 0
         self.unpushed_tokens = 0
@@ -109,16 +113,40 @@ class ParentExchange(ParentLink):
         self.is_sent = False
         theta, gathered = self.published.theta, self.unpushed_tokens
         tokens = gathered if self.quota is None else min(gathered, self.quota.update_tokens)
-        self.in_flight = self.make_update(
-            theta,
-            out=self.published.update_buffer(),
-            tokens=tokens,
-            started_tokens=children.started_tokens,
-            residuals=residuals.rise(),
-        )
+        if self.own_part is not None:
+            self.in_flight = self._change_of_part(self.own_part, tokens=tokens, started=children.started_tokens)
+        else:
+            self.in_flight = self.make_update(
+                theta,
+                out=self.published.update_buffer(),
+                tokens=tokens,
+                started_tokens=children.started_tokens,
+                residuals=residuals.rise(),
+            )
         self.anchor = theta  # the next update measures from here
         self.unpushed_aggregations, self.unpushed_tokens = 0, gathered - tokens
         return self.in_flight
+
+    def _change_of_part(self, part: OwnPart, *, tokens: int, started: int) -> Update:
+        """The update by which the parent's sums come to hold what this node's do."""
+        sums, out = self.published.sums, self.published.update_buffer()
+        assert sums is not None, "a node without sums has no part in its parent's"
+        weight = sums.newest_weight
+        factor = part.change(sums.total, weight, out=out)
+        fields = {"weight": factor, "withdraws": weight == 0}
+        return part.sent(self.update_of(out, tokens=tokens, started_tokens=started, **fields))
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """See ParentLink."""
+        super().welcomed(welcome)
+        if self.own_part is not None:
+            self.own_part.welcomed(welcome.last_seq)
+
+    def answered(self, seq: int, verdict: Verdict) -> None:
+        """See ParentLink."""
+        super().answered(seq, verdict)
+        if self.own_part is not None:
+            self.own_part.answered(seq, verdict)
 
     @property
     def may_send(self) -> bool:
@@ -170,6 +198,10 @@ class ParentExchange(ParentLink):
         self.heard(model)
         if model.version == 0:
             return notes  # the parent has aggregated nothing yet: it has nothing to say
+        if self.own_part is not None and self.published.sums is not None:
+            # The model stays the mean of this node's children: what lies beyond is passed on beside it.
+            self.published.sums.heard(*self.own_part.rest(model, beyond=True))
+            return notes
         if is_newcomer:
             self._begin_from(model)
             return notes
@@ -211,6 +243,9 @@ class ParentExchange(ParentLink):
         """What a restart needs."""
         meta, arrays = super().state()
         meta |= {name: getattr(self, name) for name in _STATE}
+        if self.own_part is not None:
+            meta["own_part"], found = self.own_part.state()
+            arrays |= found
         if self.anchor is self.published.theta:
             del arrays["anchor"]
         return meta, arrays
@@ -221,6 +256,8 @@ class ParentExchange(ParentLink):
         super().restore(meta, arrays, most_tokens=quota)
         for name in _STATE:
             setattr(self, name, meta[name])
+        if self.own_part is not None:
+            self.own_part.restore(meta["own_part"], arrays)
         self.anchor = frozen(arrays["anchor"]) if "anchor" in arrays else self.published.theta
         self.is_sent, self._covered_seq = False, self.seq
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from worldlm_ray.aggregation.sums import Sums
 from worldlm_ray.tensors.buffers import Flat, frozen
 
 
@@ -16,9 +17,11 @@ class Published:
 
     Args:
         initial: the run's initial parameters; not copied, must not change.
+        sums: what the model is the mean of; None under every rule but `sums`.
     """
 
-    def __init__(self, initial: Flat) -> None:
+    def __init__(self, initial: Flat, *, sums: Sums | None = None) -> None:
+        self.sums = sums
         self.theta = frozen(initial)
         """The published model."""
         self.version = 0
@@ -90,12 +93,19 @@ class Published:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """What a restart needs."""
-        return {"version": self.version, "tokens": self.tokens, "mean_tokens": self.mean_tokens}, {"theta": self.theta}
+        meta: dict[str, Any] = {"version": self.version, "tokens": self.tokens, "mean_tokens": self.mean_tokens}
+        arrays = {"theta": self.theta}
+        if self.sums is not None:
+            meta["sums"], found = self.sums.state()
+            arrays |= found
+        return meta, arrays
 
     def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` described."""
         self.version, self.tokens, self.mean_tokens = saved["version"], saved["tokens"], saved["mean_tokens"]
         self.theta = frozen(arrays["theta"])
+        if self.sums is not None:
+            self.sums.restore(saved["sums"], arrays)
 
 
 def _lies_in(values: Flat, buffer: Flat) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from worldlm_ray.aggregation.budget import Budget, PrivacyBudget
 from worldlm_ray.aggregation.children import Child, Children
 from worldlm_ray.aggregation.events import Command, Note, Pull, Serve
@@ -88,7 +90,10 @@ class Serving:
 
     def model(self, child: str, *, incarnation: int) -> Model:
         """The published model, as this child would get it."""
-        known = self.children.get(child, Child())
+        known, sums = self.children.get(child, Child()), self.published.sums
+        of_sums: dict[str, Any] = {}
+        if sums is not None:
+            of_sums = {"weight": sums.weight, "rest": sums.rest, "rest_weight": sums.rest_weight}
         return Model(
             version=self.published.version,
             progress=self.budget.progress,
@@ -99,4 +104,5 @@ class Serving:
             durable_seq=known.durable_seq,
             residuals=self.residuals.offer(child),
             values=self.published.theta,
+            **of_sums,
         )

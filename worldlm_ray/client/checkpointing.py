@@ -46,6 +46,9 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     if client.own_model is not None:
         meta["own_model"], kept = client.own_model.state()
         arrays |= {f"own_model.{name}": values for name, values in kept.items()}
+    if client.experts is not None:
+        meta["experts"], kept = client.experts.state()
+        arrays |= kept
     arrays |= {f"optimizer.{name}": values for name, values in client.trainer.optimizer_state().items()}
     return meta, arrays
 
@@ -74,6 +77,8 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     client.best = best.restored(meta["best"], arrays)
     if client.own_model is not None and "own_model" in meta:
         client.own_model.restore(meta["own_model"], _of(arrays, "own_model."))
+    if client.experts is not None:
+        client.experts.restore(meta["experts"], arrays)
     client.trainer.load_optimizer_state(_of(arrays, "optimizer."))
 
 

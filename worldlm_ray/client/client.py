@@ -25,6 +25,7 @@ import numpy as np
 
 from worldlm_ray.aggregation.merge import Merger
 from worldlm_ray.client import checkpointing, following, two_models
+from worldlm_ray.client.experts import ClientExperts
 from worldlm_ray.client.own_model import OwnModel
 from worldlm_ray.client.rounds import LocalRounds
 from worldlm_ray.data import Dataset
@@ -74,6 +75,9 @@ class Client(LocalRounds):
         """What it knows of the link to its parent. `anchor` is the merged model that the current local round began
         from. Where a round begins ahead of an exchange: the model that was pushed, moved with the parent since."""
         self.trainer.write(initial)
+        experts = plan.config.model.lora.experts
+        self.experts = None if experts == "none" else ClientExperts(self, experts)
+        """What exchanges its own adapter for those of others; None of a client of one adapter."""
         chooses = spec.settings.merge.client == "validated" and self.has_validation
         self.own_model = OwnModel(self._loss_to_choose_by) if chooses else None
         """What chooses its own model; None of a client that has one model, and of one that promises privacy."""
@@ -127,10 +131,14 @@ class Client(LocalRounds):
             self.steps = self.round * self.training.local_steps
             self.tokens = self.round * self.round_tokens
         self.link.welcomed(welcome)
+        if self.experts is not None:
+            self.experts.own_part.welcomed(welcome.last_seq)
 
     def answered(self, seq: int, verdict: Verdict) -> None:
         """The parent's verdict on an update. A model that has diverged is given up for the parent's."""
         self.link.answered(seq, verdict)
+        if self.experts is not None:
+            self.experts.own_part.answered(seq, verdict)
         self.start_over = self.start_over or verdict.reason in ("not_finite", "norm_exceeded")
 
     def begin(self, model: Pulled, *, now_s: float) -> list[Record]:
@@ -220,7 +228,9 @@ class Client(LocalRounds):
         records: list[Record] = []
         pushed = self.link.end_exchange()
         self.progress = model.progress
-        if self.start_over or (model.version > 0 and self.round == 0):
+        if self.experts is not None:
+            self.experts.take(model)
+        elif self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
             self.link.anchor[:] = model.values
             self.trainer.write(self.link.anchor)
@@ -281,7 +291,9 @@ class Client(LocalRounds):
             now_s: run time.
         """
         taken, _ = self._let_in(model, now_s=now_s)
-        if taken is not None and taken.version > 0:
+        if taken is not None and self.experts is not None:
+            self.experts.take(taken)
+        elif taken is not None and taken.version > 0:
             two_models.serve(self, taken.values)
 
     def _merge_keys(self, own: Flat, keys_from: Flat, model: Model, *, now_s: float, merged: Flat) -> list[Record]:
@@ -293,9 +305,12 @@ class Client(LocalRounds):
 
     def update(self) -> Update:
         """The finished round as an update; the round is over."""
-        theta = self._read_pushed()
         tokens, started_tokens = self.step * self.step_tokens, self.round * self.round_tokens
-        update = self.link.make_update(theta, out=theta, tokens=tokens, started_tokens=started_tokens)
+        if self.experts is not None:
+            update = self.experts.update(tokens=tokens, started_tokens=started_tokens)
+        else:
+            theta = self._read_pushed()
+            update = self.link.make_update(theta, out=theta, tokens=tokens, started_tokens=started_tokens)
         self.began = False
         self.link.keep(update)
         if self.overlaps:

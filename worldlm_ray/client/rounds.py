@@ -168,9 +168,9 @@ class LocalRounds(MeasuredModel):
 
     @property
     def serves(self) -> bool:
-        """Whether at the end its model becomes a blend with its parent's last one, or that one itself."""
-        merge = self.spec.settings.merge
-        return merge.client == "validated" or merge.serve_parent
+        """Whether at the end its model becomes a blend or a mixture with its parent's last one, or that one itself."""
+        merge, mixes = self.spec.settings.merge, self.plan.config.model.lora.experts != "none"
+        return merge.client == "validated" or merge.serve_parent or mixes
 
     def _keep_if_best(self) -> None:
         """Keep the client's present model if it is the best so far, by its validation text.

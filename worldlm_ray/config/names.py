@@ -28,5 +28,6 @@ AGGREGATION_RULES: Registry[Any] = Registry(
     "worldlm_ray.aggregation.capped_fold",
     "worldlm_ray.aggregation.robust_fold",
     "worldlm_ray.aggregation.ties_fold",
+    "worldlm_ray.aggregation.sums_fold",
 )
 CORPORA: Registry[Any] = Registry("corpus", "data.corpus", "worldlm_ray.data.corpora")

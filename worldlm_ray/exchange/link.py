@@ -85,7 +85,18 @@ class ParentLink:
         """
         difference(theta[: self._split], self.anchor[: self._split], out=out[: self._split])
         np.subtract(theta[self._split :], self.parent_keys, out=out[self._split :])
-        encoded, values = encode_update(self.codec, out, self.codec_error)
+        return self.update_of(out, tokens=tokens, started_tokens=started_tokens, residuals=residuals)
+
+    def update_of(self, change: Flat, *, tokens: int, started_tokens: int, **more: Any) -> Update:
+        """An update that holds a change [layout.size], which becomes the update's where no codec is used.
+
+        Args:
+            change: of the model.
+            tokens: that it was trained on.
+            started_tokens: of all local rounds begun below the child.
+            more: further fields of the update.
+        """
+        encoded, values = encode_update(self.codec, change, self.codec_error)
         self.seq += 1
         return Update(
             sender=self._name,
@@ -94,10 +105,10 @@ class ParentLink:
             tokens=tokens,
             started_tokens=started_tokens,
             values=frozen(values),
-            residuals=residuals,
             codec=self.codec,
             encoded=encoded,
             base_incarnation=self.base_incarnation,
+            **more,
         )
 
     def unchanged(self) -> Flat:

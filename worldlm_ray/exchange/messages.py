@@ -5,7 +5,7 @@ copied or pickled with the header, and encoded only if the sender's codec says s
 anything uses it.
 
     Update (up)    what the child changed: its backbone since it began, its key layers against the parent's then
-    Model (down)   the model of the parent
+    Model (down)   the model of the parent, and under the rule `sums` what lies beyond the parent
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from worldlm_ray.exchange.limits import (
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 
-SCHEMA = 8
+SCHEMA = 9
 """Version of the message schema; a receiver refuses any other."""
 
 
@@ -79,6 +79,10 @@ class Update:
     """The parent's when it gave the base version. Versions of an earlier life of the parent may never come again."""
     encoded: Bytes | None = None
     """At the sender, the values as they travel, where a codec has made other bytes of them."""
+    weight: int = 0
+    """What the values are multiplied by in a sum (aggregation/sums.py); 0 under every other rule."""
+    withdraws: bool = False
+    """Whether the child has no part in the sum any more."""
 
     def in_shared_memory(self, shared: Any) -> Update:
         """The update with another buffer in place of the one that travels (see `buffer_of`), of the same contents."""
@@ -107,6 +111,12 @@ class Model:
     """The parent's."""
     durable_seq: int = 0
     """Highest seq of this child that the parent's checkpoints cover."""
+    weight: int = 0
+    """Of the children whose mean the model is (aggregation/sums.py); 0 under every other rule."""
+    rest: Flat | None = None
+    """The mean of what lies beyond the parent [layout.size]; None where nothing does."""
+    rest_weight: int = 0
+    """The weight of that."""
 
 
 Pulled = Model | MessageError
@@ -138,6 +148,8 @@ _UPDATE = {
     "started_tokens": int,
     "codec": str,
     "base_incarnation": int,
+    "weight": int,
+    "withdraws": bool,
 }
 _MODEL = {
     "version": int,
@@ -147,6 +159,8 @@ _MODEL = {
     "last_seq": int,
     "incarnation": int,
     "durable_seq": int,
+    "weight": int,
+    "rest_weight": int,
 }
 
 
@@ -160,6 +174,8 @@ def pack_header(message: Update | Model, layout: Layout) -> bytes:
     fields = {name: value for name, value in vars(message).items() if name not in ("values", "encoded")}
     # Few and small: they travel in the header, as bytes.
     fields["residuals"] = [vars(residual) | {"values": residual.values.tobytes()} for residual in message.residuals]
+    if isinstance(message, Model):
+        fields["rest"] = None if message.rest is None else message.rest.tobytes()
     kind = type(message).__name__.lower()
     header: bytes = msgpack.packb({"schema": SCHEMA, "kind": kind, "layout": layout.hash, **fields})
     return header
@@ -186,18 +202,19 @@ def unpack_update(packed: Packed, layout: Layout, *, residuals: int = 0) -> Upda
     return Update(**_checked(packed, layout, "update", _UPDATE, residuals))
 
 
-def unpack_model(packed: Packed, layout: Layout, *, residuals: int = 0) -> Model:
+def unpack_model(packed: Packed, layout: Layout, *, residuals: int = 0, has_rest: bool = False) -> Model:
     """Check a travelling model and give it back.
 
     Args:
         packed: what arrived.
         layout: the model's layout.
         residuals: how many of them the parent may offer.
+        has_rest: whether it may bring what lies beyond the parent.
 
     Raises:
         MessageError: as `unpack_update`.
     """
-    return Model(**_checked(packed, layout, "model", _MODEL, residuals))
+    return Model(**_checked(packed, layout, "model", _MODEL, residuals, has_rest=has_rest))
 
 
 def read_header(header: bytes, *, most_bytes: int = HEADER_BYTES) -> dict[str, Any]:
@@ -223,8 +240,17 @@ def read_header(header: bytes, *, most_bytes: int = HEADER_BYTES) -> dict[str, A
     return fields
 
 
-def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type], most_residuals: int) -> dict[str, Any]:
-    fields = read_header(packed.header, most_bytes=header_bytes(layout, most_residuals))
+def _checked(
+    packed: Packed,
+    layout: Layout,
+    kind: str,
+    schema: dict[str, type],
+    most_residuals: int,
+    *,
+    has_rest: bool = False,
+) -> dict[str, Any]:
+    most_bytes = header_bytes(layout, most_residuals) + (layout.nbytes if has_rest else 0)
+    fields = read_header(packed.header, most_bytes=most_bytes)
     if (got := fields.pop("schema", None)) != SCHEMA:
         text = f"got message schema {shown(got)}, expected {SCHEMA}: run one version everywhere"
         raise MessageError("wrong_schema", text)
@@ -239,7 +265,9 @@ def _checked(packed: Packed, layout: Layout, kind: str, schema: dict[str, type],
     fields["residuals"] = tuple(_residual(each, layout) for each in residuals)
     for name, kind_ in schema.items():
         fields[name] = checked(name, fields.get(name), kind_, most=_MOST.get(name, LARGEST_COUNT))
-    if unknown := set(fields) - set(schema) - {"residuals"}:
+    if kind == "model":
+        fields["rest"] = _rest(fields.get("rest"), layout)
+    if unknown := set(fields) - set(schema) - {"residuals"} - ({"rest"} if kind == "model" else set()):
         raise MessageError("malformed", f"unknown fields {shown(sorted(unknown))}")
     return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, layout.size)}
 
@@ -255,6 +283,17 @@ def _check_shape(values: Any, codec: str, size: int) -> None:
     if not isinstance(values, np.ndarray) or values.dtype != kind or values.shape != shape:
         got = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
         raise MessageError("wrong_shape", f"got {got}, expected {np.dtype(kind)} {list(shape)}")
+
+
+def _rest(raw: Any, layout: Layout) -> Flat | None:
+    if raw is None:
+        return None
+    checked("rest", raw, bytes, longest=layout.nbytes)
+    if len(raw) != layout.nbytes:
+        raise MessageError("wrong_shape", f"the rest has {len(raw)} bytes, expected {layout.nbytes}")
+    values = np.frombuffer(raw, np.float32)
+    checked_norm(values, "the rest")
+    return values
 
 
 def _residual(raw: Any, layout: Layout) -> Residual:

@@ -18,10 +18,12 @@
     fedit         flat    synchronous          none              sgd 1.0 on adapters           arXiv 2305.05644
     ffa_lora      flat    synchronous          none              sgd 1.0 on B; A is frozen     arXiv 2403.12313
     fedsa_lora    flat    synchronous          B, personal       sgd 1.0 on A                  arXiv 2410.01463
+    fedalt        flat    synchronous          none              sums of B; own and rest mixed arXiv 2503.11880
+    kin           as is   synchronous          none              sums of B; own and kin mixed  model/experts.py
     local         flat    synchronous          none              no client takes from another; stopped early
     pooled        one     -                    none              one client; a step takes a batch of every client's text
 
-A name may have variants, such as `worldlm+keys+uniform`: see `VARIANTS`. A variant changes a single setting, so a
+A name may have variants, such as `worldlm+keys+uniform`: see variants.py. A variant changes a single setting, so a
 comparison shows the effect of that setting. Of `pooled`, the variant `ft` adds a second run: see stages.py.
 
 Of `soup` and `ties` every client trains alone from the same initial weights, in one round as long as the budget, and at
@@ -36,24 +38,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.config.schema import INHERITED, USUAL_KEY_LAYERS, RunConfig
 from worldlm_ray.config.values import one_of
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.experiments.variants import VARIANTS, Scaled
 from worldlm_ray.plan import initial_model, tree
 from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.plan.tree import NodeSpec
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """In place of a setting's value: the configured one times a factor."""
-
-    factor: float
-
 
 ALL = "world/all"
 """Path of the only client where all texts are in one place."""
@@ -228,6 +223,27 @@ def _fedsa_lora(mapping: dict[str, Any], root: NodeSpec) -> None:
     _fedper(mapping, root)
 
 
+def _mixed(mapping: dict[str, Any], experts: str) -> None:
+    """Own adapters, mixed with those of others, which exact sums give."""
+    lora = mapping["model"]["lora"] | {"freeze_a": True, "experts": experts}
+    mapping["model"] = mapping["model"] | {"lora": lora}
+    mapping["aggregation"] = mapping["aggregation"] | {"rule": "sums"}
+    mapping["merge"] = {"client": 0.0, "federation": 0.0}
+    set_everywhere(mapping, ["exchange", "codec"], "fp32")
+    mapping["evaluation"] = mapping["evaluation"] | {"keep_best": False}
+
+
+def _fedalt(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _fedit(mapping, root)
+    _mixed(mapping, "rest")
+
+
+def _kin(mapping: dict[str, Any], root: NodeSpec) -> None:
+    _fedit(mapping, root)
+    mapping["world"] = _plain_tree(root, keep_rules=False)
+    _mixed(mapping, "kin")
+
+
 def _fedbuff(mapping: dict[str, Any], root: NodeSpec) -> None:
     _flat(mapping, root)
     _no_keys(mapping)
@@ -347,6 +363,8 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "fedit": _fedit,
     "ffa_lora": _ffa_lora,
     "fedsa_lora": _fedsa_lora,
+    "fedalt": _fedalt,
+    "kin": _kin,
     "fedbuff": _fedbuff,
     "diloco": _diloco,
     "halos": _halos,
@@ -356,34 +374,5 @@ METHODS: dict[str, Callable[[dict[str, Any], NodeSpec], None]] = {
     "pooled": _pooled,
 }
 """Every method by name."""
-FOR_ADAPTERS = frozenset({"fedit", "ffa_lora", "fedsa_lora"})
+FOR_ADAPTERS = frozenset({"fedit", "ffa_lora", "fedsa_lora", "fedalt", "kin"})
 """Methods of worlds that train adapters."""
-
-FINE_TUNED = "ft"
-"""The variant that fine-tunes at the end."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "synchronous": {"aggregation.trigger": "synchronous", "exchange.overlap": False},
-    "asynchronous": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 1},
-    "buffered": {"aggregation.trigger": "goal_achieved", "aggregation.buffer_size": 4},
-    "often": {"aggregation.push_every": 4},
-    "discounted": {"aggregation.staleness.fn": "polynomial"},
-    "undiscounted": {"aggregation.staleness.fn": "constant"},
-    "merge_all": {"merge.client": 1.0},
-    "merge_quarter": {"merge.client": 0.25},
-    "validated": {"merge.client": "validated"},
-    FINE_TUNED: {"merge.fine_tune": 0.2, "evaluation.keep_best": True, "evaluation.every_rounds": 1},
-    "keys": {"model.key_layers": list(USUAL_KEY_LAYERS)},
-    "uniform": {"aggregation.attention.score": "uniform"},
-    "dot": {"aggregation.attention.score": "dot"},
-    "residuals": {"aggregation.residuals.per_round": 2},
-    "bf16": {"exchange.codec": "bf16"},
-    "int8": {"exchange.codec": "int8"},
-    "int4": {"exchange.codec": "int4"},
-    "overlap": {"exchange.overlap": True},
-    "personal": {"aggregation.attention.personal": True},
-    "best": {"evaluation.keep_best": True},
-    "lr_third": {"training.lr": Scaled(1 / 3)},
-    "lr_triple": {"training.lr": Scaled(3.0)},
-    "decay_tenfold": {"training.weight_decay": Scaled(10.0)},
-}
-"""The change of each variant, by name."""

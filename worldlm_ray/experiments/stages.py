@@ -15,7 +15,8 @@ from typing import Any
 from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.config.schema import BudgetConfig, RunConfig
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.experiments.methods import FINE_TUNED, Scaled, configure, set_everywhere
+from worldlm_ray.experiments.methods import configure, set_everywhere
+from worldlm_ray.experiments.variants import FINE_TUNED, Scaled
 
 SHARE = 0.2
 """Share of the budget for the second stage."""

@@ -26,6 +26,8 @@ def check_backend(model: ModelConfig) -> None:
     ):
         cure = "write all, lora, or a list of name patterns such as [model.layers.29.*]"
         raise ConfigError("model.trainable", f"got {patterns!r}", cure)
+    if model.lora.experts != "none":
+        _check_experts(model)
     if model.backend == "decoder":
         if patterns != "all":
             got = f"got {patterns!r}, but model.backend is decoder, which trains all parameters"
@@ -37,6 +39,19 @@ def check_backend(model: ModelConfig) -> None:
     positive(model.lora.r, "model.lora.r")
     positive(model.lora.alpha, "model.lora.alpha")
     below_one(model.lora.dropout, "model.lora.dropout")
+
+
+def _check_experts(model: ModelConfig) -> None:
+    """Refuse experts that are no adapters, or whose mean is none."""
+    key, experts = "model.lora.experts", model.lora.experts
+    if model.trainable != "lora":
+        got = f"{experts}, but model.trainable is {model.trainable}: there are no adapters to mix"
+        raise ConfigError(key, got, "set model.trainable to lora")
+    if not model.lora.freeze_a:
+        got = f"{experts}, but clients train A: the mean of B is then the mean of no adapters"
+        raise ConfigError(key, got, "set model.lora.freeze_a to true")
+    if model.key_layers:
+        raise ConfigError(key, f"{experts}, but model.key_layers is not empty", "leave key layers out")
 
 
 def not_under_transformers(plan: Plan) -> Iterable[ConfigError]:

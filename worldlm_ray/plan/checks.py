@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from worldlm_ray.aggregation.rules import rule_name, rule_of
 from worldlm_ray.data import check_sources
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import backend_checks, client_checks, initial_model, privacy_checks
+from worldlm_ray.plan import backend_checks, client_checks, expert_checks, initial_model, privacy_checks
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.training import deepspeed_config
 
@@ -251,6 +251,7 @@ RULES: tuple[Rule, ...] = (
     proximal_in_one_process,
     *client_checks.RULES,
     *backend_checks.RULES,
+    *expert_checks.RULES,
     robust_needs_three,
     robust_without_residuals,
     one_vocabulary,

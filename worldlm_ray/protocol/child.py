@@ -130,6 +130,8 @@ class Uplink:
         self._name, self._layout, above = plan.node(path).name, plan.layout, parent_path(path)
         self._offered = 0 if above is None else offered_residuals(plan.node(above))
         """Residuals that the parent's model may bring."""
+        self._has_rest = above is not None and plan.node(above).settings.aggregation.rule == "sums"
+        """Whether it may bring what lies beyond the parent."""
         self._to = 0
         """Incarnation of the parent that has been joined; 0 while none is."""
 
@@ -252,7 +254,8 @@ class Uplink:
         if not isinstance(answer, Packed):
             text = f"the answer to a pull is no header and one buffer, but {type(answer).__name__}"
             raise MessageError("malformed", text)
-        return unpack_model(answer, self._layout, residuals=self._offered), answer.nbytes
+        model = unpack_model(answer, self._layout, residuals=self._offered, has_rest=self._has_rest)
+        return model, answer.nbytes
 
     def _verdict(self, header: bytes, update: Update, size: int) -> Steps[Verdict]:
         found = yield from self._call("push", header, update, nbytes=size)

@@ -267,6 +267,8 @@ class Life:
         client = self._client
         update = yield Compute(client.update)
         self._give_turn_back()
+        if client.experts is not None:
+            yield Save(wait=True)  # a client that forgets what it has pushed could not take it out of a sum
         if not client.overlaps:
             yield from self._deliver(update)
             return

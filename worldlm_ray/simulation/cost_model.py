@@ -110,7 +110,7 @@ class CostClient:
     warning: ClassVar[str] = ""
 
     measure_is_due = may_pause = overlaps = serves = False
-    in_flight = None
+    in_flight = experts = None
     last_word = ""
     left_out = ()
 

@@ -42,6 +42,8 @@ STORAGE_AGAIN_S = 2.0
 """How long a node that cannot go on without its storage waits before it asks again; virtual in a simulation."""
 _INCARNATIONS, _META = "incarnations", "meta.json"
 _NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
+_DTYPES = {"float32": "F32", "int64": "I64"}
+"""What buffers hold, by safetensors' names."""
 
 
 def folder(run_dir: Path, path: str) -> Path:
@@ -237,7 +239,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Flat]]:
 def _write_arrays(
     file: Path, arrays: Mapping[str, Flat], *, first: int, on_steady: Callable[[], None]
 ) -> tuple[int, str]:
-    """Write flat fp32 buffers as safetensors, flushed to disk; returns the size of the file and its SHA-256.
+    """Write flat buffers as safetensors, flushed to disk; returns the size of the file and its SHA-256.
 
     The writer of safetensors copies every tensor first. This one streams the buffers without a copy, since a node that
     holds three times its model must not need six times its model to save it. safetensors reads the result.
@@ -245,7 +247,7 @@ def _write_arrays(
     index, offset = {}, 0
     for name, values in arrays.items():
         index[name] = {
-            "dtype": "F32",
+            "dtype": _DTYPES[values.dtype.name],
             "shape": list(values.shape),
             "data_offsets": [offset, offset + values.nbytes],
         }

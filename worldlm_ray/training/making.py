@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from worldlm_ray.config.schema import NodeSettings
-from worldlm_ray.model.pretrained_shape import Architecture
+from worldlm_ray.model.pretrained_shape import Architecture, PretrainedShape
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.common import CommonTrainer
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
@@ -16,6 +16,10 @@ from worldlm_ray.training.trainer import Trainer
 def plain_trainer(shape: Architecture, layout: Layout, settings: NodeSettings) -> LocalTrainer:
     """A trainer of one model, without noise, on the device and the cores of the client."""
     device, threads = device_of(settings.resources), threads_of(settings.resources)
+    if isinstance(shape, PretrainedShape) and shape.lora.experts != "none":
+        from worldlm_ray.training.experts import ExpertTrainer
+
+        return ExpertTrainer(shape, layout, settings.training, threads=threads, device=device)
     return LocalTrainer(shape, layout, settings.training, threads=threads, device=device)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,5 +112,16 @@ class Trainer(Protocol):
 
         Returns:
             Whether there is: of a trainer of one model, False, and nothing changes.
+        """
+        return False
+
+    def take_experts(self, values: Mapping[str, Flat]) -> bool:
+        """Mix these adapters with the own one from now on (model/experts.py).
+
+        Args:
+            values: parameters [layout.size] by name of the expert; copied.
+
+        Returns:
+            Whether the trainer mixes experts: of one that does not, False, and nothing changes.
         """
         return False

@@ -1,0 +1,261 @@
+"""Kin experts: mixtures of adapters, their routers, and worlds of clients that have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import worlds
+from support.drift import Drift, whole_run
+from support.pretrained import KINDS, save_pretrained
+
+from worldlm_ray.aggregation.sums import GRID, on_grid
+from worldlm_ray.client.client import Client
+from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.errors import ConfigError
+from worldlm_ray.experiments.methods import configure
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.simulation.simulator import Simulation, simulate
+from worldlm_ray.tensors.buffers import params_sha256
+from worldlm_ray.training.making import plain_trainer
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pretrained(tmp_path_factory.mktemp("base"))
+
+
+def raw(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    """Two federations of two clients on a small model with adapters."""
+    found: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "data": {"cache_dir": str(folder / "cache")},
+        "model": {"backend": "transformers", "initial_from": str(model), "context": 16, "trainable": "lora"},
+        "budget": {"rounds": 4},
+        "training": {"local_steps": 4, "batch_size": 4, "lr": 2e-2},
+        "evaluation": {"tokens": 256, "final_tokens": 256, "every_rounds": 0},
+        "world": {"children": worlds.two_levels(folder)},
+    }
+    return found | changes
+
+
+def plan_of(folder: Path, model: Path, method: str = "kin", **changes: Any) -> Plan:
+    return make_plan(configure(from_mapping(raw(folder, model, **changes)), method))
+
+
+def trainer_with_experts(plan: Plan, *, seed: int = 0) -> Any:
+    """A trainer whose own adapter, experts of others and routers are all at random."""
+    trainer: Any = plain_trainer(plan.shape, plan.layout, plan.root.clients[0].settings)
+    rng = np.random.default_rng(seed)
+    trainer.write(rng.normal(scale=0.3, size=plan.layout.size).astype(np.float32))
+    trainer.take_experts(
+        {n: rng.normal(scale=0.3, size=plan.layout.size).astype(np.float32) for n in trainer.experts.others}
+    )
+    torch.manual_seed(seed)
+    trainer.experts.router.normal_(std=0.3)
+    return trainer
+
+
+def tokens(batch: int = 2) -> Any:
+    return torch.randint(256, (batch, 17), generator=torch.Generator().manual_seed(0))
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama_tied_gqa", "gpt2", "gpt_neox"])
+def test_a_layer_is_the_sum_of_its_experts_by_the_router(tmp_path: Path, kind: str) -> None:
+    assert kind in KINDS
+    plan = plan_of(tmp_path, save_pretrained(tmp_path / "base", kind))
+    trainer = trainer_with_experts(plan)
+    mixture = trainer.experts.mixtures[1]
+    layer, router = mixture.layer, mixture.router
+    x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(1))
+    found = layer(x)
+
+    gates = torch.softmax(x @ router.weight.T + router.bias, -1)
+    expected = layer.base_layer(x)
+    for k, b in enumerate([layer.lora_B["default"].weight, *mixture.others]):
+        change = x @ layer.lora_A["default"].weight.T @ b.T
+        expected = expected + gates[..., k : k + 1] * change * layer.scaling["default"]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert gates.shape[-1] == 3
+    assert float((found - layer.base_layer(x)).abs().max()) > 1e-3
+
+
+def test_gradients_of_routers_equal_finite_differences(tmp_path: Path, base: Path) -> None:
+    trainer = trainer_with_experts(plan_of(tmp_path, base))
+    inputs, targets = tokens(8)[:, :-1], tokens(8)[:, 1:]
+
+    def loss() -> Any:
+        return torch.nn.functional.cross_entropy(trainer.model(inputs).flatten(0, 1).double(), targets.flatten())
+
+    parameters = list(trainer.experts.routers.parameters())
+    gradients = torch.autograd.grad(loss(), parameters)
+    step = 1e-2  # layers compute in fp32: of a smaller one rounding would be left
+    for parameter, gradient in list(zip(parameters, gradients, strict=True))[::5]:
+        place = int(gradient.abs().argmax())
+        flat, losses = parameter.data.view(-1), []
+        before = float(flat[place])
+        for value in (before + step, before - step):
+            flat[place] = value
+            losses.append(float(loss()))
+        flat[place] = before
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(gradient.view(-1)[place]), rel=1e-2)
+
+
+def test_routers_begin_with_the_own_expert_ahead(tmp_path: Path, base: Path) -> None:
+    trainer: Any = plain_trainer((plan := plan_of(tmp_path, base)).shape, plan.layout, plan.root.clients[0].settings)
+    for router in trainer.experts.routers:
+        assert not router.weight.any()
+        assert router.bias.tolist() == [0.0, -1.0, -1.0]
+
+
+def test_a_model_of_a_node_above_is_measured_without_experts(tmp_path: Path, base: Path) -> None:
+    plan = plan_of(tmp_path, base)
+    trainer = trainer_with_experts(plan)
+    batch = [(tokens()[:, :-1].numpy(), tokens()[:, 1:].numpy())]
+    mixed, theta = trainer.evaluate(batch)[0], trainer.read()
+    alone = trainer.evaluate(batch, parameters=theta)[0]
+    assert alone != mixed
+    trainer.take_experts({name: np.zeros_like(theta) for name in trainer.experts.others})
+    trainer.experts.router[:] = 0.0
+    for router in trainer.experts.routers:
+        router.bias.data[0] = 50.0
+    assert trainer.evaluate(batch)[0] == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_trainer_comes_back_from_its_state(tmp_path: Path, base: Path) -> None:
+    plan = plan_of(tmp_path, base)
+    first, second = (trainer_with_experts(plan, seed=seed) for seed in (0, 1))
+    batch = (tokens(4)[:, :-1].numpy(), tokens(4)[:, 1:].numpy())
+    first.run([batch] * 2, lambda _: 1e-2)
+    second.write(first.read())
+    second.load_optimizer_state(first.optimizer_state())
+    for trainer in (first, second):
+        trainer.run([batch] * 2, lambda _: 1e-2)
+    for name, values in first.optimizer_state().items():
+        np.testing.assert_array_equal(second.optimizer_state()[name], values, err_msg=name)
+    np.testing.assert_array_equal(first.read(), second.read())
+
+
+# ---- worlds --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["kin", "fedalt"])
+def test_a_world_learns(tmp_path: Path, base: Path, method: str) -> None:
+    summary = simulate(rundir.create(plan_of(tmp_path, base, method))).summary
+    for path, node in summary["nodes"].items():
+        assert node["loss"] < node["loss_start"] - 0.02, path
+
+
+def finished(plan: Plan, make_client: Any = Client) -> Simulation:
+    """A whole simulated run."""
+    return whole_run(plan, plan.run_dir, make_client=make_client)[0]
+
+
+def drifting(plan: Plan, spec: Any, **settings: Any) -> Client:
+    sign = 0.01 * (1.0 + plan.root.clients.index(spec))
+    return Client(plan, spec, make_trainer=lambda _: Drift(plan.layout.size, sign), **settings)
+
+
+def check_sums(simulation: Simulation) -> None:
+    """Every sum holds what its children have, and no child more or less."""
+    for path, node in simulation.nodes.items():
+        sums = node.published.sums
+        assert sums is not None
+        parts = [c.experts.own_part for p, c in simulation.clients.items() if p.rpartition("/")[0] == path]
+        parts += [n.parent.own_part for p, n in simulation.nodes.items() if p.rpartition("/")[0] == path and n.parent]
+        np.testing.assert_array_equal(sums.total, sum(part.held for part in parts), err_msg=path)
+        assert sums.newest_weight == sum(part.weight for part in parts)
+    for path, client in simulation.clients.items():
+        own = client.experts.own_part
+        assert own.is_known
+        np.testing.assert_array_equal(own.held, on_grid(client.trainer.read(), own.weight), err_msg=path)
+
+
+@pytest.mark.parametrize("trigger", ["synchronous", "goal_achieved"])
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_hold_every_part_once_whatever_fails(tmp_path: Path, base: Path, trigger: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    paths = ["world", "world/north", "world/south", *(f"world/{c}" for c in ("north/a", "north/b", "south/c"))]
+    faults = [f"{at:.2f}s kill {rng.choice(paths)}" for at in sorted(rng.uniform(0.2, 3.0, size=5))]
+    variant = "kin" if trigger == "synchronous" else "kin+asynchronous"
+    slow = {"tokens_per_s": 512.0, "latency_s": 0.01}
+    plan = plan_of(
+        tmp_path, base, variant, faults=faults, simulation=slow, checkpoint={"every_s": 0.7}, budget={"rounds": 8}
+    )
+    check_sums(finished(plan, drifting))
+
+
+def test_a_killed_client_goes_on_to_the_same_bits(tmp_path: Path, base: Path) -> None:
+    slow = {"tokens_per_s": 256.0, "latency_s": 0.01}
+    found = []
+    for name, faults in (("whole", ["90s kill world/north/a"]), ("killed", ["2.5s kill world/north/a"])):
+        (tmp_path / name).mkdir()
+        plan = plan_of(tmp_path / name, base, faults=faults, simulation=slow, checkpoint={"every_s": 0.5})
+        simulation = finished(plan)
+        check_sums(simulation)
+        state = {path: client.trainer.optimizer_state() for path, client in simulation.clients.items()}
+        hashes = {
+            f"{path}.{name}": params_sha256(values) for path, all_ in state.items() for name, values in all_.items()
+        }
+        found.append(hashes | {path: params_sha256(node.theta) for path, node in simulation.nodes.items()})
+    assert found[0] == found[1]
+
+
+def test_the_model_of_a_node_is_the_mean_of_its_clients(tmp_path: Path, base: Path) -> None:
+    simulation = finished(plan_of(tmp_path, base), drifting)
+    check_sums(simulation)
+    for path, node in simulation.nodes.items():
+        below = [c.trainer.read() for p, c in simulation.clients.items() if p.startswith(f"{path}/")]
+        np.testing.assert_allclose(node.theta, np.mean(below, axis=0), atol=2 * GRID)
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model": {"trainable": "all"}}, "model.lora.experts"),
+        ({"model": {"lora": {"experts": "kin", "freeze_a": False}}}, "model.lora.experts"),
+        ({"model": {"key_layers": ["*.1.*"]}}, "model.lora.experts"),
+        ({"aggregation": {"rule": "mean"}}, "world.aggregation.rule"),
+        ({"aggregation": {"rule": "sums", "buffer_size": 2}}, "world.aggregation.rule"),
+        ({"aggregation": {"rule": "sums", "staleness": {"fn": "polynomial"}}}, "world.aggregation.rule"),
+        ({"exchange": {"codec": "int8"}}, "world.exchange.codec"),
+        ({"merge": {"client": "validated"}}, "merge.client"),
+        ({"merge": {"client": 0.0, "fine_tune": 0.2}}, "merge.fine_tune"),
+        ({"merge": {"client": 0.0, "serve_parent": True}}, "merge.serve_parent"),
+        ({"evaluation": {"keep_best": True}}, "evaluation.keep_best"),
+        ({"privacy": {"unit": "record", "noise_multiplier": 1.0}}, "privacy.unit"),
+        ({"training": {"zero_stage": 1}}, "training.zero_stage"),
+        ({"simulation": {"train": False}}, "simulation.train"),
+    ],
+)
+def test_what_experts_do_not_go_with_is_told(tmp_path: Path, base: Path, changes: dict[str, Any], key: str) -> None:
+    sound = raw(tmp_path, base) | {"merge": {"client": 0.0}, "aggregation": {"rule": "sums"}}
+    sound["model"] = sound["model"] | {"lora": {"experts": "kin", "freeze_a": True}}
+    make_plan(from_mapping(sound))
+    broken = sound | {name: (sound[name] | value if name == "model" else value) for name, value in changes.items()}
+    with pytest.raises(ConfigError) as caught:
+        make_plan(from_mapping(broken))
+    assert caught.value.each[0].key.endswith(key)
+
+
+def test_methods_configure_a_tree_or_none(tmp_path: Path, base: Path) -> None:
+    kin, fedalt = (plan_of(tmp_path, base, method) for method in ("kin", "fedalt"))
+    assert [plan.config.model.lora.experts for plan in (kin, fedalt)] == ["kin", "rest"]
+    assert [len(plan.root.children) for plan in (kin, fedalt)] == [2, 4]
+    assert kin.layout.hash == fedalt.layout.hash
+    assert all(".lora_B." in entry.name for entry in kin.layout.entries)

@@ -1,0 +1,80 @@
+"""A client of experts: its own adapter beside its federation's and the world's (model/experts.py).
+
+The own adapter is trained on the client's text and never overwritten. A pull replaces the other experts, each of which
+is the mean of others: the client's own part is taken out of the sums above (aggregation/own_part.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from worldlm_ray.aggregation.own_part import OwnPart
+from worldlm_ray.aggregation.sums import GRID, on_grid
+from worldlm_ray.exchange.messages import Model, Update
+from worldlm_ray.model.expert_names import EXPERTS
+from worldlm_ray.tensors.buffers import Flat
+
+if TYPE_CHECKING:
+    from worldlm_ray.client.client import Client
+
+
+class ClientExperts:
+    """The exchange of one client that mixes experts.
+
+    Args:
+        client: whose exchange it is.
+        experts: `kin` or `rest`: see LoraConfig.experts.
+    """
+
+    def __init__(self, client: Client, experts: str) -> None:
+        self._client, self.experts = client, experts
+        self.own_part = OwnPart(client.plan.layout.size)
+        self.weight = 0
+        """Of this client in all sums: tokens of a round when it first pushed. Fixed: S is a sum of n_i B_i."""
+
+    def update(self, *, tokens: int, started_tokens: int) -> Update:
+        """The change of the client's own adapter since the parent has last accepted it."""
+        own = self._client.trainer.read()
+        self.weight = self.weight or self._client.round_tokens
+        return self._change(own, on_grid(own, self.weight), self.weight, tokens=tokens, started_tokens=started_tokens)
+
+    def withdrawal(self) -> Update | None:
+        """The update that takes the client's part out of the sums above; None where it has none."""
+        part = self.own_part
+        if not part.weight:
+            return None
+        nothing = np.zeros_like(part.held)
+        out, started = np.empty(part.held.size, np.float32), self._client.started_tokens
+        return self._change(out, nothing, 0, tokens=0, started_tokens=started)
+
+    def _change(self, out: Flat, target: Any, weight: int, *, tokens: int, started_tokens: int) -> Update:
+        factor = self.own_part.change(target, weight, out=out)
+        link = self._client.link
+        fields = {"weight": factor, "withdraws": weight == 0}
+        return self.own_part.sent(link.update_of(out, tokens=tokens, started_tokens=started_tokens, **fields))
+
+    def take(self, model: Model) -> None:
+        """The experts of others, as the parent's model gives them. The own adapter stays as it is."""
+        client = self._client
+        if client.start_over:  # it has diverged: it goes on from what the parent has last accepted
+            scale = GRID / self.own_part.weight if self.own_part.weight else 0.0
+            client.trainer.write((self.own_part.held * scale).astype(np.float32))
+            client.trainer.forget()
+            client.start_over = False
+        others, _ = self.own_part.rest(model, beyond=self.experts == "rest")
+        found = [others, model.rest] if self.experts == "kin" else [others]
+        nothing = np.zeros(client.plan.layout.size, np.float32)
+        names = EXPERTS[self.experts][1:]
+        client.trainer.take_experts({n: nothing if v is None else v for n, v in zip(names, found, strict=True)})
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a restart needs; the experts themselves are the trainer's."""
+        meta, arrays = self.own_part.state()
+        return {"weight": self.weight, "own_part": meta}, arrays
+
+    def restore(self, saved: dict[str, Any], arrays: dict[str, Any]) -> None:
+        """Become what `state` described."""
+        self.weight = saved["weight"]
+        self.own_part.restore(saved["own_part"], arrays)
