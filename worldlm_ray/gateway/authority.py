@@ -135,9 +135,10 @@ class Authority:
                 again later), revoked or known_key.
             GatewayError: the folder is damaged or cannot be written.
         """
-        key = certificates.read_request(request)
+        certificates.check_request_size(request)
         kept = self.invitations.get(invitation)
         check_proof(kept.verifier, kept.id, proof, request)
+        key = certificates.read_request(request)  # not before: a stranger's bytes are not parsed
         mark = fingerprint(key)
         used = self.invitations.use(kept, request, mark)
         if used.request != hashlib.sha256(request).hexdigest():
@@ -243,13 +244,16 @@ class Authority:
             raise GatewayError(f"{path}: is {member.state}; run `worldlm gateway readmit {path}`")
         return self._invite(path, expires_s=expires_s, approve=approve, by=by)
 
-    def revoke(self, path: str, *, pause: bool = False, by: str = "") -> None:
+    def revoke(self, path: str, *, pause: bool = False, by: str = "") -> bool:
         """Let a member in no more, from its next request on.
 
         Args:
             path: the member's.
             pause: for now only: its key stays good, and `readmit` lets it in again.
             by: the operator.
+
+        Returns:
+            Whether it was a member; False where only an invitation is taken back.
 
         Raises:
             GatewayError: there is no such member.
@@ -262,6 +266,7 @@ class Authority:
             if member is not None and not (pause and member.state is State.REVOKED):
                 members[path] = replace(member, state=State.PAUSED if pause else State.REVOKED)
         self._record("paused" if pause else "revoked", path, by)
+        return member is not None
 
     def readmit(self, path: str, *, expires_s: float, approve: bool = False, by: str = "") -> Invitation | None:
         """Let a member in again.
@@ -334,10 +339,8 @@ def _peer(certificate: bytes) -> _Peer:
     """What a certificate says; of a connection's certificate this is asked at every request."""
     found: x509.Certificate = certificates.read_der(certificate)
     world, path = certificates.member_of(found)
-    return _Peer(
-        world=world,
-        path=path,
-        fingerprint=fingerprint(certificate_key(found)),
-        begin_s=certificates.begin_of(found),
-        end_s=certificates.end_of(found),
-    )
+    try:
+        begin_s, end_s = certificates.begin_of(found), certificates.end_of(found)
+    except certificates.UNREADABLE as error:
+        raise Refused("bad_certificate", "the certificate's times cannot be read") from error
+    return _Peer(world=world, path=path, fingerprint=fingerprint(certificate_key(found)), begin_s=begin_s, end_s=end_s)

@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from worldlm_ray.config.values import checked_name
@@ -39,6 +40,17 @@ LONGEST_PATH = 1_024
 """Bytes of a member's path in UTF-8."""
 _GENERATION_BYTES, _ID_BYTES = 4, 20
 _SCHEME = "worldlm://"
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+    CryptographyDeprecationWarning,  # of a serial number below 1, where warnings are errors
+)
+"""What the library raises for bytes that a peer has made up."""
 _URI = re.compile(r"worldlm://([0-9a-f]{64})/(.+)", re.DOTALL)
 
 
@@ -254,7 +266,7 @@ def read_pem(content: bytes, where: object) -> list[x509.Certificate]:
     """
     try:
         return x509.load_pem_x509_certificates(content)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise GatewayError(f"{where}: no certificate can be read from it; restore the file from a copy") from error
 
 
@@ -268,8 +280,18 @@ def read_der(content: bytes) -> x509.Certificate:
         raise Refused("bad_certificate", f"expected a certificate of at most {MOST_BYTES} bytes")
     try:
         return x509.load_der_x509_certificate(content)
-    except (ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise Refused("bad_certificate", "the certificate is not DER") from error
+
+
+def check_request_size(content: object) -> None:
+    """Check that bytes may be looked at as a certificate signing request.
+
+    Raises:
+        Refused: bad_request.
+    """
+    if not isinstance(content, bytes) or len(content) > MOST_BYTES:
+        raise Refused("bad_request", f"expected a certificate signing request of at most {MOST_BYTES} bytes")
 
 
 def read_request(content: bytes) -> PublicKey:
@@ -280,13 +302,12 @@ def read_request(content: bytes) -> PublicKey:
     Raises:
         Refused: bad_request.
     """
-    if not isinstance(content, bytes) or len(content) > MOST_BYTES:
-        raise Refused("bad_request", f"expected a certificate signing request of at most {MOST_BYTES} bytes")
+    check_request_size(content)
     try:
         request = x509.load_der_x509_csr(content)
         key = p256(request.public_key())
         signed = key is not None and request.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise Refused("bad_request", "the certificate signing request cannot be read") from error
     if key is None or not signed:
         raise Refused("bad_request", "the request is not signed by a key of P-256")
@@ -303,7 +324,7 @@ def member_of(certificate: x509.Certificate) -> tuple[str, str]:
         extensions = certificate.extensions
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         purposes = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+    except UNREADABLE as error:
         raise Refused("bad_certificate", "the certificate names no member") from error
     [only, *others] = [*names, None]
     match = _URI.fullmatch(only.value) if isinstance(only, x509.UniformResourceIdentifier) else None
@@ -323,7 +344,7 @@ def generation_of(certificate: x509.Certificate) -> int:
     """
     try:
         aki = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+    except UNREADABLE as error:
         raise Refused("bad_certificate", "the certificate does not name its issuing key") from error
     if aki is None or len(aki) != _ID_BYTES:
         raise Refused("bad_certificate", "the certificate does not name its issuing key")
@@ -344,7 +365,7 @@ def check_issued(certificate: x509.Certificate, issuing: x509.Certificate, root:
     try:
         certificate.verify_directly_issued_by(issuing)
         issuing.verify_directly_issued_by(root)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+    except (InvalidSignature, *UNREADABLE) as error:
         raise Refused("wrong_world", "the certificate was not made by this world") from error
 
 

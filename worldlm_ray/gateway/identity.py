@@ -12,6 +12,7 @@ Further files of the folder belong to the registry and to invitations. Files wit
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ FORMAT = 1
 PORT = 8_443
 LEAST_PASSPHRASE = 8
 """Characters."""
+LONGEST_NAME = 40
+"""Characters of a world's name: a subject has 64, with what stands behind it."""
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:.]{2,45}")
 FACTS, ROOT_KEY, ROOT, ISSUING, SERVER = "gateway.json", "root.key", "root.pem", "issuing.pem", "server.pem"
 
 
@@ -163,6 +167,11 @@ def init(
         raise GatewayError(f"{folder}: holds a world already; give another folder by --dir")
     if not names:
         raise GatewayError("--name: members need a name to call; give the host name of the gateway's machine")
+    for host in names:
+        if not _HOST.fullmatch(host):
+            raise GatewayError(f"--name: {host!r} is no host name; give one such as gw.acme.org, or an address")
+    if not 0 < len(name) <= LONGEST_NAME:
+        raise GatewayError(f"WORLD: a name of 1 to {LONGEST_NAME} characters is expected; got {len(name)}")
     if len(passphrase) < LEAST_PASSPHRASE:
         raise GatewayError(f"the passphrase is too short; give at least {LEAST_PASSPHRASE} characters")
     if not 0 < port < 65_536:
@@ -177,10 +186,7 @@ def init(
         _write_issuing(folder / ISSUING, root, name, 1, now_s=now_s)
         facts = {"format": FORMAT, "name": name, "names": list(names), "port": port}
         facts["world"] = certificates.world_id(root.certificate)
-        certificates.make_server(root, key.public_key(), names, now_s=now_s)  # refuses names that none can have
         replace_text(folder / FACTS, json.dumps(facts, indent=2) + "\n", durable=True)  # last: the world is whole
-    except ValueError as error:
-        raise GatewayError(f"--name: {error}; give host names in ASCII, and a world's name of 1 to 40") from error
     except OSError as error:
         raise GatewayError(f"{folder}: {error.strerror or error}; give a folder that can be written") from error
     identity = Identity(folder, clock=clock)

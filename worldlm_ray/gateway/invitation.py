@@ -13,7 +13,7 @@ import base64
 import binascii
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import msgpack
@@ -49,7 +49,7 @@ class Invitation:
     """The member's."""
     id: str
     """16 hex digits."""
-    secret: bytes
+    secret: bytes = field(repr=False)
     """16 bytes."""
 
     @property

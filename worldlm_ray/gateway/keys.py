@@ -71,7 +71,7 @@ def verify(certificate: x509.Certificate | bytes, signature: bytes, data: bytes)
     if isinstance(certificate, bytes):
         try:
             certificate = x509.load_der_x509_certificate(certificate)
-        except ValueError as error:
+        except (ValueError, x509.InvalidVersion) as error:
             raise Refused("bad_certificate", "the signer's certificate cannot be read") from error
     verify_by_key(certificate_key(certificate), signature, data)
 
@@ -149,8 +149,9 @@ def read_private(path: Path, passphrase: str | None = None) -> tuple[PrivateKey,
     try:
         key = serialization.load_pem_private_key(content, None if passphrase is None else passphrase.encode())
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        what = "is damaged" if passphrase is None else "is damaged, or the passphrase is another one"
-        raise GatewayError(f"{path}: the private key {what}; restore the file from a copy") from error
+        what = "is damaged" if passphrase is None else "cannot be read by this passphrase"
+        cure = "restore the file from a copy" if passphrase is None else "give the one that was set at `init`"
+        raise GatewayError(f"{path}: the private key {what}; {cure}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise GatewayError(f"{path}: the private key is not one of P-256; restore the file from a copy")
     return key, content

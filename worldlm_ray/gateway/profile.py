@@ -1,6 +1,6 @@
 """A member's side: its key, its certificate, and the world that it has joined. The key never leaves the folder.
 
-    profile.json    url, world id, path, newest generation of the world's issuing key
+    profile.json    url, world id, path, the invitation's id, newest generation of the world's issuing key
     root.pem        the world's root: the only one that the member accepts
     identity.pem    the member's key, its certificate and the issuing certificate (0600)
     pending.pem     a key and its certificate signing request that have no answer yet (0600)
@@ -60,6 +60,8 @@ class Profile:
         """World id, in hex."""
         self.path: str = facts["path"]
         """The member's."""
+        self.invitation: str = facts["invitation"]
+        """Id of the newest invitation that the member has followed."""
         self.generation: int = facts["generation"]
         """Of the newest issuing key that the member has met."""
         self.root_pem = read_file(folder / ROOT).decode(errors="replace")
@@ -152,7 +154,7 @@ class Profile:
             raise Refused("old_issuing_key", f"{got}: it may be stolen; ask the world's operator")
         if met > self.generation:
             self.generation = met
-            _write_facts(self.folder, url=self.url, world=self.world, path=self.path, generation=met)
+            _change_facts(self.folder, generation=met)
 
     def _pending(self) -> tuple[PrivateKey, bytes]:
         path = self.folder / PENDING
@@ -192,15 +194,14 @@ def begin(folder: Path, invitation: Invitation, root_pem: bytes, *, clock: Clock
         replace_text(folder / ROOT, root, durable=True)
     except OSError as error:
         raise GatewayError(f"{folder}: {error.strerror or error}; give a folder that can be written") from error
-    known = _facts(folder / FACTS) if (folder / FACTS).exists() else {"generation": 1}
-    facts = {"url": invitation.url, "world": invitation.world, "path": invitation.path}
-    _write_facts(folder, **facts, generation=known["generation"])
+    _change_facts(folder, url=invitation.url, world=invitation.world, path=invitation.path, invitation=invitation.id)
     return Profile(folder, clock=clock)
 
 
-def _write_facts(folder: Path, **facts: Any) -> None:
+def _change_facts(folder: Path, **changes: Any) -> None:
+    known = _facts(folder / FACTS) if (folder / FACTS).exists() else {"format": FORMAT, "generation": 1}
     try:
-        replace_text(folder / FACTS, json.dumps({"format": FORMAT, **facts}, indent=2) + "\n", durable=True)
+        replace_text(folder / FACTS, json.dumps(known | changes, indent=2) + "\n", durable=True)
     except OSError as error:
         raise GatewayError(f"{folder}: {error.strerror or error}; give a folder that can be written") from error
 
@@ -208,7 +209,7 @@ def _write_facts(folder: Path, **facts: Any) -> None:
 def _facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(read_file(path))
-        kinds = {"format": int, "url": str, "world": str, "path": str, "generation": int}
+        kinds = {"format": int, "url": str, "world": str, "path": str, "invitation": str, "generation": int}
         good = all(isinstance(facts[key], kind) for key, kind in kinds.items()) and facts["format"] == FORMAT
     except (ValueError, KeyError, TypeError):
         good = False
