@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from worldlm_ray.cli import clusters, experiments, inspect, runs
+from worldlm_ray.cli import clusters, experiments, gateway, inspect, runs
 from worldlm_ray.cli.common import console, errors, spoken_of
 from worldlm_ray.errors import ConfigError, OutputError, WorldLMError
 
@@ -46,6 +46,7 @@ COMMANDS = (
 """In the order in which --help lists them."""
 for _command in COMMANDS:
     app.command(_command.__name__.rstrip("_"))(_command)
+app.add_typer(gateway.app)
 
 
 def _print_version(wanted: bool) -> None:

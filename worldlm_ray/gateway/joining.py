@@ -1,0 +1,102 @@
+"""How a member gets its certificates: the first by the line of an invitation, the next ones over its connection."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from worldlm_ray.errors import GatewayError, MessageError, Refused
+from worldlm_ray.gateway import contexts, link, profile, wire
+from worldlm_ray.gateway.http import checking
+from worldlm_ray.gateway.invitation import read_invitation
+from worldlm_ray.gateway.keys import Clock
+from worldlm_ray.gateway.profile import Profile
+
+ASK_AGAIN_S = 5.0
+"""Seconds between two questions whether the world's operator has approved the key."""
+
+
+async def join(
+    folder: Path,
+    line: str,
+    *,
+    on_waiting: Callable[[str], None],
+    clock: Clock = time.time,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Profile:
+    """Enrol by an invitation. Interrupted, it goes on from where it was: with the same key, and the same answer.
+
+    The server shows its root first, over a connection that nothing is sent on. Only a root that is the invitation's is
+    believed, and all else goes over connections that end there.
+
+    Args:
+        folder: of the profile.
+        line: the invitation.
+        on_waiting: hears once that the key waits for its approval.
+        clock: Unix seconds.
+        sleep: waits some seconds before the next question.
+
+    Raises:
+        GatewayError: the line is damaged, the folder is another profile's, or the world cannot be reached.
+        Refused: by the world, or because it is another one.
+    """
+    invitation = read_invitation(line)
+    known = Profile(folder, clock=clock) if (folder / profile.FACTS).exists() else None
+    if known is not None and known.has_joined and known.invitation == invitation.id:
+        return known  # it was interrupted after its end
+    try:
+        root = await link.root_of(invitation.url, contexts.unpinned_context())
+        member = profile.begin(folder, invitation, root, clock=clock)
+        context = checking(contexts.joining_context(invitation, root), member.check_server)
+        request = member.request()
+        message = wire.Enrol(request=request, invitation=invitation.id, proof=invitation.proof(request))
+        has_said = False
+        while (answer := await _asked(invitation.url, context, message, None if has_said else on_waiting)) is None:
+            has_said = True
+            await sleep(ASK_AGAIN_S)
+    except MessageError as error:
+        if error.reason != "unreachable":
+            raise Refused(error.reason, error.detail) from error
+        cure = "check that the gateway runs, that its port is open to you, and HTTPS_PROXY"
+        raise GatewayError(f"{invitation.url}: {error.detail}; {cure}") from error
+    member.install(answer.chain)
+    return member
+
+
+async def renew_if_due(member: Profile, to: link.Link) -> bool:
+    """Get the next certificate, with a new key, from two thirds of the present one's life on.
+
+    Args:
+        member: the profile.
+        to: its link; new connections of it show the new certificate.
+
+    Returns:
+        Whether there is a new one: what signs by the old key must read the profile again.
+
+    Raises:
+        MessageError: unreachable, or as the world refuses: try again later, the request is kept.
+        GatewayError: the profile is damaged, or the answer is not for it.
+    """
+    if not member.wants_renewal():
+        return False
+    answer = await to.renew(member.request())
+    member.install(answer.chain)
+    await to.use(contexts.client_context(member))
+    return True
+
+
+async def _asked(
+    url: str, context: ssl.SSLContext, message: wire.Enrol, on_waiting: Callable[[str], None] | None
+) -> wire.Enrolled | None:
+    """The answer to an enrolment; None while the key waits for its approval."""
+    try:
+        return await link.enrol(url, context, message)
+    except MessageError as error:
+        if error.reason != "waiting":
+            raise
+        if on_waiting is not None:
+            on_waiting(error.detail)
+        return None
