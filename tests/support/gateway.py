@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 import time
 from pathlib import Path
 
-from worldlm_ray.gateway import identity, profile
+from worldlm_ray.gateway import certificates, identity, keys, profile
 from worldlm_ray.gateway.authority import Authority
 from worldlm_ray.gateway.keys import Clock
 from worldlm_ray.gateway.profile import Profile
@@ -52,6 +53,23 @@ def shown_by(member: Profile) -> bytes:
 def _first_certificate(text: str) -> str:
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
     return begin + text.partition(begin)[2].partition(end)[0] + end
+
+
+def request() -> bytes:
+    """A certificate signing request of a new key, in DER."""
+    return certificates.make_request(keys.new_key())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of the gateway but the one that is lost without harm."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "seen.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def journal(world: Authority) -> list[tuple[str, str]]:
+    """Event and path of each line of a world's journal."""
+    lines = (world.identity.folder / "journal.jsonl").read_text().splitlines()
+    return [(line["event"], line["path"]) for line in map(json.loads, lines)]
 
 
 class Handshake:
