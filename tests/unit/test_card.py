@@ -113,7 +113,7 @@ def test_the_rules_of_every_node_are_said_in_words(tiny: Tiny, tmp_path: Path) -
     said = policy(make_plan(from_mapping(raw)))
     assert said["world"] == (
         "waits for an update of every live child; mean, weighted by tokens, server optimizer sgd; "
-        "its clients train its model for it, and beside it models of their own, which validation text chooses"
+        "its clients train its model for it, and a personal model each, which validation text chooses"
     )
     assert said["world/guild"] == (
         "aggregates 2 updates at a time; mean, weighted by tokens, clipped to norm 2, server optimizer sgd; "

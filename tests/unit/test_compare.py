@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from worldlm_ray.cli import main as cli
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import ConfigError, RunError
+from worldlm_ray.experiments import harness_results
 from worldlm_ray.experiments.compare import check_overrides, compare, make_folder
 from worldlm_ray.experiments.comparison_numbers import summarize
 from worldlm_ray.experiments.comparison_page import page_of
@@ -29,7 +30,9 @@ from worldlm_ray.experiments.comparison_progress import (
     headline,
 )
 from worldlm_ray.experiments.comparison_report import write
+from worldlm_ray.experiments.comparison_run import folder_of
 from worldlm_ray.experiments.comparison_table import COLUMNS
+from worldlm_ray.huggingface.card import TaskResult
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.terminal import Terminal
 
@@ -55,6 +58,12 @@ def test_a_comparison_runs_reports_and_continues(tiny: Callable[..., Plan], tmp_
     again = compare(config, ["fedavg", "local", "worldlm"], [0], out=out, command="worldlm compare tiny again")
     assert again[:8] == rows
     page = write(out).read_text(encoding="utf-8")
+    assert "lm-evaluation-harness" not in page
+    answers = TaskResult(task="rivers", metric="acc", value=0.25, stderr=None, n=8)
+    harness_results.write(folder_of(out, "local", 0), "world/a", None, [answers], version="1")
+    page = write(out).read_text(encoding="utf-8")
+    cells = ["local", "0", "world/a", "rivers", "acc", "0.2500", "–", "8"]  # noqa: RUF001 - as tables show "none"
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
     assert page.count("data:image/png;base64,") == 9
     assert "http" not in page.replace("http-equiv", "")
     assert (out / "report" / "table.csv").read_text(encoding="utf-8").count("\n") == 4

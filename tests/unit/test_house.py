@@ -84,7 +84,8 @@ def measures() -> Iterator[tuple[str, str, str, int]]:
                 every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 counted = [argument for argument in every if argument.arg not in ("self", "cls")]
                 # A command's parameters are its options: typer makes the command line of them.
-                is_command = any("command" in ast.unparse(decorator) for decorator in node.decorator_list)
+                is_command = place.startswith("worldlm_ray/cli/") and not name.startswith("_")
+                is_command |= any("command" in ast.unparse(decorator) for decorator in node.decorator_list)
                 measured.append(("parameters", name, 0 if is_command else len(counted)))
         for kind, name, size in measured:
             yield kind, place, name, size

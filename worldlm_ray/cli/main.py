@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from worldlm_ray.cli import clusters, experiments, gateway, inspect, runs
+from worldlm_ray.cli import clusters, experiments, gateway, inspect, models, runs
 from worldlm_ray.cli.common import console, errors, spoken_of
 from worldlm_ray.errors import ConfigError, OutputError, WorldLMError
 
@@ -33,9 +33,9 @@ COMMANDS = (
     experiments.map_,
     inspect.show,
     inspect.presets,
-    experiments.evaluate,
-    experiments.sample,
-    experiments.export,
+    models.evaluate,
+    models.sample,
+    models.export,
     inspect.privacy,
     runs.join,
     runs.leave,

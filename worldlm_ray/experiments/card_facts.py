@@ -11,6 +11,7 @@ from typing import Any
 
 from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.errors import PrivacyError
+from worldlm_ray.experiments import harness_results
 from worldlm_ray.huggingface.card import Contribution, Evaluated, Facts, Promise, base_facts
 from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.plan import kept, rundir
@@ -20,19 +21,23 @@ from worldlm_ray.reports.policy import policy
 from worldlm_ray.reports.spending import Statement, private_clients, statements
 from worldlm_ray.storage import filesystem
 from worldlm_ray.storage.filesystem import expanded
+from worldlm_ray.tensors.buffers import Flat, params_sha256
 
 MOST_CLIENTS = 100
 """Clients that have a row each. Of more, every child of the node has one."""
 PACKAGES = ("worldlm_ray", "torch", "transformers", "peft")
 
 
-def facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes], *, merge: bool = False) -> Facts:
+def facts(
+    plan: Plan, spec: NodeSpec, files: dict[str, bytes], *, theta: Flat | None = None, merge: bool = False
+) -> Facts:
     """The content of a node's card. A damaged summary.json only removes facts.
 
     Args:
         plan: the run.
         spec: the node.
         files: small files of the export, by name.
+        theta: the node's parameters, by which lm_eval.json is asked; None without asking.
         merge: whether adapters are added to whole weights.
     """
     nodes = _summary(plan).get("nodes")
@@ -68,6 +73,7 @@ def facts(plan: Plan, spec: NodeSpec, files: dict[str, bytes], *, merge: bool = 
         promises=_promises(plan, ledgers),
         policy=policy(plan),
         evaluated=_evaluated(nodes, spec),
+        tasks=[] if theta is None else harness_results.read(plan.run_dir, spec.path, params_sha256(theta)),
         versions=_versions(),
     )
 

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+TASK_HEADS = ("method", "seed", "node", "task", "metric", "value", "stderr", "n")
 STYLE = (
     "body{font:15px/1.45 sans-serif;max-width:1250px;margin:2em auto;padding:0 1em}"
     "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
@@ -28,6 +29,7 @@ def page_of(
     best: Mapping[str, set[str]],
     plots: Sequence[tuple[str, Path]],
     seeds: Sequence[int],
+    tasks: Sequence[Sequence[str]] = (),
 ) -> str:
     """The page.
 
@@ -39,12 +41,14 @@ def page_of(
         best: methods with the best value, by column.
         plots: titles and PNG files.
         seeds: of the runs.
+        tasks: results of lm-evaluation-harness: cells under `TASK_HEADS`.
     """
     name = escape(str(about["name"]))
     parts = [
         f"<!doctype html><meta charset='utf-8'><title>{name}</title><style>{STYLE}</style><h1>{name}</h1>",
         "<ul class='verdict'>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in verdict) + "</ul>",
         _table(heads, rows, best),
+        _tasks(tasks),
         _facts(about, [row["method"] for row in rows], seeds),
         "<h2>What the columns mean</h2><dl>",
         "".join(f"<dt>{escape(title)}</dt><dd>{escape(meaning)}</dd>" for title, meaning in heads.values()),
@@ -64,6 +68,14 @@ def _table(
         marks = {name: " class='best'" if row["method"] in best.get(name, ()) else "" for name in heads}
         body += "<tr>" + "".join(f"<td{marks[name]}>{escape(row[name])}</td>" for name in heads) + "</tr>"
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _tasks(rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{title}</th>" for title in TASK_HEADS)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<h2>lm-evaluation-harness</h2><table><tr>{head}</tr>{body}</table>"
 
 
 def _facts(about: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int]) -> str:

@@ -12,7 +12,10 @@ from matplotlib.figure import Figure
 from worldlm_ray.experiments.comparison_numbers import summarize
 from worldlm_ray.experiments.comparison_page import page_of
 from worldlm_ray.experiments.comparison_plots import plots_of
+from worldlm_ray.experiments.comparison_run import folder_of
 from worldlm_ray.experiments.comparison_table import COLUMNS, best, cells, markdown
+from worldlm_ray.experiments.harness_results import all_rows
+from worldlm_ray.experiments.harness_results import cells as task_cells
 from worldlm_ray.experiments.verdict import equal_work, verdict
 
 
@@ -46,6 +49,13 @@ def write(out: Path) -> Path:
         best=best(rows),
         plots=[(title, folder / f"{name}.png") for name, (title, _) in plots.items()],
         seeds=sorted({run["seed"] for run in results["runs"]}),
+        tasks=[row for run in results["runs"] for row in _tasks(out, run["method"], run["seed"])],
     )
     page.write_text(body, encoding="utf-8")
     return page
+
+
+def _tasks(out: Path, method: str, seed: int) -> list[list[str]]:
+    """What lm-evaluation-harness has said of the models of a run, as cells."""
+    found = all_rows(folder_of(out, method, seed))
+    return [[method, str(seed), node, *task_cells(row)] for node, rows in found.items() for row in rows]

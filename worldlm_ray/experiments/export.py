@@ -72,7 +72,7 @@ def write_model(plan: Plan, spec: NodeSpec, theta: Flat, folder: Path, *, merge:
         DataError: the folder cannot be written.
     """
     files = _files(plan)
-    text = card(facts(plan, spec, files, merge=merge))
+    text = card(facts(plan, spec, files, theta=theta, merge=merge))
     if isinstance(plan.shape, PretrainedShape):
         from worldlm_ray.huggingface.pretrained_export import export_pretrained
 

@@ -111,7 +111,7 @@ class Facts:
     policy: Mapping[str, str] = field(default_factory=dict)
     """The rules of each node in words, by its path."""
     evaluated: Sequence[Evaluated] = ()
-    benchmarks: Sequence[TaskResult] = ()
+    tasks: Sequence[TaskResult] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     """By package."""
 
@@ -126,7 +126,7 @@ def card(facts: Facts) -> str:
         "Privacy": _privacy(facts),
         "Policy": "\n".join(f"* `{node}`: {text}" for node, text in facts.policy.items()),
         "Evaluation": _evaluation(facts),
-        "Benchmarks": _benchmarks(facts.benchmarks),
+        "Tasks of lm-evaluation-harness": _tasks(facts.tasks),
         "Versions": ", ".join(f"{package} {version}" for package, version in facts.versions.items()),
     }
     body = "\n".join(f"\n## {head}\n\n{text}\n" for head, text in sections.items() if text)
@@ -246,11 +246,11 @@ def _numbers(each: Evaluated) -> list[str]:
     return losses + [_or(value, ".3f") for value in (each.perplexity_before, each.perplexity_after)]
 
 
-def _benchmarks(found: Sequence[TaskResult]) -> str:
+def _tasks(found: Sequence[TaskResult]) -> str:
     if not found:
         return ""
     rows = [[each.task, each.metric, f"{each.value:.4f}", _or(each.stderr, ".4f"), _or(each.n, ",")] for each in found]
-    return f"By lm-evaluation-harness.\n\n{table(['task', 'metric', 'value', 'stderr', 'n'], rows)}"
+    return f"{table(['task', 'metric', 'value', 'stderr', 'n'], rows)}"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

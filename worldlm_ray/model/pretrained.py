@@ -132,7 +132,7 @@ def bare(found: Mapping[str, Any], *, file: Path) -> Any:
     Raises:
         DataError: transformers has no causal language model of this config.json.
     """
-    auto = _transformers()
+    auto = import_transformers()
     kind = found.get("model_type")
     if not isinstance(kind, str):
         raise DataError(f"{file}: names no model_type; give the folder of a Hugging Face model")
@@ -212,7 +212,12 @@ def _inject(root: Any, lora: LoraConfig) -> None:
             parameter.requires_grad_(False)
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The package.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     if not torch.cuda.is_available():
         # accelerate imports DeepSpeed, which prints a warning where it has to find out by itself that there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -10,8 +10,8 @@ from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
 
 _OF_CLIENTS = {
-    "validated": "its clients train its model for it, and beside it models of their own, which validation text chooses",
-    "apart": "its clients train its model for it, and apart from it models of their own",
+    "validated": "its clients train its model for it, and a personal model each, which validation text chooses",
+    "apart": "its clients train its model for it, and a personal model each, which takes nothing from it",
 }
 
 
