@@ -57,7 +57,7 @@ def test_no_more_than_a_share_of_the_time_goes_into_it() -> None:
             turns.done(cost_s, measured=True)
             busy_s, measured = busy_s + cost_s, measured + 1
             assert turns.spent_s <= SHARE * busy_s + max(cost_s - 0.5, 0.0), "one that took longer than the last"
-    assert measured > 100
+    assert measured > 50
     assert turns.spent_s <= SHARE * busy_s
 
 
@@ -65,8 +65,8 @@ def test_a_node_that_cannot_be_asked_costs_its_turn_and_the_time_that_was_waited
     turns = Turns("world/north/a")
     turns.expect(0.1)
     turns.done(5.0, measured=False)
-    assert turns.due(100.0) is None
-    assert turns.due(102.1) == "world"
+    assert turns.due(5.0 / SHARE) is None
+    assert turns.due(5.11 / SHARE) == "world"
     assert turns.cost_s == 0.1
 
 
@@ -183,7 +183,7 @@ def test_clients_measure_the_models_above_and_the_bits_stay(
 
 
 def test_what_is_told_is_the_loss_of_the_published_model(tiny: Tiny) -> None:
-    plan = rundir.create(tiny(aggregation={"trigger": "synchronous"}, budget={"rounds": 6}))
+    plan = rundir.create(tiny(aggregation={"trigger": "synchronous"}, budget={"rounds": 12}))
     checked = []
 
     def check(record: Record) -> None:
@@ -236,7 +236,7 @@ def test_every_place_says_what_evaluate_says_of_the_same_checkpoints(tiny: Tiny,
 
 def test_a_private_client_measures_nothing_for_others(tiny: Tiny, tmp_path: Path) -> None:
     silent = client("a", tmp_path, 1, privacy={"unit": "record", "noise_multiplier": 1.0, "grad_sample_mode": "hooks"})
-    plan = tiny([{"federation": "north", "children": [silent]}, client("b", tmp_path, 2)], budget={"rounds": 5})
+    plan = tiny([{"federation": "north", "children": [silent]}, client("b", tmp_path, 2)], budget={"rounds": 10})
     summary, records = heard(plan)
     found = [record for record in records if isinstance(record, OwnModelRecord)]
     assert {(record.node, record.by) for record in found} == {("world", "world/b")}

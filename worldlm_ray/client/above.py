@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from worldlm_ray.plan.tree import parent_path
 
-SHARE = 0.05
+SHARE = 0.02
 """Of the time that a client trains and measures."""
 FORWARD = 3.0
 """A training step takes as long as so many forward passes: where time is virtual, a measurement takes one."""

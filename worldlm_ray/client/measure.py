@@ -131,7 +131,7 @@ class MeasuredModel:
 
     def start_record(self, *, now_s: float) -> StartRecord:
         """Measure the model before the first round."""
-        measure = self.report(self.plan.config.evaluation.final_tokens)
+        measure = self.report(self.plan.config.evaluation.tokens)
         if measure is None:
             return StartRecord(
                 node=self.spec.path, now_s=now_s, loss=None, perplexity_per_token=None, heldout_bytes=0, private=True

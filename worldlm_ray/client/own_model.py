@@ -85,7 +85,8 @@ class OwnModel:
             self.best = candidates[0]
         for values in candidates:
             self._keep_if_best(values, self._loss(values))
-        losses = {share: self._loss(self._blend(parent, share)) for share in SERVED}
+        # The best model's own loss is known.
+        losses = {share: self.best_loss if share == 1.0 else self._loss(self._blend(parent, share)) for share in SERVED}
         self.served = min(losses, key=losses.__getitem__)
         return self._blend(parent, self.served)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from worldlm_ray.client.above import FORWARD
 from worldlm_ray.client.best import Best, is_better
 from worldlm_ray.client.measure import MeasuredModel
 from worldlm_ray.data import Dataset
@@ -162,7 +163,7 @@ class LocalRounds(MeasuredModel):
         self.learning_rate = result.learning_rate
         if self.step == settings.local_steps:
             self.round += 1
-            if self._is_measured_round:
+            if self._is_validated_round:
                 self._keep_if_best()
         return result.train_s
 
@@ -270,11 +271,17 @@ class LocalRounds(MeasuredModel):
 
     @property
     def measure_is_due(self) -> bool:
-        """Whether the round that has just ended is one to be measured."""
-        return self.reports and self._is_measured_round
+        """Whether the round that has just ended is one to be measured: the last one is, if it is known."""
+        if not (self.reports and self._is_validated_round):
+            return False
+        evaluation = self.plan.config.evaluation
+        rounds = evaluation.tokens / (FORWARD * evaluation.share * self.round_tokens)
+        # The fewest rounds, in multiples of those that are configured, by which measuring keeps to its share.
+        every = evaluation.every_rounds * math.ceil(rounds / evaluation.every_rounds)
+        return self.round % every == 0 or self._has_all_rounds
 
     @property
-    def _is_measured_round(self) -> bool:
+    def _is_validated_round(self) -> bool:
         every = self.plan.config.evaluation.every_rounds
         return every > 0 and self.round % every == 0
 

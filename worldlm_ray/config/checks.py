@@ -214,6 +214,7 @@ RUN_BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "evaluation.final_tokens": positive,
     "evaluation.validation_tokens": positive,
     "evaluation.every_rounds": not_negative,
+    "evaluation.share": positive,
     "checkpoint.every_s": not_negative,
     "checkpoint.keep": positive,
     "checkpoint.every_updates": positive,

@@ -255,11 +255,14 @@ class EvaluationConfig:
     """How held-out text is measured."""
 
     every_rounds: int = 1
-    """Local rounds between two measurements of a client; 0 measures at the start and the end only."""
-    tokens: int = 8_192
-    """Held-out tokens per measurement during training."""
+    """Local rounds between two measurements of a client, at least; 0 measures at the start and the end only."""
+    share: float = 0.04
+    """Held-out measurements during a run, in relation to training: `every_rounds` is raised until they cost no more. A
+    trained token costs as much as three that are measured."""
+    tokens: int = 4_096
+    """Held-out tokens per measurement at the start and during training."""
     final_tokens: int = 32_768
-    """Held-out tokens per measurement at the start and the end."""
+    """Held-out tokens per measurement at the end."""
     validation_tokens: int = 4_096
     """Validation tokens per model that a client chooses among."""
     keep_best: bool = False

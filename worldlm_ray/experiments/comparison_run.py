@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.data import Dataset, prepare
 from worldlm_ray.errors import RunError
 from worldlm_ray.experiments.comparison_curve import Curve
+from worldlm_ray.experiments.comparison_numbers import is_alone
 from worldlm_ray.experiments.comparison_progress import DONE, MEASURING, TRAINING, WAITING, RunProgress
 from worldlm_ray.experiments.export import export_whole
 from worldlm_ray.experiments.methods import ALL, flat_name
@@ -34,10 +35,14 @@ from worldlm_ray.tracking.status import read_status
 from worldlm_ray.training.local import LocalTrainer, device_of
 
 MEASURES, CURVE = "measures.json", "curve.json"
+LOSSES = "losses"
+"""In the file of the curves: the losses at the end of the last stage, by node and then by client."""
 BASE, MODEL = "base", "model"
 """Folders below that of a run: its first stage, and below that the model which the second begins from."""
 SHORTER = 16
 """Every client's model is measured on every client's text, n^2 times: so on fewer tokens than its own text."""
+VALIDATION = 4
+"""Settings of training alone are chosen by the mean over all clients: so on fewer tokens of each."""
 FLOPS_PER_PARAMETER = 6
 """Of training, by token and parameter: two forward, four backward (arXiv 2001.08361). Attention is left out."""
 
@@ -95,18 +100,19 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
     if not (folder / CURVE).is_file():
         if folder.exists():
             shutil.rmtree(folder)  # of an interrupted run: a simulation starts over
-        found = _train(configs, places)
+        found = _train(configs, places, world=not is_alone(method))
         (folder / CURVE).write_text(json.dumps(found), encoding="utf-8")
     done = [_done(config, place) for config, place in zip(configs, places, strict=True)]
+    trained = json.loads((folder / CURVE).read_text(encoding="utf-8"))
     measured = {
         "method": method,
         "seed": seed,
         "virtual_s": sum(stage.summary["wall_s"] for stage in done),
         "tokens": sum(stage.summary["tokens"] for stage in done),
         "flops": sum(flops(stage.plan, stage.summary["nodes"]) for stage in done),
-        "clients": _measure(tree.build(world).clients, done),
+        "clients": _measure(tree.build(world).clients, done, trained.pop(LOSSES), validates=is_alone(method)),
         "levels": levels([stage.summary for stage in done]),
-        **json.loads((folder / CURVE).read_text(encoding="utf-8")),
+        **trained,
     }
     temporary = folder / f".{MEASURES}"
     temporary.write_text(json.dumps(measured), encoding="utf-8")
@@ -114,21 +120,31 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
     return measured
 
 
-def _train(configs: Sequence[RunConfig], places: Sequence[Path]) -> dict[str, Any]:
-    """Simulate the stages of a run; returns its curves."""
+def _train(configs: Sequence[RunConfig], places: Sequence[Path], *, world: bool) -> dict[str, Any]:
+    """Simulate the stages of a run.
+
+    Args:
+        configs: of the stages.
+        places: their folders.
+        world: whether the world's model is measured during the run.
+
+    Returns:
+        Its curves, and the losses that its last stage has measured at its end.
+    """
     curve: list[dict[str, float]] = []
-    world: list[dict[str, float]] = []
+    world_curve: list[dict[str, float]] = []
     taken: dict[str, dict[str, float]] = {}
     tokens, virtual_s = 0, 0.0
     for index, (config, place) in enumerate(zip(configs, places, strict=True)):
         if index:
             export_whole(str(places[index - 1]), ALL, places[index - 1] / MODEL)
         plan = rundir.create(make_plan(replace(config, run_dir=str(place))))
-        found = Curve(plan, tokens=tokens, virtual_s=virtual_s, world=not index)
-        summary = simulate(plan, on_progress=found.add_points, on_record=found.add_record).summary
-        tokens, virtual_s = tokens + summary["tokens"], virtual_s + summary["wall_s"]
-        curve, world, taken = curve + found.points, world + found.world, taken or found.taken
-    return {"curve": curve, "world_curve": world, "taken": taken}
+        found = Curve(plan, tokens=tokens, virtual_s=virtual_s, world=world and not index)
+        outcome = simulate(plan, on_progress=found.add_points, on_record=found.add_record)
+        tokens, virtual_s = tokens + outcome.summary["tokens"], virtual_s + outcome.summary["wall_s"]
+        curve, world_curve, taken = curve + found.points, world_curve + found.world, taken or found.taken
+    losses = {node: {client: m.loss for client, m in each.items()} for node, each in outcome.texts.items()}
+    return {"curve": curve, "world_curve": world_curve, "taken": taken, LOSSES: losses}
 
 
 def _done(config: RunConfig, place: Path) -> _Stage:
@@ -143,11 +159,12 @@ class _Text:
         dataset: the text.
         trainer: evaluates.
         context: of the model.
+        batch_size: the client's: sums then have the same bits as those of the run.
     """
 
-    def __init__(self, dataset: Dataset, trainer: LocalTrainer, context: int) -> None:
+    def __init__(self, dataset: Dataset, trainer: LocalTrainer, *, context: int, batch_size: int) -> None:
         self._dataset, self._trainer = dataset, trainer
-        self._windows = {"context": context, "batch_size": 16}
+        self._windows = {"context": context, "batch_size": batch_size}
 
     def loss(self, parameters: Flat, tokens: int) -> float:
         """On the held-out part."""
@@ -164,11 +181,19 @@ class _Text:
         return float(nats / count / self._dataset.validation_bytes_per_token())
 
 
-def _measure(originals: list[NodeSpec], done: Sequence[_Stage]) -> list[dict[str, Any]]:
+def _measure(
+    originals: list[NodeSpec], done: Sequence[_Stage], known: Mapping[str, Mapping[str, float]], *, validates: bool
+) -> list[dict[str, Any]]:
     """Losses on each client's text: its own model, the world's, and every other client's.
 
     The world's model is that of the first stage, a client's own that of the last. Of texts in one place, it is that of
     their best round.
+
+    Args:
+        originals: the clients of the world, whatever the method makes of them.
+        done: the stages.
+        known: losses that the last stage has measured. They are not measured again.
+        validates: whether each client's own model is measured on its validation text.
     """
     first, last = done[0], done[-1]
     tokens, shape = last.plan.config.evaluation.final_tokens, last.plan.shape
@@ -186,18 +211,19 @@ def _measure(originals: list[NodeSpec], done: Sequence[_Stage]) -> list[dict[str
     trainer_of_world = trainer if first.plan.shape == shape else trainer_of(first)
     rows = []
     for spec in originals:
+        own, of_world = (known.get(node or "", {}).get(nodes[spec.path] or "") for node in (nodes[spec.path], "world"))
         dataset = prepare(spec.settings.data, context=shape.context, key=f"{spec.key}.data")
-        text = _Text(dataset, trainer, shape.context)
-        text_of_world = _Text(dataset, trainer_of_world, shape.context)
+        windows = {"context": shape.context, "batch_size": spec.settings.training.batch_size}
+        text, text_of_world = (_Text(dataset, each, **windows) for each in (trainer, trainer_of_world))
         counted = [
             stage.summary["nodes"][_node_of(spec, stage.plan) or stage.plan.root.clients[0].path] for stage in done
         ]
         rows.append(
             {
                 "client": spec.path,
-                "own": text.loss(models[spec.path], tokens),
-                "validation": text.validation(models[spec.path], tokens),
-                "world": text_of_world.loss(world, tokens),
+                "own": text.loss(models[spec.path], tokens) if own is None else own,
+                "validation": text.validation(models[spec.path], tokens // VALIDATION) if validates else None,
+                "world": text_of_world.loss(world, tokens) if of_world is None or len(done) > 1 else of_world,
                 "by_model": {path: text.loss(theta, tokens // SHORTER) for path, theta in models.items()},
                 "best_round": counted[-1]["best_round"],
                 **{name: sum(each[name] for each in counted) for name in ("steps", "bytes_up", "bytes_down")},

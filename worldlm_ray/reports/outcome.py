@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from worldlm_ray.config.schema import BudgetConfig
@@ -48,6 +48,8 @@ class Outcome:
     """The content of summary.json."""
     samples: dict[str, str]
     """A short text from every client's model, by path."""
+    texts: Mapping[str, Mapping[str, Measure]] = field(default_factory=dict)
+    """By node, then by client: the node's own model on the client's text, where the backend measures them here."""
 
 
 def combine(measures: Iterable[Measure | None]) -> Measure | None:

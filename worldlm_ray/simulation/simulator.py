@@ -21,6 +21,7 @@ Clients come and go as on Ray, too: by the fault script, and in federations that
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from worldlm_ray.client.client import Client
@@ -137,15 +138,18 @@ class Simulation:
             return finish(self.plan, self.tracker, world=None, measures={}, samples={}, **common)
         tokens = self.plan.config.evaluation.final_tokens
         there = {path: client for path, client in self.clients.items() if path not in self.absent}
-        measures = {path: client.report(tokens) for path, client in there.items()}
+        found = {path: {path: client.report(tokens)} for path, client in there.items()}
         for path, node in self.nodes.items():
-            below = [there[spec.path] for spec in self._world.specs[path].clients if spec.path in there]
-            measures[path] = combine(c.report(tokens, parameters=node.theta) for c in below)
+            below = [spec.path for spec in self._world.specs[path].clients if spec.path in there]
+            found[path] = {client: there[client].report(tokens, parameters=node.theta) for client in below}
+        texts = {path: {client: m for client, m in each.items() if m is not None} for path, each in found.items()}
+        measures = {path: combine(each.values()) for path, each in texts.items()}
         for path, part in (self.nodes | self.clients).items():
             checkpoint.save(checkpoint.folder(self.plan.run_dir, path), *part.state())
         samples = {path: sampled(client.sample) for path, client in there.items()}
         theta = self.nodes["world"].theta
-        return finish(self.plan, self.tracker, world=theta, measures=measures, samples=samples, **common)
+        outcome = finish(self.plan, self.tracker, world=theta, measures=measures, samples=samples, **common)
+        return replace(outcome, texts=texts)
 
     def _record(self, record: Record) -> None:
         self.tracker.record(record)
