@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from worldlm_ray.client import above
 from worldlm_ray.client.client import Client
 from worldlm_ray.client.measure import MeasuredModel
+from worldlm_ray.config.loading import to_mapping
+from worldlm_ray.experiments.comparison_run import run_one
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import RoundRecord
@@ -125,3 +129,25 @@ def test_the_best_round_is_looked_for_in_every_round(tiny: Tiny, monkeypatch: py
     monkeypatch.setattr(Client, "validate", validate)
     simulate(rundir.create(plan))
     assert {0, 1, 2, 3, 4, 5} == set(validated)
+
+
+def test_a_comparison_measures_no_model_twice_on_a_text(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    evaluate = LocalTrainer.evaluate
+
+    def noted(trainer: LocalTrainer, batches: Iterator[Batch], *, parameters: Any = None) -> tuple[float, int]:
+        read = list(batches)
+        values = trainer.read() if parameters is None else parameters
+        digest = hashlib.sha256(values.tobytes())
+        for inputs, _ in read:
+            digest.update(inputs.tobytes())
+        measured.append(digest.hexdigest())
+        return evaluate(trainer, read, parameters=parameters)
+
+    monkeypatch.setattr(LocalTrainer, "evaluate", noted)
+    evaluation = {"tokens": 48, "final_tokens": 512, "every_rounds": 1}
+    run_one(to_mapping(tiny(budget={"rounds": 3}, evaluation=evaluation).config), "fedavg", 0, str(tmp_path / "out"))
+    assert len(measured) > 4
+    assert len(set(measured)) == len(measured)

@@ -20,7 +20,7 @@ Clients come and go as on Ray, too: by the fault script, and in federations that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -130,8 +130,13 @@ class Simulation:
         ended = all(node.ended for node in world.nodes.values()) and all(world.incarnations[path] for path in there)
         return ended and all(path in world.final for path in there if path != "world")
 
-    def conclude(self, status: str) -> Outcome:
-        """Measure every model, write checkpoints and summary.json."""
+    def conclude(self, status: str, *, measured: Collection[str] | None = None) -> Outcome:
+        """Measure the models, write checkpoints and summary.json.
+
+        Args:
+            status: of the run.
+            measured: the inner nodes that are measured; all of them unless given.
+        """
         self._inner.flush()
         common: dict[str, Any] = {"wall_s": self.now_s, "status": status, "backend": "simulate"}
         if isinstance(self.plan, CostPlan):
@@ -139,9 +144,9 @@ class Simulation:
         tokens = self.plan.config.evaluation.final_tokens
         there = {path: client for path, client in self.clients.items() if path not in self.absent}
         found = {path: {path: client.report(tokens)} for path, client in there.items()}
-        for path, node in self.nodes.items():
+        for path in self.nodes if measured is None else measured:
             below = [spec.path for spec in self._world.specs[path].clients if spec.path in there]
-            found[path] = {client: there[client].report(tokens, parameters=node.theta) for client in below}
+            found[path] = {client: there[client].report(tokens, parameters=self.nodes[path].theta) for client in below}
         texts = {path: {client: m for client, m in each.items() if m is not None} for path, each in found.items()}
         measures = {path: combine(each.values()) for path, each in texts.items()}
         for path, part in (self.nodes | self.clients).items():
@@ -162,6 +167,7 @@ def simulate(
     on_progress: Callable[[Simulation], None] = lambda _: None,
     on_record: Callable[[Record], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
+    measured: Collection[str] | None = None,
 ) -> Outcome:
     """Simulate a run and write its run folder (which must be new: see worldlm_ray.plan.rundir).
 
@@ -170,6 +176,8 @@ def simulate(
         on_progress: called after every event.
         on_record: called with whatever is recorded.
         should_stop: asked between events; True ends the run early and cleanly.
+        measured: the inner nodes that are measured at the end; all of them unless given. The loss of another one is its
+            last of the run.
     """
     tracker = open_tracker(plan)
     train = plan.root.settings.simulation.train
@@ -182,7 +190,7 @@ def simulate(
             on_record=on_record,
             should_stop=should_stop,
         )
-        return simulation.conclude(simulation.run())
+        return simulation.conclude(simulation.run(), measured=measured)
     finally:
         tracker.close()
 
