@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from worldlm_ray.config.schema import LoraConfig, ModelConfig, TrainingConfig
+from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.model.pretrained import read_shape
 from worldlm_ray.model.pretrained_shape import PretrainedShape, initial_adapters
 from worldlm_ray.tensors.layout import Layout
@@ -48,6 +49,8 @@ SHAPE_7B = SHAPE_135M | {
     "tie_word_embeddings": False,
 }
 RANK, RANK_7B = 8, 16
+CODECS = ("fp32", "bf16", "int8")
+"""Of a push; the target is that of the codec of conf/hospitals.yaml."""
 PAIRS, STEPS, BATCH, CONTEXT, RATE = 5, 2, 2, 128, 1e-4
 INNER_NODE = """
 import pickle, sys, time
@@ -73,9 +76,10 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         base = SMOLLM2 if (SMOLLM2 / "config.json").is_file() else _random_model(Path(folder) / "base")
         shape, layout = _shape(json.loads((base / "config.json").read_text()), base, rank=RANK, cache=Path(folder))
-        share = layout.size / (layout.size + shape.frozen)
-        print(f"a push: {4 * layout.size:,} bytes in fp32, {share:.2%} of the model (target 1.5 %)")
-        found = {"push_share": share, **_memory(shape, layout), **_speed(shape, layout, base)}
+        shares = {codec: nbytes(codec, layout.size) / (4 * shape.frozen) for codec in CODECS}
+        for codec, share in shares.items():
+            print(f"a push: {nbytes(codec, layout.size):,} bytes in {codec}, {share:.2%} of the model (target 1.5 %)")
+        found = {"push_share": shares, **_memory(shape, layout), **_speed(shape, layout, base)}
         return found | _inner_node(Path(folder))
 
 

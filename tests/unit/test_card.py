@@ -11,7 +11,8 @@ from support import worlds
 from support.pretrained import save_pretrained, world
 
 from worldlm_ray.config.loading import from_mapping, to_mapping
-from worldlm_ray.experiments.card_facts import facts
+from worldlm_ray.config.schema import DataConfig
+from worldlm_ray.experiments.card_facts import _format, facts
 from worldlm_ray.experiments.export import export
 from worldlm_ray.huggingface.card import base_facts, card
 from worldlm_ray.plan import rundir
@@ -97,6 +98,15 @@ def test_many_clients_have_one_row_for_each_federation(tiny: Tiny, tmp_path: Pat
         ("world/c", 1, None),
     ]
     assert "| `world/phones` | 101 | - | - | text (.txt) |" in card(found)
+
+
+def test_the_format_of_a_text_is_said_without_its_files() -> None:
+    told = DataConfig(files=["a/talk.jsonl"], format="conversations")
+    assert _format(told) == "conversations, of which the answers are the targets"
+    plain = DataConfig(files=["a/x.jsonl.gz", "a/y.txt"], text_key="body")
+    assert _format(plain) == "text (.jsonl.gz, .txt, field `body`)"
+    assert _format(DataConfig(corpus="docstrings")) == "corpus docstrings"
+    assert _format(DataConfig(files=["a/folder"])) == "text"
 
 
 def test_the_rules_of_every_node_are_said_in_words(tiny: Tiny, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ from worldlm_ray.tensors.buffers import Flat, params_sha256
 
 MOST_CLIENTS = 100
 """Clients that have a row each. Of more, every child of the node has one."""
+FIELDS = {".jsonl", ".ndjson", ".json", ".parquet"}
+"""Endings of files whose text is in a field or a column."""
+PACKED = {".gz", ".zst", ".bz2", ".xz"}
 PACKAGES = ("worldlm_ray", "torch", "transformers", "peft")
 
 
@@ -134,9 +137,16 @@ def _format(data: DataConfig) -> str:
         return f"a pool of {len(data.pool)} texts"
     if data.corpus is not None:
         return f"corpus {data.corpus}"
-    endings = sorted({"".join(Path(name).suffixes[-2:]) for name in data.files} - {""})
-    field = f", field `{data.text_key}`" if {".jsonl", ".ndjson", ".json", ".parquet"} & set(endings) else ""
+    if data.format == "conversations":
+        return "conversations, of which the answers are the targets"
+    endings = sorted({ending for name in data.files if (ending := _ending(Path(name)))})
+    field = f", field `{data.text_key}`" if any(FIELDS & set(Path(f"x{each}").suffixes) for each in endings) else ""
     return f"text ({', '.join(endings)}{field})" if endings else "text"
+
+
+def _ending(name: Path) -> str:
+    """The ending of a file's name, such as `.jsonl.gz`."""
+    return "".join(name.suffixes[-2:] if name.suffix in PACKED else name.suffixes[-1:])
 
 
 def _privacy(plan: Plan, ledgers: Sequence[Statement] | PrivacyError) -> list[str]:
