@@ -126,8 +126,17 @@ class ClientActor(GracefulShutdown, Leaf):
         if not self._is_stopping:
             self._is_stopping, self._stopped_s = True, self.clock.now_s()
 
-    def leave(self) -> None:
-        """Leave the run for good after the round that is under way."""
+    def leave(self, forget: bool = False) -> None:
+        """Leave the run for good after the round that is under way.
+
+        Args:
+            forget: take what it has pushed out of the sums above.
+
+        Raises:
+            ConfigError: it does not know all that it has pushed.
+        """
+        if forget and self.client.experts is not None:
+            self.client.experts.forget()
         self._is_leaving = True
 
     def measure(self, refs: list[Any] | None = None) -> Measure | None:

@@ -15,6 +15,9 @@ from worldlm_ray.aggregation.sums import GRID, on_grid
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.exchange.replies import Welcome
+from worldlm_ray.experiments.evaluate import evaluate, load_model, sample
+from worldlm_ray.experiments.export import export
 from worldlm_ray.experiments.methods import configure
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
@@ -259,3 +262,60 @@ def test_methods_configure_a_tree_or_none(tmp_path: Path, base: Path) -> None:
     assert [len(plan.root.children) for plan in (kin, fedalt)] == [2, 4]
     assert kin.layout.hash == fedalt.layout.hash
     assert all(".lora_B." in entry.name for entry in kin.layout.entries)
+
+
+# ---- leaving -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trigger", ["synchronous", "goal_achieved"])
+def test_a_client_that_forgets_takes_its_part_along(tmp_path: Path, base: Path, trigger: str) -> None:
+    def forgetting(plan: Plan, spec: Any, **settings: Any) -> Client:
+        client = drifting(plan, spec, **settings)
+        if spec.name == "a":
+            assert client.experts is not None
+            client.experts.forget()
+        return client
+
+    variant = "kin" if trigger == "synchronous" else "kin+asynchronous"
+    slow = {"tokens_per_s": 512.0, "latency_s": 0.01}
+    plan = plan_of(tmp_path, base, variant, faults=["1.5s leave world/north/a"], simulation=slow, budget={"rounds": 8})
+    simulation = finished(plan, forgetting)
+    sums = simulation.nodes["world/north"].published.sums
+    gone, stays = (simulation.clients[f"world/north/{name}"] for name in "ab")
+    assert gone.round > 1
+    assert not gone.experts.own_part.held.any()
+    assert sums is not None
+    assert list(sums.weights) == ["b"]
+    np.testing.assert_array_equal(sums.total, on_grid(stays.trainer.read(), stays.experts.weight))
+
+
+def test_a_client_that_has_lost_its_checkpoints_cannot_forget(tmp_path: Path, base: Path) -> None:
+    plan = plan_of(tmp_path, base)
+    client = drifting(plan, plan.root.clients[0])
+    assert client.experts is not None
+    client.welcomed(Welcome(incarnation=1, last_seq=3, durable_seq=3))
+    with pytest.raises(ConfigError, match="without a checkpoint"):
+        client.experts.forget()
+
+
+# ---- after the run -------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_give_the_mixture_and_the_worlds_adapter(tmp_path: Path, base: Path) -> None:
+    plan = rundir.create(plan_of(tmp_path, base))
+    summary = simulate(plan).summary
+    measured = evaluate(str(plan.run_dir), tokens=256)
+    for path, measure in measured.items():
+        assert measure.loss == pytest.approx(summary["nodes"][path]["loss"], rel=1e-6), path
+    assert sample(str(plan.run_dir), "world/north/a", prompt="the", tokens=4, temperature=0.0, seed=0)
+
+    export(str(plan.run_dir), "world", tmp_path / "adapter")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter")
+    trainer: Any = plain_trainer(plan.shape, plan.layout, plan.root.clients[0].settings)
+    load_model(trainer, plan, plan.root)
+    with torch.no_grad():
+        there = adapted.eval()(input_ids=tokens()).logits
+        torch.testing.assert_close(trainer.model.eval()(tokens()), there, atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="no one adapter"):
+        export(str(plan.run_dir), "world/north/a", tmp_path / "mixture")

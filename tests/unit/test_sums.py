@@ -12,9 +12,10 @@ from support.nodes import a_node, begun, of, saved_and_loaded
 from worldlm_ray.aggregation.events import Answer, Answered, ParentModel, Pull, Push, Saved, Serve, UpdateSent
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.own_part import OwnPart
-from worldlm_ray.aggregation.sums import GRID, LARGEST, contribution, on_grid
+from worldlm_ray.aggregation.sums import GRID, LARGEST, on_grid, whole
 from worldlm_ray.config.federated import AggregationConfig
-from worldlm_ray.exchange.messages import Model, Update, pack, unpack_model
+from worldlm_ray.errors import MessageError
+from worldlm_ray.exchange.messages import Model, Update, pack, unpack_model, unpack_update
 from worldlm_ray.tensors.layout import make_layout
 
 LAYOUT = make_layout([("body.weight", (2,))], [], layers=0)
@@ -37,10 +38,10 @@ class Client:
         weight = self.weight if values else 0
         target = on_grid(np.array(values or (0.0, 0.0), np.float32), weight)
         out = np.empty(LAYOUT.size, np.float32)
-        factor, self.seq = self.part.change(target, weight, out=out), self.seq + 1
+        fields, self.seq = self.part.change(target, weight, out=out), self.seq + 1
         update = Update(
             sender=self.name, seq=self.seq, base_version=self.node.version, tokens=self.weight if values else 0,
-            started_tokens=0, values=out, weight=factor, withdraws=not values,
+            started_tokens=0, values=out, **fields,
         )  # fmt: skip
         self.part.sent(update)
         send(self.node, update, self.part, refused=refused)
@@ -60,14 +61,14 @@ def send(node: Node, update: Update, part: OwnPart, *, refused: bool = False) ->
 
 
 class Tree:
-    """A world of two federations of two clients, which exchanges at once."""
+    """A world of two federations of two clients, which exchanges at once; `scale` multiplies all weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: int = 1) -> None:
         self.world = sums_node("world", ("north", "south"))
         self.feds = {name: sums_node(f"world/{name}", ("a", "b")) for name in ("north", "south")}
         weights = {"north": (1, 3), "south": (2, 2)}
         self.clients = {
-            f"{fed}/{name}": Client(node, name, weight)
+            f"{fed}/{name}": Client(node, name, scale * weight)
             for fed, node in self.feds.items()
             for name, weight in zip("ab", weights[fed], strict=True)
         }
@@ -168,8 +169,8 @@ def test_updates_on_the_grid_are_exact_and_others_are_cut_off() -> None:
     part, out = OwnPart(values.size), np.empty(values.size, np.float32)
     for weight in (4_096, 4_096, 4_096):
         target = on_grid(values, weight)
-        part.change(target, weight, out=out)
-        part.held = part.held + contribution(out, weight)
+        assert part.change(target, weight, out=out)["low"] is None
+        part.held = part.held + whole(out, weight)
         np.testing.assert_array_equal(part.held, target)
         values = (values * rng.normal(size=values.size)).astype(np.float32)
     assert on_grid(np.array([9.0], np.float32), 3)[0] == 3 * LARGEST / GRID
@@ -185,13 +186,16 @@ def test_a_checkpoint_keeps_the_sums_and_the_part_above(tree: Tree, tmp_path: Pa
             np.testing.assert_array_equal(after[1][array], values)
 
 
+TOKENS = 4_099
+"""A scale of weights as runs have them: sums then have more digits than fp32."""
+
+
 def in_order(orders: list[list[tuple[str, tuple[float, ...]]]]) -> list[Any]:
     found = []
     for order in orders:
-        tree = Tree()
+        tree = Tree(TOKENS)
         for path, values in order:
             tree.push(path, *values)
-        tree.refreshed()
         found.append([total(tree.world), *(total(node) for node in tree.feds.values()), tree.world.theta])
     return found
 
@@ -202,3 +206,47 @@ def test_the_sum_does_not_depend_on_the_order() -> None:
     first, second = in_order([pushes, pushes[::-1]])
     for left, right in zip(first, second, strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_a_client_that_withdraws_leaves_the_bits_of_a_sum_without_it() -> None:
+    """Its federation's sum, and the world's with the next exchange."""
+    rng = np.random.default_rng(2)
+    others = [(path, tuple(rng.normal(scale=0.1, size=2))) for path in ("north/a", "south/a", "south/b", "north/a")]
+    trees = Tree(TOKENS), Tree(TOKENS)
+    for at, (path, values) in enumerate(others):
+        for tree in trees:
+            tree.push(path, *values)
+        if at < 3:
+            trees[0].push("north/b", *rng.normal(scale=0.1, size=2))
+    assert (total(trees[0].feds["north"]) != total(trees[1].feds["north"])).all()
+
+    trees[0].push("north/b")
+    np.testing.assert_array_equal(total(trees[0].feds["north"]), total(trees[1].feds["north"]))
+    np.testing.assert_array_equal(trees[0].feds["north"].theta, trees[1].feds["north"].theta)
+    assert trees[0].feds["north"].published.sums is not None
+    assert trees[0].feds["north"].published.sums.weights == {"a": TOKENS}
+    np.testing.assert_array_equal(total(trees[0].world), total(trees[1].world))
+    np.testing.assert_array_equal(trees[0].world.theta, trees[1].world.theta)
+
+
+def test_a_federation_whose_clients_all_withdraw_has_no_part_left() -> None:
+    tree = Tree(TOKENS)
+    for path, value in {"north/a": 0.3, "north/b": 0.7, "south/a": -0.11}.items():
+        tree.push(path, value, value / 7)
+    tree.push("north/a")
+    tree.push("north/b")
+    assert not total(tree.feds["north"]).any()
+    assert tree.world.published.sums is not None
+    assert tree.world.published.sums.weights == {"south": 2 * TOKENS}
+    np.testing.assert_array_equal(total(tree.world), total(tree.feds["south"]))
+
+
+@pytest.mark.parametrize("name", ["rest", "low"])
+def test_a_second_buffer_of_another_size_is_refused(name: str) -> None:
+    beside, message = np.ones(3, np.float32), Model
+    fields: dict[str, Any] = {"version": 1, "progress": 0.0, "finished": False, "tokens": 1.0, "last_seq": 0}
+    if name == "low":
+        message, fields = Update, {"sender": "a", "seq": 1, "base_version": 0, "tokens": 1, "started_tokens": 1}
+    packed = pack(message(values=ZERO, weight=1, **fields, **{name: beside}), LAYOUT)
+    with pytest.raises(MessageError, match=f"{name} has 12 elements"):
+        unpack_model(packed, LAYOUT, has_rest=True) if name == "rest" else unpack_update(packed, LAYOUT, has_low=True)

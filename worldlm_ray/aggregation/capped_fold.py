@@ -140,7 +140,7 @@ class CappedFold(Fold):
         """Become what `state` and `arrays` described."""
         super().restore(saved, arrays)
         self._kept = [
-            _Kept(revived(entry["update"], arrays[f"{_KEPT}{index}"]), entry["discount"], list(entry["fit"]))
+            _Kept(revived(entry["update"], arrays, f"{_KEPT}{index}"), entry["discount"], list(entry["fit"]))
             for index, entry in enumerate(saved["kept"])
         ]
 

@@ -23,7 +23,7 @@ from worldlm_ray.config.values import unknown_name
 from worldlm_ray.errors import AggregationError, CheckpointError, MessageError
 from worldlm_ray.exchange.limits import header_bytes
 from worldlm_ray.exchange.messages import Update, unpack_update
-from worldlm_ray.exchange.outbox import fields, revived
+from worldlm_ray.exchange.outbox import buffers, fields, revived
 from worldlm_ray.exchange.replies import Verdict
 from worldlm_ray.records import AggregationRecord, AttentionRecord, Record, VerdictRecord
 from worldlm_ray.tensors.buffers import Flat
@@ -105,7 +105,8 @@ class Intake:
         quota = self.children.quota(event.sender)
         most = self.rules.residuals.per_round if quota is None else quota.residuals
         try:
-            update = unpack_update(event.packed, self.layout, residuals=most)
+            has_low = self.published.sums is not None
+            update = unpack_update(event.packed, self.layout, residuals=most, has_low=has_low)
             if update.sender != event.sender:
                 raise MessageError("unknown_sender", f"{event.sender!r} sent an update of {update.sender!r}")
             self.children.check(event.sender, event.incarnation, to=event.to, here=here)
@@ -238,7 +239,7 @@ class Intake:
             arrays |= {f"{_FOLD}{name}": values for name, values in self.fold.arrays().items()}
             meta["fold"] = self.fold.state()
         for name, (update, tau) in self._held.items():
-            arrays[f"{_HELD}{name}"] = update.values
+            arrays |= buffers(update, f"{_HELD}{name}")
             meta["held"][name] = {"update": fields(update), "tau": tau}
         return meta, arrays
 
@@ -259,7 +260,7 @@ class Intake:
                 raise CheckpointError(f"{self.path}: {error}") from error
         for name, entry in meta["held"].items():
             if name in self.children:
-                self._held[name] = (revived(entry["update"], arrays[f"{_HELD}{name}"]), entry["tau"])
+                self._held[name] = (revived(entry["update"], arrays, f"{_HELD}{name}"), entry["tau"])
 
 
 _FOLD, _HELD = "fold.", "held."

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.sums import GRID, Exact, contribution
+from worldlm_ray.aggregation.sums import GRID, Exact, contribution, whole
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.exchange.replies import ACCEPTED, Verdict
-from worldlm_ray.tensors.buffers import Flat, blocks
+from worldlm_ray.tensors.buffers import Flat, blocks, frozen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,11 @@ class OwnPart:
 
     # ---- up --------------------------------------------------------------------------------------------------
 
-    def change(self, target: Exact, weight: int, *, out: Flat) -> int:
-        """The values of the update that makes the part `target`, as far as fp32 holds them.
+    def change(self, target: Exact, weight: int, *, out: Flat) -> dict[str, Any]:
+        """The fields of the update that makes the part `target`.
+
+        Of a client, whose parameters lie on the grid, fp32 holds the values. Of a federation, whose sum has more
+        digits, what fp32 does not hold goes along as `low`: the parent's sum is exact at once.
 
         Args:
             target: n_i B_i as it is to be.
@@ -60,17 +63,22 @@ class OwnPart:
             out: takes the values [size].
 
         Returns:
-            The weight that the values are to be multiplied by: n_i, or where that is to be 0, what it was.
+            What the update says beside its values. Its weight is n_i or, where that is to be 0, what it was.
         """
         factor = weight or self.weight or 1
+        low, is_exact = np.empty_like(out), True
         for part in blocks(out.size):
-            out[part] = (target[part] - self.held[part]) / (factor / GRID)
-        return factor
+            change = target[part] - self.held[part]
+            out[part] = change / (factor / GRID)
+            change -= whole(out[part], factor)
+            low[part] = change / (factor / GRID)
+            is_exact = is_exact and not change.any()
+        return {"weight": factor, "withdraws": weight == 0, "low": None if is_exact else frozen(low)}
 
     def sent(self, update: Update) -> Update:
         """Remember an update that goes to the parent now. Returns it."""
         weight = 0 if update.withdraws else update.weight
-        self._pending = _Pending(seq=update.seq, weight=weight, adds=contribution(update.values, update.weight))
+        self._pending = _Pending(seq=update.seq, weight=weight, adds=contribution(update))
         return update
 
     def welcomed(self, last_seq: int) -> None:

@@ -131,9 +131,7 @@ class ParentExchange(ParentLink):
         """The update by which the parent's sums come to hold what this node's do."""
         sums, out = self.published.sums, self.published.update_buffer()
         assert sums is not None, "a node without sums has no part in its parent's"
-        weight = sums.newest_weight
-        factor = part.change(sums.total, weight, out=out)
-        fields = {"weight": factor, "withdraws": weight == 0}
+        fields = part.change(sums.total, sums.newest_weight, out=out)
         return part.sent(self.update_of(out, tokens=tokens, started_tokens=started, **fields))
 
     def welcomed(self, welcome: Welcome) -> None:

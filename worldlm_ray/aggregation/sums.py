@@ -28,20 +28,17 @@ LARGEST = 2.0
 
 def on_grid(values: Flat, weight: int) -> Exact:
     """What parameters [size] come to in a sum, with a weight: each is rounded to the grid, and cut off at LARGEST."""
-    whole = np.rint(np.clip(values, -LARGEST, LARGEST).astype(np.float64) / GRID).astype(np.int64)
-    whole *= weight
-    return whole
+    return whole(np.clip(values, -LARGEST, LARGEST), 1) * weight
 
 
-def contribution(values: Flat, weight: int) -> Exact:
-    """What an update of this weight adds to the sum: the same number at its sender and at its receiver.
+def contribution(update: Update) -> Exact:
+    """What an update adds to the sum [size]: the same number at its sender and at its receiver."""
+    found = whole(update.values, update.weight)
+    return found if update.low is None else found + whole(update.low, update.weight)
 
-    Of a client's update, whose values lie on the grid, it is exact. The rest of a federation's goes with its next one.
 
-    Args:
-        values: [size], in units of a parameter.
-        weight: of the sender.
-    """
+def whole(values: Flat, weight: int) -> Exact:
+    """Parameters [size] times a weight, in whole multiples of the grid."""
     return np.rint(values.astype(np.float64) * (weight / GRID)).astype(np.int64)
 
 
@@ -72,7 +69,7 @@ class Sums:
 
     def add(self, update: Update) -> None:
         """Take the change of a child's part in."""
-        self.total += contribution(update.values, update.weight)
+        self.total += contribution(update)
         if update.withdraws:
             self.weights.pop(update.sender, None)
         else:

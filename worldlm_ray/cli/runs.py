@@ -195,21 +195,30 @@ def join(
     console.print(f"{under}/{client} has joined: its first update was accepted after {took_s:.1f} s", highlight=False)
 
 
-def leave(run: Run, node: Annotated[str, typer.Argument(help="path, such as world/europe/italy, or its end")]) -> None:
+def leave(
+    run: Run,
+    node: Annotated[str, typer.Argument(help="path, such as world/europe/italy, or its end")],
+    forget: Annotated[bool, typer.Option("--forget", help="take what it has pushed out again")] = False,
+) -> None:
     """Let a node and all below it leave a living run.
 
-    It leaves after the round that is under way. What it has pushed stays.
+    It leaves after the round that is under way. What it has pushed stays, unless
+    --forget says otherwise: that needs model.lora.experts.
     """
     from worldlm_ray.plan import membership, rundir
 
     plan = rundir.reopen(run, check_data=False)
     node = plan.find(node).path
+    if forget and plan.config.model.lora.experts == "none":
+        got = "model.lora.experts is none: nodes keep means, and no sums that a part can be taken out of"
+        raise ConfigError("--forget", got, "leave the option out")
     changed = membership.without(plan, node)
     from worldlm_ray import launch
 
     with Progress(console) as progress:
-        launch.leave(plan, changed, node, on_phase=progress.phase)
-    console.print(f"{node} has left", highlight=False)
+        launch.leave(plan, changed, node, forget=forget, on_phase=progress.phase)
+    said = ": its part is taken out of the sums above" if forget else ""
+    console.print(f"{node} has left{said}", highlight=False)
 
 
 def status(

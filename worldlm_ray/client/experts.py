@@ -12,6 +12,7 @@ import numpy as np
 
 from worldlm_ray.aggregation.own_part import OwnPart
 from worldlm_ray.aggregation.sums import GRID, on_grid
+from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.model.expert_names import EXPERTS
 from worldlm_ray.tensors.buffers import Flat
@@ -33,6 +34,19 @@ class ClientExperts:
         self.own_part = OwnPart(client.plan.layout.size)
         self.weight = 0
         """Of this client in all sums: tokens of a round when it first pushed. Fixed: S is a sum of n_i B_i."""
+        self.forgets = False
+        """Whether it takes its part out of the sums when it leaves."""
+
+    def forget(self) -> None:
+        """Take its part out of the sums above when it leaves.
+
+        Raises:
+            ConfigError: it does not know all of its part.
+        """
+        if not self.own_part.is_known:
+            got = f"{self._client.spec.path} has come back without a checkpoint of all that it had pushed"
+            raise ConfigError("--forget", got, "leave the option out: its part stays")
+        self.forgets = True
 
     def update(self, *, tokens: int, started_tokens: int) -> Update:
         """The change of the client's own adapter since the parent has last accepted it."""
@@ -41,19 +55,20 @@ class ClientExperts:
         return self._change(own, on_grid(own, self.weight), self.weight, tokens=tokens, started_tokens=started_tokens)
 
     def withdrawal(self) -> Update | None:
-        """The update that takes the client's part out of the sums above; None where it has none."""
-        part = self.own_part
-        if not part.weight:
+        """The update that takes the client's part out of the sums above; None where it has none, or leaves it there."""
+        held, client = self.own_part.held, self._client
+        if not self.forgets or not self.own_part.weight:
             return None
-        nothing = np.zeros_like(part.held)
-        out, started = np.empty(part.held.size, np.float32), self._client.started_tokens
-        return self._change(out, nothing, 0, tokens=0, started_tokens=started)
+        out, nothing = np.empty(held.size, np.float32), np.zeros_like(held)
+        update = self._change(out, nothing, 0, tokens=0, started_tokens=client.round * client.round_tokens)
+        client.link.keep(update)
+        return update
 
     def _change(self, out: Flat, target: Any, weight: int, *, tokens: int, started_tokens: int) -> Update:
-        factor = self.own_part.change(target, weight, out=out)
-        link = self._client.link
-        fields = {"weight": factor, "withdraws": weight == 0}
-        return self.own_part.sent(link.update_of(out, tokens=tokens, started_tokens=started_tokens, **fields))
+        fields = self.own_part.change(target, weight, out=out)
+        return self.own_part.sent(
+            self._client.link.update_of(out, tokens=tokens, started_tokens=started_tokens, **fields)
+        )
 
     def take(self, model: Model) -> None:
         """The experts of others, as the parent's model gives them. The own adapter stays as it is."""
@@ -68,6 +83,11 @@ class ClientExperts:
         nothing = np.zeros(client.plan.layout.size, np.float32)
         names = EXPERTS[self.experts][1:]
         client.trainer.take_experts({n: nothing if v is None else v for n, v in zip(names, found, strict=True)})
+        if client.plan.config.model.lora.router == "validation" and client.has_validation:
+            tokens = min(client.plan.config.evaluation.validation_tokens, client.round_tokens // 4)
+            rows, context = client.training.batch_size, client.context
+            windows = client.dataset.validation_windows(tokens, context=context, batch_size=rows)
+            client.trainer.train_router(windows, client._rate(0))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a restart needs; the experts themselves are the trainer's."""

@@ -15,7 +15,7 @@ import numpy as np
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.compression import encode_update, memory
 from worldlm_ray.exchange.messages import Model, Pulled, Residual, Update
-from worldlm_ray.exchange.outbox import Outbox, fields, limited, revived
+from worldlm_ray.exchange.outbox import Outbox, buffers, fields, limited, revived
 from worldlm_ray.exchange.parent import Gate
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.records import LifeRecord
@@ -184,7 +184,7 @@ class ParentLink:
         if self.in_flight is not None:
             meta["in_flight"] = fields(self.in_flight)
             if all(values is not self.in_flight.values for values in kept.values()):
-                arrays["in_flight"] = self.in_flight.values
+                arrays |= buffers(self.in_flight, "in_flight")
         return meta, arrays
 
     def restore(self, meta: dict[str, Any], arrays: dict[str, Flat], *, most_tokens: int | None) -> None:
@@ -205,7 +205,7 @@ class ParentLink:
         self.outbox.restore(meta["outbox"], arrays)
         if "in_flight" in meta:
             kept = self.outbox.after(meta["in_flight"]["seq"] - 1)  # it is the newest, if it is there
-            self.in_flight = kept[0] if kept else revived(meta["in_flight"], arrays["in_flight"])
+            self.in_flight = kept[0] if kept else revived(meta["in_flight"], arrays, "in_flight")
         if most_tokens is not None:
             self.outbox.limit_tokens(most_tokens)
             self.in_flight = None if self.in_flight is None else limited(self.in_flight, most_tokens)

@@ -81,6 +81,8 @@ class Update:
     """At the sender, the values as they travel, where a codec has made other bytes of them."""
     weight: int = 0
     """What the values are multiplied by in a sum (aggregation/sums.py); 0 under every other rule."""
+    low: Flat | None = None
+    """What fp32 does not hold of the values [size]: both are added to the sum. None where that is nothing."""
     withdraws: bool = False
     """Whether the child has no part in the sum any more."""
 
@@ -174,8 +176,10 @@ def pack_header(message: Update | Model, layout: Layout) -> bytes:
     fields = {name: value for name, value in vars(message).items() if name not in ("values", "encoded")}
     # Few and small: they travel in the header, as bytes.
     fields["residuals"] = [vars(residual) | {"values": residual.values.tobytes()} for residual in message.residuals]
-    if isinstance(message, Model):
-        fields["rest"] = None if message.rest is None else message.rest.tobytes()
+    beside, values = ("rest", message.rest) if isinstance(message, Model) else ("low", message.low)
+    fields[beside] = None if values is None else values.tobytes()
+    if not message.weight and values is None:  # of no sum
+        fields = {name: value for name, value in fields.items() if name not in _OF_SUMS}
     kind = type(message).__name__.lower()
     header: bytes = msgpack.packb({"schema": SCHEMA, "kind": kind, "layout": layout.hash, **fields})
     return header
@@ -188,18 +192,19 @@ def buffer_of(message: Update | Model) -> Flat | Bytes:
     return encode(message.codec, message.values) if message.encoded is None else message.encoded
 
 
-def unpack_update(packed: Packed, layout: Layout, *, residuals: int = 0) -> Update:
+def unpack_update(packed: Packed, layout: Layout, *, residuals: int = 0, has_low: bool = False) -> Update:
     """Check a travelling update and give it back.
 
     Args:
         packed: what arrived.
         layout: the model's layout.
         residuals: how many of them the sender may pass on.
+        has_low: whether it may bring what fp32 does not hold of the values.
 
     Raises:
         MessageError: malformed, header_too_large, wrong_schema, wrong_layout, wrong_shape or not_finite.
     """
-    return Update(**_checked(packed, layout, "update", _UPDATE, residuals))
+    return Update(**_checked(packed, layout, "update", _UPDATE, residuals, has_more=has_low))
 
 
 def unpack_model(packed: Packed, layout: Layout, *, residuals: int = 0, has_rest: bool = False) -> Model:
@@ -214,7 +219,7 @@ def unpack_model(packed: Packed, layout: Layout, *, residuals: int = 0, has_rest
     Raises:
         MessageError: as `unpack_update`.
     """
-    return Model(**_checked(packed, layout, "model", _MODEL, residuals, has_rest=has_rest))
+    return Model(**_checked(packed, layout, "model", _MODEL, residuals, has_more=has_rest))
 
 
 def read_header(header: bytes, *, most_bytes: int = HEADER_BYTES) -> dict[str, Any]:
@@ -247,9 +252,9 @@ def _checked(
     schema: dict[str, type],
     most_residuals: int,
     *,
-    has_rest: bool = False,
+    has_more: bool = False,
 ) -> dict[str, Any]:
-    most_bytes = header_bytes(layout, most_residuals) + (layout.nbytes if has_rest else 0)
+    most_bytes = header_bytes(layout, most_residuals) + (layout.nbytes if has_more else 0)
     fields = read_header(packed.header, most_bytes=most_bytes)
     if (got := fields.pop("schema", None)) != SCHEMA:
         text = f"got message schema {shown(got)}, expected {SCHEMA}: run one version everywhere"
@@ -263,15 +268,18 @@ def _checked(
     _check_shape(packed.values, codec, layout.size)
     residuals = checked("residuals", fields.get("residuals"), list, longest=most_residuals)
     fields["residuals"] = tuple(_residual(each, layout) for each in residuals)
+    fields = {name: schema[name]() for name in _OF_SUMS if name in schema} | fields
     for name, kind_ in schema.items():
         fields[name] = checked(name, fields.get(name), kind_, most=_MOST.get(name, LARGEST_COUNT))
-    if kind == "model":
-        fields["rest"] = _rest(fields.get("rest"), layout)
-    if unknown := set(fields) - set(schema) - {"residuals"} - ({"rest"} if kind == "model" else set()):
+    beside = "rest" if kind == "model" else "low"
+    fields[beside] = _beside(beside, fields.get(beside), layout)
+    if unknown := set(fields) - set(schema) - {"residuals", beside}:
         raise MessageError("malformed", f"unknown fields {shown(sorted(unknown))}")
     return fields | {"values": packed.values if codec == "fp32" else decode(codec, packed.values, layout.size)}
 
 
+_OF_SUMS = ("weight", "withdraws", "low", "rest", "rest_weight")
+"""Fields that travel under the rule `sums` alone."""
 _MOST = {"progress": 1.0}
 """Fields whose largest value is another one than that of all counts."""
 
@@ -285,14 +293,15 @@ def _check_shape(values: Any, codec: str, size: int) -> None:
         raise MessageError("wrong_shape", f"got {got}, expected {np.dtype(kind)} {list(shape)}")
 
 
-def _rest(raw: Any, layout: Layout) -> Flat | None:
+def _beside(name: str, raw: Any, layout: Layout) -> Flat | None:
+    """A second buffer, which travels in the header as bytes: adapters are small."""
     if raw is None:
         return None
-    checked("rest", raw, bytes, longest=layout.nbytes)
+    checked(name, raw, bytes, longest=layout.nbytes)
     if len(raw) != layout.nbytes:
-        raise MessageError("wrong_shape", f"the rest has {len(raw)} bytes, expected {layout.nbytes}")
+        raise MessageError("wrong_shape", f"{name} has {len(raw)} bytes, expected {layout.nbytes}")
     values = np.frombuffer(raw, np.float32)
-    checked_norm(values, "the rest")
+    checked_norm(values, name)
     return values
 
 

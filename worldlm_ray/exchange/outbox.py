@@ -9,6 +9,7 @@ log (see "Nothing lost" in README.md).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -91,11 +92,14 @@ class Outbox:
     def state(self) -> tuple[list[dict[str, Any]], dict[str, Flat]]:
         """For a checkpoint: plain values, and buffers."""
         entries = [fields(update) for update in self._updates.values()]
-        return entries, {f"{_ARRAY}{seq}": update.values for seq, update in self._updates.items()}
+        arrays: dict[str, Flat] = {}
+        for seq, update in self._updates.items():
+            arrays |= buffers(update, f"{_ARRAY}{seq}")
+        return entries, arrays
 
     def restore(self, entries: list[dict[str, Any]], arrays: dict[str, Flat]) -> None:
         """Become what `state` described."""
-        self._updates = {entry["seq"]: revived(entry, arrays[f"{_ARRAY}{entry['seq']}"]) for entry in entries}
+        self._updates = {entry["seq"]: revived(entry, arrays, f"{_ARRAY}{entry['seq']}") for entry in entries}
 
     def limit_tokens(self, most: int) -> None:
         """Let no kept update claim more than this: its round may be of a run that was configured otherwise."""
@@ -107,12 +111,19 @@ def limited(update: Update, most: int) -> Update:
     return replace(update, tokens=min(update.tokens, most))
 
 
-def revived(entry: dict[str, Any], values: Flat) -> Update:
-    """The update that `fields` wrote down; what an earlier version wrote in addition is left out."""
-    return Update(**{key: value for key, value in entry.items() if key in _FIELDS}, values=values)
+def revived(entry: dict[str, Any], arrays: Mapping[str, Flat], name: str) -> Update:
+    """The update that `fields` and `buffers` wrote down; what an earlier version wrote in addition is left out."""
+    plain = {key: value for key, value in entry.items() if key in _FIELDS}
+    return Update(**plain, values=arrays[name], low=arrays.get(f"{_LOW}{name}"))
 
 
-_BUFFERS = ("values", "encoded", "residuals")
+def buffers(update: Update, name: str) -> dict[str, Flat]:
+    """The buffers of an update for a checkpoint: its values under this name."""
+    return {name: update.values} if update.low is None else {name: update.values, f"{_LOW}{name}": update.low}
+
+
+_LOW = "low."
+_BUFFERS = ("values", "encoded", "residuals", "low")
 _FIELDS = frozenset(Update.__dataclass_fields__).difference(_BUFFERS)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from worldlm_ray.client.best import own_model
 from worldlm_ray.client.client import Client
 from worldlm_ray.data import load_tokenizer
-from worldlm_ray.errors import CheckpointError
+from worldlm_ray.errors import CheckpointError, ConfigError
 from worldlm_ray.plan import build, kept, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
@@ -23,9 +23,11 @@ from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.node_state import finite
+from worldlm_ray.training.experts import ExpertTrainer
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.making import plain_trainer
 from worldlm_ray.training.sampling import sample as generate
+from worldlm_ray.training.trainer import Trainer
 
 
 def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda _: None) -> dict[str, Measure]:
@@ -53,7 +55,8 @@ def evaluate(run: str, *, tokens: int, on_phase: Callable[[str], None] = lambda 
         client = Client(plan, spec, initial=initial, make_trainer=partial(_trainer, plan, spec))
         if not client.reports:
             continue
-        found[spec.path].append(client.measure(tokens, parameters=theta(plan, spec)))
+        load_model(client.trainer, plan, spec)
+        found[spec.path].append(client.measure(tokens))
         for path, parameters in inner.items():
             if spec.path.startswith(f"{path}/"):
                 found[path].append(client.measure(tokens, parameters=parameters))
@@ -66,7 +69,7 @@ def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float,
     plan = rundir.reopen(run, check_data=False)
     spec = plan.find(node)
     trainer = _trainer(plan, spec)
-    trainer.write(theta(plan, spec))
+    load_model(trainer, plan, spec)
     tokenizer = load_tokenizer(plan.tokenizer)
     return generate(trainer, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
 
@@ -76,18 +79,37 @@ def _trainer(plan: Plan, spec: NodeSpec, _: Account | None = None) -> LocalTrain
     return plain_trainer(plan.shape, plan.layout, spec.settings)
 
 
+def load_model(trainer: Trainer, plan: Plan, spec: NodeSpec) -> None:
+    """Make a trainer compute a node's own model: of a client of experts, the mixture.
+
+    Raises:
+        CheckpointError: the node has no whole checkpoint.
+    """
+    arrays = _arrays(plan, spec)
+    trainer.write(own_model(arrays))
+    if not isinstance(trainer, ExpertTrainer):
+        return
+    trainer.experts.mix(spec.kind == "client")
+    if spec.kind == "client":
+        trainer.load_experts({name.removeprefix("optimizer."): values for name, values in arrays.items()})
+
+
 def theta(plan: Plan, spec: NodeSpec) -> Flat:
-    """A node's own model, from its newest whole checkpoint.
+    """A node's own parameters, from its newest whole checkpoint.
 
     Raises:
         CheckpointError: it has none.
     """
+    return own_model(_arrays(plan, spec))
+
+
+def _arrays(plan: Plan, spec: NodeSpec) -> dict[str, Flat]:
     found = checkpoint.load(checkpoint.folder(plan.run_dir, spec.path))
     if found is None:
         raise CheckpointError(
             f"{spec.path} has no checkpoint yet in {plan.run_dir}; wait for one or stop the run cleanly"
         )
-    return own_model(found[1])
+    return found[1]
 
 
 def sound_theta(plan: Plan, spec: NodeSpec) -> Flat:
@@ -95,7 +117,11 @@ def sound_theta(plan: Plan, spec: NodeSpec) -> Flat:
 
     Raises:
         CheckpointError: it has none, or the model has diverged.
+        ConfigError: it is a mixture of experts, which parameters alone do not give.
     """
+    if spec.kind == "client" and plan.config.model.lora.experts != "none":
+        got = f"{spec.path} mixes several adapters anew for every token: no one adapter computes the same"
+        raise ConfigError("NODE", got, "give an inner node, such as world")
     found = theta(plan, spec)
     if not np.isfinite(found).all():
         raise CheckpointError(f"the model of {spec.path} has diverged: its values are not finite; take another node's")

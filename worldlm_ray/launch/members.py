@@ -82,23 +82,27 @@ def _dismiss(actor: Any, path: str, world: World, there_already: Container[str])
     give_back(prefix(world.namespace, path))
 
 
-def leave(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = lambda _: None) -> None:
-    """Let a node and all that is below it leave a living run. What they have pushed stays.
+def leave(
+    old: Plan, new: Plan, path: str, *, forget: bool = False, on_phase: Callable[[str], None] = lambda _: None
+) -> None:
+    """Let a node and all that is below it leave a living run. What they have pushed stays unless `forget`.
 
     Args:
         old: the run as it is.
         new: the run without the node.
         path: of the node.
+        forget: take what they have pushed out of the sums above; for runs with experts.
         on_phase: told what is being waited for.
 
     Raises:
         RunError: the run does not live.
+        ConfigError: a client does not know all that it has pushed.
     """
     with _living(old) as world:
         gone = [spec.path for spec in old.node(path).clients if spec.path in world.clients]
         on_phase("waiting for the round that is under way")
         for client in gone:
-            ask(world.clients[client], "leave")
+            ask(world.clients[client], "leave", *([True] if forget else []))
         answer([world.clients[client].outcome.remote() for client in gone])
         living.leave_pools(new.run_dir, gone)
         save(new.config, new.run_dir / rundir.CONFIG)

@@ -362,9 +362,13 @@ class Life:
         return "finished"
 
     def _say_goodbye(self) -> Steps[str]:
+        experts = self._client.experts
+        update = None if experts is None else (yield Compute(experts.withdrawal))
         yield Save(wait=True)
+        if update is not None:
+            yield from self._deliver(update)
         yield from self._uplink.left()
-        self._tell(self._life("left"))
+        self._tell(self._life("left", "" if update is None else "its part in the sums above is taken out"))
         return "left"
 
     def _follow(self) -> Steps[None]:

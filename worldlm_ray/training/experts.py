@@ -68,8 +68,8 @@ class ExpertTrainer(LocalTrainer):
             self._turn(learning_rate)
         return loss
 
-    def train_router(self, batches: Iterable[Batch], learning_rate: float) -> None:
-        """Train the routers alone, one step per batch."""
+    def train_router(self, batches: Iterable[Batch], learning_rate: float) -> bool:
+        """See Trainer."""
         for parameter in self.experts.routers.parameters():
             parameter.requires_grad_(True)
         self.model.train()
@@ -79,6 +79,7 @@ class ExpertTrainer(LocalTrainer):
             self._turn(learning_rate)
         for parameter in self.experts.routers.parameters():
             parameter.requires_grad_(False)
+        return True
 
     def _turn(self, learning_rate: float) -> None:
         """Clip the routers' gradient, and take their step."""
@@ -110,12 +111,16 @@ class ExpertTrainer(LocalTrainer):
         super().load_optimizer_state({n: v for n, v in saved.items() if not n.startswith((ROUTER, EXPERT))})
         if _THETA not in saved:
             return
-        self.experts.router.copy_(torch.from_numpy(np.array(saved[_THETA])))
-        self.experts.take({name: saved[f"{EXPERT}{name}"] for name in self.experts.others})
+        self.load_experts(saved)
         if f"{ROUTER}{STEP}" in saved:
             moments = {n: torch.from_numpy(np.array(saved[f"{ROUTER}{n}"])).to(self.device) for n in MOMENTS}
             step = torch.tensor(float(saved[f"{ROUTER}{STEP}"][0]), device=self.device)
             self._router_optimizer.state[self._router] = {STEP: step, **moments}
+
+    def load_experts(self, saved: Mapping[str, Flat]) -> None:
+        """Restore of the result of `optimizer_state` what a model computes with: routers and experts of others."""
+        self.experts.router.copy_(torch.from_numpy(np.array(saved[_THETA])))
+        self.experts.take({name: saved[f"{EXPERT}{name}"] for name in self.experts.others})
 
     def forget(self) -> None:
         """Drop the moments, and what routers and experts of others have become."""
