@@ -18,6 +18,7 @@ from rich.console import Console
 from worldlm_ray.config.loading import load
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import WorldLMError
+from worldlm_ray.exchange.compression import nbytes
 from worldlm_ray.experiments.evaluate import sound_theta
 from worldlm_ray.launch import train
 from worldlm_ray.plan import build, rundir
@@ -42,8 +43,9 @@ def run(folder: Path, run_dir: str | None, overrides: list[str]) -> None:
     console = Console()
     config = load("hospitals", [f"model.initial_from={folder}", *overrides], run_dir=run_dir)
     plan = rundir.create(make_plan(config))
-    share = plan.layout.size / (plan.layout.size + getattr(plan.shape, "frozen", 0))
-    console.print(f"what travels: {amount(plan.layout.nbytes)}B a push, {share:.1%} of the model", highlight=False)
+    size = nbytes(config.exchange.codec, plan.layout.size)
+    share = size / (4 * getattr(plan.shape, "frozen", plan.layout.size))
+    console.print(f"what travels: {amount(size)}B a push, {share:.2%} of the model in fp32", highlight=False)
     before = continued(plan, build.initial(plan))
     outcome = train(plan, on_phase=print)
     console.print(final_table(outcome.summary, outcome.samples))
