@@ -200,6 +200,23 @@ def test_a_newer_invitation_takes_the_older_one_back(world: Authority) -> None:
     assert world.enrol(asked, new.id, new.proof(asked)).path == EUROPE
 
 
+@pytest.mark.parametrize("word", ["revoke", "invite"])
+def test_an_invitation_that_is_taken_back_in_the_middle_of_an_enrolment_is_no_way_in(
+    world: Authority, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    operator = Authority(world.identity.folder, clock=world.clock)
+    invitation, asked = world.invite(EUROPE, expires_s=HOUR_S), request()
+
+    def meanwhile(_: object) -> bool:
+        getattr(operator, word)(EUROPE, **({"expires_s": HOUR_S} if word == "invite" else {}))
+        return True
+
+    monkeypatch.setattr(world.invitations, "is_approved", meanwhile)
+    with pytest.raises(Refused, match=r"^bad_invitation"):
+        world.enrol(asked, invitation.id, invitation.proof(asked))
+    assert world.registry.members() == {}
+
+
 def test_files_of_old_invitations_are_removed(world: Authority, clock: FakeClock) -> None:
     first = world.invite(EUROPE, expires_s=HOUR_S)
     clock.tick(days=31)

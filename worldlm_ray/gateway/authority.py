@@ -184,6 +184,7 @@ class Authority:
     def _first(self, kept: Kept, key: PublicKey) -> bytes:
         answer, mark = self.invitations.answer_of(kept.id), fingerprint(key)
         with self.registry.changing() as members:
+            self.invitations.get(kept.id)  # the operator may have taken it back since it was looked at
             member = self._admitted(members, kept.path, mark)
             if answer is None:
                 chain, made = self._issue(key, kept.path)
@@ -312,9 +313,10 @@ class Authority:
         if not 0 < expires_s <= LONGEST_EXPIRY_S:
             raise GatewayError("--expires: an invitation is good for 90 days at most; give hours, such as 48h")
         identity = self.identity
-        invitation = self.invitations.create(
-            path, url=identity.url, world=identity.world, expires_s=expires_s, approve=approve, by=by
-        )
+        with self.registry.changing():  # while none enrols by an invitation that this takes back
+            invitation = self.invitations.create(
+                path, url=identity.url, world=identity.world, expires_s=expires_s, approve=approve, by=by
+            )
         self._record("invited", path, f"invitation {invitation.id}, by {by}")
         return invitation
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from worldlm_ray.errors import GatewayError, Refused
-from worldlm_ray.storage.filesystem import replacing
+from worldlm_ray.storage.filesystem import flush_folder, replacing
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -129,6 +129,7 @@ def write_private(path: Path, content: bytes) -> None:
     try:
         with replacing(path) as file:
             file.write(content)
+        flush_folder(path.parent)
     except OSError as error:
         raise GatewayError(f"{path}: {error.strerror or error}; make the folder writable, and try again") from error
 

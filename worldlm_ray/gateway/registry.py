@@ -23,7 +23,7 @@ from typing import Any
 
 from worldlm_ray.errors import GatewayError
 from worldlm_ray.gateway.keys import Clock, read_file
-from worldlm_ray.storage.filesystem import replace_text
+from worldlm_ray.storage.filesystem import flush_folder, replace_text
 
 FORMAT = 1
 FILE, LOCK, SEEN = "members.json", "members.lock", "seen.json"
@@ -166,6 +166,7 @@ class Registry:
         text = json.dumps({"format": FORMAT, "members": rows}, indent=2) + "\n"
         try:
             replace_text(self._path, text, durable=True)
+            flush_folder(self.folder)  # else the old file may be back after a power cut, and with it a revoked member
         except OSError as error:
             problem = f"{self._path}: {error.strerror or error}; nothing has changed"
             raise GatewayError(f"{problem}: make room, or make it writable") from error
