@@ -110,12 +110,13 @@ class InnerActor(GracefulShutdown):
 
     # ---- called by children ----------------------------------------------------------------------------------
 
-    async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
-        """A child is here; returns what it must know."""
+    async def join(self, child: str, incarnation: int, seq: int, admission: int = 1) -> Welcome:
+        """A child is here; returns what it must know. A border says how often it has let the child in."""
         await self._started.wait()
         found = await self._quota(checked("child", child, str))
         now_s = self.clock.now_s()
-        commands = await self._handle(Joined(child=child, incarnation=incarnation, seq=seq, quota=found, now_s=now_s))
+        event = Joined(child=child, incarnation=incarnation, seq=seq, quota=found, admission=admission, now_s=now_s)
+        commands = await self._handle(event)
         [welcome] = [command.welcome for command in commands if isinstance(command, Admit)]
         return welcome
 

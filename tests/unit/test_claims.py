@@ -237,6 +237,20 @@ def test_a_join_raises_the_incarnation_by_a_bounded_jump(node: Node) -> None:
     assert node.children["a"].incarnation == 2 + MOST_RESTARTS
 
 
+def test_a_child_that_is_readmitted_is_not_locked_out_by_the_incarnations_of_a_thief(node: Node) -> None:
+    node.handle(Joined(child="a", incarnation=3, now_s=1.0))
+    node.handle(Joined(child="a", incarnation=3 + MOST_RESTARTS, now_s=1.0))  # with a stolen key
+    with pytest.raises(MessageError, match=r"^superseded: this is incarnation 4, and there is incarnation 1003 of a"):
+        node.handle(Joined(child="a", incarnation=4, now_s=2.0))
+    with pytest.raises(MessageError, match=r"^implausible_incarnation"):
+        node.handle(Joined(child="a", incarnation=2**62, admission=2, now_s=2.0))
+    assert node.children["a"].admission == 1  # a refusal changes nothing
+    node.handle(Joined(child="a", incarnation=4, admission=2, now_s=2.0))
+    assert (node.children["a"].incarnation, node.children["a"].admission) == (4, 2)
+    with pytest.raises(MessageError, match=r"^superseded"):  # the same admission again fences as before
+        node.handle(Joined(child="a", incarnation=3, admission=2, now_s=3.0))
+
+
 def test_a_seq_from_far_ahead_does_not_make_later_updates_duplicates(node: Node) -> None:
     assert push(node, update(node, MOST_SKIPPED + 1)) == "implausible_seq"
     assert push(node, update(node, LARGEST_COUNT, started_tokens=0)) == "implausible_seq"

@@ -18,8 +18,9 @@ import numpy as np
 from support.nodes import a_node
 from support.worlds import TINY_MODEL
 
+from worldlm_ray.aggregation.children import Child
 from worldlm_ray.aggregation.events import Answer, Done, Heartbeat, Joined, Note, ParentModel, Pull, Push
-from worldlm_ray.aggregation.node import Child, Node
+from worldlm_ray.aggregation.node import Node
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig, ResidualsConfig
 from worldlm_ray.config.schema import BudgetConfig

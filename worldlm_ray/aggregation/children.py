@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from worldlm_ray.aggregation.events import Covered
+from worldlm_ray.aggregation.admission import check_incarnation
+from worldlm_ray.aggregation.events import Covered, Joined
 from worldlm_ray.aggregation.node_setup import NodePlace
 from worldlm_ray.config.schema import LivenessConfig
 from worldlm_ray.errors import MessageError
@@ -45,6 +46,8 @@ class Child:
     """Whether a checkpoint knows that it has left: it may end."""
     incarnation: int = 0
     """The newest that has joined."""
+    admission: int = 1
+    """How often a border has let it in, as of that join."""
     last_seq: int = 0
     durable_seq: int = 0
     """Up to here checkpoints cover what was accepted."""
@@ -143,12 +146,20 @@ class Children(Mapping[str, Child]):
         Raises:
             MessageError: superseded or restarted.
         """
-        child = self.get(name)
-        if child is not None and incarnation < child.incarnation:
-            known = f"there is incarnation {child.incarnation} of {name}"
-            raise MessageError("superseded", f"this is incarnation {incarnation}, and {known}")
+        _check_newest(name, incarnation, known=0 if name not in self else self[name].incarnation)
         if to != here:
             raise MessageError("restarted", f"{self.path} is at incarnation {here} by now: join again")
+
+    def check_join(self, event: Joined) -> None:
+        """Check that this life of a child may join: it is neither an old one, nor so new that no later one could.
+
+        Raises:
+            MessageError: superseded or implausible_incarnation.
+        """
+        child = self.get(event.child)
+        known = 0 if child is None or event.admission > child.admission else child.incarnation
+        _check_newest(event.child, event.incarnation, known=known)
+        check_incarnation(event.child, event.incarnation, known=known)
 
     def hear(self, name: str, now_s: float) -> LifeRecord | None:
         """Note a heartbeat; returns what tracking is told of a child that had been given up."""
@@ -178,16 +189,18 @@ class Children(Mapping[str, Child]):
                 records.append(LifeRecord(node=f"{self.path}/{name}", now_s=now_s, event="lost", detail=said))
         return records
 
-    def join(self, name: str, incarnation: int, quota: Quota | None) -> Child:
+    def join(self, event: Joined) -> Child:
         """A child is there: a new one, or one that has been there before."""
-        if quota is not None:
-            self.quotas[name] = quota
+        name = event.child
+        if event.quota is not None:
+            self.quotas[name] = event.quota
         if name not in self._children:
             self._children[name] = Child()
             self._number[Status.ACTIVE] += 1
         child = self._children[name]
         self.set_status(name, Status.ACTIVE)
-        child.left_durable, child.incarnation = False, incarnation
+        child.left_durable, child.incarnation = False, event.incarnation
+        child.admission = max(child.admission, event.admission)
         return child
 
     def welcome(self, name: str, *, here: int) -> Welcome:
@@ -278,6 +291,13 @@ class Children(Mapping[str, Child]):
             child.left_durable = child.has_left
             self._children[name] = child
         self._recount()
+
+
+def _check_newest(name: str, incarnation: int, *, known: int) -> None:
+    if incarnation < known:
+        raise MessageError(
+            "superseded", f"this is incarnation {incarnation}, and there is incarnation {known} of {name}"
+        )
 
 
 def patience_s(gaps: Sequence[float], rules: LivenessConfig) -> float:

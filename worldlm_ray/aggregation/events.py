@@ -92,6 +92,9 @@ class Joined:
     """Of the last update that the child knows it has made: it keeps no later one."""
     quota: Quota | None = None
     """What it may claim, of a child that has come since the node's plan was made."""
+    admission: int = 1
+    """How often a border has let the child in. When it rises, incarnations begin anew: a thief of the child's key may
+    have raised them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ from dataclasses import replace
 from typing import Any
 
 from worldlm_ray.aggregation import node_checkpoint
-from worldlm_ray.aggregation.admission import check_incarnation, check_plain
+from worldlm_ray.aggregation.admission import check_plain
 from worldlm_ray.aggregation.budget import Budget, PrivacyBudget
-from worldlm_ray.aggregation.children import Child, Children, Status
+from worldlm_ray.aggregation.children import Children, Status
 from worldlm_ray.aggregation.events import (
     Admit,
     Answered,
@@ -222,9 +222,7 @@ class Node:
         if isinstance(event, ChildMessage):
             self.children.check(event.child, event.incarnation, to=event.to, here=self.incarnation)
         elif isinstance(event, Joined):
-            self.children.check(event.child, event.incarnation, to=self.incarnation, here=self.incarnation)
-            known = self.children.get(event.child, Child()).incarnation
-            check_incarnation(event.child, event.incarnation, known=known)
+            self.children.check_join(event)
         commands = self._hear(event)
         if isinstance(event, Push):
             commands += self.intake.push(event, here=self.incarnation)
@@ -283,7 +281,7 @@ class Node:
         if comes and self.parent is not None and not self.children.any_active and not self._awaits_model:
             self.parent.wants_refresh = True  # while no child was here, the node has not asked its parent
             commands.append(Refresh())
-        child, self.ended = self.children.join(event.child, event.incarnation, event.quota), False
+        child, self.ended = self.children.join(event), False
         self.serving.forget(event.child)  # a life before this one asked, or this one will ask again
         forgot = event.seq < child.last_seq  # it comes from a checkpoint, and what it kept since is gone
         if forgot and child.durable_seq < child.last_seq:

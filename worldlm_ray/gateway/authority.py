@@ -122,6 +122,15 @@ class Authority:
         self.registry.saw(peer.path)
         return peer.path
 
+    def admissions(self, path: str) -> int:
+        """How often a member was let in, readmissions included: the parent forgets its incarnations when this rises.
+
+        Raises:
+            GatewayError: as `authorise`.
+        """
+        member = self.registry.members().get(path)
+        return 1 if member is None else member.admissions
+
     def enrol(self, request: bytes, invitation: str, proof: bytes) -> Enrolled:
         """Make a member's first certificate. The same request again has the same answer, in the invitation's time.
 
