@@ -271,6 +271,16 @@ def test_a_key_waits_for_its_approval_and_is_compared_by_people(
         world.enrol(asked, invitation.id, invitation.proof(asked))
 
 
+def test_a_key_that_is_not_approved_is_turned_away_by_revoke(world: Authority) -> None:
+    invitation, asked = world.invite(EUROPE, expires_s=HOUR_S, approve=True), request()
+    with pytest.raises(Refused, match=r"^waiting"):
+        world.enrol(asked, invitation.id, invitation.proof(asked))
+    assert world.revoke(EUROPE) is False  # it was no member
+    with pytest.raises(Refused, match=r"^bad_invitation"):
+        world.enrol(asked, invitation.id, invitation.proof(asked))
+    assert world.invitations.waiting() == []
+
+
 def test_only_a_key_that_has_come_is_approved(world: Authority) -> None:
     world.invite(EUROPE, expires_s=HOUR_S, approve=True)
     with pytest.raises(GatewayError, match=r"no key waits"):

@@ -183,11 +183,12 @@ class Invitations:
         replace_text(self._file(invitation, "pem"), chain_pem.decode(), durable=True)
 
     def cancel(self, path: str) -> int:
-        """Take back all invitations for a path; returns how many could still have been used."""
+        """Take back all invitations for a path; returns how many could still have let a member in."""
         open_ = 0
         for kept in self.all():
             if kept.path == path:
-                open_ += self.use_of(kept.id) is None and self.clock() < kept.expires_s
+                may_come = self.clock() < kept.expires_s or self.use_of(kept.id) is not None
+                open_ += may_come and self.answer_of(kept.id) is None
                 self._remove(kept.id)
         return open_
 
