@@ -21,6 +21,7 @@ from worldlm_ray.experiments.export import export
 from worldlm_ray.experiments.methods import configure
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
+from worldlm_ray.reports.describe import describe
 from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.tensors.buffers import params_sha256
 from worldlm_ray.training.making import plain_trainer
@@ -186,16 +187,15 @@ def check_sums(simulation: Simulation) -> None:
         np.testing.assert_array_equal(own.held, on_grid(client.trainer.read(), own.weight), err_msg=path)
 
 
-@pytest.mark.parametrize("trigger", ["synchronous", "goal_achieved"])
+@pytest.mark.parametrize("method", ["kin", "kin+asynchronous", "kin+asynchronous+overlap"])
 @pytest.mark.parametrize("seed", range(3))
-def test_sums_hold_every_part_once_whatever_fails(tmp_path: Path, base: Path, trigger: str, seed: int) -> None:
+def test_sums_hold_every_part_once_whatever_fails(tmp_path: Path, base: Path, method: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     paths = ["world", "world/north", "world/south", *(f"world/{c}" for c in ("north/a", "north/b", "south/c"))]
     faults = [f"{at:.2f}s kill {rng.choice(paths)}" for at in sorted(rng.uniform(0.2, 3.0, size=5))]
-    variant = "kin" if trigger == "synchronous" else "kin+asynchronous"
     slow = {"tokens_per_s": 512.0, "latency_s": 0.01}
     plan = plan_of(
-        tmp_path, base, variant, faults=faults, simulation=slow, checkpoint={"every_s": 0.7}, budget={"rounds": 8}
+        tmp_path, base, method, faults=faults, simulation=slow, checkpoint={"every_s": 0.7}, budget={"rounds": 8}
     )
     check_sums(finished(plan, drifting))
 
@@ -319,3 +319,12 @@ def test_checkpoints_give_the_mixture_and_the_worlds_adapter(tmp_path: Path, bas
         torch.testing.assert_close(trainer.model.eval()(tokens()), there, atol=1e-5, rtol=0)
     with pytest.raises(ConfigError, match="no one adapter"):
         export(str(plan.run_dir), "world/north/a", tmp_path / "mixture")
+
+
+def test_show_counts_the_buffers_of_sums(tmp_path: Path, base: Path) -> None:
+    plan = plan_of(tmp_path, base)
+    nodes, size = describe(plan)["nodes"], plan.layout.nbytes
+    moved = {path: (node.get("bytes_per_push"), node.get("bytes_per_pull")) for path, node in nodes.items()}
+    assert moved["world/north"] == (2 * size, size)
+    assert moved["world/north/a"] == (size, 2 * size)
+    assert nodes["world/north"]["memory_bytes"] > 7 * size

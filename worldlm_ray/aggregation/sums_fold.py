@@ -49,6 +49,11 @@ class SumsFold(Fold):
         self.sums = Sums(layout.size) if sums is None else sums
 
     @classmethod
+    def models_held(cls, rules: AggregationConfig, children: int) -> int:
+        """S and, of a federation, its part in its parent's sums and what that changes by: two each; and the rest."""
+        return 7
+
+    @classmethod
     def incompatible_with(cls, rules: AggregationConfig) -> str | None:
         """What would change a child's update: its part in the sums could then not be taken out again."""
         if rules.server_optimizer.name != "sgd" or rules.server_optimizer.lr not in (None, 1.0):

@@ -12,6 +12,7 @@ from worldlm_ray.aggregation.node_memory import node_bytes
 from worldlm_ray.data import describe as describe_data
 from worldlm_ray.data.text import find_sources
 from worldlm_ray.exchange.compression import loses, nbytes
+from worldlm_ray.model.expert_names import EXPERTS
 from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
@@ -117,14 +118,22 @@ def crossings(plan: Plan) -> list[dict[str, Any]]:
                     "to": dict(parent.settings.placement.labels),
                     "exchanges": exchanges,
                     "bytes_up": None if exchanges is None else exchanges * _push_bytes(plan, child),
-                    "bytes_down": None if exchanges is None else exchanges * plan.layout.nbytes,
+                    "bytes_down": None if exchanges is None else exchanges * _pull_bytes(plan, child),
                 }
             )
     return found
 
 
 def _push_bytes(plan: Plan, spec: NodeSpec) -> int:
-    return nbytes(spec.settings.exchange.codec, plan.layout.size)
+    """Of an update. A federation's change of an exact sum has more digits than fp32 holds: it is two buffers."""
+    buffers = 2 if spec.kind != "client" and spec.settings.aggregation.rule == "sums" else 1
+    return buffers * nbytes(spec.settings.exchange.codec, plan.layout.size)
+
+
+def _pull_bytes(plan: Plan, spec: NodeSpec) -> int:
+    """Of a model. Under the rule `sums` a federation's brings what lies beyond it."""
+    brings_rest = spec.path.count("/") > 1 and spec.settings.aggregation.rule == "sums"
+    return (2 if brings_rest else 1) * plan.layout.nbytes
 
 
 def _exchanges(plan: Plan, spec: NodeSpec) -> int | None:
@@ -149,7 +158,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     exchange = {
         "codec": codec,
         "bytes_per_push": _push_bytes(plan, spec),
-        "bytes_per_pull": size,
+        "bytes_per_pull": _pull_bytes(plan, spec),
     }
     push = {} if spec.kind == "world" else exchange
     if spec.kind == "client":
@@ -157,6 +166,9 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         buffers = (ZERO_CLIENT_BUFFERS if is_zero(settings) else CLIENT_BUFFERS) * size
         if settings.merge.has_base and settings.privacy.unit != "record":
             buffers += COMMON_BUFFERS * size
+        if plan.config.model.lora.experts != "none":
+            # The adapters of others, and its part in the parent's sums in twice the bytes.
+            buffers += (len(EXPERTS[plan.config.model.lora.experts]) - 1 + 2) * size
         buffers += 4 * plan.layout.backbone_size * loses(codec)  # the codec error
         buffers += size * settings.exchange.overlap  # the update in flight
         return {
