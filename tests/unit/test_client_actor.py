@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayActorError
-from support.threaded_ray import FakeRay, Ref, Remote
+from support.lone_parent import Parent
+from support.pretrained import save_pretrained
+from support.threaded_ray import FakeRay, Remote
 from support.worlds import client
 
 import actors.client
@@ -19,12 +20,11 @@ import actors.drivers
 import actors.shared
 from actors.client import ClientActor
 from actors.shared import Address
-from worldlm_ray.aggregation.events import Admit, Answer, Done, Heartbeat, Joined, Left, Pull, Push, Serve, Started
 from worldlm_ray.client import above
 from worldlm_ray.client.client import Client
-from worldlm_ray.exchange.messages import Packed, pack
-from worldlm_ray.plan import build
-from worldlm_ray.plan.plan import Plan
+from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.protocol.life import Await, Save
 from worldlm_ray.records import LifeRecord, OwnModelRecord
 from worldlm_ray.run_clock import RunClock
@@ -36,62 +36,6 @@ PATH = "world/a"
 ROUNDS = 5
 UNHURRIED = {"local_steps": 4, "batch_size": 4, "step_delay_s": 0.02}
 """Training that leaves time to close the parent's gate."""
-
-
-class Parent:
-    """A world that answers its one client, as long as the gate is open."""
-
-    def __init__(self, plan: Plan, *, incarnation: int = 1) -> None:
-        self.plan, self.node = plan, build.inner_node(plan, plan.root, build.initial(plan))
-        self.node.handle(Started(incarnation=incarnation))
-        self.gate, self.dead = threading.Event(), False
-        self.gate.set()
-        self.held = threading.Event()
-        """Set once a thread stands before a closed gate."""
-        self._one = threading.Lock()
-
-    def _handle(self, event: Any) -> list[Any]:
-        if not isinstance(event, Joined | Heartbeat):
-            if not self.gate.is_set():
-                self.held.set()
-            assert self.gate.wait(20.0)
-        if self.dead:
-            raise RayActorError
-        with self._one:
-            return self.node.handle(event)
-
-    def join(self, child: str, incarnation: int, seq: int) -> Any:
-        commands = self._handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=0.0))
-        [welcome] = [command.welcome for command in commands if isinstance(command, Admit)]
-        return welcome
-
-    def push(self, sender: str, incarnation: int, to: int, header: bytes, refs: list[Ref]) -> Any:
-        packed = Packed(header, refs[0].value)
-        found = self._handle(Push(sender=sender, packed=packed, incarnation=incarnation, to=to, now_s=0.0))
-        return next(command.verdict for command in found if isinstance(command, Answer))
-
-    def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Any:
-        event = Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=0.0)
-        [served] = [command for command in self._handle(event) if isinstance(command, Serve)]
-        header = pack(served.model, self.plan.layout).header
-        values = served.model.values
-        ref = Ref(lambda: values)
-        assert ref.ready.wait(20.0)
-        return header, [ref]
-
-    def published(self) -> tuple[int, list[Ref]]:
-        values = self.node.theta
-        return self.node.version, [Ref(lambda: values)]
-
-    def heartbeat(self, child: str, incarnation: int, to: int) -> None:
-        self._handle(Heartbeat(child=child, incarnation=incarnation, to=to, now_s=0.0))
-
-    def done(self, child: str, incarnation: int, to: int) -> None:
-        self._handle(Done(child=child, incarnation=incarnation, to=to, now_s=0.0))
-
-    def left(self, child: str, incarnation: int, to: int) -> bool:
-        self._handle(Left(child=child, incarnation=incarnation, to=to, now_s=0.0))
-        return True
 
 
 @pytest.fixture
@@ -387,3 +331,35 @@ def test_a_node_that_does_not_give_its_model_is_not_waited_for(
     never.set()
     assert parent.node.intake.accepted == 2
     assert not any(isinstance(record, OwnModelRecord) for record in fake.records)
+
+
+def test_a_client_of_experts_leaves_and_is_forgotten(
+    fake: FakeRay, tmp_path: Path, living: Callable[[Plan], ClientActor]
+) -> None:
+    pytest.importorskip("peft")
+    model = {"backend": "transformers", "initial_from": str(save_pretrained(tmp_path / "base")), "trainable": "lora"}
+    raw = {
+        "run_dir": str(tmp_path / "run"),
+        "data": {"cache_dir": str(tmp_path / "cache")},
+        "model": {**model, "context": 16, "lora": {"freeze_a": True, "experts": "rest"}},
+        "budget": {"rounds": 1_000},
+        "training": {"local_steps": 2, "batch_size": 2},
+        "aggregation": {"rule": "sums"},
+        "merge": {"client": 0.0},
+        "evaluation": {"every_rounds": 0, "tokens": 64, "final_tokens": 64},
+        "world": {"children": [client("a", tmp_path, 1)]},
+    }
+    plan = rundir.create(make_plan(from_mapping(raw)))
+    parent = parent_of(fake, plan)
+    actor = living(plan)
+    until(lambda: parent.node.version >= 2)
+    sums = parent.node.published.sums
+    assert sums is not None
+    assert sums.total.any()
+    actor.leave(True)
+    assert actor.outcome() == "left"
+    assert not sums.total.any()
+    assert sums.weights == {}
+    meta, arrays = saved(plan)
+    assert meta["experts"]["own_part"]["pending"]["weight"] == 0, "the checkpoint knows what was sent last"
+    assert not (arrays["own_part.held"] + arrays["own_part.adds"]).any()
