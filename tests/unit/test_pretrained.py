@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from support import worlds
 from support.pretrained import KINDS, computed_here, logits, save_pretrained, world
 
+from worldlm_ray.config.loading import to_mapping
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.experiments.comparison_run import run_one
 from worldlm_ray.experiments.evaluate import sound_theta
 from worldlm_ray.experiments.export import export
 from worldlm_ray.experiments.methods import configure
@@ -229,6 +231,15 @@ def test_methods_read_text_by_the_tokenizer_of_the_model(tmp_path: Path, method:
     plan = world(tmp_path, base, trainable="lora")
     assert plan.tokenizer == str(own)
     assert make_plan(configure(plan.config, method)).tokenizer == str(own)
+
+
+def test_a_comparison_measures_text_by_the_tokenizer_of_the_model(tmp_path: Path) -> None:
+    """The loss that the run has measured, and that which the comparison measures, are of the same model and text."""
+    base = save_pretrained(tmp_path / "base", vocab_size=512)
+    worlds.tokenizer(base / "tokenizer.json")
+    config = world(tmp_path, base, trainable="lora").config
+    [first, *_] = run_one(to_mapping(config), "local", 0, str(tmp_path / "out"))["clients"]
+    assert first["by_model"][first["client"]] == pytest.approx(first["own"], rel=0.2)
 
 
 def test_a_compiled_step_is_refused(tmp_path: Path) -> None:

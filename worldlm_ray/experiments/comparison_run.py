@@ -26,6 +26,7 @@ from worldlm_ray.experiments.export import export_whole
 from worldlm_ray.experiments.methods import ALL, flat_name
 from worldlm_ray.experiments.stages import SHARE, from_model, has_two, stages
 from worldlm_ray.plan import rundir, tree
+from worldlm_ray.plan.initial_model import with_tokenizer
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.simulation.simulator import simulate
@@ -92,7 +93,7 @@ def run_one(mapping: dict[str, Any], method: str, seed: int, out: str) -> dict[s
     folder = folder_of(Path(out), method, seed)
     if (folder / MEASURES).is_file():
         return read(Path(out), method, seed)
-    world = from_mapping(mapping, resolved=True)
+    world = with_tokenizer(from_mapping(mapping, resolved=True))
     configs = [replace(config, seed=seed) for config in stages(world, method)]
     places = [folder] if len(configs) == 1 else [folder / BASE, folder]
     if len(configs) > 1:

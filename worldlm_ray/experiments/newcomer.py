@@ -28,6 +28,7 @@ from worldlm_ray.experiments.export import export_whole
 from worldlm_ray.experiments.methods import configure, set_everywhere
 from worldlm_ray.experiments.stages import from_model
 from worldlm_ray.plan import tree
+from worldlm_ray.plan.initial_model import with_tokenizer
 from worldlm_ray.plan.tree import NodeSpec
 from worldlm_ray.reports.terminal import Column, FittingTable
 
@@ -100,6 +101,7 @@ def newcomers(
         ConfigError: a newcomer is no client of the world, no client would be left, or the steps are no whole rounds.
         RunError: `out` holds runs of another configuration, or cannot be written.
     """
+    config = with_tokenizer(config)
     root = tree.build(config)
     late = _chosen(root, rules.names)
     per_round = root.clients[0].settings.training.local_steps
