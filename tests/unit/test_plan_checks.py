@@ -12,12 +12,13 @@ from support.worlds import TINY_MODEL
 
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import checks, client_checks, expert_checks, privacy_checks
+from worldlm_ray.plan import border_checks, checks, client_checks, expert_checks, privacy_checks
 from worldlm_ray.plan.checks import Rule
 from worldlm_ray.plan.plan import Plan, assembled, make_plan
 
 RECORD = {"unit": "record", "noise_multiplier": 1.0}
 CLIENT = {"unit": "client", "noise_multiplier": 1.0}
+LISTENS = {"listen": "127.0.0.1:8443"}
 FED, ALICE = "world.children[0]", "world.children[0].children[0]"
 
 
@@ -71,6 +72,25 @@ CASES = [
         checks.apart_holds_two_models,
         f"{ALICE}.merge.client",
         alice={"merge": {"client": "apart"}, "privacy": RECORD},
+    ),
+    Case(border_checks.members_need_a_gateway, "gateway.listen", {"gateway": LISTENS}),
+    Case(
+        border_checks.members_need_a_gateway, "gateway.listen", fed={"children": [{"client": "alice"}, {"member": "m"}]}
+    ),
+    Case(
+        border_checks.members_have_one_parent,
+        "world.children[1].member",
+        {"gateway": LISTENS, "world": {"children": [{"federation": "fed"}, {"member": "n"}]}},
+        fed={"children": [{"client": "alice"}, {"member": "m"}]},
+    ),
+    Case(
+        border_checks.borders_train,
+        "simulation.train",
+        {
+            "joins": "profile",
+            "simulation": {"train": False},
+            "world": {"federation": "world/eu", "children": [{"federation": "fed", "children": [{"client": "alice"}]}]},
+        },
     ),
     Case(expert_checks.sums_of_experts, f"{FED}.aggregation.rule", fed={"aggregation": {"rule": "sums"}}),
     Case(

@@ -138,6 +138,12 @@ def _workers(workers: Any, key: str) -> None:
         raise ConfigError(key, f"got {workers}", "give a whole number above 0, or [min, max]")
 
 
+def _host_and_port(address: str, key: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) < 65_536:
+        raise ConfigError(key, f"got {address!r}", "give HOST:PORT, such as 0.0.0.0:8443")
+
+
 def _two_betas(betas: Any, key: str) -> None:
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ConfigError(key, f"got {betas}", "give two numbers from 0 to below 1")
@@ -222,5 +228,8 @@ RUN_BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "liveness.heartbeat_s": positive,
     "liveness.grace_s": positive,
     "liveness.k": not_negative,
+    "gateway.listen": _host_and_port,
+    "gateway.staging_gb": positive,
+    "gateway.linger_h": not_negative,
 }
 """What a number of the run itself may be."""

@@ -264,6 +264,9 @@ class Node:
     world: str
     federation: str
     client: str
+    member: str
+    required: bool
+    update_tokens: int
     children: list[Node]
     copies: int
     min_clients: int

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from worldlm_ray.config import rule_files
 from worldlm_ray.config.federated import AggregationConfig, ExchangeConfig, MergeConfig
+from worldlm_ray.config.gateway import GatewayConfig
 
 PrivacyUnit = Literal["none", "record", "client"]
 AccountantName = Literal["rdp", "prv"]
@@ -341,6 +342,10 @@ class RunConfig:
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     faults: list[str] = field(default_factory=list)
     """Faults on purpose, to see what a world bears: see worldlm_ray/plan/faults.py."""
+    joins: str | None = None
+    """Folder of the profile that `worldlm gateway join` has made: this run is a member of another organisation's
+    world."""
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     kept: dict[str, str] = field(default_factory=dict)
     """Files that the run's folder keeps copies of, with their fingerprints: written when the run is made."""
     world: Any = None
@@ -369,3 +374,5 @@ NODE_KEYS = (
     "max_clients",
     *INHERITED,
 )
+MEMBER_KEYS: tuple[str, ...] = ("member", "required", "update_tokens")
+"""Keys of the entry of a member."""

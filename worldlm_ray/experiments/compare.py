@@ -34,6 +34,7 @@ from worldlm_ray.experiments.comparison_progress import RunProgress
 from worldlm_ray.experiments.comparison_run import progress_of, read, run_one
 from worldlm_ray.experiments.stages import stages
 from worldlm_ray.plan import rundir, tree
+from worldlm_ray.plan.border_checks import check_one_cluster
 from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.storage.paths import pasted
 
@@ -97,6 +98,7 @@ def check(config: RunConfig, methods: Sequence[str]) -> None:
         raise ConfigError("budget", "in seconds", "a comparison at equal work wants budget.rounds or budget.tokens")
     if not config.simulation.train:
         raise ConfigError("simulation.train", "false: there are no losses to compare", "leave it out")
+    check_one_cluster(tree.build(config), "a comparison")
     for method in methods:
         for stage in stages(config, method):
             make_plan(stage)

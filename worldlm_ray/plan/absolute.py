@@ -11,7 +11,7 @@ from worldlm_ray.config.schema import RunConfig
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """A configuration whose relative paths of rules, data, tokenizers and a model to begin from are absolute.
+    """A configuration with absolute paths of rules, data, tokenizers, a model to begin from, keys and profiles.
 
     They are taken from the folder where the command was given. `~` stays: on another machine it is another folder.
     """
@@ -22,8 +22,21 @@ def absolute(config: RunConfig) -> RunConfig:
         {"files": data.files, "tokenizer": data.tokenizer, "cache_dir": data.cache_dir, "pool": data.pool}
     )
     rules = [absolute_path(rule) if is_file(rule) else rule for rule in config.rules]
+    gateway, joins = config.gateway, config.joins
+    if gateway.listen is not None:
+        staging = gateway.staging_dir
+        staging = None if staging is None else absolute_path(staging)
+        gateway = replace(gateway, dir=absolute_path(gateway.dir), staging_dir=staging)
+    if joins is not None:
+        joins = absolute_path(joins)
     return replace(
-        config, rules=rules, model=model, data=replace(data, **changed), world=_each(config.world, absolute_data)
+        config,
+        rules=rules,
+        model=model,
+        data=replace(data, **changed),
+        gateway=gateway,
+        joins=joins,
+        world=_each(config.world, absolute_data),
     )
 
 

@@ -123,6 +123,8 @@ def _may_come_late(plan: Plan, spec: NodeSpec, parent: NodeSpec) -> bool:
     """Whether a run may begin without a node."""
     if spec.kind == "client":
         return parent.elastic or plan.faults.comes_late(spec.path)
+    if spec.remote:
+        return not spec.required
     return all(_may_come_late(plan, child, spec) for child in spec.children)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from worldlm_ray.aggregation.rules import rule_name, rule_of
 from worldlm_ray.data import check_sources
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import backend_checks, client_checks, expert_checks, initial_model, privacy_checks
+from worldlm_ray.plan import backend_checks, border_checks, client_checks, expert_checks, initial_model, privacy_checks
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.training import deepspeed_config
 
@@ -266,6 +266,7 @@ RULES: tuple[Rule, ...] = (
     one_aggregation_rule,
     capped_weights,
     caps_that_add_up,
+    *border_checks.RULES,
     known_faults,
 )
 """Every rule that needs no file of this machine, in the order in which they are checked."""

@@ -120,6 +120,8 @@ def _parse(key: str, line: str, kinds: Mapping[str, str]) -> Fault:
         raise ConfigError(key, f"there is no fault {kind!r}", "use one of " + ", ".join(KINDS))
     if node not in kinds:
         raise ConfigError(key, f"there is no node {node!r}", "use one of " + listed(list(kinds)))
+    if kinds[node] == "remote":
+        raise ConfigError(key, f"{node} is in another cluster", "give the fault in the configuration of that cluster")
     if kind in _ON_EDGE and kinds[node] == "world":
         raise ConfigError(key, f"the world has no parent, so no link to {kind}", "name the node at the lower end")
     if kind in _MEMBERSHIP and kinds[node] == "world":

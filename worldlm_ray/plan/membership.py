@@ -26,6 +26,8 @@ def with_client(plan: Plan, under: str, name: str, *, files: list[str], override
         ConfigError: there is no such federation, the name is taken, no place is free, or a setting cannot be.
     """
     parent = plan.node(under)
+    if parent.remote:
+        raise ConfigError("--under", f"{under} is in another cluster", "name a node of this one")
     if parent.kind == "client":
         raise ConfigError("--under", f"{under} is a client", "name a federation, or world")
     if any(child.name == name for child in parent.children):
@@ -53,8 +55,11 @@ def without(plan: Plan, path: str) -> Plan:
         ConfigError: there is no such node, it is the world, or its parent would have no children left.
     """
     spec = plan.node(path)
-    if spec.kind == "world":
-        raise ConfigError("NODE", "the world cannot leave itself", "stop the run with Ctrl-C")
+    if spec.remote:
+        cure = "members leave by their own operator, or by `worldlm gateway revoke`"
+        raise ConfigError("NODE", f"{path} is in another cluster", cure)
+    if spec.path == plan.top.path:
+        raise ConfigError("NODE", f"{path} is all of this cluster", "stop the run with Ctrl-C")
     under = path.rsplit("/", 1)[0]
     if len(plan.node(under).children) == 1:
         raise ConfigError("NODE", f"{path} is all that {under} has", f"let {under} leave instead")
@@ -69,7 +74,7 @@ def _changed(plan: Plan, under: str, change: Any, *, what: str, of: NodeSpec | N
     """The plan after a change of one node's entry; one copy among others gets an entry of its own first."""
     mapping = deepcopy(plan.to_mapping())
     node = mapping["world"]
-    for name in under.split("/")[1:]:
+    for name in under.split("/")[plan.top.path.count("/") + 1 :]:
         found = [child for child in node["children"] if child.get("federation") == name and "copies" not in child]
         if not found:
             raise ConfigError(what, f"{under} is, or is below, one of several copies", "change the configuration")

@@ -67,7 +67,7 @@ class Plan:
     @cached_property
     def distinct_inner(self) -> list[NodeSpec]:
         """The `distinct` nodes that aggregate."""
-        return [node for node in self.distinct if node.kind != "client"]
+        return [node for node in self.distinct if node.kind != "client" and not node.remote]
 
     @cached_property
     def distinct_clients(self) -> list[tuple[NodeSpec, NodeSpec]]:
@@ -96,8 +96,13 @@ class Plan:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Kind of every node by path, parents first."""
-        return {path: node.kind for path, node in self.specs.items()}
+        """Kind of every node by path, parents first; `remote` of one in another cluster."""
+        return {path: "remote" if node.remote else node.kind for path, node in self.specs.items()}
+
+    @property
+    def top(self) -> NodeSpec:
+        """The uppermost node of this cluster: the world, or the member of another one that this run is."""
+        return next(node for node in self.root.walk() if not node.remote)
 
     def node(self, path: str) -> NodeSpec:
         """The node at a path.
@@ -125,7 +130,7 @@ class Plan:
     @property
     def tokenizer(self) -> str:
         """The one tokenizer of the world: `bytes`, or where its tokenizer.json lies."""
-        return self.root.clients[0].settings.data.tokenizer or "bytes"
+        return _tokenizer(self.root) or "bytes"
 
     def step_tokens(self, spec: NodeSpec) -> int:
         """Tokens of one optimizer step of a client; of a pool's, with those of all its members."""
@@ -209,8 +214,13 @@ def assembled(config: RunConfig) -> Plan:
     kept.check(config)
     root = tree.build(replace(config, data=replace(config.data, tokenizer=initial_model.tokenizer_of(config))))
     try:
-        vocab_size = load_tokenizer(root.clients[0].settings.data.tokenizer).vocab_size
+        vocab_size = load_tokenizer(_tokenizer(root)).vocab_size
     except DataError as error:
         raise ConfigError("data.tokenizer", str(error)) from error
     shape = initial_model.shape_of(config, vocab_size)
     return Plan(config=config, root=root, shape=shape, layout=shape.layout(config.model.key_layers))
+
+
+def _tokenizer(root: NodeSpec) -> str | None:
+    """The tokenizer of a world; where all clients are in other clusters, the one that is set at the top."""
+    return (root.clients[0] if root.clients else root).settings.data.tokenizer

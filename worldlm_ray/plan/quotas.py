@@ -4,6 +4,8 @@
                   begun and not arrived   the same: rounds are begun one by one, overlapping or not
     federation    tokens of one update    what all clients below train in ROUNDS_APART exchanges, or in the whole run
                   begun and not arrived   two rounds of every client below: one under way, one that waits to be pushed
+    member        tokens of one update    its `update_tokens`, or the run's budget of tokens
+                  begun and not arrived   the same: its clients are not known here
 
 A federation whose exchanges take longer trains on meanwhile, and no number says for how long. It knows its own limit,
 claims no more in one update, and keeps the rest for the next. One with the trigger time_up at itself or below takes as
@@ -45,6 +47,8 @@ def quota(spec: NodeSpec, round_tokens: Callable[[NodeSpec], int], budget: Budge
     if spec.kind == "client":
         tokens = round_tokens(spec)
         return Quota(update_tokens=tokens, started_tokens=tokens)
+    if spec.members:
+        return _of_members(spec, budget)
     below = sum(map(round_tokens, spec.clients))
     once = _exchanged(spec, round_tokens)
     most = LARGEST_COUNT if _counts_time(spec) else ROUNDS_APART * once
@@ -57,6 +61,14 @@ def quota(spec: NodeSpec, round_tokens: Callable[[NodeSpec], int], budget: Budge
         started_tokens=min(2 * below, LARGEST_COUNT),
         residuals=spec.settings.aggregation.residuals.per_round,
     )
+
+
+def _of_members(spec: NodeSpec, budget: BudgetConfig) -> Quota:
+    """What a member may claim, or a federation with members below it."""
+    most = LARGEST_COUNT if budget.tokens is None else budget.tokens
+    if spec.update_tokens is not None:
+        most = min(most, spec.update_tokens)
+    return Quota(update_tokens=most, started_tokens=most, residuals=spec.settings.aggregation.residuals.per_round)
 
 
 def offered_residuals(parent: NodeSpec) -> int:

@@ -5,6 +5,10 @@ simulation) and may override any of them: that is what autonomy of a federation 
 become stricter on the way down. A client may hang anywhere, also directly under the world, and federations nest to any
 depth.
 
+A world may span several clusters. `member: europe` stands for a federation or a client of another organisation: the
+world knows nothing of what is below it. That organisation's configuration has `joins: FOLDER` and `federation:
+world/europe` (or `client: world/europe`) as its root; the nodes above are there as `remote` ones, without actors.
+
 Many that are alike are written once. `client: phone` with `copies: 1000` stands for phone-0001 to phone-1000; a
 federation may have copies, too, each with all that is below it. Of a text that several copies are given, each client
 has its part (`data.shard`), so that together they have all of it, once; where `data.shard` is set, or
@@ -20,8 +24,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from worldlm_ray.config import values as schema
-from worldlm_ray.config.checks import check_settings
-from worldlm_ray.config.schema import INHERITED, NODE_KEYS, NodeSettings, RunConfig
+from worldlm_ray.config.checks import check_settings, positive
+from worldlm_ray.config.schema import INHERITED, MEMBER_KEYS, NODE_KEYS, NodeSettings, RunConfig
 from worldlm_ray.config.values import Problems, checked_name, one_of
 from worldlm_ray.errors import ConfigError
 
@@ -45,6 +49,12 @@ class NodeSpec:
     """A run begins once so many of the clients directly below are there; None for all of them."""
     max_clients: int | None = None
     """So many of them train at a time; when one leaves, the next takes its place. None for all."""
+    remote: bool = False
+    """Whether it is in another cluster: a member of this world, or what this cluster is a member of."""
+    update_tokens: int | None = None
+    """Tokens that one update of a member may claim; None for as many as the budget has."""
+    required: bool = False
+    """Whether the world waits for a member from the beginning, as for its own children."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the fields, without what is made from them."""
@@ -69,9 +79,19 @@ class NodeSpec:
         return [node for node in self.walk() if node.kind == "client"]
 
     @cached_property
-    def inner(self) -> list[NodeSpec]:
-        """All nodes at or below this one that aggregate."""
+    def parents(self) -> list[NodeSpec]:
+        """All nodes at or below this one that are no clients, here or in another cluster."""
         return [node for node in self.walk() if node.kind != "client"]
+
+    @cached_property
+    def inner(self) -> list[NodeSpec]:
+        """All nodes at or below this one that aggregate here."""
+        return [node for node in self.parents if not node.remote]
+
+    @cached_property
+    def members(self) -> list[NodeSpec]:
+        """All members at or below this node: what is below them is in another cluster."""
+        return [node for node in self.parents if node.remote and not node.children]
 
     def one_of_each(self) -> list[NodeSpec]:
         """This node and everything below it; of those that are copies of each other, the first."""
@@ -91,7 +111,7 @@ def processes(root: NodeSpec) -> list[tuple[NodeSpec, ...]]:
 
     Siblings that train alike, with the same resources and placement, share one: `resources.clients_per_process`.
     """
-    return [group for inner in root.inner for group in in_processes(c for c in inner.children if c.kind == "client")]
+    return [group for inner in root.parents for group in in_processes(c for c in inner.children if c.kind == "client")]
 
 
 def in_processes(siblings: Iterable[NodeSpec]) -> list[tuple[NodeSpec, ...]]:
@@ -122,7 +142,7 @@ def build(config: RunConfig) -> NodeSpec:
 
     Raises:
         ConfigError: no tree, an unknown key, a name twice among siblings, a client with children, a federation
-            without, or a setting that cannot be; by the dotted key.
+            without, a root that does not go with `joins`, or a setting that cannot be; by the dotted key.
         ConfigErrors: several of them.
     """
     problems = Problems()
@@ -132,9 +152,52 @@ def build(config: RunConfig) -> NodeSpec:
         problems.add(ConfigError("world", "the tree is missing", "write world: {children: [...]}"))
         problems.check()
     known = frozenset((error.key, error.problem) for error in problems.found)
-    world = _entry(config.world, ("world", "world"), "world", base, _Found(problems, known))
+    kind, path = _root(config)
+    *above, name = path.split("/")
+    root = _entry(config.world, (kind, name), "world", base, _Found(problems, known))
     problems.check()
-    return _grow(world, "world", "world", (0, 1))
+    node = _grow(root, name, path, (0, 1))
+    for depth in range(len(above), 0, -1):
+        node = _remote(above[:depth], base, node)
+    return node
+
+
+def _root(config: RunConfig) -> tuple[Kind, str]:
+    """Kind and path of a configuration's root: the world, or a member of a world in another cluster.
+
+    Raises:
+        ConfigError: the root does not go with `joins`.
+    """
+    kinds: list[Kind] = [kind for kind in ("federation", "client") if kind in config.world]
+    if config.joins is None:
+        if kinds:
+            cure = "give the profile of that world as joins, or begin with children"
+            raise ConfigError(f"world.{kinds[0]}", "the root is a member's, but joins is not given", cure)
+        return "world", "world"
+    if len(kinds) != 1:
+        cure = "write world: {federation: world/NAME, children: [...]}, or client: world/NAME"
+        raise ConfigError("world", "joins is given, but the root does not say which member it is", cure)
+    key = f"world.{kinds[0]}"
+    names = schema.converted(config.world[kinds[0]], str, key).split("/")
+    if len(names) < 2 or names[0] != "world":
+        cure = "give the path that the invitation names, such as world/europe"
+        raise ConfigError(key, f"got {'/'.join(names)!r}", cure)
+    if config.world.get("copies") is not None:
+        raise ConfigError("world.copies", f"got {config.world['copies']!r}", "a member joins once: set it below")
+    return kinds[0], "/".join(["world", *(checked_name(name, key) for name in names[1:])])
+
+
+def _remote(path: list[str], settings: NodeSettings, child: NodeSpec) -> NodeSpec:
+    """A node of another cluster, above the member that this one is."""
+    return NodeSpec(
+        kind="federation" if len(path) > 1 else "world",
+        name=path[-1],
+        path="/".join(path),
+        key="joins",
+        settings=settings,
+        children=(child,),
+        remote=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +210,8 @@ class _Entry:
     settings: NodeSettings
     copies: int | None
     children: tuple[_Entry, ...]
-    limits: dict[str, int]
+    limits: dict[str, Any]
+    is_member: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -187,6 +251,7 @@ def _grow(entry: _Entry, name: str, path: str, part: tuple[int, int]) -> NodeSpe
         key=entry.key,
         settings=settings,
         children=tuple(children),
+        remote=entry.is_member,
         **entry.limits,
     )
 
@@ -282,10 +347,12 @@ def _children(raw: list[Any], key: str, settings: NodeSettings, found: _Found) -
         place = f"{key}.children[{index}]"
         try:
             kind, name = _kind_and_name(item, place)
+            is_member = "member" in item
+            entry = _member(item, name, place, settings) if is_member else None
         except ConfigError as error:
             found.problems.add(error)
             continue
-        entry = _entry(item, (kind, name), place, settings, found)
+        entry = entry or _entry(item, (kind, name), place, settings, found)
         twice = next((each for each in entry.names if each in taken), None)
         if twice is not None:
             got = f"the name {twice!r} is taken by {taken[twice]}"
@@ -295,10 +362,36 @@ def _children(raw: list[Any], key: str, settings: NodeSettings, found: _Found) -
     return tuple(entries)
 
 
+def _member(raw: dict[str, Any], name: str, key: str, settings: NodeSettings) -> _Entry:
+    """The entry of a member: it has no settings here, since its own organisation decides."""
+    for given in raw:
+        if given not in MEMBER_KEYS:
+            got = "a member is configured in its own cluster" if given in NODE_KEYS else "unknown key"
+            raise ConfigError(f"{key}.{given}", got, f"give {' or '.join(MEMBER_KEYS)} alone")
+    limits = dict[str, Any]()
+    if raw.get("update_tokens") is not None:
+        limits["update_tokens"] = schema.converted(raw["update_tokens"], int, f"{key}.update_tokens")
+        positive(limits["update_tokens"], f"{key}.update_tokens")
+    if raw.get("required") is not None:
+        limits["required"] = schema.converted(raw["required"], bool, f"{key}.required")
+    return _Entry(
+        kind="federation",
+        name=name,
+        key=key,
+        settings=settings,
+        copies=None,
+        children=(),
+        limits=limits,
+        is_member=True,
+    )
+
+
 def _kind_and_name(item: Any, place: str) -> tuple[Kind, str]:
     if not isinstance(item, dict):
         raise ConfigError(place, f"got {item!r}", "write federation: NAME or client: NAME with its settings")
-    kinds: list[Kind] = [kind for kind in ("federation", "client") if kind in item]
+    kinds = [kind for kind in ("federation", "client", "member") if kind in item]
     if len(kinds) != 1:
-        raise ConfigError(place, "is neither a federation nor a client", "name it by one key, federation or client")
-    return kinds[0], checked_name(item[kinds[0]], f"{place}.{kinds[0]}")
+        cure = "name it by one key: federation, client or member"
+        raise ConfigError(place, "is neither a federation nor a client", cure)
+    kind: Kind = "client" if kinds[0] == "client" else "federation"
+    return kind, checked_name(item[kinds[0]], f"{place}.{kinds[0]}")

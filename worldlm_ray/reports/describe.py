@@ -139,6 +139,8 @@ def _pull_bytes(plan: Plan, spec: NodeSpec) -> int:
 def _exchanges(plan: Plan, spec: NodeSpec) -> int | None:
     if spec.kind == "client":
         return plan.planned_rounds(spec)
+    if spec.remote:
+        return None
     below = [_exchanges(plan, child) for child in spec.children]
     known = [number for number in below if number is not None]
     if len(known) < len(below):
@@ -161,6 +163,8 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         "bytes_per_pull": _pull_bytes(plan, spec),
     }
     push = {} if spec.kind == "world" else exchange
+    if spec.remote:
+        return {"kind": "remote", "memory_bytes": 0, **push}
     if spec.kind == "client":
         training = settings.training
         buffers = (ZERO_CLIENT_BUFFERS if is_zero(settings) else CLIENT_BUFFERS) * size
@@ -377,5 +381,7 @@ def _what(node: Mapping[str, Any]) -> str:
             f"{node['data']}; {node['local_steps']} steps ({amount(node['tokens_per_round'])} tokens) a round, "
             f"lr {node['lr']:g}"
         )
+    if node["kind"] == "remote":
+        return "is in another cluster"
     when = f"every {node['buffer_size']} updates" if node["trigger"] == "goal_achieved" else node["trigger"]
     return f"{when}; {node['staleness']} staleness; {node['score']} attention; {node['server_optimizer']}"

@@ -92,7 +92,7 @@ def finish(
     Args:
         plan: the run.
         tracker: of the run. The summary takes its counters.
-        world: the world's final parameters; None where nothing was trained.
+        world: final parameters of the uppermost node; None where nothing was trained, or where that is a client.
         measures: final quality by path: clients' own models on their own text, inner nodes' own models on the
             text of all clients below them; None where losses are private.
         samples: generated text by client, or why there is none.
@@ -119,7 +119,7 @@ def finish(
             "status": status,
             "backend": backend,
             "budget": spent(plan.config.budget, trained),
-            **({"trained": False} if world is None else {}),
+            **({} if plan.root.settings.simulation.train else {"trained": False}),
             "samples_failed": {path: sample.failure for path, sample in samples.items() if sample.failure},
             "warnings": tracker.warnings,
         },

@@ -27,6 +27,7 @@ from typing import Any
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.schema import DataConfig
 from worldlm_ray.data import prepare_shards
+from worldlm_ray.plan.border_checks import check_one_cluster
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.records import Record
 from worldlm_ray.reports.outcome import Outcome, combine, finish, sampled
@@ -178,7 +179,11 @@ def simulate(
         should_stop: asked between events; True ends the run early and cleanly.
         measured: the inner nodes that are measured at the end; all of them unless given. The loss of another one is its
             last of the run.
+
+    Raises:
+        ConfigError: a node is in another cluster.
     """
+    check_one_cluster(plan.root, "a simulation")
     tracker = open_tracker(plan)
     train = plan.root.settings.simulation.train
     try:

@@ -49,7 +49,7 @@ class Drawing:
     def __init__(self, state: RunState, sinks: Sequence[Sink], *, lines: Lines, clock: Callable[[], float]) -> None:
         self._state, self._sinks, self._lines, self._clock = state, sinks, lines, clock
         clients = [path for path, node in state.nodes.items() if node.kind == "client"]
-        self._root = next(path for path, node in state.nodes.items() if node.kind == "world")
+        self._root = next(path for path in state.nodes if "/" not in path)
         self._every = max(len(clients) // SHOWN_CLIENTS, 1) if len(clients) > MANY_CLIENTS else 1
         self._hidden = set(clients) - set(clients[:: self._every])
         """Clients that the charts leave out."""

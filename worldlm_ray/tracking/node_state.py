@@ -10,7 +10,9 @@ from worldlm_ray.plan.tree import Kind
 from worldlm_ray.records import perplexity
 
 FINISHED, DIVERGED = "finished", "diverged"
-KINDS: tuple[Kind, ...] = get_args(Kind)
+REMOTE = "remote"
+"""Kind of a node in another cluster."""
+KINDS: tuple[str, ...] = (*get_args(Kind), REMOTE)
 
 
 @dataclass(kw_only=True)

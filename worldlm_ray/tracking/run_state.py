@@ -31,7 +31,7 @@ from worldlm_ray.records import (
     VerdictRecord,
 )
 from worldlm_ray.run_clock import seconds
-from worldlm_ray.tracking.node_state import DIVERGED, FINISHED, KINDS, NodeState, finite, values_of
+from worldlm_ray.tracking.node_state import DIVERGED, FINISHED, KINDS, REMOTE, NodeState, finite, values_of
 from worldlm_ray.tracking.run_warnings import NOT_FINITE, Warnings
 
 T = TypeVar("T", NodeState, OwnModelRecord)
@@ -47,7 +47,7 @@ class RunState:
     """The state of every node of one run.
 
     Args:
-        kinds: `world`, `federation` or `client` by the path of every node.
+        kinds: `world`, `federation`, `client` or `remote` by the path of every node.
         budget: what `progress` is measured against.
 
     Raises:
@@ -334,9 +334,9 @@ class RunState:
 
     def _progress(self, clients: list[NodeState]) -> float:
         """Fraction of the budget that is spent, 0 to 1."""
-        budget, share = self._budget, 0.0
-        if budget.tokens:
-            share = sum(client.tokens for client in clients) / budget.tokens
+        budget, share, root = self._budget, 0.0, next(iter(self.nodes.values()))
+        if budget.tokens:  # the root has aggregated those of other clusters, too
+            share = max(sum(client.tokens for client in clients), root.tokens_aggregated) / budget.tokens
         elif budget.rounds and clients:
             done = sum(min(client.rounds, budget.rounds) for client in clients)
             share = done / (budget.rounds * len(clients))
@@ -362,9 +362,9 @@ def _check_tree(kinds: Mapping[str, str]) -> None:
         if kind not in KINDS:
             raise RunError(f"node {path!r} has the kind {kind!r}; it must be one of {', '.join(KINDS)}")
         parent = path.rpartition("/")[0]
-        if (kind == "world") != (parent == ""):
+        if (kind == "world") != (parent == "") and kind != REMOTE:
             raise RunError(f"node {path!r} is a {kind}; the world, and only the world, has no parent")
-        if parent and kinds.get(parent) not in ("world", "federation"):
+        if parent and kinds.get(parent) not in ("world", "federation", REMOTE):
             raise RunError(f"node {path!r} hangs under {parent!r}, which is not a federation or the world")
-    if sum(kind == "world" for kind in kinds.values()) != 1:
+    if sum("/" not in path for path in kinds) != 1:
         raise RunError("the tree must have exactly one world")

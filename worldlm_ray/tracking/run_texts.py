@@ -62,6 +62,8 @@ def _tree(plan: Plan) -> str:
 
 
 def _kind(node: NodeSpec) -> str:
+    if node.remote:
+        return "remote"
     return node.kind if node.kind == "client" else f"{node.kind} of {len(node.clients):,} clients"
 
 

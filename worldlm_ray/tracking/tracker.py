@@ -48,7 +48,7 @@ class Tracker:
 
     Args:
         run_dir: the run folder; made when missing, continued when it holds an earlier part of the run.
-        kinds: `world`, `federation` or `client` by the path of every node.
+        kinds: `world`, `federation`, `client` or `remote` by the path of every node.
         hparams: settings for the HPARAMS tab, by dotted key.
         budget: what `progress` is measured against.
         texts: Markdown by tag for the TEXT page (`run_texts.introduction`).
@@ -86,7 +86,7 @@ class Tracker:
         self._lines = Lines(kinds)
         facts = RunFacts(
             run_dir=run_dir,
-            root=next(path for path, kind in kinds.items() if kind == "world"),
+            root=next(path for path in kinds if "/" not in path),
             lines=self._lines,
             hparams=hparams,
             texts=texts or {},

@@ -1,0 +1,21 @@
+"""Settings of the border of a world that members in other clusters join."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """The server for members: it runs where the world does, once `listen` is given."""
+
+    listen: str | None = None
+    """HOST:PORT at which members are listened to, such as 0.0.0.0:8443. Without it there is no server."""
+    dir: str = "gateway"
+    """Folder of the world's keys and members, made by `worldlm gateway init`."""
+    staging_dir: str | None = None
+    """Folder on a local disk, in which updates lie until they are whole. Unless given, one for temporary files."""
+    staging_gb: float | None = None
+    """Room in it, 10^9 bytes. Unless given: four updates."""
+    linger_h: float = 1.0
+    """Hours that a world at its end waits for members that are away, so that they hear of it. Ctrl-C ends that."""
