@@ -45,6 +45,13 @@ def make_member(world: Authority, folder: Path, path: str = "world/europe", *, c
     return member
 
 
+def moved_to(folder: Path, port: int) -> Profile:
+    """A member's profile, for a gateway that listens at another port."""
+    file = folder / profile.FACTS
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"url": f"https://localhost:{port}"}))
+    return Profile(folder)
+
+
 def shown_by(member: Profile) -> bytes:
     """The certificate that a member shows, in DER."""
     return ssl.PEM_cert_to_DER_cert(_first_certificate(member.identity_file.read_text()))

@@ -61,7 +61,7 @@ def init(
 
     The root's key lies under a passphrase. It is needed again at `rotate` only, so that it may be kept elsewhere.
     """
-    _need("cryptography")
+    need("cryptography")
     from worldlm_ray.gateway import identity
 
     made = identity.init(folder, world, name, _passphrase(passphrase_file, anew=True), port=port)
@@ -173,7 +173,7 @@ def join(
     """
     import asyncio
 
-    _need("cryptography", "aiohttp")
+    need("cryptography", "aiohttp")
     from worldlm_ray.gateway import joining
 
     text = sys.stdin.readline() if line == "-" else line
@@ -182,7 +182,7 @@ def join(
 
 
 def _authority(folder: Path) -> Authority:
-    _need("cryptography")
+    need("cryptography")
     from worldlm_ray.gateway.authority import Authority
 
     if not folder.is_dir():
@@ -191,7 +191,8 @@ def _authority(folder: Path) -> Authority:
     return Authority(folder)
 
 
-def _need(*packages: str) -> None:
+def need(*packages: str) -> None:
+    """Refuse a command for which a package is not installed."""
     for package in packages:
         try:
             import_module(package)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from worldlm_ray.cli import clusters, experiments, gateway, inspect, models, runs
+from worldlm_ray.cli import clusters, experiments, gateway, gateway_check, inspect, models, runs
 from worldlm_ray.cli.common import console, errors, spoken_of
 from worldlm_ray.errors import ConfigError, OutputError, WorldLMError
 
@@ -46,6 +46,7 @@ COMMANDS = (
 """In the order in which --help lists them."""
 for _command in COMMANDS:
     app.command(_command.__name__.rstrip("_"))(_command)
+gateway.app.command()(gateway_check.check)
 app.add_typer(gateway.app)
 
 

@@ -282,13 +282,14 @@ async def enrol(url: str, context: ssl.SSLContext, message: wire.Enrol) -> wire.
         await http.close()
 
 
-def hello_of(sizes: wire.Sizes, *, initial: str = "", charter: int = 0) -> wire.Hello:
+def hello_of(sizes: wire.Sizes, *, initial: str = "", same: tuple[str, ...] = (), charter: int = 0) -> wire.Hello:
     """What a side has.
 
     Args:
         sizes: of what may come.
         initial: SHA-256 of the initial parameters, if it is known.
+        same: settings that must be alike, each `key=value`.
         charter: epoch of the charter.
     """
     software = f"worldlm_ray {worldlm_ray.__version__}"
-    return wire.Hello(layout=sizes.layout.hash, initial=initial, charter=charter, software=software)
+    return wire.Hello(layout=sizes.layout.hash, initial=initial, same=same, charter=charter, software=software)

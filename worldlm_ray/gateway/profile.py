@@ -170,6 +170,25 @@ class Profile:
         return key, request
 
 
+def joined(folder: Path, *, clock: Clock = time.time) -> Profile:
+    """A profile that has a certificate.
+
+    Args:
+        folder: of the profile.
+        clock: Unix seconds.
+
+    Raises:
+        GatewayError: there is none, or it has not joined yet.
+    """
+    cure = f"run `worldlm gateway join LINE --dir {folder}`"
+    if not folder.is_dir():
+        raise GatewayError(f"{folder}: there is no such profile; {cure}")
+    profile = Profile(folder, clock=clock)
+    if not profile.has_joined:
+        raise GatewayError(f"{folder}: has no certificate yet; {cure} again")
+    return profile
+
+
 def begin(folder: Path, invitation: Invitation, root_pem: bytes, *, clock: Clock = time.time) -> Profile:
     """Make the folder of a member that is about to join; begun before for the same world and path, go on.
 

@@ -30,7 +30,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 import worldlm_ray
 from worldlm_ray.errors import MessageError, WorldLMError
 from worldlm_ray.exchange.limits import LARGEST_COUNT, shown
-from worldlm_ray.gateway import wire
+from worldlm_ray.gateway import probe, wire
 from worldlm_ray.gateway.calls import POLL_S, Calls, Parent
 from worldlm_ray.gateway.connections import Connection, ConnectionLimits, Connections
 from worldlm_ray.gateway.downloads import Downloads
@@ -116,7 +116,7 @@ class Gateway:
         )
         self._methods: dict[str, Callable[[web.BaseRequest, Member], Awaitable[Any]]] = {
             name: getattr(self._calls, name) for name in ("join", "push", "pull", "done", "left", "heartbeat")
-        } | {"hello": self._hello, "renew": self._renew}
+        } | {"hello": self._hello, "renew": self._renew, "probe": probe.echo}
         self.connections = Connections(settings.limits, authority.authorise)
         self.members: dict[str, Member] = {}
         """That have called, by path."""
@@ -252,10 +252,13 @@ class Gateway:
         """What must be alike is.
 
         Raises:
-            MessageError: wrong_protocol, wrong_schema, wrong_layout or wrong_initial.
+            MessageError: wrong_protocol, wrong_schema, wrong_settings, wrong_layout or wrong_initial.
         """
         theirs, ours = await read(request, wire.Hello), self._settings.hello
-        for name in ("protocol", "schema", "layout", "initial"):
+        for name in ("protocol", "schema", "same", "layout", "initial"):
+            if name == "same":
+                _check_same(theirs.same, ours.same, member.path)
+                continue
             got, expected = getattr(theirs, name), getattr(ours, name)
             if got != expected and (name != "initial" or (got and expected)):
                 text = f"got {name} {shown(got)} of {member.path}, expected {shown(expected)}"
@@ -270,6 +273,19 @@ class Gateway:
             software=f"worldlm_ray {worldlm_ray.__version__}",
         )
         return answer(terms)
+
+
+def _check_same(theirs: tuple[str, ...], ours: tuple[str, ...], who: str) -> None:
+    """Check settings that must be alike.
+
+    Raises:
+        MessageError: wrong_settings: names the key that differs.
+    """
+    got, expected = (dict(text.partition("=")[::2] for text in side) for side in (theirs, ours))
+    for key, value in expected.items():
+        if got.get(key) != value:
+            text = f"{key} is {shown(got.get(key, 'not given'))} at {who}, and {shown(value)} here"
+            raise MessageError("wrong_settings", f"{text}: have it alike on both sides")
 
 
 def _count(digits: str) -> int:

@@ -66,6 +66,8 @@ class Hello:
     """Of messages between a child and its parent."""
     initial: str = ""
     """SHA-256 of the initial parameters; empty where a side does not know it."""
+    same: tuple[str, ...] = ()
+    """Settings that must be alike, each `key=value`."""
     charter: int = 0
     """Epoch of the charter that the side knows."""
     software: str = ""
@@ -239,6 +241,7 @@ _LONGEST: dict[str, int] = {
     "chain": MESSAGE_BYTES,
     "verdict": MESSAGE_BYTES,
     "codecs": MOST_NAMES,
+    "same": MOST_NAMES,
 }
 """Fields whose length has another limit than `limits.LONGEST_NAME`; a header may be as long as its message."""
 _DIGESTS = ("digest",)
