@@ -11,6 +11,7 @@ client.py            a leaf with its own process: pulls, trains, pushes
 client_pool.py       many leaves in one process
 drivers.py           takes the steps of the protocol: a thread that waits, or an event loop
 plans.py             how a plan travels to the actors
+gateway.py           both ends of a border: what stands for a parent in another cluster, and the server for members
 zero/                a leaf whose model several workers train
 recorder.py          the single writer of the run folder
 

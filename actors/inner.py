@@ -217,6 +217,15 @@ class InnerActor(GracefulShutdown):
         if self.node.children[child].status is Status.EXPECTED:
             await self._handle(Done(child=child, to=self.node.incarnation, now_s=self.clock.now_s()))
 
+    async def give_up_absent(self, child: str) -> None:
+        """A member that has never come is not waited for, once no other child trains."""
+        if self.node.children.joined and not self.node.children.any_active:
+            await self.give_up(child)
+
+    async def has_yet_to_end(self, child: str) -> bool:
+        """Whether a child has been there, and has not said that it trains no more."""
+        return self.node.children[child].status in (Status.ACTIVE, Status.SUSPECTED)
+
     async def ended(self) -> None:
         """Return when everything below has ended and has been passed on.
 

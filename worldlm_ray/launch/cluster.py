@@ -125,7 +125,7 @@ def check_fits(plan: Plan) -> None:
         RunError: a client does not fit even if it were alone, or all of them do not fit together.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    needed = [spec for inner in plan.root.inner for spec in (inner, *_needed(inner))]
+    needed = [spec for node in plan.root.parents for spec in (node, *_needed(node)) if not spec.remote]
     for spec in needed:
         labels = spec.settings.placement.labels
         labelled = [node for node in nodes if labels.items() <= node.get("Labels", {}).items()]

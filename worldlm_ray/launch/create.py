@@ -18,7 +18,7 @@ from actors.plans import StoredPlan, to_send
 from actors.recorder import RecorderActor
 from actors.shared import RECORDER, Address, settle
 from actors.world import WorldActor
-from worldlm_ray.launch import cluster
+from worldlm_ray.launch import border, cluster
 from worldlm_ray.launch.calls import Observer
 from worldlm_ray.launch.pools import POOL, Member, Pool, name_of
 from worldlm_ray.launch.private.reservations import give_back, prefix
@@ -46,6 +46,8 @@ class World:
     clients: dict[str, Any] = field(default_factory=dict)
     pools: dict[str, Pool] = field(default_factory=dict)
     """Actors in which several clients live, by name."""
+    border: list[Any] = field(default_factory=list)
+    """Actors of the border to other clusters (worldlm_ray/launch/border.py)."""
     run_dir: Path = field(kw_only=True)
 
     @property
@@ -53,7 +55,7 @@ class World:
         """All of them, parents first."""
         pools = [pool.actor for pool in self.pools.values()]
         alone = [client for client in self.clients.values() if not isinstance(client, Member)]
-        return [self.recorder, *self.inner.values(), *pools, *alone]
+        return [self.recorder, *self.border, *self.inner.values(), *pools, *alone]
 
     @property
     def pool_names(self) -> dict[str, str]:
@@ -107,8 +109,10 @@ def create_world(plan: Plan, observer: Observer, *, local: bool) -> World:
     if not (local and this_machine()):  # it may have begun later, on another machine: it sets the time
         clock = _clock_of(recorder, namespace, plan, observer)
     world = World(recorder, namespace, clock, began_s, local, run_dir=plan.run_dir)
-    for spec in plan.root.inner:
-        world.inner[spec.path] = create(sent, spec, world)
+    world.border = border.create(plan, sent, clock, namespace, lifetime(local))
+    for spec in plan.root.parents:
+        if not spec.remote:
+            world.inner[spec.path] = create(sent, spec, world)
         clients = [child for child in spec.children if child.kind == "client"]
         there = [child for child in clients if plan.faults.is_member(child.path, began_s)]
         for group in tree.in_processes(there[: spec.max_clients]):
@@ -214,6 +218,7 @@ def find(plan: Plan) -> World | None:
         recorder, namespace = _named(RECORDER, place), place["namespace"]
         clock = settle(RunClock(Anchor.from_mapping(place["anchor"])), namespace, "", plan.run_dir)
         world = World(recorder, namespace, clock, place["began_s"], place["local"], run_dir=plan.run_dir)
+        world.border = [_named(name, place) for name in border.name_of(plan)]
         world.inner = {spec.path: _named(spec.path, place) for spec in plan.root.inner}
     except (ValueError, KeyError, TypeError):
         return None

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 
 from worldlm_ray.errors import Interrupted, RunError
-from worldlm_ray.launch import cluster, preflight
+from worldlm_ray.launch import border, cluster, preflight
 from worldlm_ray.launch.calls import POLL_S, Observer, ask, plain, with_living_owners
 from worldlm_ray.launch.create import World, create_world, find
 from worldlm_ray.launch.monitor import Monitor
@@ -106,7 +106,7 @@ def _train(plan: Plan, local: bool, observer: Observer) -> Outcome:
                 if not local:
                     observer.on_phase("looking at the machines")
                     preflight.check(plan, observer)
-                observer.on_phase(f"starting {len(plan.kinds)} nodes")
+                observer.on_phase(f"starting {sum(not spec.remote for spec in plan.specs.values())} nodes")
                 world = create_world(plan, observer, local=local)
             except Interrupted:
                 raise Interrupted(NOT_BEGUN) from None
@@ -129,13 +129,15 @@ def _conduct(plan: Plan, world: World, observer: Observer, monitor: Monitor) -> 
     begun = _start(plan, world, observer, monitor)
     observer.on_phase(TRAINING)
     status = Watch(plan, world, begun, observer).until_over()
+    if status == "finished":
+        border.linger(plan, world.border, world.inner, observer)
     plan = rundir.reopen(str(plan.run_dir), check_data=False)  # nodes may have joined or left
     observer.on_phase(MEASURING if status == "finished" else SAVING)
     for path, actor in world.inner.items():
         if status == "finished" or _is_there(actor):
             ask(actor, "save")
-        elif path == "world":
-            raise RunError("the world's aggregator has no machine; its last checkpoint holds the run: resume it later")
+        elif path == plan.top.path:
+            raise RunError(f"{path}'s aggregator has no machine; its last checkpoint holds the run: resume it later")
     measures: dict[str, Measure | None] = {}
     samples = dict[str, Sample]()
     if status == "finished":
@@ -149,7 +151,8 @@ def _conduct(plan: Plan, world: World, observer: Observer, monitor: Monitor) -> 
     named = {"measures": measures, "samples": samples, "wall_s": world.clock.now_s(), "status": status}
 
     def conclude() -> Any:
-        [parameters] = ask(world["world"], "parameters")
+        has_model = plan.top.path in world.inner
+        [parameters] = ask(world[plan.top.path], "parameters") if has_model else [None]
         return ask(world.recorder, "conclude", parameters, **named)
 
     texts = {path: sample.text for path, sample in samples.items()}
@@ -170,6 +173,7 @@ def _start(plan: Plan, world: World, observer: Observer, monitor: Monitor) -> li
     names = {path: pools.get(path, path) for path in [*world.inner, *at_once]}
     monitor.begin(world.namespace, names, on_trouble=world.recorder.warn.remote)
     observer.ask(world.recorder, "ready")
+    border.begin(plan, world.border, observer)
     begun = _begun(plan, world, observer)
     # Clients of one process get ready side by side, and those of several processes at once.
     asked = {path: world[path].ready.remote() for path in begun if isinstance(world[path], Member)}
@@ -199,7 +203,7 @@ def _answer(ref: Any, world: World, path: str, observer: Observer) -> int:
 def _begun(plan: Plan, world: World, observer: Observer) -> list[str]:
     """Nodes that a run waits for before it begins: of an elastic federation, as many clients as are there first."""
     paths = list(world.inner)
-    for spec in plan.root.inner:
+    for spec in plan.root.parents:
         clients = [child.path for child in spec.children if child.kind == "client" and child.path in world.clients]
         if spec.elastic:
             least = len(clients) if spec.min_clients is None else spec.min_clients

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
 from actors.plans import to_send
+from worldlm_ray.launch import border
 from worldlm_ray.launch.calls import POLL_S, Observer, ask
 from worldlm_ray.launch.create import World, find_newcomer, take_in
 from worldlm_ray.launch.pools import Member
@@ -116,6 +117,8 @@ class Watch:
 
     def _has_stopped(self) -> bool:
         """Tell the clients to stop; returns whether none is left that can."""
+        if self._plan.root.members and not self._waiting:  # those that train still are in other clusters
+            return True
         if not self._answers:
             self._asked_at = time.monotonic()
             self._answers = {path: self._world.clients[path].process.remote() for path in self._waiting.values()}
@@ -142,7 +145,8 @@ class Watch:
             self._give_up(path)
         if "stopped" in self._results.values():
             return "stopped"
-        if "world" in self._ends.values():
+        if self._plan.top.path in self._ends.values():
+            border.give_up_absent(self._plan, self._world.inner)
             return None
         # A client that was given up as silent may have come back since the inner nodes said that all had ended.
         self._ends = {actor.ended.remote(): path for path, actor in self._world.inner.items()}
