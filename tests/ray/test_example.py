@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from support.two_clusters import free_port
 from support.worlds import run_example
 
 from benchmarks.__main__ import NAMES as BENCHMARKS
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.ray
@@ -28,6 +34,25 @@ def test_the_example_that_grows_and_shrinks_runs(tmp_path: Path) -> None:
     rows = [words for words in map(str.split, lines) if len(words) == 6 and words[1].isdigit()]
     assert [words[0] for words in rows] == ["1", "2", "1"]
     assert (tmp_path / "run" / "scaling.png").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_organisations_join_their_clusters(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m worldlm_ray"
+    done = subprocess.run(
+        ["sh", str(EXAMPLES / "two_organisations.sh"), str(tmp_path)],
+        env=os.environ | {"WORLDLM": command, "PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("nothing was lost and nothing applied twice") == 2
+    assert "WRONG" not in done.stdout
+    assert "revoked" in done.stdout.rpartition("no more")[2]
 
 
 @pytest.mark.ray
