@@ -19,7 +19,7 @@ from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.gateway import wire
 from worldlm_ray.gateway.authority import Authority
 from worldlm_ray.gateway.connections import ConnectionLimits
-from worldlm_ray.gateway.contexts import client_context, server_context
+from worldlm_ray.gateway.contexts import client_context, joining_context, server_context
 from worldlm_ray.gateway.link import Link, LinkSettings, hello_of
 from worldlm_ray.gateway.profile import Profile
 from worldlm_ray.gateway.seals import ServerKey
@@ -176,6 +176,7 @@ class Border:
     line: Line
     context: ssl.SSLContext
     links: list[Link] = field(default_factory=list)
+    peers: list[ByHand] = field(default_factory=list)
 
     def member(self, path: str = "world/a") -> Profile:
         """A member's profile; it enrols when it is first asked for."""
@@ -184,12 +185,12 @@ class Border:
 
     def link(self, path: str = "world/a", *, direct: bool = False, **changes: Any) -> Link:
         """A member's link, through the line."""
-        found = self.member(path)
+        context = changes.pop("context", None) or client_context(self.member(path))
         options: dict[str, Any] = {"path": path, "sizes": self.settings.sizes, "hello": self.settings.hello}
         options |= {"tries": 3, "connections": self.settings.connections, "world": self.world.identity.world}
         others = {name: changes.pop(name) for name in ("seal", "keep", "check_server") if name in changes}
         url = f"https://127.0.0.1:{self.port if direct else self.line.port}"
-        link = Link(LinkSettings(**({"url": url} | options | changes)), client_context(found), **others)
+        link = Link(LinkSettings(**({"url": url} | options | changes)), context, **others)
         self.links.append(link)
         return link
 
@@ -226,7 +227,77 @@ async def a_border(
     try:
         yield border
     finally:
+        for peer in border.peers:
+            peer.writer.transport.abort()
         for link in border.links:
             await link.close()
         await line.stop()
         await border.gateway.stop()
+
+
+# ---- by hand -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a gateway has answered."""
+
+    status: int
+    body: bytes
+
+    @property
+    def refusal(self) -> wire.Refusal:
+        return wire.parsed(wire.Refusal, self.body)
+
+    @property
+    def reason(self) -> str:
+        return self.refusal.reason
+
+
+class ByHand:
+    """One connection to a gateway, and requests as bytes.
+
+    Args:
+        reader: of the connection.
+        writer: of the connection.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def ask(self, method: str, place: str, body: bytes = b"", **headers: str) -> Reply:
+        """Send a whole request, and read its answer."""
+        self.send(method, place, body, **headers)
+        return await self.answer()
+
+    def send(self, method: str, place: str, body: bytes = b"", **headers: str) -> None:
+        """Send a request; `Content_Length` and the like say otherwise than the body."""
+        lines = {"Host": "gateway", "Content-Length": str(len(body))}
+        lines |= {name.replace("_", "-"): value for name, value in headers.items()}
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value)
+        self.writer.write(f"{method} {place} HTTP/1.1\r\n{head}\r\n".encode() + body)
+
+    async def answer(self) -> Reply:
+        """The next answer."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        lines = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+        body = await self.reader.readexactly(int(lines.get("content-length", "0")))
+        return Reply(int(head[0].split()[1]), body)
+
+    async def closed(self) -> bool:
+        """Wait until the other side closes the connection."""
+        with suppress(ConnectionError, ssl.SSLError):
+            while await self.reader.read(65_536):
+                pass
+        self.writer.transport.abort()
+        return True
+
+
+async def by_hand(border: Border, path: str | None = "world/a", context: ssl.SSLContext | None = None) -> ByHand:
+    """A connection of a member, or of a stranger (None)."""
+    if context is None and path is None:
+        invitation = border.world.invite("world/stranger", expires_s=60.0)
+        context = joining_context(invitation, border.world.identity.root_pem)
+    context = context or client_context(border.member(path or ""))
+    border.peers.append(ByHand(*await asyncio.open_connection("127.0.0.1", border.port, ssl=context)))
+    return border.peers[-1]

@@ -186,7 +186,7 @@ class Calls:
         upload = self._uploads.staged(member, Name(asked.incarnation, asked.seq, asked.codec))
         if upload is None or not upload.is_whole:
             raise MessageError("gone", f"leaves of update {asked.seq} are missing: send them again")
-        if wire.digest_of(upload.digests) != asked.digest:
+        if not upload.matches(asked.digest):
             self._uploads.drop(member)
             raise MessageError("wrong_digest", f"update {asked.seq} is not what its digest says: send it again")
         return upload

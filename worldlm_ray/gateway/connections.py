@@ -7,7 +7,8 @@ aiohttp closes a connection that is idle between two requests. What it does not 
     a body, or an answer's reader,     closed when less than LEAST_BYTES have moved within `idle_s`
     that does not get on
     a member that was revoked          closed at the next look, also in the middle of a transfer
-    too many connections               the newest is closed
+    too many connections               of a member, the one that has been silent for longest is closed: its process may
+                                       have begun again, and the line never said so; of strangers, the newest
 
 A transfer may take as long as it gets on. (A peer that does not finish the TLS handshake is the event loop's matter.)
 """
@@ -66,6 +67,8 @@ class Connection(RequestHandler):
         self.since_s: float | None = None
         """Since when the state has been the one that it is: waiting, in a head, in a transfer; None while handling."""
         self.state = "silent"
+        self.heard_s = 0.0
+        """When its newest bytes came."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The handshake is over."""
@@ -83,6 +86,7 @@ class Connection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a head, or of a body."""
+        self.heard_s = self._loop.time()
         if data and self.state in ("silent", "idle"):
             self._enter("head")
         super().data_received(data)
@@ -147,9 +151,10 @@ class Connections:
 
     def add(self, connection: Connection) -> None:
         """A handshake is over."""
+        connection.heard_s = asyncio.get_running_loop().time()
         self._all.add(connection)
-        if self._are_too_many(connection):
-            self._close(connection, "too many connections")
+        if (extra := self._one_too_many(connection)) is not None:
+            self._close(extra, "too many connections")
 
     def remove(self, connection: Connection) -> None:
         """A connection is gone."""
@@ -181,13 +186,14 @@ class Connections:
                 refused.add(certificate)
         return refused
 
-    def _are_too_many(self, connection: Connection) -> bool:
+    def _one_too_many(self, connection: Connection) -> Connection | None:
+        """The connection that must go for a new one; None if there is room."""
         limits, certificate = self._limits, connection.certificate
         alike = [each for each in self._all if each.certificate == certificate]
         if certificate is not None:
-            return len(alike) > limits.of_member
+            return min(alike, key=lambda each: each.heard_s) if len(alike) > limits.of_member else None
         near = sum(each.address == connection.address for each in alike)
-        return len(alike) > limits.strangers or near > limits.strangers_of_address
+        return connection if len(alike) > limits.strangers or near > limits.strangers_of_address else None
 
     def _close(self, connection: Connection, reason: str) -> None:
         self.closed[reason] += 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.errors import MessageError
-from worldlm_ray.gateway.wire import DIGEST_BYTES, Leaves, leaf_digest
+from worldlm_ray.gateway.wire import DIGEST_BYTES, Leaves, digest_of, leaf_digest
 
 ABSENT = bytes(DIGEST_BYTES)
 """In place of the digest of a leaf that is not there."""
@@ -49,7 +49,10 @@ class Upload:
     def __init__(self, file: Path, name: Name, leaves: Leaves) -> None:
         self.file, self.name, self.leaves = file, name, leaves
         self.digests: list[bytes] = [ABSENT] * leaves.count
-        """Of the leaves that are there and checked."""
+        """Of the leaves that are there."""
+        self._checked: set[int] = set()
+        """Leaves that are what their sender says: they stay as they are. Others, which an earlier process has left, the
+        sender may write again."""
         self.judged = False
         """Whether there has been a verdict: the file is kept only for as long as there is room."""
         self._writers: dict[int, int] = {}
@@ -102,7 +105,8 @@ class Upload:
             part = chunk[: (index + 1) * leaf - offset]
             if self._writers.get(index) != request:
                 raise MessageError("busy", f"leaf {index} of update {self.name} comes by another connection")
-            if self.digests[index] == ABSENT:
+            if index not in self._checked:
+                self.digests[index] = ABSENT
                 self._write(part, offset)
             chunk, offset = chunk[len(part) :], offset + len(part)
 
@@ -123,6 +127,18 @@ class Upload:
         if found != expected:
             raise MessageError("wrong_digest", f"leaf {index} of update {self.name} is not what its digest says")
         self.digests[index] = found
+        self._checked.add(index)
+
+    def has(self, index: int) -> bool:
+        """Whether a leaf is there and checked: it is not taken again."""
+        return index in self._checked
+
+    def matches(self, digest: bytes) -> bool:
+        """Whether the whole update is what a digest says; if so, no byte of it changes any more."""
+        if digest_of(self.digests) != digest:
+            return False
+        self._checked.update(range(self.leaves.count))
+        return True
 
     def recheck(self) -> list[bytes]:
         """Digests of all leaves of a file that an earlier process has left. Takes long: for a thread.

@@ -38,8 +38,8 @@ class Transfer:
 
     def __init__(self, http: Http, threads: Executor, *, connections: int) -> None:
         self._http, self._threads, self._connections = http, threads, connections
-        self._run = 1
-        """Leaves of a request: more while all goes well, fewer on a bad line."""
+        self._run, self._workers = 1, connections
+        """Leaves of a request, and requests at once: more while all goes well, fewer on a bad line."""
         self.moved = 0
         """Bytes of leaves that have gone over the border, either way, those that were sent again included."""
         self.cuts = 0
@@ -148,7 +148,7 @@ class Transfer:
         while left:
             try:
                 await self._work(deque(self._runs(left)), move)
-                self._run = min(2 * self._run, MOST_LEAVES)
+                self._run, self._workers = min(2 * self._run, MOST_LEAVES), self._connections
             except (*Failures, Later, MessageError) as error:
                 if isinstance(error, MessageError) and error.reason not in ("wrong_digest", "busy", "unreachable"):
                     raise
@@ -157,6 +157,8 @@ class Transfer:
                 left = await missing()
                 if len(left) < before:
                     again = self._http.backoff()
+                else:  # so little comes through at once that it must be the rest of one leaf
+                    self._workers = max(self._workers // 2, 1)
             else:
                 left = await missing()
 
@@ -167,7 +169,7 @@ class Transfer:
             while runs:
                 await move(runs.popleft())
 
-        workers = [asyncio.ensure_future(worker()) for _ in range(min(self._connections, len(runs)))]
+        workers = [asyncio.ensure_future(worker()) for _ in range(min(self._workers, len(runs)))]
         try:
             await asyncio.gather(*workers)
         finally:

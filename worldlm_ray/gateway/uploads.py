@@ -52,7 +52,7 @@ class Uploads:
             raise MessageError("malformed", f"leaves {first} to {first + len(expected)} of {leaves.count}")
         checked_length(request, most=leaves.nbytes(first, len(expected)), exactly=True)
         upload = await self._open(member, name)
-        member.leaves_again += sum(upload.digests[first + at] != ABSENT for at in range(len(expected)))
+        member.leaves_again += sum(upload.has(first + at) for at in range(len(expected)))
         number, offset, done = upload.begin(first, len(expected)), leaves.start(first), 0
         checks: list[asyncio.Task[None]] = []
         try:

@@ -1,0 +1,474 @@
+"""What a broken or hostile peer does at a border costs it its connection, and has a name; others do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+import tracemalloc
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.borders import Border, ByHand, NodeAsParent, a_border, by_hand
+from support.gateway import make_member, make_world
+from support.nodes import a_node
+
+from worldlm_ray.errors import MessageError
+from worldlm_ray.exchange.messages import Update, pack_header
+from worldlm_ray.gateway import http, profile, seals, wire
+from worldlm_ray.gateway.connections import ConnectionLimits
+from worldlm_ray.gateway.contexts import client_context, joining_context
+from worldlm_ray.gateway.link import Receipt, enrol
+from worldlm_ray.tensors.layout import make_layout
+
+LAYOUT = make_layout([("body.weight", (5_000,))], [], layers=0)
+LEAF = 4_096
+LIMITS = ConnectionLimits(head_s=0.3, idle_s=0.6, look_s=0.02, of_member=8, strangers=8, strangers_of_address=4)
+VALUES = np.random.default_rng(1).normal(size=LAYOUT.size).astype(np.float32) / 100
+BODY = VALUES.tobytes()
+DIGESTS = [wire.leaf_digest(BODY[at : at + LEAF]) for at in range(0, len(BODY), LEAF)]
+HEX = b"".join(DIGESTS).hex()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "FIRST_S", 0.001)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 60))
+
+
+def at_a_border(folder: Path, **changes: Any) -> Any:
+    node = a_node(layout=LAYOUT, initial=np.zeros(LAYOUT.size, np.float32), children=("a", "b"))
+    return a_border(folder, NodeAsParent(node), LAYOUT, leaf=LEAF, limits=LIMITS, **changes)
+
+
+def an_update(sender: str = "a", seq: int = 1) -> Update:
+    return Update(sender=sender, seq=seq, base_version=0, tokens=10, started_tokens=10, values=VALUES)
+
+
+def a_push(sender: str = "a", seq: int = 1, **changes: Any) -> bytes:
+    """The body of a push of the update that `staged` stages."""
+    fields: dict[str, Any] = {"incarnation": 1, "to": 1, "seq": seq, "codec": "fp32", "digest": wire.digest_of(DIGESTS)}
+    return wire.packed(wire.Push(**(fields | {"header": pack_header(an_update(sender, seq), LAYOUT)} | changes)))
+
+
+async def joined(border: Border, context: ssl.SSLContext | None = None) -> ByHand:
+    peer = await by_hand(border, context=context)
+    await peer.ask("POST", "/v1/join", wire.packed(wire.Join(incarnation=1, seq=0)))
+    return peer
+
+
+async def staged(peer: ByHand, seq: int = 1) -> None:
+    found = await peer.ask("PUT", f"/v1/up/1/{seq}/fp32/0", BODY, Leaf_Digests=HEX)
+    assert found.status == 204
+
+
+async def all_is_well(border: Border) -> None:
+    """A member is served as ever, and nothing that was refused has reached the parent."""
+    assert border.parent.accepted == []
+    link = border.link("world/b")
+    await link.join("b", 1, 0)
+    assert (await link.push("b", 1, 1, pack_header(an_update("b"), LAYOUT), VALUES)).accepted
+
+
+# ---- slow peers --------------------------------------------------------------------------------------------------
+
+
+async def says_nothing(border: Border) -> ByHand:
+    """No handshake."""
+    return ByHand(*await asyncio.open_connection("127.0.0.1", border.port))
+
+
+async def silent_after_the_handshake(border: Border) -> ByHand:
+    return await by_hand(border)
+
+
+async def dribbles_a_head(border: Border) -> ByHand:
+    peer = await by_hand(border)
+    peer.writer.write(b"POST /v1/join HTTP/1.1\r\nHost: ")
+    return peer
+
+
+async def dribbles_a_body(border: Border) -> ByHand:
+    peer = await by_hand(border)
+    peer.send("PUT", "/v1/up/1/1/fp32/0", BODY[:100], Content_Length=str(len(BODY)), Leaf_Digests=HEX)
+    return peer
+
+
+async def silent_after_an_answer(border: Border) -> ByHand:
+    peer = await by_hand(border)
+    assert (await peer.ask("GET", "/healthz")).status == 200
+    return peer
+
+
+SLOW = [says_nothing, silent_after_the_handshake, dribbles_a_head, dribbles_a_body, silent_after_an_answer]
+
+
+@pytest.mark.parametrize("kind", SLOW, ids=lambda kind: kind.__name__)
+def test_a_peer_that_does_not_get_on_is_closed(tmp_path: Path, kind: Any) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            peer = await kind(border)
+            dribble = asyncio.create_task(_dribble(peer)) if kind in (dribbles_a_head, dribbles_a_body) else None
+            assert await asyncio.wait_for(peer.closed(), 10)
+            if dribble is not None:
+                dribble.cancel()
+            await all_is_well(border)
+
+    run(work())
+
+
+async def _dribble(peer: ByHand) -> None:
+    """A byte now and then, so that the connection is never silent for long."""
+    while True:
+        peer.writer.write(b"x")
+        await asyncio.sleep(0.01)
+
+
+def test_a_reader_that_does_not_get_on_is_closed(tmp_path: Path) -> None:
+    async def work() -> None:
+        big = make_layout([("body.weight", (8_000_000,))], [], layers=0)
+        node = a_node(layout=big, initial=np.zeros(big.size, np.float32), children=("a",))
+        async with a_border(tmp_path, NodeAsParent(node), big, leaf=2**22, limits=LIMITS) as border:
+            peer = await joined(border)
+            asked = wire.Pull(incarnation=1, to=1, started_tokens=0)
+            found = wire.parsed(wire.Served, (await peer.ask("POST", "/v1/pull", wire.packed(asked))).body)
+            peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            peer.send("GET", f"/v1/down/{found.digest.hex()}", Range=f"bytes=0-{big.nbytes - 1}")
+            while not border.gateway.connections.closed["a transfer does not get on"]:
+                await asyncio.sleep(0.02)
+            peer.writer.transport.abort()
+
+    run(work())
+
+
+def test_connections_are_counted(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            members = [await by_hand(border) for _ in range(LIMITS.of_member)]
+            one_more = await by_hand(border)
+            assert await members.pop(0).closed(), "it has been silent for longest"
+            strangers = [await by_hand(border, None) for _ in range(LIMITS.strangers_of_address)]
+            another = await by_hand(border, None)
+            assert await another.closed()
+            for peer in (*members, one_more, *strangers):
+                assert (await peer.ask("GET", "/healthz")).status == 200
+            assert border.gateway.connections.closed["too many connections"] == 2
+
+    run(work())
+
+
+# ---- who comes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_may_only_enrol(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            peer = await by_hand(border, None)
+            for method, place in (("POST", "/v1/join"), ("GET", "/v1/up/1/1/fp32"), ("GET", "/v1/down/" + "0" * 64)):
+                found = await peer.ask(method, place)
+                assert (found.status, found.reason) == (401, "not_allowed")
+            assert (await peer.ask("GET", "/healthz")).body.startswith(b"worldlm_ray ")
+            assert (await peer.ask("GET", "/v1/root")).body == border.world.identity.root_pem
+            nonsense = wire.packed(wire.Enrol(request=b"r", invitation="i", proof=b"p"))
+            assert (await peer.ask("POST", "/v1/enrol", nonsense)).reason == "bad_request"
+            too_long = await peer.ask("POST", "/v1/enrol", Content_Length=str(wire.ENROL_BYTES + 1))
+            assert (too_long.status, too_long.reason) == (413, "wrong_size")
+            await all_is_well(border)
+
+    run(work())
+
+
+def test_a_member_enrols_and_renews_over_the_border(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            invitation = border.world.invite("world/c", expires_s=60.0)
+            context = joining_context(invitation, border.world.identity.root_pem)
+            member = profile.begin(tmp_path / "c", invitation, border.world.identity.root_pem)
+            request = member.request()
+            proof = invitation.proof(request)
+            message = wire.Enrol(request=request, invitation=invitation.id, proof=proof)
+            found = await enrol(f"https://127.0.0.1:{border.port}", context, message)
+            assert found.path == "world/c"
+            member.install(found.chain)
+            link = border.link("world/c", context=client_context(member))
+            member.install((await link.renew(member.request())).chain)
+            await link.use(client_context(member))
+            assert (await link.greet()).path == "world/c"
+
+    run(work())
+
+
+def test_a_foreign_root_and_old_tls_do_not_get_in(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            other = make_world(tmp_path / "other")
+            foreign = client_context(make_member(other, tmp_path / "foreign", "world/a"))
+            foreign.load_verify_locations(cadata=border.world.identity.root_pem.decode())
+            with pytest.raises((ssl.SSLError, ConnectionError, asyncio.IncompleteReadError)):
+                await joined(border, foreign)
+            old = client_context(border.member())
+            old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await by_hand(border, context=old)
+            assert not border.gateway.members
+            await all_is_well(border)
+
+    run(work())
+
+
+def test_a_link_refuses_another_server_at_once(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            other = make_world(tmp_path / "other")
+            link = border.link()
+            await link.use(client_context(make_member(other, tmp_path / "foreign", "world/a")))
+            with pytest.raises(MessageError, match=r"unreachable: .*CERTIFICATE_VERIFY_FAILED"):
+                await link.join("a", 1, 0)
+
+            def old_key(certificate: bytes) -> None:
+                raise MessageError("old_issuing_key", f"a certificate of {len(certificate)} bytes")
+
+            link = border.link(check_server=old_key)
+            with pytest.raises(MessageError, match=r"unreachable: .*old_issuing_key"):
+                await link.join("a", 1, 0)
+
+    run(work())
+
+
+def test_a_member_that_is_revoked_is_cut_off_in_the_middle_of_a_part(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            peer, idle = await by_hand(border), await by_hand(border)
+            assert (await idle.ask("GET", "/healthz")).status == 200
+            peer.send("PUT", "/v1/up/1/1/fp32/0", BODY[:6_000], Content_Length=str(len(BODY)), Leaf_Digests=HEX)
+            while not ("world/a" in border.gateway.members and border.gateway.members["world/a"].bytes_up):
+                await asyncio.sleep(0.01)
+            border.world.revoke("world/a")
+            assert await asyncio.wait_for(peer.closed(), 2.0)
+            assert await asyncio.wait_for(idle.closed(), 2.0)
+            with pytest.raises(MessageError, match=r"revoked: world/a .* is no member any more"):
+                await border.link().join("a", 1, 0)
+            await all_is_well(border)
+
+    run(work())
+
+
+def test_an_update_in_the_name_of_another_is_refused(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            peer = await joined(border)
+            await staged(peer)
+            found = await peer.ask("POST", "/v1/push", a_push("b"))
+            assert (found.status, found.reason) == (403, "not_allowed")
+            assert "an update of 'b' comes from world/a" in found.refusal.detail
+            assert border.gateway.members["world/a"].refusals == {"not_allowed": 1}
+            await all_is_well(border)
+
+    run(work())
+
+
+# ---- what comes --------------------------------------------------------------------------------------------------
+
+
+def test_a_body_of_another_size_is_refused_before_its_first_byte(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            put = ("PUT", "/v1/up/1/1/fp32/0")
+            for headers in (
+                {"Content_Length": str(10**12)},
+                {"Content_Length": str(len(BODY) - 1)},
+                {"Content_Length": "", "Transfer_Encoding": "chunked"},
+            ):
+                peer = await by_hand(border)
+                peer.send(*put, b"", Leaf_Digests=HEX, **headers)
+                found = await peer.answer()
+                assert (found.status, found.reason) == (413, "wrong_size"), headers
+                peer.writer.transport.abort()
+            peer = await by_hand(border)
+            peer.send("POST", "/v1/join", b"", Content_Length=str(wire.MESSAGE_BYTES + 1))
+            assert (await peer.answer()).status == 413
+            peer = await by_hand(border)
+            peer.send(*put, b"", Content_Length=str(len(BODY)), Leaf_Digests=HEX, Content_Encoding="gzip")
+            assert (await peer.answer()).reason == "malformed"
+            assert border.gateway.members["world/a"].bytes_up == 0
+            await all_is_well(border)
+
+    run(work())
+
+
+def test_requests_that_mean_nothing_have_a_name(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            for method, place, status, reason in (
+                ("GET", "/", 404, "unknown_request"),
+                ("POST", "/v1/leave", 404, "unknown_request"),
+                ("DELETE", "/v1/up/1/1/fp32", 404, "unknown_request"),
+                ("GET", "/v1/up/1/1/int4", 400, "malformed"),
+                ("GET", "/v1/up/9999999999999999/1/fp32", 400, "malformed"),
+                ("PUT", "/v1/up/1/1/fp32/9999999", 400, "malformed"),
+                ("GET", "/v1/up/1/1/../../etc", 404, "unknown_request"),
+                ("GET", "/v1/down/" + "0" * 64, 410, "gone"),
+                ("GET", "/v1/down/" + "0" * 64 + "/leaves", 410, "gone"),
+            ):
+                peer = await by_hand(border)
+                found = await peer.ask(method, place, Leaf_Digests=HEX)
+                assert (found.status, found.reason) == (status, reason), place
+                peer.writer.transport.abort()
+            await all_is_well(border)
+
+    run(work())
+
+
+def test_a_part_that_lies_about_its_digest_is_not_taken(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            peer = await joined(border)
+            lie = BODY[:LEAF] + bytes([BODY[LEAF] ^ 1]) + BODY[LEAF + 1 :]
+            found = await peer.ask("PUT", "/v1/up/1/1/fp32/0", lie, Leaf_Digests=HEX)
+            assert (found.status, found.reason) == (422, "wrong_digest")
+            there = (await peer.ask("GET", "/v1/up/1/1/fp32")).body
+            assert there == b"".join([DIGESTS[0], bytes(32), *DIGESTS[2:]])
+            assert (await peer.ask("POST", "/v1/push", a_push())).reason == "gone"
+            digests = DIGESTS[1].hex()
+            assert (
+                await peer.ask("PUT", "/v1/up/1/1/fp32/1", BODY[LEAF : 2 * LEAF], Leaf_Digests=digests)
+            ).status == 204
+            assert (await peer.ask("POST", "/v1/push", a_push(digest=bytes(32)))).reason == "wrong_digest"
+            assert (await peer.ask("POST", "/v1/push", a_push())).reason == "gone", "all of it is forgotten"
+            await all_is_well(border)
+
+    run(work())
+
+
+def test_what_is_checked_is_not_overwritten(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            peer = await joined(border)
+            await staged(peer)
+            other = bytes(len(BODY))
+            digests = b"".join(wire.leaf_digest(other[at : at + LEAF]) for at in range(0, len(BODY), LEAF)).hex()
+            found = await peer.ask("PUT", "/v1/up/1/1/fp32/0", other, Leaf_Digests=digests)
+            assert found.reason == "wrong_digest"
+            assert (await peer.ask("POST", "/v1/push", a_push())).status == 200
+            assert border.parent.accepted == [("a", 1)]
+
+    run(work())
+
+
+def test_a_recorded_push_counts_for_nothing_when_it_is_replayed(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            peer = await joined(border)
+            await staged(peer)
+            first = await peer.ask("POST", "/v1/push", a_push())
+            assert await peer.ask("POST", "/v1/push", a_push()) == first, "the same answer to the same request"
+            await staged(peer, seq=2)
+            assert (await peer.ask("POST", "/v1/push", a_push(seq=2))).status == 200
+            await staged(peer)
+            judged = wire.parsed(wire.Judged, (await peer.ask("POST", "/v1/push", a_push())).body)
+            assert wire.parsed_verdict(judged.verdict).reason == "duplicate"
+            assert border.parent.accepted == [("a", 1), ("a", 2)]
+
+    run(work())
+
+
+def test_pushes_and_verdicts_are_signed(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path, sealed=True) as border:
+            kept: list[Receipt] = []
+            link = border.link(seal=seals.MemberKey(border.member()), keep=kept.append)
+            await link.join("a", 1, 0)
+            update = an_update()
+            assert (await link.push("a", 1, 1, pack_header(update, LAYOUT), VALUES)).accepted
+            [receipt] = kept
+            signed = wire.receipt(receipt.manifest, receipt.answer.verdict)
+            root = border.member().root
+            seals.check_verdict(root, receipt.answer.chain, receipt.answer.signature, signed)
+            with pytest.raises(Exception, match="bad_signature"):
+                seals.check_verdict(root, receipt.answer.chain, receipt.answer.signature, signed + b"x")
+            own_chain = b"".join(border.member().identity_file.read_bytes().partition(b"-----BEGIN CERT")[1:])
+            with pytest.raises(Exception, match="bad_certificate: the verdict's signer is no server"):
+                seals.check_verdict(root, own_chain, receipt.answer.signature, signed)
+            for other in (border.link(), border.link(seal=seals.MemberKey(border.member("world/b")))):
+                with pytest.raises(MessageError, match="bad_signature"):
+                    await other.push("a", 1, 1, pack_header(an_update(seq=2), LAYOUT), VALUES)
+            assert border.parent.accepted == [("a", 1)]
+
+    run(work())
+
+
+# ---- mutations ---------------------------------------------------------------------------------------------------
+
+
+def mutations(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
+    """A request that a member could make, damaged in one place."""
+
+    def damaged(body: bytes) -> bytes:
+        raw = bytearray(body)
+        raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+        return bytes(raw)
+
+    kind = chance.randrange(5)
+    if kind == 0:
+        return "PUT", "/v1/up/1/1/fp32/0", damaged(BODY), {"Leaf_Digests": HEX}
+    if kind == 1:
+        digests = list(HEX)
+        digests[chance.randrange(len(HEX))] = chance.choice("0123456789abcdefxyz \u00e4"[:19])
+        return "PUT", "/v1/up/1/1/fp32/0", BODY, {"Leaf_Digests": "".join(digests)}
+    if kind == 2:
+        return "POST", "/v1/push", damaged(a_push()), {}
+    if kind == 3:
+        return "POST", "/v1/join", damaged(wire.packed(wire.Join(incarnation=1, seq=0))), {}
+    place = list("/v1/up/1/1/fp32/0")
+    place[chance.randrange(4, len(place))] = chance.choice("0123456789/.-%abc?#")
+    return "PUT", "".join(place), BODY, {"Leaf_Digests": HEX}
+
+
+@pytest.mark.parametrize("number", [500, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
+def test_mutated_requests_have_a_named_refusal_and_do_no_harm(tmp_path: Path, number: int) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            chance, peer, ok = random.Random(number), await by_hand(border), 0
+            for step in range(number):
+                if step == number // 10:
+                    tracemalloc.start()
+                    before, _ = tracemalloc.get_traced_memory()
+                method, place, body, headers = mutations(chance)
+                found = await peer.ask(method, place, body, **headers)
+                if found.status >= 300:
+                    assert found.reason not in ("", "failed"), (method, place)
+                else:
+                    ok += 1
+                if found.status == 413:
+                    peer.writer.transport.abort()
+                    peer = await by_hand(border)
+            after, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert ok < number
+            assert after - before < 2 * 2**20
+            assert not border.gateway.members["world/a"].refusals["failed"]
+            peer.writer.transport.abort()
+            await all_is_well(border)
+
+    asyncio.run(work())
+
+
+def test_bytes_that_are_no_http_close_the_connection(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with at_a_border(tmp_path) as border:
+            chance = random.Random(1)
+            for _ in range(30):
+                peer = await by_hand(border)
+                peer.writer.write(chance.randbytes(200) + b"\r\n\r\n")
+                assert await asyncio.wait_for(peer.closed(), 10)
+            await all_is_well(border)
+
+    run(work())
