@@ -10,27 +10,29 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from support.borders import Border, ByHand, NodeAsParent, a_border, by_hand
+from support.border_requests import (
+    BODY,
+    DIGESTS,
+    HEX,
+    LAYOUT,
+    LEAF,
+    VALUES,
+    a_push,
+    all_is_well,
+    an_update,
+    at_a_border,
+    joined,
+    staged,
+)
+from support.borders import by_hand
 from support.gateway import make_member, make_world
-from support.nodes import a_node
 
 from worldlm_ray.errors import MessageError
-from worldlm_ray.exchange.messages import Update, pack_header
+from worldlm_ray.exchange.messages import pack_header
 from worldlm_ray.gateway import http, profile, seals, wire
-from worldlm_ray.gateway.connections import ConnectionLimits
 from worldlm_ray.gateway.contexts import client_context, joining_context
 from worldlm_ray.gateway.link import Receipt, enrol
-from worldlm_ray.tensors.layout import make_layout
-
-LAYOUT = make_layout([("body.weight", (5_000,))], [], layers=0)
-LEAF = 4_096
-LIMITS = ConnectionLimits(head_s=0.3, idle_s=0.6, look_s=0.02, of_member=8, strangers=8, strangers_of_address=4)
-VALUES = np.random.default_rng(1).normal(size=LAYOUT.size).astype(np.float32) / 100
-BODY = VALUES.tobytes()
-DIGESTS = [wire.leaf_digest(BODY[at : at + LEAF]) for at in range(0, len(BODY), LEAF)]
-HEX = b"".join(DIGESTS).hex()
 
 
 @pytest.fixture(autouse=True)
@@ -42,127 +44,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(work, 60))
-
-
-def at_a_border(folder: Path, **changes: Any) -> Any:
-    node = a_node(layout=LAYOUT, initial=np.zeros(LAYOUT.size, np.float32), children=("a", "b"))
-    return a_border(folder, NodeAsParent(node), LAYOUT, leaf=LEAF, limits=LIMITS, **changes)
-
-
-def an_update(sender: str = "a", seq: int = 1) -> Update:
-    return Update(sender=sender, seq=seq, base_version=0, tokens=10, started_tokens=10, values=VALUES)
-
-
-def a_push(sender: str = "a", seq: int = 1, **changes: Any) -> bytes:
-    """The body of a push of the update that `staged` stages."""
-    fields: dict[str, Any] = {"incarnation": 1, "to": 1, "seq": seq, "codec": "fp32", "digest": wire.digest_of(DIGESTS)}
-    return wire.packed(wire.Push(**(fields | {"header": pack_header(an_update(sender, seq), LAYOUT)} | changes)))
-
-
-async def joined(border: Border, context: ssl.SSLContext | None = None) -> ByHand:
-    peer = await by_hand(border, context=context)
-    await peer.ask("POST", "/v1/join", wire.packed(wire.Join(incarnation=1, seq=0)))
-    return peer
-
-
-async def staged(peer: ByHand, seq: int = 1) -> None:
-    found = await peer.ask("PUT", f"/v1/up/1/{seq}/fp32/0", BODY, Leaf_Digests=HEX)
-    assert found.status == 204
-
-
-async def all_is_well(border: Border) -> None:
-    """A member is served as ever, and nothing that was refused has reached the parent."""
-    assert border.parent.accepted == []
-    link = border.link("world/b")
-    await link.join("b", 1, 0)
-    assert (await link.push("b", 1, 1, pack_header(an_update("b"), LAYOUT), VALUES)).accepted
-
-
-# ---- slow peers --------------------------------------------------------------------------------------------------
-
-
-async def says_nothing(border: Border) -> ByHand:
-    """No handshake."""
-    return ByHand(*await asyncio.open_connection("127.0.0.1", border.port))
-
-
-async def silent_after_the_handshake(border: Border) -> ByHand:
-    return await by_hand(border)
-
-
-async def dribbles_a_head(border: Border) -> ByHand:
-    peer = await by_hand(border)
-    peer.writer.write(b"POST /v1/join HTTP/1.1\r\nHost: ")
-    return peer
-
-
-async def dribbles_a_body(border: Border) -> ByHand:
-    peer = await by_hand(border)
-    peer.send("PUT", "/v1/up/1/1/fp32/0", BODY[:100], Content_Length=str(len(BODY)), Leaf_Digests=HEX)
-    return peer
-
-
-async def silent_after_an_answer(border: Border) -> ByHand:
-    peer = await by_hand(border)
-    assert (await peer.ask("GET", "/healthz")).status == 200
-    return peer
-
-
-SLOW = [says_nothing, silent_after_the_handshake, dribbles_a_head, dribbles_a_body, silent_after_an_answer]
-
-
-@pytest.mark.parametrize("kind", SLOW, ids=lambda kind: kind.__name__)
-def test_a_peer_that_does_not_get_on_is_closed(tmp_path: Path, kind: Any) -> None:
-    async def work() -> None:
-        async with at_a_border(tmp_path) as border:
-            peer = await kind(border)
-            dribble = asyncio.create_task(_dribble(peer)) if kind in (dribbles_a_head, dribbles_a_body) else None
-            assert await asyncio.wait_for(peer.closed(), 10)
-            if dribble is not None:
-                dribble.cancel()
-            await all_is_well(border)
-
-    run(work())
-
-
-async def _dribble(peer: ByHand) -> None:
-    """A byte now and then, so that the connection is never silent for long."""
-    while True:
-        peer.writer.write(b"x")
-        await asyncio.sleep(0.01)
-
-
-def test_a_reader_that_does_not_get_on_is_closed(tmp_path: Path) -> None:
-    async def work() -> None:
-        big = make_layout([("body.weight", (8_000_000,))], [], layers=0)
-        node = a_node(layout=big, initial=np.zeros(big.size, np.float32), children=("a",))
-        async with a_border(tmp_path, NodeAsParent(node), big, leaf=2**22, limits=LIMITS) as border:
-            peer = await joined(border)
-            asked = wire.Pull(incarnation=1, to=1, started_tokens=0)
-            found = wire.parsed(wire.Served, (await peer.ask("POST", "/v1/pull", wire.packed(asked))).body)
-            peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
-            peer.send("GET", f"/v1/down/{found.digest.hex()}", Range=f"bytes=0-{big.nbytes - 1}")
-            while not border.gateway.connections.closed["a transfer does not get on"]:
-                await asyncio.sleep(0.02)
-            peer.writer.transport.abort()
-
-    run(work())
-
-
-def test_connections_are_counted(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with at_a_border(tmp_path) as border:
-            members = [await by_hand(border) for _ in range(LIMITS.of_member)]
-            one_more = await by_hand(border)
-            assert await members.pop(0).closed(), "it has been silent for longest"
-            strangers = [await by_hand(border, None) for _ in range(LIMITS.strangers_of_address)]
-            another = await by_hand(border, None)
-            assert await another.closed()
-            for peer in (*members, one_more, *strangers):
-                assert (await peer.ask("GET", "/healthz")).status == 200
-            assert border.gateway.connections.closed["too many connections"] == 2
-
-    run(work())
 
 
 # ---- who comes ---------------------------------------------------------------------------------------------------
