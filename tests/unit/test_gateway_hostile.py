@@ -59,7 +59,7 @@ def test_a_stranger_may_only_enrol(tmp_path: Path) -> None:
             assert (await peer.ask("GET", "/healthz")).body.startswith(b"worldlm_ray ")
             assert (await peer.ask("GET", "/v1/root")).body == border.world.identity.root_pem
             nonsense = wire.packed(wire.Enrol(request=b"r", invitation="i", proof=b"p"))
-            assert (await peer.ask("POST", "/v1/enrol", nonsense)).reason == "bad_request"
+            assert (await peer.ask("POST", "/v1/enrol", nonsense)).reason == "bad_invitation"
             too_long = await peer.ask("POST", "/v1/enrol", Content_Length=str(wire.ENROL_BYTES + 1))
             assert (too_long.status, too_long.reason) == (413, "wrong_size")
             await all_is_well(border)
