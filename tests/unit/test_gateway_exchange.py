@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,5 +187,35 @@ def test_a_parent_that_cannot_be_reached_is_unreachable(tmp_path: Path) -> None:
             border.line.cut()
             with pytest.raises(MessageError, match="unreachable"):
                 await link.pull("a", 1, 1, 0)
+
+    run(work())
+
+
+def test_a_member_behind_a_proxy_asks_it_to_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        heads: list[str] = []
+
+        async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heads.append((await reader.readuntil(b"\r\n\r\n")).decode().splitlines()[0])
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", int(heads[-1].split()[1].split(":")[1]))
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with suppress(ConnectionError):
+                while data := await source.read(65_536):
+                    sink.write(data)
+            sink.close()
+
+        server = await asyncio.start_server(proxy, "127.0.0.1", 0)
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        async with a_border(tmp_path, NodeAsParent(a_world()), LAYOUT) as border:
+            link = border.link(direct=True)
+            await link.join("a", 1, 0)
+            assert (await push(link, an_update("a", 1))).accepted
+            assert set(heads) == {f"CONNECT 127.0.0.1:{border.port} HTTP/1.1"}
+        server.close()
 
     run(work())
