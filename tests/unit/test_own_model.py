@@ -68,6 +68,27 @@ def test_the_best_blend_with_the_parents_last_model_is_served(
     assert (own_model.served, found[0]) == (share, served)
 
 
+def test_what_is_served_is_chosen_on_all_validation_text_and_a_rounds_model_on_less() -> None:
+    """The two disagree: by the text of every round 1 is best, by all text 3."""
+    seen: list[str] = []
+
+    def screen(values: Flat) -> float:
+        seen.append("screen")
+        return distance_to(1.0)(values)
+
+    def validate(values: Flat) -> float:
+        seen.append("validate")
+        return distance_to(3.0)(values)
+
+    own_model = OwnModel(validate, screen=screen)
+    assert own_model.choose(own=vector(1.0), base=vector(3.0), parent=vector(2.0)).name == OWN
+    assert seen == ["screen"] * 3
+    seen.clear()
+    assert own_model.serve(own=vector(8.0), base=vector(3.5), parent=vector(0.0))[0] == 2.625
+    assert seen == ["validate"] * 7, "the best, the base and the own model, then four blends"
+    assert own_model.served == 0.75
+
+
 def test_the_best_model_of_an_earlier_round_is_kept_over_a_restart() -> None:
     own_model = OwnModel(distance_to(1.0))
     own_model.choose(own=vector(1.5), base=None, parent=vector(9.0))
@@ -264,8 +285,8 @@ def test_the_worlds_model_is_that_of_federated_averaging_to_the_bit(tiny: Callab
     assert found[1:] == [found[0]] * 2
     [_, arrays] = checkpoint.load(checkpoint.folder(plan.run_dir, plan.root.clients[0].path))  # type: ignore[misc]
     [_, world] = checkpoint.load(checkpoint.folder(plan.run_dir, "world"))  # type: ignore[misc]
-    own_model = OwnModel(Client(plan, plan.root.clients[0])._loss_to_choose_by)
-    assert own_model._loss(arrays["theta"]) <= own_model._loss(world["theta"])  # it serves no worse than the world does
+    loss = Client(plan, plan.root.clients[0])._loss_to_serve_by
+    assert loss(arrays["theta"]) <= loss(world["theta"])  # it serves no worse than the world does
 
 
 def test_an_asynchronous_world_in_which_clients_overlap_serves_too(tiny: Callable[..., Plan]) -> None:

@@ -79,7 +79,7 @@ class Client(LocalRounds):
         self.experts = None if experts == "none" else ClientExperts(self, experts)
         """What exchanges its own adapter for those of others; None of a client of one adapter."""
         chooses = spec.settings.merge.client == "validated" and self.has_validation
-        self.own_model = OwnModel(self._loss_to_choose_by) if chooses else None
+        self.own_model = OwnModel(self._loss_to_serve_by, screen=self._loss_to_choose_by) if chooses else None
         """What chooses its own model; None of a client that has one model, and of one that promises privacy."""
         self.merger = Merger(path=spec.path, layout=plan.layout, rules=spec.settings.aggregation, initial=initial)
         self.incarnation = 1
@@ -114,8 +114,11 @@ class Client(LocalRounds):
         """Whether rounds begin before the exchange of the one before has come back."""
         return self.spec.settings.exchange.overlap
 
-    def _loss_to_choose_by(self, values: Flat) -> float:
+    def _loss_to_serve_by(self, values: Flat) -> float:
         return self.validate(self.plan.config.evaluation.validation_tokens, parameters=values)
+
+    def _loss_to_choose_by(self, values: Flat) -> float:
+        return self.validate(self.plan.config.evaluation.validation_tokens // 2, parameters=values)
 
     def welcomed(self, welcome: Welcome) -> None:
         """The parent is there, perhaps again.

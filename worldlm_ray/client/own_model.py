@@ -48,13 +48,15 @@ class OwnModel:
 
     Args:
         validate: gives the loss of a model [layout.size] on the client's validation text, in nats per byte.
+        screen: the same on less of that text, for the choices of every round; `validate` unless given.
     """
 
-    def __init__(self, validate: Callable[[Flat], float]) -> None:
-        self._validate = validate
+    def __init__(self, validate: Callable[[Flat], float], *, screen: Callable[[Flat], float] | None = None) -> None:
+        self._validate, self._screen = validate, screen or validate
         self.best: Flat | None = None
         """The best own model so far; None before the first choice."""
         self.best_loss = math.inf
+        """As `screen` gives it."""
         self.served: float | None = None
         """Share of the own model in what is served; None while the client trains."""
 
@@ -69,40 +71,27 @@ class OwnModel:
             parent: the parent's new model.
         """
         found = {PARENT: parent} | ({} if base is None else {BASE: base}) | {OWN: own}
-        losses = {name: self._loss(values) for name, values in found.items()}
+        losses = {name: _finite(self._screen(values)) for name, values in found.items()}
         name = min(losses, key=losses.__getitem__)
         choice = Choice(name=name, values=found[name], loss=losses[name])
-        self._keep_if_best(choice.values, choice.loss)
+        if choice.loss < self.best_loss:
+            self.best, self.best_loss = choice.values, choice.loss
         return choice
 
     def serve(self, *, own: Flat, base: Flat | None, parent: Flat) -> Flat:
         """The blend of the best own model and the parent's last model with the lowest loss. Arguments as of `choose`.
 
+        The best own model of the rounds was chosen on less text: it is measured again.
+
         The parent's last model has nothing of its own to blend in: it is one end of the line.
         """
-        candidates = [own] if base is None else [base, own]
-        if self.best is None:
-            self.best = candidates[0]
-        for values in candidates:
-            self._keep_if_best(values, self._loss(values))
-        # The best model's own loss is known.
-        losses = {share: self.best_loss if share == 1.0 else self._loss(self._blend(parent, share)) for share in SERVED}
+        candidates = [values for values in (self.best, base, own) if values is not None]
+        by_candidate = [_finite(self._validate(values)) for values in candidates]
+        end = candidates[by_candidate.index(min(by_candidate))]
+        losses = {share: _finite(self._validate(_blend(parent, end, share))) for share in SERVED if share < 1.0}
+        losses[1.0] = min(by_candidate)
         self.served = min(losses, key=losses.__getitem__)
-        return self._blend(parent, self.served)
-
-    def _keep_if_best(self, values: Flat, loss: float) -> None:
-        if loss < self.best_loss:
-            self.best, self.best_loss = values, loss
-
-    def _blend(self, parent: Flat, share: float) -> Flat:
-        assert self.best is not None, "there is a best model"
-        blended = parent.copy()
-        lerp(parent, self.best, share, out=blended)
-        return blended
-
-    def _loss(self, values: Flat) -> float:
-        loss = self._validate(values)
-        return loss if math.isfinite(loss) else math.inf
+        return _blend(parent, end, self.served)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Flat]]:
         """What a restart needs: plain values, and buffers."""
@@ -113,3 +102,13 @@ class OwnModel:
         """Become what `state` described."""
         self.best, self.served = arrays.get("best"), meta["served"]
         self.best_loss = math.inf if self.best is None else meta["best_loss"]
+
+
+def _blend(parent: Flat, best: Flat, share: float) -> Flat:
+    blended = parent.copy()
+    lerp(parent, best, share, out=blended)
+    return blended
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf

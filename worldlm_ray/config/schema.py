@@ -265,7 +265,7 @@ class EvaluationConfig:
     final_tokens: int = 32_768
     """Held-out tokens per measurement at the end."""
     validation_tokens: int = 4_096
-    """Validation tokens per model that a client chooses among."""
+    """Validation tokens per model that a client chooses among; half of them whenever its parent's model comes."""
     keep_best: bool = False
     """Early stopping: a client's model is that of its round with the lowest loss on its validation text. It is measured
     before the first round and as often as `every_rounds` says. A client without such text has its last one."""
