@@ -1,7 +1,6 @@
 """Share of a comparison's run that goes into measuring: validation and held-out text, during it and at its end.
 
-Methods of the world `federating`, with its budget cut short: the share does not depend on the number of rounds, but for
-the measurements at the start and the end, which the cut makes dearer than they are.
+Methods of the world `federating`, with its whole budget.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from worldlm_ray.experiments.comparison_run import run_one
 from worldlm_ray.training.local import LocalTrainer
 
 METHODS = ("local", "fedavg", "worldlm")
-ROUNDS = 12
-"""Of the 16 that the world has."""
 TARGET = 0.15
 
 
@@ -46,5 +43,5 @@ def _spent(method: str) -> tuple[float, float]:
 
     with tempfile.TemporaryDirectory() as folder, patch.object(LocalTrainer, "evaluate", timed):
         began = time.process_time()
-        run_one(to_mapping(load("federating", [f"budget.rounds={ROUNDS}"])), method, 0, folder)
+        run_one(to_mapping(load("federating")), method, 0, folder)
         return spent, time.process_time() - began

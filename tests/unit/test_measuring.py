@@ -25,7 +25,7 @@ from worldlm_ray.training.trainer import Batch
 Tiny = Callable[..., Plan]
 ROUND = 256
 """Tokens of a local round of `tiny`."""
-PROPORTIONS = {"tokens": ROUND // 5, "final_tokens": 8 * ROUND // 5, "validation_tokens": ROUND // 10}
+PROPORTIONS = {"tokens": ROUND // 5, "final_tokens": 8 * ROUND // 5, "validation_tokens": ROUND // 5}
 """Those of the defaults to a round of 20 steps of 1,024 tokens."""
 TARGET = 0.15
 

@@ -118,7 +118,7 @@ class Client(LocalRounds):
         return self.validate(self.plan.config.evaluation.validation_tokens, parameters=values)
 
     def _loss_to_choose_by(self, values: Flat) -> float:
-        return self.validate(self.plan.config.evaluation.validation_tokens // 2, parameters=values)
+        return self.validate(self.plan.config.evaluation.round_validation_tokens, parameters=values)
 
     def welcomed(self, welcome: Welcome) -> None:
         """The parent is there, perhaps again.

@@ -180,7 +180,7 @@ class LocalRounds(MeasuredModel):
         """
         evaluation = self.plan.config.evaluation
         if evaluation.keep_best and self.has_validation and not self.serves:
-            loss = self.validate(evaluation.validation_tokens)
+            loss = self.validate(evaluation.round_validation_tokens)
             if is_better(loss, self.best):
                 self.best = Best(round=self.round, loss=loss, values=self.trainer.read())
 

@@ -265,10 +265,15 @@ class EvaluationConfig:
     final_tokens: int = 32_768
     """Held-out tokens per measurement at the end."""
     validation_tokens: int = 4_096
-    """Validation tokens per model that a client chooses among; half of them whenever its parent's model comes."""
+    """Validation tokens per model that a client chooses among at the end; in its rounds it takes half of them."""
     keep_best: bool = False
     """Early stopping: a client's model is that of its round with the lowest loss on its validation text. It is measured
     before the first round and as often as `every_rounds` says. A client without such text has its last one."""
+
+    @property
+    def round_validation_tokens(self) -> int:
+        """Validation tokens per model that a client chooses among in its rounds."""
+        return max(1, self.validation_tokens // 2)
 
 
 @dataclass(frozen=True, kw_only=True)

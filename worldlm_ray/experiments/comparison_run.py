@@ -42,8 +42,6 @@ BASE, MODEL = "base", "model"
 """Folders below that of a run: its first stage, and below that the model which the second begins from."""
 SHORTER = 16
 """Every client's model is measured on every client's text, n^2 times: so on fewer tokens than its own text."""
-VALIDATION = 4
-"""Settings of training alone are chosen by the mean over all clients: so on fewer tokens of each."""
 FLOPS_PER_PARAMETER = 6
 """Of training, by token and parameter: two forward, four backward (arXiv 2001.08361). Attention is left out."""
 
@@ -175,14 +173,6 @@ class _Text:
         nats, count = self._trainer.evaluate(windows, parameters=parameters)
         return float(nats / count / self._dataset.heldout_bytes_per_token())
 
-    def validation(self, parameters: Flat, tokens: int) -> float | None:
-        """On the validation part; None if there is none."""
-        if not self._dataset.validation_bytes:
-            return None
-        windows = self._dataset.validation_windows(tokens, **self._windows)
-        nats, count = self._trainer.evaluate(windows, parameters=parameters)
-        return float(nats / count / self._dataset.validation_bytes_per_token())
-
 
 def _measure(
     originals: list[NodeSpec], done: Sequence[_Stage], known: Mapping[str, Mapping[str, float]], *, validates: bool
@@ -196,7 +186,7 @@ def _measure(
         originals: the clients of the world, whatever the method makes of them.
         done: the stages.
         known: losses that the last stage has measured. They are not measured again.
-        validates: whether each client's own model is measured on its validation text.
+        validates: whether the loss is given that each client's own model was chosen by.
     """
     first, last = done[0], done[-1]
     tokens, shape = last.plan.config.evaluation.final_tokens, last.plan.shape
@@ -225,7 +215,7 @@ def _measure(
             {
                 "client": spec.path,
                 "own": text.loss(models[spec.path], tokens) if own is None else own,
-                "validation": text.validation(models[spec.path], tokens // VALIDATION) if validates else None,
+                "validation": _best_loss(last.plan, nodes[spec.path] or "") if validates else None,
                 "world": text_of_world.loss(world, tokens) if of_world is None or len(done) > 1 else of_world,
                 "by_model": {path: text.loss(theta, tokens // SHORTER) for path, theta in models.items()},
                 "best_round": counted[-1]["best_round"],
@@ -249,6 +239,13 @@ def _theta(plan: Plan, path: str) -> Flat:
     if found is None:
         raise RunError(f"{plan.run_dir} has no checkpoint of {path}; delete the folder and compare again")
     return own_model(found[1])
+
+
+def _best_loss(plan: Plan, path: str) -> float | None:
+    """On validation text, of the model of a client's best round, nats per byte; None of one that keeps none."""
+    meta, _ = checkpoint.load(checkpoint.folder(plan.run_dir, path)) or ({}, {})
+    best = meta.get("best")
+    return float(best["loss"]) if best else None
 
 
 def flops(plan: Plan, nodes: dict[str, Any]) -> int:
