@@ -94,6 +94,12 @@ def test_more_tokens_than_a_round_has_are_refused_by_name(node: Node) -> None:
     assert push(node, update(node)) == ACCEPTED
 
 
+def test_a_weight_in_a_sum_is_no_more_than_the_tokens_of_a_round(node: Node) -> None:
+    assert push(node, update(node, weight=10**15)) == "too_many_tokens"
+    assert push(node, update(node, weight=ROUND, values=np.full(node.layout.size, 1e12, np.float32))) == "norm_exceeded"
+    assert push(node, update(node, weight=ROUND)) == ACCEPTED
+
+
 def test_a_residual_has_no_more_tokens_than_its_update_may_have_and_comes_from_below_its_sender(node: Node) -> None:
     layer = node.layout.key_layers[0]
     values = np.zeros(layer.stop - layer.start, np.float32)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from worldlm_ray.aggregation.events import Event, Joined
+from worldlm_ray.aggregation.sums import GRID
 from worldlm_ray.config.federated import AggregationConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.limits import LARGEST_COUNT, MOST_RESTARTS, MOST_SKIPPED, checked, checked_norm
@@ -15,6 +16,8 @@ from worldlm_ray.exchange.replies import ACCEPTED, Verdict
 
 TRAINED = ("stale", "not_finite", "norm_exceeded", "too_soon", "privacy_exhausted")
 """Refusals of an update that was trained and will not come again: its tokens are spent."""
+LARGEST_SUM = 2.0**62
+"""In multiples of the grid: what an update may add to an exact sum of 64 bits."""
 _PLAIN = {"child": str, "sender": str, "incarnation": int, "to": int, "seq": int, "started_tokens": int}
 """Fields of an event that a child gives."""
 
@@ -96,8 +99,9 @@ def _standing(update: Update, rules: AggregationConfig, sender: Sender, tau: int
     if update.seq > max(sender.last_seq, sender.seen_seq) + MOST_SKIPPED:
         # Every later update of the child would be a duplicate of one that was never made.
         return "implausible_seq", f"seq {update.seq} after {sender.last_seq}: at most {MOST_SKIPPED} are skipped"
-    if sender.quota is not None and update.tokens > sender.quota.update_tokens:
-        got = f"got {update.tokens} tokens, expected at most {sender.quota.update_tokens}"
+    claimed = max(update.tokens, update.weight)  # the weight in a sum is the tokens of a round, too
+    if sender.quota is not None and claimed > sender.quota.update_tokens:
+        got = f"got {claimed} tokens, expected at most {sender.quota.update_tokens}"
         return "too_many_tokens", f"{got} of {update.sender} in one update"
     if sender.waiting is not None:
         return sender.waiting, "an aggregation takes one update of each child"
@@ -118,6 +122,8 @@ def _values(update: Update, rules: AggregationConfig) -> tuple[str, str]:
         norm = checked_norm(update.values)
     except MessageError as error:
         return error.reason, error.detail
+    if norm * update.weight > LARGEST_SUM * GRID:
+        return "norm_exceeded", f"norm {norm:.4g} times weight {update.weight} is more than a sum holds"
     if rules.max_update_norm is not None and norm > rules.max_update_norm:
         return "norm_exceeded", f"norm {norm:.4g} is above max_update_norm {rules.max_update_norm:g}"
     return ACCEPTED, ""
