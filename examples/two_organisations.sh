@@ -75,11 +75,11 @@ $worldlm train europe.yaml --run-dir run 2> train.log || { cat train.log; exit 1
 wait $acme || { cat "$folder/acme/train.log"; exit 1; }
 cat "$folder/acme/train.log"
 
-say "each proves from its own trail that nothing was lost and nothing applied twice"
+say "each looks through the trail of its run: no update is lost, and none counts twice"
 $worldlm audit "$folder/acme/run"
 $worldlm audit "$folder/europe/run"
 
-say "acme lets europe in no more"
+say "acme revokes europe"
 cd "$folder/acme"
 $worldlm gateway revoke world/europe
 $worldlm gateway members
