@@ -118,7 +118,7 @@ class DurableParent(NodeAsParent):
 
 
 def world(folder: Path, port: int, point: str) -> None:
-    """Serve until somebody ends the process."""
+    """Serve until the process is ended."""
     asyncio.run(_world(folder, port, point))
 
 

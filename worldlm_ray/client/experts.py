@@ -83,11 +83,6 @@ class ClientExperts:
         nothing = np.zeros(client.plan.layout.size, np.float32)
         names = EXPERTS[self.experts][1:]
         client.trainer.take_experts({n: nothing if v is None else v for n, v in zip(names, found, strict=True)})
-        if client.plan.config.model.lora.router == "validation" and client.has_validation:
-            tokens = min(client.plan.config.evaluation.validation_tokens, client.round_tokens // 4)
-            rows, context = client.training.batch_size, client.context
-            windows = client.dataset.validation_windows(tokens, context=context, batch_size=rows)
-            client.trainer.train_router(windows, client._rate(0))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a restart needs; the experts themselves are the trainer's."""

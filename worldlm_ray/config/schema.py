@@ -38,8 +38,6 @@ class LoraConfig:
     experts: Literal["none", "rest", "kin"] = "none"
     """What a client computes with beside its own adapter: `kin` mixes its federation's and the world's in, `rest` that
     of all others (FedALT), by a router per layer that never leaves the client. See docs/pretrained.md."""
-    router: Literal["training", "validation"] = "training"
-    """Text that the router is trained on."""
     targets: list[str] = field(default_factory=list)
     """Linear layers that get an adapter, by the last part of their names, such as q_proj. Unless given: all but the
     output head."""

@@ -38,7 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "overlap": {"exchange.overlap": True},
     "personal": {"aggregation.attention.personal": True},
     "best": {"evaluation.keep_best": True},
-    "router_validation": {"model.lora.router": "validation"},
     "lr_third": {"training.lr": Scaled(1 / 3)},
     "lr_triple": {"training.lr": Scaled(3.0)},
     "decay_tenfold": {"training.weight_decay": Scaled(10.0)},

@@ -1,6 +1,6 @@
 """Signatures over a border: a member signs its pushes, the world's server its verdicts.
 
-They do not depend on a connection, nor on a clock: whoever keeps a receipt can show later what was pushed and what
+They do not depend on a connection, nor on a clock: the owner of a receipt can show later what was pushed and what
 became of it. A verdict comes with the certificates of its signer, since a server's key is renewed every few weeks.
 """
 

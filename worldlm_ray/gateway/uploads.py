@@ -84,7 +84,7 @@ class Uploads:
                 self._rechecks[upload] = work
                 work.add_done_callback(lambda _: self._rechecks.pop(upload))
             found = await asyncio.shield(self._rechecks[upload])
-            if upload.is_old:  # whoever waited, too: the first to come back notes it
+            if upload.is_old:  # requests that waited, too: the first to come back notes it
                 upload.digests, upload.is_old = found, False
         return upload
 

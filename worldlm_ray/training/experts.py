@@ -47,9 +47,8 @@ class ExpertTrainer(LocalTrainer):
     ) -> None:
         super().__init__(shape, layout, training, threads=threads, device=device)
         self.experts = Experts(self.model.root, layout, EXPERTS[shape.lora.experts], self.device)
-        self.on_validation = shape.lora.router == "validation"
         for parameter in self.experts.routers.parameters():
-            parameter.requires_grad_(not self.on_validation)
+            parameter.requires_grad_(True)
         self._router = torch.nn.Parameter(self.experts.router)
         self._router.grad = self.experts.gradient
         betas = (training.betas[0], training.betas[1])
@@ -64,22 +63,8 @@ class ExpertTrainer(LocalTrainer):
         """One step of the own adapter and of the routers; see LocalTrainer."""
         self.experts.gradient.zero_()
         loss = super().step(inputs, targets, learning_rate)
-        if not self.on_validation:
-            self._turn(learning_rate)
+        self._turn(learning_rate)
         return loss
-
-    def train_router(self, batches: Iterable[Batch], learning_rate: float) -> bool:
-        """See Trainer."""
-        for parameter in self.experts.routers.parameters():
-            parameter.requires_grad_(True)
-        self.model.train()
-        for inputs, targets in batches:
-            self.experts.gradient.zero_()
-            self._mean_loss(inputs, targets).backward()  # type: ignore[no-untyped-call]
-            self._turn(learning_rate)
-        for parameter in self.experts.routers.parameters():
-            parameter.requires_grad_(False)
-        return True
 
     def _turn(self, learning_rate: float) -> None:
         """Clip the routers' gradient, and take their step."""

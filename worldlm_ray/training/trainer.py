@@ -125,7 +125,3 @@ class Trainer(Protocol):
             Whether the trainer mixes experts: of one that does not, False, and nothing changes.
         """
         return False
-
-    def train_router(self, batches: Iterable[Batch], learning_rate: float) -> bool:
-        """Take one step of the routers per batch; False of a trainer that mixes no experts."""
-        return False
