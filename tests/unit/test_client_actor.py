@@ -309,7 +309,7 @@ def test_a_client_measures_the_published_model_of_its_parent(
     fake: FakeRay, tiny: Tiny, tmp_path: Path, living: Callable[[Plan], ClientActor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(above, "SHARE", 1e9)
-    plan = a_plan(tiny, tmp_path)
+    plan = a_plan(tiny, tmp_path, evaluation={"tokens": 256, "final_tokens": 256, "share": 100.0})
     parent_of(fake, plan)
     assert living(plan).outcome() == "finished"
     found = [record for record in fake.records if isinstance(record, OwnModelRecord)]
