@@ -31,6 +31,7 @@ NAMES = (
     "measuring",
     "batched_clients",
     "adapters",
+    "gateway",
 )
 OUT = Path(__file__).parent / "out"
 

@@ -1,0 +1,297 @@
+"""An update over a border between organisations and the model back, in copies of the same bytes over plain TCP.
+
+Two processes on this machine: a gateway before a node, and a member's link. An update of 128 million parameters is sent
+by TLS with client certificates, staged in shared memory, checked, and folded; the model comes back. A plain TCP copy of
+the same bytes into memory that is there already is taken before and after each. Ray is not part of it: the object store
+adds one copy on each side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldlm_ray.aggregation.events import Admit, Answer, Joined, Pull, Push, Serve
+from worldlm_ray.aggregation.node import Node
+from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
+from worldlm_ray.config.federated import AggregationConfig, MergeConfig
+from worldlm_ray.config.schema import BudgetConfig
+from worldlm_ray.exchange.compression import encode
+from worldlm_ray.exchange.messages import Packed, Update, buffer_of, pack, pack_header, unpack_model
+from worldlm_ray.exchange.replies import Verdict, Welcome
+from worldlm_ray.gateway import identity, profile, wire
+from worldlm_ray.gateway.authority import Authority
+from worldlm_ray.gateway.contexts import client_context, server_context
+from worldlm_ray.gateway.link import Link, LinkSettings, hello_of
+from worldlm_ray.gateway.seals import MemberKey, ServerKey
+from worldlm_ray.gateway.server import Gateway, Settings
+from worldlm_ray.tensors.layout import Layout, make_layout
+
+SIZE, ROUNDS = 128_000_000, 5
+"""Parameters, and exchanges of which the median counts."""
+TARGETS = {"up": 15.0, "down": 10.0, "int8 up": 5.0}
+"""In TCP copies of the fp32 bytes."""
+MEMORY_MB = {"member": 32, "gateway": 64}
+CODECS = ("fp32", "int8")
+LOOK_S = 0.01
+
+
+class PlainParent:
+    """A node of this process as a gateway calls it.
+
+    Args:
+        node: a world with one child.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
+        """See calls.Parent."""
+        commands = self._node.handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=0.0))
+        return next(command.welcome for command in commands if isinstance(command, Admit))
+
+    async def push(self, sender: str, incarnation: int, to: int, header: bytes, values: Any) -> Verdict:
+        """See calls.Parent."""
+        event = Push(sender=sender, packed=Packed(header, values), incarnation=incarnation, to=to, now_s=0.0)
+        return next(command.verdict for command in self._node.handle(event) if isinstance(command, Answer))
+
+    async def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Packed:
+        """See calls.Parent."""
+        event = Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=0.0)
+        model = next(command.model for command in self._node.handle(event) if isinstance(command, Serve))
+        return pack(model, self._node.layout)
+
+    async def done(self, child: str, incarnation: int, to: int) -> None:
+        """See calls.Parent."""
+
+    async def left(self, child: str, incarnation: int, to: int) -> bool:
+        """See calls.Parent."""
+        return True
+
+    async def heartbeat(self, child: str, incarnation: int, to: int) -> None:
+        """See calls.Parent."""
+
+
+def layout_of(size: int) -> Layout:
+    """A model of one tensor, all backbone."""
+    return make_layout([("body.weight", (size,))], [], layers=0)
+
+
+def sizes_of(size: int) -> wire.Sizes:
+    """What may cross."""
+    return wire.Sizes(layout=layout_of(size), codecs=CODECS)
+
+
+class Memory:
+    """Private memory of this process, beyond what it had when this began."""
+
+    def __init__(self) -> None:
+        self._before = self.most = _private_bytes()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def end(self) -> float:
+        """MB at the peak."""
+        self._ended.set()
+        self._thread.join()
+        return (self.most - self._before) / 2**20
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            self.most = max(self.most, _private_bytes())
+
+
+def _private_bytes() -> int:
+    """Of memory that is no file's: staged updates and models in shared memory do not count."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1_024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+# ---- the other process -------------------------------------------------------------------------------------------
+
+
+def serve(folder: str, staging: str, size: int, port: int, asked: Any) -> None:
+    """A gateway, and beside it the far end of a plain TCP copy."""
+    threading.Thread(target=_copy_end, args=(port + 1, 4 * size), daemon=True).start()
+    asyncio.run(_serve(Path(folder), Path(staging), size, port, asked))
+
+
+async def _serve(folder: Path, staging: Path, size: int, port: int, asked: Any) -> None:
+    sizes = sizes_of(size)
+    rules = NodeRules(
+        aggregation=AggregationConfig(buffer_size=1), merge=MergeConfig(), budget=BudgetConfig(rounds=1_000)
+    )
+    node = Node(
+        NodePlace(path="world", children=("a",), has_parent=False), rules, sizes.layout, np.zeros(size, np.float32)
+    )
+    authority = Authority(folder)
+    settings = Settings(sizes=sizes, hello=hello_of(sizes), staging_dir=staging, staging_bytes=4 * sizes.layout.nbytes)
+    gateway = Gateway(PlainParent(node), authority, settings, seal=ServerKey(authority.identity))
+    await gateway.start(server_context(authority.identity), host="127.0.0.1", port=port)
+    loop, memory = asyncio.get_running_loop(), None
+    asked.send("ready")
+    while (what := await loop.run_in_executor(None, asked.recv)) != "end":
+        if what == "begin":
+            memory = Memory()
+            asked.send(None)
+        else:
+            assert memory is not None
+            asked.send(memory.end())
+    await gateway.stop()
+
+
+def _copy_end(port: int, nbytes: int) -> None:
+    buffer = memoryview(bytearray(nbytes))
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        while True:
+            peer, _ = listener.accept()
+            with peer, suppress(OSError):
+                if peer.recv(1) == b"u":
+                    _receive(peer, buffer)
+                    peer.sendall(b".")
+                else:
+                    peer.sendall(buffer)
+
+
+def _receive(peer: socket.socket, into: memoryview) -> None:
+    at = 0
+    while at < len(into):
+        at += peer.recv_into(into[at : at + 2**20])
+
+
+def copy_s(port: int, buffer: memoryview, way: bytes) -> float:
+    """Seconds of a plain TCP copy, up or down."""
+    with socket.create_connection(("127.0.0.1", port)) as peer:
+        began = time.perf_counter()
+        peer.sendall(way)
+        if way == b"u":
+            peer.sendall(buffer)
+            peer.recv(1)
+        else:
+            _receive(peer, buffer)
+        return time.perf_counter() - began
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+async def exchanges(link: Link, size: int, plain: Callable[[bytes], float], asked: Any) -> dict[str, Any]:
+    """All exchanges of all kinds: ratios to the copies around each, and memory."""
+    layout, to = layout_of(size), (await link.join("a", 1, 0)).incarnation
+    values = np.random.default_rng(0).standard_normal(size, np.float32)
+    ratios: dict[str, list[float]] = {name: [] for name in TARGETS}
+    seconds: dict[str, list[float]] = {name: [] for name in ("copy up", "copy down", *TARGETS)}
+    memory: dict[str, float] = {}
+
+    async def timed(name: str, way: bytes, work: Any) -> Any:
+        before, began = plain(way), time.perf_counter()
+        found = await work
+        took, copy = time.perf_counter() - began, (before + plain(way)) / 2
+        ratios[name].append(took / copy)
+        seconds[name].append(took)
+        seconds["copy up" if way == b"u" else "copy down"].append(copy)
+        return found
+
+    async def round_(seq: int, codec: str, base: int) -> int:
+        """Push and pull; returns the version that is pulled."""
+        encoded = None if codec == "fp32" else encode(codec, values)
+        fields: dict[str, Any] = {"sender": "a", "seq": seq, "base_version": base, "tokens": 10}
+        update = Update(**fields, started_tokens=10 * seq, values=values, codec=codec, encoded=encoded)
+        work = link.push("a", 1, to, pack_header(update, layout), buffer_of(update))
+        verdict = await timed("up" if codec == "fp32" else "int8 up", b"u", work)
+        assert verdict.accepted, verdict
+        found = await timed("down", b"d", link.pull("a", 1, to, 10 * seq))
+        return unpack_model(found, layout).version
+
+    version, codecs = 0, ["fp32"] + ["fp32", "int8"] * ROUNDS
+    for seq, codec in enumerate(codecs, 1):
+        version = await round_(seq, codec, version)
+        if seq == 1:  # until all memory has been touched
+            for each in (*ratios.values(), *seconds.values()):
+                each.clear()
+    asked.send("begin")
+    asked.recv()
+    own = Memory()
+    update = Update(sender="a", seq=len(codecs) + 1, base_version=version, tokens=10, started_tokens=10, values=values)
+    assert (await link.push("a", 1, to, pack_header(update, layout), values)).accepted
+    memory["member"] = own.end()
+    asked.send("memory")
+    memory["gateway"] = asked.recv()
+    return {"ratios": ratios, "seconds": seconds, "memory_mb": memory}
+
+
+def run() -> dict[str, Any]:
+    """Measure, and print a table."""
+    with tempfile.TemporaryDirectory() as keys, tempfile.TemporaryDirectory(dir="/dev/shm") as staging:
+        port, folder = _two_free_ports(), Path(keys)
+        identity.init(folder / "world", "bench", ["127.0.0.1"], "a passphrase")
+        world = Authority(folder / "world")
+        invitation = world.invite("world/a", expires_s=600.0)
+        member = profile.begin(folder / "member", invitation, world.identity.root_pem)
+        request = member.request()
+        member.install(world.enrol(request, invitation.id, invitation.proof(request)).chain_pem)
+        asked, other = multiprocessing.Pipe()
+        arguments = (str(folder / "world"), staging, SIZE, port, other)
+        server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
+        server.start()
+        try:
+            assert asked.recv() == "ready"
+            found = asyncio.run(_member(member, port, asked))
+            asked.send("end")
+            server.join(10)
+        finally:
+            server.kill()
+    return _shown(found)
+
+
+async def _member(member: profile.Profile, port: int, asked: Any) -> dict[str, Any]:
+    sizes, buffer = sizes_of(SIZE), memoryview(bytearray(4 * SIZE))
+    settings = LinkSettings(url=f"https://127.0.0.1:{port}", path="world/a", sizes=sizes, hello=hello_of(sizes))
+    link = Link(settings, client_context(member), seal=MemberKey(member), check_server=member.check_server)
+    try:
+        return await exchanges(link, SIZE, lambda way: copy_s(port + 1, buffer, way), asked)
+    finally:
+        await link.close()
+
+
+def _two_free_ports() -> int:
+    """The first of two ports in a row that are free."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            port: int = one.getsockname()[1]
+            with suppress(OSError, OverflowError):
+                two.bind(("127.0.0.1", port + 1))
+                return port
+
+
+def _shown(found: dict[str, Any]) -> dict[str, Any]:
+    load = os.getloadavg()[0]
+    print(f"{SIZE / 1e6:.0f}M parameters, {4 * SIZE / 1e6:.0f} MB in fp32; medians of {ROUNDS}; load {load:.1f}")
+    print(f"{'':10} {'s':>7} {'TCP copies':>11} {'least':>7} {'most':>7} {'target':>7}")
+    rows = []
+    for name, ratios in found["ratios"].items():
+        took, middle = statistics.median(found["seconds"][name]), statistics.median(ratios)
+        rows.append({"way": name, "s": took, "copies": middle, "least": min(ratios), "most": max(ratios)})
+        print(f"{name:10} {took:7.2f} {middle:11.1f} {min(ratios):7.1f} {max(ratios):7.1f} {TARGETS[name]:7.0f}")
+    for name, target in MEMORY_MB.items():
+        print(f"extra memory, {name}: {found['memory_mb'][name]:.0f} MB (target {target})")
+    copies = {name: statistics.median(found["seconds"][name]) for name in ("copy up", "copy down")}
+    print(f"a TCP copy: {copies['copy up']:.2f} s up, {copies['copy down']:.2f} s down")
+    return {"rows": rows, "memory_mb": found["memory_mb"], "copy_s": copies, "load": load}
