@@ -83,12 +83,12 @@ class DataError(WorldLMError):
     """A text file, a corpus or a tokenizer cannot be used."""
 
 
-class MessageError(WorldLMError):
-    """A message is malformed.
+class NamedError(WorldLMError):
+    """A refusal that has a name.
 
     Args:
-        reason: the name of the refusal, as counted and shown in TensorBoard.
-        detail: what was got and what was expected.
+        reason: the name, as counted and shown in TensorBoard.
+        detail: who, what was got, and what was expected or the cure.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -98,6 +98,10 @@ class MessageError(WorldLMError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+class MessageError(NamedError):
+    """A message is malformed."""
 
 
 class AggregationError(WorldLMError):
@@ -120,21 +124,8 @@ class GatewayError(WorldLMError):
     """A gateway's folder, a member's profile or an invitation cannot be used."""
 
 
-class Refused(GatewayError):
-    """What a peer asks at the border is refused; nothing has changed.
-
-    Args:
-        reason: the name of the refusal, as counted and shown.
-        detail: who, what was got, and the cure.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+class Refused(NamedError, GatewayError):
+    """What a peer asks at the border is refused; nothing has changed."""
 
 
 class RunError(WorldLMError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,12 @@ from worldlm_ray.gateway.profile import Profile
 from worldlm_ray.gateway.seals import ServerKey
 from worldlm_ray.gateway.server import Gateway, Settings
 from worldlm_ray.tensors.layout import Layout
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a test's coroutine; one that does not end fails."""
+    asyncio.run(asyncio.wait_for(work, 60))
+
 
 # ---- the parent --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgpack
+
 from worldlm_ray.errors import MessageError
 from worldlm_ray.tensors.buffers import Flat, rough_norm
 from worldlm_ray.tensors.layout import Layout
@@ -31,6 +33,22 @@ a checkpoint has forgotten what came since; at ten rounds a second this many are
 MOST_RESTARTS = 1_000
 """Starts of a child between two that its parent hears of. Each raises the incarnation by one and takes seconds."""
 _SHOWN = 80
+
+
+def unpacked(raw: bytes, what: str) -> Any:
+    """The value of some msgpack, whose length has been checked.
+
+    Args:
+        raw: as it arrived.
+        what: it is, for the error.
+
+    Raises:
+        MessageError: malformed.
+    """
+    try:
+        return msgpack.unpackb(raw, max_ext_len=0)
+    except Exception as error:  # msgpack raises errors of many kinds
+        raise MessageError("malformed", f"{what} is not msgpack ({type(error).__name__})") from error
 
 
 def header_bytes(layout: Layout, residuals: int) -> int:

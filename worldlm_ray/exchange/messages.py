@@ -26,6 +26,7 @@ from worldlm_ray.exchange.limits import (
     checked_norm,
     header_bytes,
     shown,
+    unpacked,
 )
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
@@ -236,10 +237,7 @@ def read_header(header: bytes, *, most_bytes: int = HEADER_BYTES) -> dict[str, A
         raise MessageError("malformed", f"the header is of type {type(header).__name__}, expected bytes")
     if len(header) > most_bytes:
         raise MessageError("header_too_large", f"the header has {len(header)} bytes, expected at most {most_bytes}")
-    try:
-        fields = msgpack.unpackb(header, max_ext_len=0)
-    except Exception as error:
-        raise MessageError("malformed", f"the header is not msgpack ({type(error).__name__})") from error
+    fields = unpacked(header, "the header")
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise MessageError("malformed", "the header is not a mapping of names")
     return fields

@@ -23,7 +23,16 @@ from cryptography import x509
 from worldlm_ray.errors import GatewayError
 from worldlm_ray.gateway import certificates
 from worldlm_ray.gateway.certificates import Signer
-from worldlm_ray.gateway.keys import Clock, PrivateKey, key_pem, new_key, read_file, read_private, write_private
+from worldlm_ray.gateway.keys import (
+    Clock,
+    PrivateKey,
+    key_pem,
+    new_key,
+    read_facts,
+    read_file,
+    read_private,
+    write_private,
+)
 from worldlm_ray.storage.filesystem import make_folder, replace_text
 
 FORMAT = 1
@@ -33,6 +42,7 @@ LEAST_PASSPHRASE = 8
 LONGEST_NAME = 40
 """Characters of a world's name: a subject has 64, with what stands behind it."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9a-fA-F:.]{2,45}")
+WRITER = "worldlm gateway init"
 FACTS, ROOT_KEY, ROOT, ISSUING, SERVER = "gateway.json", "root.key", "root.pem", "issuing.pem", "server.pem"
 
 
@@ -207,12 +217,8 @@ def _write_issuing(path: Path, root: Signer, name: str, number: int, *, now_s: f
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(read_file(path))
-        kinds = {"format": int, "name": str, "names": list, "port": int, "world": str}
-        good = all(isinstance(facts[key], kind) for key, kind in kinds.items()) and facts["format"] == FORMAT
-    except (ValueError, KeyError, TypeError):
-        good = False
-    if not good or not facts["names"] or not all(isinstance(name, str) for name in facts["names"]):
-        raise GatewayError(f"{path}: is not what `worldlm gateway init` wrote; restore it from a copy")
-    return dict(facts)
+    kinds = {"format": int, "name": str, "names": list, "port": int, "world": str}
+    facts = read_facts(path, kinds, version=FORMAT, writer=WRITER)
+    if not facts["names"] or not all(isinstance(name, str) for name in facts["names"]):
+        raise GatewayError(f"{path}: is not what `{WRITER}` wrote; restore it from a copy")
+    return facts

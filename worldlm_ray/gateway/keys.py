@@ -6,8 +6,10 @@ P-256 and not Ed25519: every TLS stack and load balancer takes it by default. Al
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -169,3 +171,25 @@ def read_file(path: Path) -> bytes:
     except OSError as error:
         cure = "name the folder by --dir" if isinstance(error, FileNotFoundError) else "make it readable"
         raise GatewayError(f"{path}: {error.strerror or error}; {cure}") from error
+
+
+def read_facts(path: Path, kinds: dict[str, type], *, version: int, writer: str) -> dict[str, Any]:
+    """What a file of facts says: a JSON mapping that its writer has written whole.
+
+    Args:
+        path: of the file.
+        kinds: type of each fact.
+        version: that `format` must have.
+        writer: the command that makes the file, for the error.
+
+    Raises:
+        GatewayError: the file cannot be read, or is not as it was written.
+    """
+    try:
+        facts = json.loads(read_file(path))
+        good = all(isinstance(facts[key], kind) for key, kind in kinds.items()) and facts["format"] == version
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise GatewayError(f"{path}: is not what `{writer}` wrote; restore it from a copy")
+    return dict(facts)

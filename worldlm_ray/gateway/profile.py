@@ -29,6 +29,7 @@ from worldlm_ray.gateway.keys import (
     fingerprint,
     key_pem,
     new_key,
+    read_facts,
     read_file,
     read_private,
     write_private,
@@ -226,12 +227,5 @@ def _change_facts(folder: Path, **changes: Any) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(read_file(path))
-        kinds = {"format": int, "url": str, "world": str, "path": str, "invitation": str, "generation": int}
-        good = all(isinstance(facts[key], kind) for key, kind in kinds.items()) and facts["format"] == FORMAT
-    except (ValueError, KeyError, TypeError):
-        good = False
-    if not good:
-        raise GatewayError(f"{path}: is not what `worldlm gateway join` wrote; restore it from a copy")
-    return dict(facts)
+    kinds = {"format": int, "url": str, "world": str, "path": str, "invitation": str, "generation": int}
+    return read_facts(path, kinds, version=FORMAT, writer="worldlm gateway join")

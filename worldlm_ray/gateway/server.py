@@ -28,7 +28,7 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 import worldlm_ray
-from worldlm_ray.errors import MessageError, WorldLMError
+from worldlm_ray.errors import MessageError, NamedError, WorldLMError
 from worldlm_ray.exchange.limits import LARGEST_COUNT, shown
 from worldlm_ray.gateway import probe, wire
 from worldlm_ray.gateway.calls import POLL_S, Calls, Parent
@@ -191,8 +191,10 @@ class Gateway:
                     return await self._enrol(request)
                 member = self._member(request)
                 return await self._route(request, member)
+            except NamedError as error:
+                reason, detail = error.reason, error.detail
             except WorldLMError as error:
-                reason, detail = getattr(error, "reason", "not_allowed"), getattr(error, "detail", str(error))
+                reason, detail = "not_allowed", str(error)
             except (ConnectionError, ClientPayloadError, HttpProcessingError) as error:
                 reason, detail = "malformed", f"the body did not come ({type(error).__name__})"
             except Exception as error:

@@ -28,7 +28,7 @@ import msgpack
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.compression import nbytes
-from worldlm_ray.exchange.limits import LONGEST_PATH, checked, header_bytes, shown
+from worldlm_ray.exchange.limits import LONGEST_PATH, checked, header_bytes, shown, unpacked
 from worldlm_ray.exchange.messages import SCHEMA
 from worldlm_ray.exchange.replies import Verdict
 from worldlm_ray.tensors.layout import Layout
@@ -265,10 +265,7 @@ def parsed(kind: type[M], body: bytes, *, most_bytes: int = MESSAGE_BYTES) -> M:
     """
     if len(body) > most_bytes:
         raise MessageError("wrong_size", f"the message has {len(body)} bytes, expected at most {most_bytes}")
-    try:
-        found = msgpack.unpackb(body, max_ext_len=0)
-    except Exception as error:
-        raise MessageError("malformed", f"the message is not msgpack ({type(error).__name__})") from error
+    found = unpacked(body, "the message")
     kinds = _kinds(kind)  # type: ignore[arg-type]
     if not isinstance(found, dict) or set(found) != set(kinds):
         got = shown(sorted(map(str, found))) if isinstance(found, dict) else type(found).__name__

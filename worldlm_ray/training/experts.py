@@ -47,8 +47,6 @@ class ExpertTrainer(LocalTrainer):
     ) -> None:
         super().__init__(shape, layout, training, threads=threads, device=device)
         self.experts = Experts(self.model.root, layout, EXPERTS[shape.lora.experts], self.device)
-        for parameter in self.experts.routers.parameters():
-            parameter.requires_grad_(True)
         self._router = torch.nn.Parameter(self.experts.router)
         self._router.grad = self.experts.gradient
         betas = (training.betas[0], training.betas[1])

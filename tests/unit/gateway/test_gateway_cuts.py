@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.borders import Border, Line, NodeAsParent, a_border
+from support.borders import Border, Line, NodeAsParent, a_border, run
 from support.nodes import a_node
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Update, pack_header, unpack_model
 from worldlm_ray.exchange.replies import Verdict
-from worldlm_ray.gateway import http, staging
+from worldlm_ray.gateway import staging
 from worldlm_ray.gateway.link import Link
 from worldlm_ray.tensors.layout import make_layout
 
@@ -26,15 +25,7 @@ LAYOUT = make_layout([("body.weight", (500_000,))], [], layers=0)
 LEAVES = -(-LAYOUT.nbytes // LEAF)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_S", 0.001)
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 60))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def a_parent() -> NodeAsParent:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.gateway import HOUR_S, FakeClock, make_member, make_world, shown_by
+from support.gateway import HOUR_S, make_member, shown_by
 
 from worldlm_ray.errors import GatewayError, Refused
 from worldlm_ray.gateway import certificates, keys
@@ -24,11 +24,6 @@ from worldlm_ray.gateway.invitation import Invitation, read_invitation
 COUNTS = [10_000, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(900)])]
 GROWTH_KB = 64_000
 BYTES = bytes(range(256))
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Authority:
-    return make_world(tmp_path / "gateway", clock=FakeClock())
 
 
 def mutated(rng: random.Random, original: bytes) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,13 @@ from support.border_requests import (
     at_a_border,
     joined,
 )
-from support.borders import Border, ByHand, NodeAsParent, a_border, by_hand
+from support.borders import Border, ByHand, NodeAsParent, a_border, by_hand, run
 from support.nodes import a_node
 
-from worldlm_ray.gateway import http, wire
+from worldlm_ray.gateway import wire
 from worldlm_ray.tensors.layout import make_layout
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_S", 0.001)
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 60))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # ---- slow peers --------------------------------------------------------------------------------------------------

@@ -18,16 +18,6 @@ from worldlm_ray.gateway.certificates import Signer
 from worldlm_ray.gateway.keys import key_pem, new_key, write_private
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def world(tmp_path: Path, clock: FakeClock) -> Authority:
-    return make_world(tmp_path / "gateway", clock=clock)
-
-
 def loaded(folder: Path, context: ssl.SSLContext, signer: Signer, certificate: x509.Certificate, key: object) -> None:
     """Have a context show a certificate."""
     file = folder / "forged.pem"

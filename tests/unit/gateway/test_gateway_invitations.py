@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.gateway import HOUR_S, FakeClock, contents, journal, make_member, make_world, request, shown_by
+from support.gateway import HOUR_S, FakeClock, contents, journal, request, shown_by
 
 from worldlm_ray.errors import GatewayError, Refused
 from worldlm_ray.gateway import certificates, keys, profile
@@ -16,21 +16,6 @@ from worldlm_ray.gateway.profile import Profile
 from worldlm_ray.gateway.registry import State
 
 EUROPE = "world/europe"
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def world(tmp_path: Path, clock: FakeClock) -> Authority:
-    return make_world(tmp_path / "gateway", clock=clock)
-
-
-@pytest.fixture
-def member(world: Authority, tmp_path: Path, clock: FakeClock) -> Profile:
-    return make_member(world, tmp_path / "acme", clock=clock)
 
 
 # ---- invitations ------------------------------------------------------------------------------------------------

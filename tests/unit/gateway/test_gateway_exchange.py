@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.borders import NodeAsParent, a_border
+from support.borders import NodeAsParent, a_border, run
 from support.nodes import a_node
 
 from worldlm_ray.aggregation.node import Node
@@ -61,10 +60,6 @@ async def exchange(parents: dict[str, Any], *, rounds: int = 3, codec: str = "fp
     for name, parent in parents.items():
         found.append(await parent.done(name, 1, 1))
     return found
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 60))
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])

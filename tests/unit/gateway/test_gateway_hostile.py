@@ -6,9 +6,7 @@ import asyncio
 import random
 import ssl
 import tracemalloc
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.border_requests import (
@@ -25,25 +23,16 @@ from support.border_requests import (
     joined,
     staged,
 )
-from support.borders import by_hand
+from support.borders import by_hand, run
 from support.gateway import make_member, make_world
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import pack_header
-from worldlm_ray.gateway import http, profile, seals, wire
+from worldlm_ray.gateway import profile, seals, wire
 from worldlm_ray.gateway.contexts import client_context, joining_context
 from worldlm_ray.gateway.link import Receipt, enrol
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_S", 0.001)
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 60))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # ---- who comes ---------------------------------------------------------------------------------------------------

@@ -18,21 +18,6 @@ from worldlm_ray.gateway.registry import FILE, State
 EUROPE = "world/europe"
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def world(tmp_path: Path, clock: FakeClock) -> Authority:
-    return make_world(tmp_path / "gateway", clock=clock)
-
-
-@pytest.fixture
-def member(world: Authority, tmp_path: Path, clock: FakeClock) -> Profile:
-    return make_member(world, tmp_path / "acme", clock=clock)
-
-
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
