@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,19 @@ from worldlm_ray.model.shape import PRESETS
 CLIENTS, ROWS, STEPS, PAIRS = 8, 16, 5, 7
 
 
-def run() -> dict[str, Any]:
-    """Time both ways in turn, and print the ratios."""
+def run(devices: Sequence[str] = (), presets: Sequence[str] = ("nano", "micro")) -> dict[str, Any]:
+    """Time both ways in turn, and print the ratios.
+
+    Args:
+        devices: the CPU and a GPU if there is one, unless given.
+        presets: sizes of the models.
+    """
     rows = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     print(f"{'preset':8} {'device':6} {'one by one, s':>14} {'stacked, s':>11} {'times as fast':>14}")
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        for preset in ("nano", "micro"):
+    for device in devices or ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        for preset in presets:
             models, tokens = _clients(preset, device)
             stacked = _stacked(models)
             single_step, stacked_step = partial(_one_by_one, models, tokens), partial(stacked, tokens)

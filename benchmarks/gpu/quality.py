@@ -24,7 +24,7 @@ def measure(rows: Rows, toy: bool) -> None:
         "name": "gpu",
         "model": {"preset": "nano"} if toy else {"preset": "75m", "context": 512},
         "budget": {"rounds": 2 if toy else 12},
-        "training": {"local_steps": 2 if toy else 40, "batch_size": 4 if toy else 32, "lr": 1e-3},
+        "training": {"local_steps": 2 if toy else 40, "batch_size": 4 if toy else 32, "lr": 1e-3, "compile": "off"},
         "evaluation": {"tokens": 1024 if toy else 65_536, "final_tokens": 1024 if toy else 65_536},
         "resources": {"gpus": 1.0 if where == "cuda" else 0.0},
         "world": {

@@ -16,17 +16,20 @@ from typing import Any
 
 from benchmarks.gpu.rows import ROWS, Rows, read
 
+MODEL, TEXT = "WORLDLM_GPU_MODEL", "WORLDLM_GPU_TEXT"
+"""Environment variables that tell a step the folders of --model and --text."""
+
 
 @dataclass(frozen=True)
 class Step:
     """A part of the run."""
 
     name: str
-    """Module of this package that has `measure(rows, toy)`; without one the step is not there yet."""
+    """Module of this package that has `measure(rows, toy)`."""
     minutes: float
     """Its time limit."""
-    missing: str = ""
-    """Why there is no such module yet."""
+    wants_model: bool = False
+    """Whether it needs a pre-trained model and text."""
 
 
 STEPS = (
@@ -36,8 +39,8 @@ STEPS = (
     Step("privacy", 1.5),
     Step("exchange", 1.5),
     Step("quality", 4.0),
-    Step("many_clients", 1.0, missing="small clients are not trained as one batch yet"),
-    Step("lora", 1.0, missing="adapters are not there yet"),
+    Step("small_clients", 1.0),
+    Step("adapters", 6.0, wants_model=True),
 )
 SPARE_S = 5.0
 """Kept for writing the table when the time is up."""
@@ -57,9 +60,14 @@ def main(arguments: list[str]) -> int:
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     until = time.monotonic() + 60.0 * options.minutes
     found: dict[str, dict[str, Any]] = {}
-    for step in STEPS:
+    os.environ |= {MODEL: str(Path(options.model).absolute()), TEXT: str(Path(options.text).absolute())}
+    wanted = options.only.split(",") if options.only else [step.name for step in STEPS]
+    for step in (step for step in STEPS if step.name in wanted):
         limit_s = DRY_RUN_S if options.dry_run else 60.0 * step.minutes
-        found[step.name] = _run(step, out, min(limit_s, until - SPARE_S - time.monotonic()), options.dry_run)
+        if step.wants_model and not (options.dry_run or (options.model and options.text)):
+            found[step.name] = {"state": "left out", "why": "give --model and --text", "seconds": 0.0, "rows": []}
+        else:
+            found[step.name] = _run(step, out, min(limit_s, until - SPARE_S - time.monotonic()), options.dry_run)
         result = {"facts": facts, "steps": found}
         (out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         (out / "table.md").write_text(table(result), encoding="utf-8")
@@ -73,16 +81,22 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=14.0, help="time for everything")
     parser.add_argument("--out", default="benchmarks/out/gpu", help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="all of it on the CPU, at toy size")
-    parser.add_argument("--step", choices=[step.name for step in STEPS if not step.missing], help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    names = [step.name for step in STEPS]
+    parser.add_argument("--only", default="", help=f"steps, with commas; of {', '.join(names)}")
+    parser.add_argument("--model", default="", help="folder of a pre-trained model, for the step adapters")
+    parser.add_argument("--text", default="", help="folder of text files, for the step adapters")
+    parser.add_argument("--step", choices=names, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name in filter(None, options.only.split(",")):
+        if name not in names:
+            parser.error(f"--only: there is no step {name!r}; there are {', '.join(names)}")
+    return options
 
 
 def _run(step: Step, out: Path, limit_s: float, dry_run: bool) -> dict[str, Any]:
     """One step in its own process group, which ends with it."""
     rows = out / f"{step.name}{ROWS}"
     rows.unlink(missing_ok=True)
-    if step.missing:
-        return {"state": "not there yet", "why": step.missing, "seconds": 0.0, "rows": []}
     if limit_s <= 1.0:
         return {"state": "no time left", "why": "", "seconds": 0.0, "rows": []}
     print(f"{step.name}: at most {limit_s:.0f} s", flush=True)

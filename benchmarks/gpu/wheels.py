@@ -1,10 +1,12 @@
 """Wheels for a machine without a network, in parts that each fit one transfer.
 
-    python -m benchmarks.gpu.wheels collect FOLDER [--python 3.12] [--with-ray]     here: FOLDER/part-01, part-02, ...
-    python benchmarks/gpu/wheels.py install FOLDER                                  there: joins them and installs
+    here    python -m benchmarks.gpu.wheels collect FOLDER [--python 3.12] [--have FILE] [--with-ray]
+    there   python benchmarks/gpu/wheels.py install FOLDER
 
-A wheel that is larger than a part is cut into pieces and joined there. What the machine has already is not brought; the
-versions are those installed here. `install` needs nothing but Python and pip.
+`collect` makes FOLDER/part-01, part-02, ... A wheel that is larger than a part is cut into pieces, and `install` joins
+them. What the machine has already is not brought: FILE names further packages that it has, with commas or spaces
+between them. The versions are those installed here. The project comes as a wheel, too. `install` needs nothing but
+Python and pip.
 """
 
 from __future__ import annotations
@@ -14,20 +16,22 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 PART_BYTES = 60 * 2**20
 THERE = frozenset({"torch", "numpy", "transformers", "peft", "safetensors", "tokenizers", "msgpack", "worldlm-ray"})
 """Packages that such a machine has."""
+ROOT = Path(__file__).parents[2]
 RAY = "ray"
 PIECE = ".piece-"
 
 
-def needed(*, with_ray: bool) -> dict[str, str]:
+def needed(*, with_ray: bool, have: Iterable[str] = ()) -> dict[str, str]:
     """Version of every package that worldlm_ray needs and such a machine lacks, by name."""
     there = _closure({"torch"}, skip=frozenset())
-    skip = THERE | there.keys() | (frozenset() if with_ray else {RAY})
+    skip = THERE | there.keys() | set(map(_canonical, have)) | (frozenset() if with_ray else {RAY})
     return {name: version for name, version in _closure({"worldlm-ray"}, skip=skip).items() if name not in skip}
 
 
@@ -54,23 +58,28 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def collect(folder: Path, *, python: str, with_ray: bool) -> list[Path]:
+def collect(folder: Path, *, python: str, with_ray: bool, have: Iterable[str] = ()) -> list[Path]:
     """Download the wheels and lay them into parts; returns the parts' folders."""
     with tempfile.TemporaryDirectory() as place:
         wheels = Path(place)
-        for name, version in sorted(needed(with_ray=with_ray).items()):
+        for name, version in sorted(needed(with_ray=with_ray, have=have).items()):
             print(f"{name} {version}", flush=True)
             _bring(f"{name}=={version}", wheels, python)
+        subprocess.run([*_pip(), "wheel", "--no-deps", "-w", str(wheels), str(ROOT)], check=True)
         return split(sorted(wheels.iterdir()), folder)
 
 
 def _bring(requirement: str, wheels: Path, python: str) -> None:
     """A wheel for the other Python; where there is none, one that is built here from pure Python."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    pip = _pip()
     platforms = [f"--platform=manylinux{name}_x86_64" for name in ("2014", "_2_17", "_2_28", "_2_34")]
     binary = ["download", "--only-binary=:all:", f"--python-version={python}", *platforms, "--no-deps"]
     if subprocess.run([*pip, *binary, "-d", str(wheels), requirement], check=False, capture_output=True).returncode:
         subprocess.run([*pip, "wheel", "--no-deps", "-w", str(wheels), requirement], check=True)
+
+
+def _pip() -> list[str]:
+    return [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
 
 
 def split(files: list[Path], folder: Path, *, part_bytes: int = PART_BYTES) -> list[Path]:
@@ -115,12 +124,14 @@ def main() -> None:
     parser.add_argument("what", choices=["collect", "install"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12", help="version there")
+    parser.add_argument("--have", type=Path, help="file with names of further packages that the machine has")
     parser.add_argument("--with-ray", action="store_true", help="bring Ray too")
     options = parser.parse_args()
     if options.what == "install":
         install(options.folder)
         return
-    for part in collect(options.folder, python=options.python, with_ray=options.with_ray):
+    have = re.split(r"[\s,]+", options.have.read_text(encoding="utf-8")) if options.have else []
+    for part in collect(options.folder, python=options.python, with_ray=options.with_ray, have=filter(None, have)):
         print(f"{part}: {sum(file.stat().st_size for file in part.iterdir()) / 2**20:.1f} MiB")
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LanguageModel = Union[Decoder, "Pretrained"]
 
 
-def make_model(shape: Architecture, *, recompute: bool = False) -> LanguageModel:
+def make_model(shape: Architecture, *, recompute: bool = False, device: str = "cpu") -> LanguageModel:
     """A module whose trainable parameters have no memory yet: `bind` makes them views of a flat buffer.
 
     It gives logits [B, T, V] from token ids [B, T]; its `loss` is a cross-entropy in nats. The names of the parameters
@@ -24,6 +24,7 @@ def make_model(shape: Architecture, *, recompute: bool = False) -> LanguageModel
     Args:
         shape: of the model.
         recompute: compute the blocks' activations again in the backward pass instead of keeping them.
+        device: where the frozen weights lie; the clients of a process share them there.
 
     Raises:
         DataError: frozen weights cannot be read.
@@ -31,6 +32,6 @@ def make_model(shape: Architecture, *, recompute: bool = False) -> LanguageModel
     if isinstance(shape, PretrainedShape):
         from worldlm_ray.model.pretrained import make  # transformers takes seconds to import
 
-        return make(shape, recompute=recompute)
+        return make(shape, recompute=recompute, device=device)
     with torch.device("meta"):  # no memory and no default initialisation: the flat buffer is the model
         return Decoder(shape, recompute=recompute)

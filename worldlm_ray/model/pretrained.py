@@ -102,12 +102,13 @@ def read_shape(
     return shape, limit, bool(getattr(config, "tie_word_embeddings", False))
 
 
-def make(shape: PretrainedShape, *, recompute: bool = False) -> Pretrained:
+def make(shape: PretrainedShape, *, recompute: bool = False, device: str = "cpu") -> Pretrained:
     """The module of a shape. Trainable parameters are without memory until they are bound to a flat buffer.
 
     Args:
         shape: of the model.
         recompute: compute the blocks' activations again in the backward pass instead of keeping them.
+        device: where the frozen weights lie.
 
     Raises:
         DataError: the weights cannot be read.
@@ -115,7 +116,7 @@ def make(shape: PretrainedShape, *, recompute: bool = False) -> Pretrained:
     folder = Path(shape.folder)
     root = bare(json.loads(shape.config), file=folder / "config.json")
     if shape.trainable != "all":
-        root.load_state_dict(mapped_weights(folder, Path(shape.cache_dir)), strict=False, assign=True)
+        root.load_state_dict(mapped_weights(folder, Path(shape.cache_dir), device), strict=False, assign=True)
         root.tie_weights()
     choose(root, shape.trainable, shape.lora)
     drawn = {name: torch.from_numpy(draw_a(name, size, seed=shape.seed)) for name, size in shape.frozen_a}

@@ -41,16 +41,16 @@ def base_file(folder: Path, cache_dir: Path) -> Path:
 
 
 @lru_cache(4)
-def _mapped(file: Path) -> dict[str, Any]:
-    """The tensors of a file, mapped once per process."""
+def _mapped(file: Path, device: str) -> dict[str, Any]:
+    """The tensors of a file, once per process and device: mapped on the CPU, copied to a GPU."""
     from safetensors.torch import load_file
 
-    return load_file(file)
+    return load_file(file, device=device)
 
 
-def mapped_weights(folder: Path, cache_dir: Path) -> dict[str, Any]:
-    """The weights of a model by name, as mapped tensors; see `base_file`."""
-    return _mapped(base_file(folder, cache_dir))
+def mapped_weights(folder: Path, cache_dir: Path, device: str = "cpu") -> dict[str, Any]:
+    """The weights of a model by name, as tensors that all clients of a process share; see `base_file`."""
+    return _mapped(base_file(folder, cache_dir), device)
 
 
 def read_parameters(folder: Path, cache_dir: Path, layout: Layout) -> Flat:

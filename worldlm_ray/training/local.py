@@ -97,7 +97,8 @@ class LocalTrainer(Trainer):
         self._strength = 0.0
         self.flat = torch.zeros(layout.size, device=self.device)
         self.gradient = torch.zeros(layout.size, device=self.device)
-        self.model: LanguageModel = make_model(shape, recompute=training.activation_checkpointing)
+        recompute = training.activation_checkpointing
+        self.model: LanguageModel = make_model(shape, recompute=recompute, device=self.device.type)
         bind(self.model.root, layout, self.flat, self.gradient)
         self.model.to(self.device)
         self._parts = parts_of(layout, training)

@@ -113,6 +113,8 @@ class ZeroWorker:
             privacy = checked(privacy, shape, model)
         groups = groups_of(model, training)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+        for buffer in model.buffers():  # DeepSpeed leaves those of a model that was sharded while it was made on the CPU
+            buffer.data = buffer.data.to(self.device)
         self.parameters = {n: p for n, p in self.engine.module.root.named_parameters() if p.requires_grad}
         self._private = None if privacy is None else self._make_private(privacy, noise, cuda=cuda)
         self.forget()
