@@ -39,7 +39,7 @@ from worldlm_ray.training.deepspeed_config import deepspeed_config, is_bf16
 from worldlm_ray.training.sampling import generate
 from worldlm_ray.training.spans import spans
 from worldlm_ray.training.trainer import MOMENTS, Batch
-from worldlm_ray.training.zero_model import checked, groups_of, join, make_zero_model
+from worldlm_ray.training.zero_model import checked, groups_of, join, make_zero_model, move_buffers
 
 if TYPE_CHECKING:
     from worldlm_ray.privacy.dp_sgd import RecordGradients
@@ -113,8 +113,7 @@ class ZeroWorker:
             privacy = checked(privacy, shape, model)
         groups = groups_of(model, training)
         self.engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
-        for buffer in model.buffers():  # DeepSpeed leaves those of a model that was sharded while it was made on the CPU
-            buffer.data = buffer.data.to(self.device)
+        move_buffers(model, self.device)
         self.parameters = {n: p for n, p in self.engine.module.root.named_parameters() if p.requires_grad}
         self._private = None if privacy is None else self._make_private(privacy, noise, cuda=cuda)
         self.forget()

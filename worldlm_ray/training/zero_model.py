@@ -45,6 +45,12 @@ def make_zero_model(
         return Decoder(shape, recompute=recompute)
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the buffers where the parameters are: DeepSpeed leaves those of a decoder that it sharded on the CPU."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
 def checked(privacy: PrivacyConfig, shape: Architecture, model: LanguageModel) -> PrivacyConfig:
     """The settings with the mode of per-record gradients decided, once these are known to be right for the model."""
     from worldlm_ray.privacy.dp_sgd import check_architecture, likely_cheaper
