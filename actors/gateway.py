@@ -30,6 +30,7 @@ from worldlm_ray.gateway import joining, profile, terms
 from worldlm_ray.gateway.authority import Authority
 from worldlm_ray.gateway.contexts import client_context, reload, server_context
 from worldlm_ray.gateway.link import Link, LinkSettings
+from worldlm_ray.gateway.receipts import FOLDER, RECEIVED, SENT, Receipts, run_id
 from worldlm_ray.gateway.registry import State
 from worldlm_ray.gateway.seals import MemberKey, ServerKey
 from worldlm_ray.gateway.server import Gateway, Settings
@@ -71,8 +72,9 @@ class ParentProxy(GracefulShutdown):
             world=self._profile.world,
         )
         self._seal = MemberKey(self._profile)
+        receipts = Receipts(plan.run_dir / FOLDER, SENT, root=self._profile.root, warn=partial(_warn, address))
         context, check = client_context(self._profile), self._profile.check_server
-        self._link = Link(settings, context, seal=self._seal, check_server=check)
+        self._link = Link(settings, context, seal=self._seal, receipts=receipts, check_server=check)
         self._last: tuple[bytes, Any] = (b"", None)
         """Digest of the newest model, and its reference."""
         self._address, self._above, self._said = address, above.path, ""
@@ -279,7 +281,8 @@ class GatewayActor(GracefulShutdown):
         self._authority = once_storage_answers(
             partial(Authority, expanded(self._plan.config.gateway.dir)), "the gateway"
         )
-        self._seal = ServerKey(self._authority.identity)
+        self._seal, self._receipts = ServerKey(self._authority.identity), self._plan.run_dir / FOLDER
+        self._run = once_storage_answers(partial(run_id, self._receipts), "the gateway")
         self._gateway: Gateway | None = None
         self._port, self._starts = 0, asyncio.Lock()
         self._renewal: asyncio.Task[None] | None = None
@@ -308,6 +311,7 @@ class GatewayActor(GracefulShutdown):
             staging_dir=_staging(plan),
             staging_bytes=staged,
             world=identity.world,
+            run=self._run,
             root_pem=identity.root_pem,
         )
         assert config.listen is not None, "a gateway is made for a run that has an address for it"
@@ -315,7 +319,8 @@ class GatewayActor(GracefulShutdown):
         self._context = server_context(identity)
         children = _Children(self._authority, node.path)
         self._parent = _Parent(self._address, self._authority.admissions)
-        gateway = Gateway(self._parent, children, settings, seal=self._seal)
+        receipts = Receipts(self._receipts, RECEIVED, root=identity.root, warn=partial(_warn, self._address))
+        gateway = Gateway(self._parent, children, settings, seal=self._seal, receipts=receipts)
         try:
             self._port = await gateway.start(self._context, host=host.strip("[]"), port=int(port))
         except OSError as error:
@@ -367,6 +372,12 @@ def _staging(plan: Plan) -> Path:
     """The folder for updates on their way; the same for each process of a run."""
     folder = plan.config.gateway.staging_dir
     return Path(folder or tempfile.gettempdir()) / f"worldlm-{os.getuid()}-staging-{plan.config.name}"
+
+
+def _warn(address: Address, path: str, text: str) -> None:
+    """Have the run's files and its operator's terminal say what a member meets at the border."""
+    record = LifeRecord(node=path, now_s=address.clock.now_s(), event="warning", detail=text)
+    address.recorder.record.remote([record])
 
 
 def _spawn(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

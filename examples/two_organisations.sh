@@ -75,9 +75,9 @@ $worldlm train europe.yaml --run-dir run 2> train.log || { cat train.log; exit 1
 wait $acme || { cat "$folder/acme/train.log"; exit 1; }
 cat "$folder/acme/train.log"
 
-say "each looks through the trail of its run: no update is lost, and none counts twice"
-$worldlm audit "$folder/acme/run"
-$worldlm audit "$folder/europe/run"
+say "each looks through its run, and the other one's receipts: no update is lost, and none counts twice"
+$worldlm audit "$folder/acme/run" --receipts "$folder/europe/run/receipts/sent/world/europe.jsonl"
+$worldlm audit "$folder/europe/run" --receipts "$folder/acme/run/receipts/received/world/europe.jsonl"
 
 say "acme revokes europe"
 cd "$folder/acme"

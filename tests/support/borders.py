@@ -22,7 +22,8 @@ from worldlm_ray.gateway.connections import ConnectionLimits
 from worldlm_ray.gateway.contexts import client_context, joining_context, server_context
 from worldlm_ray.gateway.link import Link, LinkSettings, hello_of
 from worldlm_ray.gateway.profile import Profile
-from worldlm_ray.gateway.seals import ServerKey
+from worldlm_ray.gateway.receipts import FOLDER, RECEIVED, SENT, Receipts
+from worldlm_ray.gateway.seals import MemberKey, ServerKey
 from worldlm_ray.gateway.server import Gateway, Settings
 from worldlm_ray.tensors.layout import Layout
 
@@ -181,6 +182,8 @@ class Border:
     port: int
     line: Line
     context: ssl.SSLContext
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Options of a gateway that signs, and keeps receipts."""
     links: list[Link] = field(default_factory=list)
     peers: list[ByHand] = field(default_factory=list)
 
@@ -194,16 +197,22 @@ class Border:
         context = changes.pop("context", None) or client_context(self.member(path))
         options: dict[str, Any] = {"path": path, "sizes": self.settings.sizes, "hello": self.settings.hello}
         options |= {"tries": 3, "connections": self.settings.connections, "world": self.world.identity.world}
-        others = {name: changes.pop(name) for name in ("seal", "keep", "check_server") if name in changes}
+        others = {name: changes.pop(name) for name in ("seal", "receipts", "check_server") if name in changes}
         url = f"https://127.0.0.1:{self.port if direct else self.line.port}"
         link = Link(LinkSettings(**({"url": url} | options | changes)), context, **others)
         self.links.append(link)
         return link
 
+    def sealed_link(self, path: str = "world/a", **changes: Any) -> Link:
+        """A member's link that signs, and keeps receipts in the folder `run-NAME`."""
+        member, run_dir = self.member(path), self.folder / f"run-{path.rpartition('/')[2]}"
+        receipts = Receipts(run_dir / FOLDER, SENT, root=member.root)
+        return self.link(path, seal=MemberKey(member), receipts=receipts, **changes)
+
     async def restart(self) -> None:
         """Another gateway, which knows no more than a new process would, at the same port."""
         await self.gateway.stop()
-        self.gateway = Gateway(self.parent, self.world, self.settings)
+        self.gateway = Gateway(self.parent, self.world, self.settings, **self.kept)
         await self.gateway.start(self.context, host="127.0.0.1", port=self.port)
 
 
@@ -225,11 +234,15 @@ async def a_border(
         "root_pem": world.identity.root_pem,
     }
     settings, context = Settings(**(options | changes)), server_context(world.identity)
-    gateway = Gateway(parent, world, settings, seal=ServerKey(world.identity) if sealed else None)
+    kept: dict[str, Any] = {}
+    if sealed:
+        kept["seal"] = ServerKey(world.identity)
+        kept["receipts"] = Receipts(folder / "run" / FOLDER, RECEIVED, root=world.identity.root)
+    gateway = Gateway(parent, world, settings, **kept)
     port = await gateway.start(context, host="127.0.0.1", port=0)
     line = Line(port)
     await line.start()
-    border = Border(folder, layout, parent, world, settings, gateway, port, line, context)
+    border = Border(folder, layout, parent, world, settings, gateway, port, line, context, kept)
     try:
         yield border
     finally:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from worldlm_ray.cli.common import Conf, Json, Overrides, Run, console, load, warn
 from worldlm_ray.config import loading
 
+if TYPE_CHECKING:
+    from worldlm_ray.reports.receipts import Border
+
 PerGb = Annotated[
     float | None, typer.Option("--per-gb", min=0.0, help="price of a GB between places: adds up what moves")
+]
+ReceiptFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--receipts", metavar="FILE", help="of the other side of the border; may be repeated"),
 ]
 
 
@@ -76,10 +85,11 @@ def privacy(run: Run, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def audit(run: Run, as_json: Json = False) -> None:
+def audit(run: Run, receipts: ReceiptFiles = None, as_json: Json = False) -> None:
     """Prove from the audit trail that no update was lost.
 
-    Edge by edge: no accepted update was lost, and none was applied twice.
+    Edge by edge: no accepted update was lost, and none was applied twice. With --receipts, the same of a border: by the
+    files RUN/receipts/sent/... of members at their world, and by RUN/receipts/received/... of the world at a member.
     """
     from worldlm_ray.plan import rundir
     from worldlm_ray.reports import trail
@@ -87,12 +97,40 @@ def audit(run: Run, as_json: Json = False) -> None:
 
     folder = rundir.find(run)
     found = trail.look(folder)
+    border = _border(folder, receipts or [])
     if as_json:
         edges = [vars(proof) for proof in found.proofs]
-        values = {"edges": edges, "holds": found.holds, "damage": found.damage, "torn_lines": found.torn}
+        values: dict[str, Any] = {
+            "edges": edges,
+            "holds": found.holds,
+            "damage": found.damage,
+            "torn_lines": found.torn,
+        }
+        if border is not None:
+            proofs = [asdict(proof) | {"holds": proof.holds} for proof in border.proofs]
+            findings = [asdict(each) for each in border.findings]
+            values["receipts"] = {"members": proofs, "findings": findings, "holds": border.holds}
         console.print_json(json.dumps(values))
     else:
         console.print(audit_table(found.proofs))
         console.print(found.conclusion(folder), highlight=False, soft_wrap=True)
-    if found.holds is False:
+        if border is not None:
+            from worldlm_ray.reports.receipts import table
+
+            console.print(table(border))
+            for line in border.lines():
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if found.holds is False or (border is not None and not border.holds):
         raise typer.Exit(1)
+
+
+def _border(folder: Path, files: list[Path]) -> Border | None:
+    """What receipts prove; None where none are given."""
+    if not files:
+        return None
+    from worldlm_ray.cli.gateway import need
+
+    need("cryptography")
+    from worldlm_ray.reports import receipts
+
+    return receipts.look(folder, files)

@@ -15,8 +15,8 @@ from worldlm_ray.exchange.messages import Packed, read_header
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.gateway import wire
 from worldlm_ray.gateway.downloads import Downloads
-from worldlm_ray.gateway.requests import Member, answer, connection_of, read
-from worldlm_ray.gateway.seals import WorldSeal
+from worldlm_ray.gateway.receipts import Evidence
+from worldlm_ray.gateway.requests import Member, answer, read
 from worldlm_ray.gateway.staging import Name, Upload
 from worldlm_ray.gateway.uploads import Uploads
 
@@ -83,8 +83,7 @@ class Calls:
         uploads: has the updates.
         downloads: gets the models.
         sizes: of what may come.
-        world: the world's id.
-        seal: signs and checks; nothing is signed without.
+        evidence: checks, signs and keeps what is pushed and judged.
         poll_s: see POLL_S.
     """
 
@@ -95,12 +94,11 @@ class Calls:
         downloads: Downloads,
         sizes: wire.Sizes,
         *,
-        world: str = "",
-        seal: WorldSeal | None = None,
+        evidence: Evidence,
         poll_s: float = POLL_S,
     ) -> None:
         self._parent, self._uploads, self._downloads, self._sizes = parent, uploads, downloads, sizes
-        self._world, self._seal, self._poll_s = world, seal, poll_s
+        self._evidence, self._poll_s = evidence, poll_s
         self._pulls: dict[str, _Asked] = {}
         self._pushes: dict[str, _Asked] = {}
         self._others: set[asyncio.Task[Any]] = set()
@@ -154,33 +152,30 @@ class Calls:
         """
         asked = await read(request, wire.Push, most=self._sizes.message_bytes)
         _check_header(asked, member)
-        manifest = asked.manifest(self._world, member.path)
-        if self._seal is not None:
-            self._seal.verify(connection_of(request).certificate or b"", asked.signature, manifest)
+        manifest = self._evidence.check(asked, member.path)
         under_way = self._pushes.get(member.path)
-        key = replace(asked, signature=b"")
+        key = replace(asked, signature=b"", chain=b"")
         if under_way is None or under_way.key != key:
             upload = self._whole(member, asked)
-            under_way = _Asked(key, self._beside(self._judge(member, asked, upload)))
+            under_way = _Asked(key, self._beside(self._judge(member, asked, manifest, upload)))
             self._pushes[member.path] = under_way
-        verdict: Verdict = await asyncio.shield(under_way.task)
+        verdict, judged = await asyncio.shield(under_way.task)
         if not verdict.accepted and self._pushes.get(member.path) is under_way:
             del self._pushes[member.path]  # the same update may be judged otherwise later
-        body = wire.packed(verdict)
-        if self._seal is None:
-            return answer(wire.Judged(verdict=body))
-        signature = self._seal.sign(wire.receipt(manifest, body))
-        return answer(wire.Judged(verdict=body, signature=signature, chain=self._seal.chain))
+        return answer(judged)
 
-    async def _judge(self, member: Member, asked: wire.Push, upload: Upload) -> Verdict:
+    async def _judge(
+        self, member: Member, asked: wire.Push, manifest: bytes, upload: Upload
+    ) -> tuple[Verdict, wire.Judged]:
         values = np.frombuffer(upload.view(), np.float32 if asked.codec == "fp32" else np.uint8)
         try:
+            await self._evidence.pushed(asked, member.path, manifest)
             verdict = await self._parent.push(member.name, asked.incarnation, asked.to, asked.header, values)
         except BaseException:
             self._pushes.pop(member.path, None)
             raise
         upload.judged = True
-        return verdict
+        return verdict, await self._evidence.judged(wire.packed(verdict), member.path, manifest)
 
     def _whole(self, member: Member, asked: wire.Push) -> Upload:
         upload = self._uploads.staged(member, Name(asked.incarnation, asked.seq, asked.codec))

@@ -14,17 +14,18 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 import worldlm_ray
-from worldlm_ray.errors import MessageError
+from worldlm_ray.errors import MessageError, Refused
 from worldlm_ray.exchange.messages import Packed, read_header
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.gateway import wire
 from worldlm_ray.gateway.http import TRIES, Http, checking
+from worldlm_ray.gateway.receipts import Receipts
 from worldlm_ray.gateway.seals import MemberSeal
 from worldlm_ray.gateway.transfer import Transfer
 
@@ -36,19 +37,6 @@ TRIES_OF_PULL = 3
 """A model of which the parent has a newer one meanwhile is asked for again so often."""
 CLOCK_S = 300.0
 """The other side's clock may differ by so much before it is worth a warning."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """A verdict that the parent's side has given."""
-
-    manifest: bytes
-    """What the member has signed."""
-    signed: bytes
-    """The member's signature of it."""
-    verdict: Verdict
-    answer: wire.Judged
-    """The verdict as it came: its signature is one of `wire.receipt(manifest, answer.verdict)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +63,7 @@ class Link:
         settings: how it works.
         context: of TLS.
         seal: signs pushes, and checks verdicts; nothing is signed without.
-        keep: hears of every receipt.
+        receipts: keep what is signed.
         check_server: refuses a server by its certificate (DER), beside what TLS checks.
     """
 
@@ -85,10 +73,10 @@ class Link:
         context: ssl.SSLContext,
         *,
         seal: MemberSeal | None = None,
-        keep: Callable[[Receipt], None] = lambda receipt: None,
+        receipts: Receipts | None = None,
         check_server: Callable[[bytes], None] = lambda certificate: None,
     ) -> None:
-        self._settings, self._seal, self._keep = settings, seal, keep
+        self._settings, self._seal, self._receipts = settings, seal, receipts
         self._check_server = check_server
         context = checking(context, check_server)
         self._http = Http(settings.url, context, connections=settings.connections, tries=settings.tries)
@@ -139,7 +127,10 @@ class Link:
         place = f"up/{incarnation}/{seq}/{codec}"
         for left in reversed(range(TRIES_OF_PULL)):
             digest = await self.transfer.send(place, view, leaves)
-            message = wire.Push(incarnation=incarnation, to=to, seq=seq, codec=codec, digest=digest, header=header)
+            run = (self.terms or await self.greet()).run
+            message = wire.Push(
+                incarnation=incarnation, to=to, seq=seq, codec=codec, digest=digest, header=header, run=run
+            )
             try:
                 return await self._judged(message)
             except MessageError as error:  # gone: the other side has lost what was staged
@@ -236,15 +227,21 @@ class Link:
 
     async def _judged(self, message: wire.Push) -> Verdict:
         """Send a push whose leaves are staged."""
-        manifest = message.manifest(self._settings.world, self._settings.path)
+        path = self._settings.path
+        manifest = message.manifest(self._settings.world, path)
         if self._seal is not None:
-            message = wire.Push(**(vars(message) | {"signature": self._seal.sign(manifest)}))
+            message = replace(message, signature=self._seal.sign(manifest), chain=self._seal.chain)
+            if self._receipts is not None:
+                await self._receipts.pushed(path, manifest, message.signature, message.chain)
         found = await self._http.ask("push", message, wire.Judged)
-        verdict = wire.parsed_verdict(found.verdict)
         if self._seal is not None:
-            self._seal.verify(found.chain, found.signature, wire.receipt(manifest, found.verdict))
-        self._keep(Receipt(manifest=manifest, signed=message.signature, verdict=verdict, answer=found))
-        return verdict
+            try:
+                self._seal.verify(found.chain, found.signature, wire.receipt(manifest, found.verdict))
+            except Refused as error:
+                raise MessageError(error.reason, f"the verdict on update {message.seq}: {error.detail}") from error
+            if self._receipts is not None:
+                await self._receipts.judged(path, manifest, found)
+        return wire.parsed_verdict(found.verdict)
 
 
 async def root_of(url: str, context: ssl.SSLContext) -> bytes:

@@ -29,13 +29,18 @@ class WorldSeal(Protocol):
         """The signature of some bytes."""
         ...
 
-    def verify(self, certificate: bytes, signature: bytes, data: bytes) -> None:
-        """Check that a member has signed some bytes; raises Refused."""
+    def verify(self, path: str, chain: bytes, signature: bytes, data: bytes) -> None:
+        """Check that the member at a path has signed some bytes; raises Refused."""
         ...
 
 
 class MemberSeal(Protocol):
     """Signatures of the member's side."""
+
+    @property
+    def chain(self) -> bytes:
+        """Certificates of the signer, PEM."""
+        ...
 
     def sign(self, data: bytes) -> bytes:
         """The signature of some bytes."""
@@ -72,9 +77,9 @@ class ServerKey:
         """See WorldSeal."""
         return keys.sign(self._key, data)
 
-    def verify(self, certificate: bytes, signature: bytes, data: bytes) -> None:
-        """See WorldSeal. The certificate is that of the connection, which has been authorised."""
-        keys.verify(certificate, signature, data)
+    def verify(self, path: str, chain: bytes, signature: bytes, data: bytes) -> None:
+        """See WorldSeal."""
+        check_push(self._identity.root, path, chain, signature, data)
 
 
 class MemberKey:
@@ -94,7 +99,9 @@ class MemberKey:
         Raises:
             GatewayError: its file is damaged.
         """
-        self._key, _, _ = self._profile.identity()
+        self._key, *chain = self._profile.identity()
+        self.chain = certificates.pem(*chain)
+        """See MemberSeal."""
 
     def sign(self, data: bytes) -> bytes:
         """See MemberSeal."""
@@ -103,6 +110,28 @@ class MemberKey:
     def verify(self, chain: bytes, signature: bytes, data: bytes) -> None:
         """See MemberSeal."""
         check_verdict(self._profile.root, chain, signature, data)
+
+
+def check_push(root: x509.Certificate, path: str, chain: bytes, signature: bytes, data: bytes) -> None:
+    """Check that a member of a world has signed some bytes. No clock is asked: the certificate may be over by now.
+
+    The key need not be the one of the connection by which the bytes came: that may have been renewed meanwhile.
+
+    Args:
+        root: the world's.
+        path: the member's.
+        chain: certificates of the member and of its issuing key, PEM.
+        signature: in DER.
+        data: what was signed.
+
+    Raises:
+        Refused: bad_certificate, wrong_world or bad_signature.
+    """
+    certificate, issuing = _two(chain, "the push")
+    if certificates.member_of(certificate) != (certificates.world_id(root), path):
+        raise Refused("bad_signature", f"the push is not signed by {path}")
+    certificates.check_issued(certificate, issuing, root)
+    keys.verify(certificate, signature, data)
 
 
 def check_verdict(root: x509.Certificate, chain: bytes, signature: bytes, data: bytes) -> None:
@@ -117,12 +146,27 @@ def check_verdict(root: x509.Certificate, chain: bytes, signature: bytes, data: 
     Raises:
         Refused: bad_certificate, wrong_world or bad_signature.
     """
+    certificate, issuing = _two(chain, "the verdict")
     try:
-        certificate, issuing = certificates.read_pem(chain, "the verdict")
         usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (GatewayError, ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
-        raise Refused("bad_certificate", "the verdict does not come with two certificates of a server") from error
+    except certificates.UNREADABLE as error:
+        raise Refused("bad_certificate", "the verdict's signer is no server") from error
     if list(usage) != [ExtendedKeyUsageOID.SERVER_AUTH]:
         raise Refused("bad_certificate", "the verdict's signer is no server")
     certificates.check_issued(certificate, issuing, root)
     keys.verify(certificate, signature, data)
+
+
+def _two(chain: bytes, what: str) -> list[x509.Certificate]:
+    """The certificates of a signer and of its issuing key.
+
+    Raises:
+        Refused: bad_certificate.
+    """
+    try:
+        found = certificates.read_pem(chain, what)
+    except GatewayError as error:
+        raise Refused("bad_certificate", f"{what} does not come with two certificates of its signer") from error
+    if len(found) != 2:
+        raise Refused("bad_certificate", f"{what} does not come with two certificates of its signer")
+    return found

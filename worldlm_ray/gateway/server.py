@@ -34,6 +34,7 @@ from worldlm_ray.gateway import probe, wire
 from worldlm_ray.gateway.calls import POLL_S, Calls, Parent
 from worldlm_ray.gateway.connections import Connection, ConnectionLimits, Connections
 from worldlm_ray.gateway.downloads import Downloads
+from worldlm_ray.gateway.receipts import Evidence, Receipts
 from worldlm_ray.gateway.requests import PIECE_BYTES, Member, answer, connection_of, read, read_raw, refused
 from worldlm_ray.gateway.seals import WorldSeal
 from worldlm_ray.gateway.staging import Name, Staging
@@ -83,6 +84,8 @@ class Settings:
     poll_s: float = POLL_S
     world: str = ""
     """The world's id."""
+    run: str = ""
+    """Id of the run."""
     root_pem: bytes = b""
     """The certificate of the world's root."""
 
@@ -95,24 +98,26 @@ class Gateway:
         authority: who may come.
         settings: how it works.
         seal: signs verdicts, and checks members' signatures; nothing is signed without.
+        receipts: keep what is signed.
     """
 
     def __init__(
-        self, parent: Parent, authority: Authority, settings: Settings, *, seal: WorldSeal | None = None
+        self,
+        parent: Parent,
+        authority: Authority,
+        settings: Settings,
+        *,
+        seal: WorldSeal | None = None,
+        receipts: Receipts | None = None,
     ) -> None:
         self._authority, self._settings = authority, settings
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="gateway")
         self._staging = Staging(settings.staging_dir, most_bytes=settings.staging_bytes)
         self._uploads = Uploads(self._staging, settings.sizes, self._threads)
         self._downloads = Downloads(settings.sizes.leaf, self._threads)
+        evidence = Evidence(world=settings.world, run=settings.run, seal=seal, receipts=receipts)
         self._calls = Calls(
-            parent,
-            self._uploads,
-            self._downloads,
-            settings.sizes,
-            world=settings.world,
-            seal=seal,
-            poll_s=settings.poll_s,
+            parent, self._uploads, self._downloads, settings.sizes, evidence=evidence, poll_s=settings.poll_s
         )
         self._methods: dict[str, Callable[[web.BaseRequest, Member], Awaitable[Any]]] = {
             name: getattr(self._calls, name) for name in ("join", "push", "pull", "done", "left", "heartbeat")
@@ -272,6 +277,7 @@ class Gateway:
             connections=self._settings.connections,
             codecs=self._settings.sizes.codecs,
             charter=ours.charter,
+            run=self._settings.run,
             software=f"worldlm_ray {worldlm_ray.__version__}",
         )
         return answer(terms)

@@ -89,6 +89,8 @@ class Terms:
     """That a member may send."""
     charter: int = 0
     """Epoch of the charter."""
+    run: str = ""
+    """Id of the world's run: what a member signs counts in this run alone."""
     software: str = ""
 
 
@@ -135,8 +137,12 @@ class Push:
     digest: bytes
     header: bytes
     """As the child has packed it."""
+    run: str = ""
+    """As the terms name it."""
     signature: bytes = b""
     """Of `manifest`."""
+    chain: bytes = b""
+    """The signer's certificates, PEM."""
 
     def manifest(self, world: str, path: str) -> bytes:
         """What the member signs: who sends which bytes to which life of its parent.
@@ -146,7 +152,7 @@ class Push:
             path: the member's.
         """
         header = hashlib.sha256(self.header).digest()
-        parts = ["worldlm push", PROTOCOL, world, path, self.to, self.incarnation, self.seq, self.codec]
+        parts = ["worldlm push", PROTOCOL, world, self.run, path, self.to, self.incarnation, self.seq, self.codec]
         return _packb([*parts, self.digest, header])
 
 

@@ -7,6 +7,7 @@ runs/NAME/
     summary.json     written at the end and on every clean stop
     status.json      the newest snapshot while the run lives
     audit/           one line per update accepted or refused, a file per inner node
+    receipts/        signed pushes and verdicts of a border
     checkpoints/     one folder per node, and one for the recorder's incarnation
     tensorboard/
 """

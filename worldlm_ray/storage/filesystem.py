@@ -236,10 +236,11 @@ class Growing:
     Args:
         path: the file. Its folder is made when needed.
         closing: written before a piece if the file does not end with it, as after a kill inside a line.
+        durable: whether a piece is on disk, and not in the system's memory, when `add` returns. An object always is.
     """
 
-    def __init__(self, path: Path, *, closing: bytes = b"") -> None:
-        self._path, self._closing = path, closing
+    def __init__(self, path: Path, *, closing: bytes = b"", durable: bool = False) -> None:
+        self._path, self._closing, self._durable = path, closing, durable
         self._segment, self._number, self._mark = b"", -1, secrets.token_hex(2)
 
     def add(self, piece: bytes) -> None:
@@ -265,10 +266,14 @@ class Growing:
                 written = 0
                 while written < len(piece):  # an unbuffered file may write a part only
                     written += file.write(piece[written:])
+                if self._durable:
+                    os.fsync(file.fileno())
             except OSError:
                 with suppress(OSError):
                     os.truncate(self._path, size)
                 raise
+        if self._durable and not size:
+            flush_folder(self._path.parent)
 
     def _add_remote(self, piece: bytes) -> None:
         if self._number < 0 or len(self._segment) > SEGMENT_BYTES:

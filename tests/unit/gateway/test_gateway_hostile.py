@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import random
 import ssl
 import tracemalloc
@@ -30,7 +32,7 @@ from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import pack_header
 from worldlm_ray.gateway import profile, seals, wire
 from worldlm_ray.gateway.contexts import client_context, joining_context
-from worldlm_ray.gateway.link import Receipt, enrol
+from worldlm_ray.gateway.link import enrol
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -253,22 +255,25 @@ def test_a_recorded_push_counts_for_nothing_when_it_is_replayed(tmp_path: Path) 
 def test_pushes_and_verdicts_are_signed(tmp_path: Path) -> None:
     async def work() -> None:
         async with at_a_border(tmp_path, sealed=True) as border:
-            kept: list[Receipt] = []
-            link = border.link(seal=seals.MemberKey(border.member()), keep=kept.append)
+            link = border.sealed_link()
             await link.join("a", 1, 0)
             update = an_update()
             assert (await link.push("a", 1, 1, pack_header(update, LAYOUT), VALUES)).accepted
-            [receipt] = kept
-            signed = wire.receipt(receipt.manifest, receipt.answer.verdict)
             root = border.member().root
-            seals.check_verdict(root, receipt.answer.chain, receipt.answer.signature, signed)
+            lines = (tmp_path / "run-a" / "receipts" / "sent" / "world" / "a.jsonl").read_text().splitlines()
+            of_member, push, of_server, verdict = map(json.loads, lines)
+            manifest, mark = base64.b64decode(push["push"]), base64.b64decode(push["signature"])
+            seals.check_push(root, "world/a", of_member["certificates"].encode(), mark, manifest)
+            signed = wire.receipt(manifest, base64.b64decode(verdict["verdict"]))
+            chain, mark = of_server["certificates"].encode(), base64.b64decode(verdict["signature"])
+            seals.check_verdict(root, chain, mark, signed)
             with pytest.raises(Exception, match="bad_signature"):
-                seals.check_verdict(root, receipt.answer.chain, receipt.answer.signature, signed + b"x")
+                seals.check_verdict(root, chain, mark, signed + b"x")
             own_chain = b"".join(border.member().identity_file.read_bytes().partition(b"-----BEGIN CERT")[1:])
             with pytest.raises(Exception, match="bad_certificate: the verdict's signer is no server"):
-                seals.check_verdict(root, own_chain, receipt.answer.signature, signed)
+                seals.check_verdict(root, own_chain, mark, signed)
             for other in (border.link(), border.link(seal=seals.MemberKey(border.member("world/b")))):
-                with pytest.raises(MessageError, match="bad_signature"):
+                with pytest.raises(MessageError, match=r"^bad_(signature|certificate): the push"):
                     await other.push("a", 1, 1, pack_header(an_update(seq=2), LAYOUT), VALUES)
             assert border.parent.accepted == [("a", 1)]
 
