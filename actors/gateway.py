@@ -23,17 +23,20 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 
 from actors.graceful_shutdown import GracefulShutdown
 from actors.shared import Address, Carried, once_storage_answers, was_restarted
-from worldlm_ray.errors import ConfigError, GatewayError, MessageError, Refused, WorldLMError
+from worldlm_ray.config.gateway import GatewayConfig
+from worldlm_ray.errors import ConfigError, GatewayError, MessageError, Refused
 from worldlm_ray.exchange.messages import Packed
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.gateway import joining, profile, terms
+from worldlm_ray.gateway import profile, renewal, terms
 from worldlm_ray.gateway.authority import Authority
-from worldlm_ray.gateway.contexts import client_context, reload, server_context
+from worldlm_ray.gateway.contexts import client_context, server_context
 from worldlm_ray.gateway.link import Link, LinkSettings
 from worldlm_ray.gateway.receipts import FOLDER, RECEIVED, SENT, Receipts, run_id
 from worldlm_ray.gateway.registry import State
+from worldlm_ray.gateway.renewal import MemberRenewal, ServerRenewal
 from worldlm_ray.gateway.seals import MemberKey, ServerKey
 from worldlm_ray.gateway.server import Gateway, Settings
+from worldlm_ray.gateway.traffic import Traffic, TrafficLimits
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import parent_path
 from worldlm_ray.records import LifeRecord
@@ -41,8 +44,6 @@ from worldlm_ray.storage.filesystem import expanded
 
 STAGED_UPDATES = 4
 """Room in the staging folder, unless the configuration says how much."""
-RENEW_S = 3_600.0
-"""How often is looked whether a certificate is to be renewed."""
 GOODBYE_S = 1.0
 """The last answers are on their way for so long before the server ends."""
 
@@ -74,17 +75,20 @@ class ParentProxy(GracefulShutdown):
         self._seal = MemberKey(self._profile)
         receipts = Receipts(plan.run_dir / FOLDER, SENT, root=self._profile.root, warn=partial(_warn, address))
         context, check = client_context(self._profile), self._profile.check_server
-        self._link = Link(settings, context, seal=self._seal, receipts=receipts, check_server=check)
+        warn = partial(_warn, address, path)
+        self._link = Link(settings, context, seal=self._seal, receipts=receipts, say=warn, check_server=check)
         self._last: tuple[bytes, Any] = (b"", None)
         """Digest of the newest model, and its reference."""
         self._address, self._above, self._said = address, above.path, ""
-        self._renewal, self.loop = _spawn(self._renew()), asyncio.get_running_loop()
+        self._certificate = MemberRenewal(self._profile, self._link, self._seal, warn)
+        self._renewal, self.loop = _spawn(renewal.hourly(self._certificate.look)), asyncio.get_running_loop()
 
     # ---- the parent's methods --------------------------------------------------------------------------------
 
     async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
         """See InnerActor."""
         try:
+            await self._certificate.ready()
             welcome = await self._link.join(child, incarnation, seq)
         except MessageError as error:
             self._tell("lost", f"over the border: {error}")
@@ -139,6 +143,7 @@ class ParentProxy(GracefulShutdown):
             MessageError: the parent refuses this member.
         """
         try:
+            await self._certificate.ready()
             await self._link.greet()
         except MessageError as error:
             if error.reason != "unreachable":
@@ -155,18 +160,6 @@ class ParentProxy(GracefulShutdown):
             self._said = event
             record = LifeRecord(node=self._above, now_s=self._address.clock.now_s(), event=event, detail=detail)
             self._address.recorder.record.remote([record])
-
-    # ---- renewal ---------------------------------------------------------------------------------------------------
-
-    async def _renew(self) -> None:
-        """Renew the member's certificate when two thirds of its life are over."""
-        while True:
-            try:
-                if await joining.renew_if_due(self._profile, self._link):
-                    self._seal.reload()
-            except WorldLMError as error:
-                print(f"worldlm: the certificate is not renewed yet: {error}", flush=True)
-            await asyncio.sleep(RENEW_S)
 
 
 # ---- the world's side --------------------------------------------------------------------------------------------
@@ -278,8 +271,9 @@ class GatewayActor(GracefulShutdown):
 
     def __init__(self, address: Address) -> None:
         self._plan, self._address = address.plan, address
+        gateway = self._plan.config.gateway
         self._authority = once_storage_answers(
-            partial(Authority, expanded(self._plan.config.gateway.dir)), "the gateway"
+            partial(Authority, expanded(gateway.dir), most_members=gateway.max_members), "the gateway"
         )
         self._seal, self._receipts = ServerKey(self._authority.identity), self._plan.run_dir / FOLDER
         self._run = once_storage_answers(partial(run_id, self._receipts), "the gateway")
@@ -319,14 +313,20 @@ class GatewayActor(GracefulShutdown):
         self._context = server_context(identity)
         children = _Children(self._authority, node.path)
         self._parent = _Parent(self._address, self._authority.admissions)
-        receipts = Receipts(self._receipts, RECEIVED, root=identity.root, warn=partial(_warn, self._address))
-        gateway = Gateway(self._parent, children, settings, seal=self._seal, receipts=receipts)
+        warn = partial(_warn, self._address)
+        kept: dict[str, Any] = {
+            "seal": self._seal,
+            "receipts": Receipts(self._receipts, RECEIVED, root=identity.root, warn=warn),
+            "traffic": Traffic(_limits(config), folder=self._receipts, warn=warn),
+        }
+        gateway = Gateway(self._parent, children, settings, warn=warn, **kept)
         try:
             self._port = await gateway.start(self._context, host=host.strip("[]"), port=int(port))
         except OSError as error:
             got = f"cannot listen at {config.listen} ({error.strerror or error})"
             raise GatewayError(f"gateway.listen: {got}; give another address") from error
-        self._gateway, self._renewal = gateway, _spawn(self._renew())
+        certificate = ServerRenewal(identity, self._context, self._seal, partial(warn, node.path))
+        self._gateway, self._renewal = gateway, _spawn(renewal.hourly(certificate.look))
 
     async def process(self) -> int:
         """Id of this process."""
@@ -356,22 +356,19 @@ class GatewayActor(GracefulShutdown):
                 print(f"worldlm: the gateway cannot go on yet: {error}", flush=True)
                 await asyncio.sleep(1.0)
 
-    async def _renew(self) -> None:
-        """Renew the server's certificate when two thirds of its life are over, or when the issuing key is another."""
-        while True:
-            await asyncio.sleep(RENEW_S)
-            try:
-                if self._authority.identity.renew_server():
-                    reload(self._context, self._authority.identity)
-                    self._seal.reload()
-            except WorldLMError as error:
-                print(f"worldlm: the gateway's certificate is not renewed yet: {error}", flush=True)
-
 
 def _staging(plan: Plan) -> Path:
     """The folder for updates on their way; the same for each process of a run."""
     folder = plan.config.gateway.staging_dir
     return Path(folder or tempfile.gettempdir()) / f"worldlm-{os.getuid()}-staging-{plan.config.name}"
+
+
+def _limits(config: GatewayConfig) -> TrafficLimits:
+    return TrafficLimits(
+        bytes_per_s=config.rate_mbps * 1e6 / 8.0,
+        member_bytes_per_s=config.member_rate_mbps * 1e6 / 8.0,
+        member_bytes_per_day=config.member_gb_per_day * 1e9,
+    )
 
 
 def _warn(address: Address, path: str, text: str) -> None:

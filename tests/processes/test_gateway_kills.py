@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.border_processes import LAYOUT, ROUNDS, WORLD, a_world, an_update, member, prepare, world
+from support.border_processes import LAYOUT, MEMBER, ROUNDS, WORLD, a_world, an_update, member, prepare, world
 from support.borders import NodeAsParent
+from support.trails import CHECKPOINTS
 
 from worldlm_ray.exchange.messages import pack_header
+from worldlm_ray.gateway.receipts import FOLDER, RECEIVED, SENT
+from worldlm_ray.reports import receipts
 from worldlm_ray.storage import checkpoint
 
 pytestmark = [pytest.mark.slow]
@@ -28,8 +31,12 @@ AT_THE_WORLD = [
     "after push",
     "before pull",
     "after pull",
+    "after pushed",
+    "after judged",
 ]
-AT_THE_MEMBER = ["after leaf", "before push", "after push", "after pull"]
+AT_THE_MEMBER = ["after leaf", "before push", "after push", "after pull", "after pushed", "before judged"]
+BOTH = [("after pushed", "before judged")]
+"""`pushed` and `judged` write receipts."""
 LATE_S = 60.0
 
 
@@ -47,7 +54,8 @@ def undisturbed() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("world_point", "member_point"), [(each, "") for each in AT_THE_WORLD] + [("", each) for each in AT_THE_MEMBER]
+    ("world_point", "member_point"),
+    [*((each, "") for each in AT_THE_WORLD), *(("", each) for each in AT_THE_MEMBER), *BOTH],
 )
 def test_a_kill_at_a_step_loses_nothing_and_counts_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_point: str, member_point: str
@@ -85,9 +93,16 @@ def test_a_kill_at_a_step_loses_nothing_and_counts_nothing_twice(
             process.join()
     assert kills == {"world": int(bool(world_point)), "member": int(bool(member_point))}
     node = a_world()
-    found = checkpoint.load(tmp_path / WORLD)
+    found = checkpoint.load(tmp_path / WORLD / CHECKPOINTS)
     assert found is not None
     node.restore(*found)
     assert node.version == ROUNDS
     assert node.covers().seqs == {"a": ROUNDS}
     assert np.frombuffer(undisturbed(), np.float32).tolist() == node.theta.tolist()
+    sent, received = (
+        tmp_path / side / FOLDER / way / "world/a.jsonl" for side, way in ((MEMBER, SENT), (WORLD, RECEIVED))
+    )
+    for run_dir, file in ((tmp_path / WORLD, sent), (tmp_path / MEMBER, received)):
+        border = receipts.look(run_dir, [file])
+        assert border.holds, border.lines()
+        assert border.proofs[0].sent == ROUNDS

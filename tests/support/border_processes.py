@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from support.borders import NodeAsParent
 from support.gateway import make_member, make_world
 from support.nodes import a_node
-from worldlm_ray.aggregation.events import Saved, Started
+from support.trails import TrailedParent
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Update, pack_header, unpack_model
@@ -26,6 +25,8 @@ from worldlm_ray.gateway.contexts import client_context, server_context
 from worldlm_ray.gateway.http import Http
 from worldlm_ray.gateway.link import Link, LinkSettings, hello_of
 from worldlm_ray.gateway.profile import Profile
+from worldlm_ray.gateway.receipts import FOLDER, RECEIVED, SENT, Receipts, run_id
+from worldlm_ray.gateway.seals import MemberKey, ServerKey
 from worldlm_ray.gateway.server import Gateway, Settings
 from worldlm_ray.gateway.staging import Upload
 from worldlm_ray.storage import checkpoint
@@ -100,44 +101,31 @@ class KilledAt:
 # ---- the world ---------------------------------------------------------------------------------------------------
 
 
-class DurableParent(NodeAsParent):
-    """A node whose checkpoint knows of every update before its sender does."""
-
-    def __init__(self, node: Node, place: Path) -> None:
-        super().__init__(node)
-        self._place = place
-
-    async def push(self, sender: str, incarnation: int, to: int, header: bytes, values: Any) -> Verdict:
-        verdict = await super().push(sender, incarnation, to, header, values)
-        self.save()
-        return verdict
-
-    def save(self) -> None:
-        checkpoint.save(self._place, *self.node.state(), incarnation=self.node.incarnation)
-        self.node.handle(Saved(covered=self.node.covers()))
-
-
 def world(folder: Path, port: int, point: str) -> None:
     """Serve until the process is ended."""
     asyncio.run(_world(folder, port, point))
 
 
 async def _world(folder: Path, port: int, point: str) -> None:
-    node, place = a_world(), folder / WORLD
-    incarnation, found = checkpoint.claim(place), checkpoint.load(place)
-    if found is not None:
-        node.restore(*found)
-    node.handle(Started(incarnation=incarnation))
-    parent, authority = DurableParent(node, place), Authority(folder / AUTHORITY)
+    parent, authority = TrailedParent(a_world(), folder / WORLD), Authority(folder / AUTHORITY)
+    identity, place = authority.identity, folder / WORLD / FOLDER
+    receipts = Receipts(place, RECEIVED, root=identity.root)
     killed = KilledAt(point, folder / "world-has-lived")
     for method in ("join", "push", "pull", "save"):
         killed.wrap(parent, method)
+    for method in ("pushed", "judged"):
+        killed.wrap(receipts, method)
     killed.wrap(Upload, "check", "leaf")
     settings = Settings(
-        sizes=SIZES, hello=hello_of(SIZES), staging_dir=folder / "staging", staging_bytes=4 * LAYOUT.nbytes
+        sizes=SIZES,
+        hello=hello_of(SIZES),
+        staging_dir=folder / "staging",
+        staging_bytes=4 * LAYOUT.nbytes,
+        world=identity.world,
+        run=run_id(place),
     )
-    gateway = Gateway(parent, authority, settings)
-    await gateway.start(server_context(authority.identity), host="127.0.0.1", port=port)
+    gateway = Gateway(parent, authority, settings, seal=ServerKey(identity), receipts=receipts)
+    await gateway.start(server_context(identity), host="127.0.0.1", port=port)
     await asyncio.Event().wait()
 
 
@@ -154,9 +142,17 @@ async def _member(folder: Path, port: int, point: str) -> None:
     incarnation, made = checkpoint.claim(place), place / "made.json"
     bases: list[int] = json.loads(made.read_text()) if made.exists() else []
     settings = LinkSettings(
-        url=f"https://127.0.0.1:{port}", path="world/a", sizes=SIZES, hello=hello_of(SIZES), tries=3
+        url=f"https://127.0.0.1:{port}",
+        path="world/a",
+        sizes=SIZES,
+        hello=hello_of(SIZES),
+        world=profile.world,
+        tries=3,
     )
-    link, killed = Link(settings, client_context(profile)), KilledAt(point, folder / "member-has-lived")
+    receipts, killed = Receipts(place / FOLDER, SENT, root=profile.root), KilledAt(point, folder / "member-has-lived")
+    link = Link(settings, client_context(profile), seal=MemberKey(profile), receipts=receipts)
+    for method in ("pushed", "judged"):
+        killed.wrap(receipts, method)
     for method in ("join", "push", "pull"):
         killed.wrap(link, method)
     killed.wrap(Http, "put", "leaf")

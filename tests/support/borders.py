@@ -183,7 +183,7 @@ class Border:
     line: Line
     context: ssl.SSLContext
     kept: dict[str, Any] = field(default_factory=dict)
-    """Options of a gateway that signs, and keeps receipts."""
+    """Options of the gateway beside its settings."""
     links: list[Link] = field(default_factory=list)
     peers: list[ByHand] = field(default_factory=list)
 
@@ -197,7 +197,7 @@ class Border:
         context = changes.pop("context", None) or client_context(self.member(path))
         options: dict[str, Any] = {"path": path, "sizes": self.settings.sizes, "hello": self.settings.hello}
         options |= {"tries": 3, "connections": self.settings.connections, "world": self.world.identity.world}
-        others = {name: changes.pop(name) for name in ("seal", "receipts", "check_server") if name in changes}
+        others = {name: changes.pop(name) for name in ("seal", "receipts", "say", "check_server") if name in changes}
         url = f"https://127.0.0.1:{self.port if direct else self.line.port}"
         link = Link(LinkSettings(**({"url": url} | options | changes)), context, **others)
         self.links.append(link)
@@ -233,8 +233,8 @@ async def a_border(
         "world": world.identity.world,
         "root_pem": world.identity.root_pem,
     }
+    kept = {name: changes.pop(name) for name in ("traffic", "warn") if name in changes}
     settings, context = Settings(**(options | changes)), server_context(world.identity)
-    kept: dict[str, Any] = {}
     if sealed:
         kept["seal"] = ServerKey(world.identity)
         kept["receipts"] = Receipts(folder / "run" / FOLDER, RECEIVED, root=world.identity.root)

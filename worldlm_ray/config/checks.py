@@ -144,6 +144,11 @@ def _host_and_port(address: str, key: str) -> None:
         raise ConfigError(key, f"got {address!r}", "give HOST:PORT, such as 0.0.0.0:8443")
 
 
+def _no_or_at_least_one(value: float, key: str) -> None:
+    if value and not value >= 1.0:
+        raise ConfigError(key, f"got {value}", "give Mbit/s from 1 on, or 0 for no limit")
+
+
 def _two_betas(betas: Any, key: str) -> None:
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ConfigError(key, f"got {betas}", "give two numbers from 0 to below 1")
@@ -230,6 +235,10 @@ RUN_BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "liveness.k": not_negative,
     "gateway.listen": _host_and_port,
     "gateway.staging_gb": positive,
+    "gateway.rate_mbps": _no_or_at_least_one,
+    "gateway.member_rate_mbps": _no_or_at_least_one,
+    "gateway.member_gb_per_day": not_negative,
+    "gateway.max_members": positive,
     "gateway.linger_h": not_negative,
 }
 """What a number of the run itself may be."""

@@ -17,5 +17,13 @@ class GatewayConfig:
     """Folder on a local disk, in which updates lie until they are whole. Unless given, one for temporary files."""
     staging_gb: float | None = None
     """Room in it, 10^9 bytes. Unless given: four updates."""
+    rate_mbps: float = 0.0
+    """10^6 bits a second that may cross the border, of all members and both ways together; 0 for no limit."""
+    member_rate_mbps: float = 0.0
+    """The same of one member."""
+    member_gb_per_day: float = 0.0
+    """10^9 bytes of leaves that one member may send and get in a day (UTC); 0 for no limit."""
+    max_members: int = 100
+    """Members that the registry takes, at most: one that would be too many is not enrolled."""
     linger_h: float = 1.0
     """Hours that a world at its end waits for members that are away, so that they hear of it. Ctrl-C ends that."""

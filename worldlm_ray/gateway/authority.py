@@ -66,13 +66,16 @@ class Authority:
         folder: made by `identity.init`.
         clock: Unix seconds.
         days: that a member's certificate is good for.
+        most_members: that are enrolled; one more is refused.
 
     Raises:
         GatewayError: the folder is missing or damaged.
     """
 
-    def __init__(self, folder: Path, *, clock: Clock = time.time, days: float = LEAF_DAYS) -> None:
-        self.clock, self.days = clock, days
+    def __init__(
+        self, folder: Path, *, clock: Clock = time.time, days: float = LEAF_DAYS, most_members: int | None = None
+    ) -> None:
+        self.clock, self.days, self._most_members = clock, days, most_members
         self.identity = Identity(folder, clock=clock)
         self.registry = Registry(folder, clock=clock)
         self.registry.create()
@@ -141,7 +144,7 @@ class Authority:
 
         Raises:
             Refused: bad_request, bad_invitation, invitation_expired, invitation_used, waiting (for the operator: ask
-                again later), revoked or known_key.
+                again later), revoked, known_key or too_many_members.
             GatewayError: the folder is damaged or cannot be written.
         """
         certificates.check_request_size(request)
@@ -196,6 +199,7 @@ class Authority:
             self.invitations.get(kept.id)  # the operator may have taken it back since it was looked at
             member = self._admitted(members, kept.path, mark)
             if answer is None:
+                self._check_room(members, kept.path)
                 chain, made = self._issue(key, kept.path)
                 since_s = member.since_s or self.clock()
                 # Keys of before are good no more: a path has one owner.
@@ -205,6 +209,22 @@ class Authority:
         self.invitations.answer(kept.id, chain)
         self._record("enrolled", kept.path, spoken(mark))
         return chain
+
+    def _check_room(self, members: dict[str, Member], path: str) -> None:
+        """Whether one more member may come.
+
+        Raises:
+            Refused: too_many_members.
+        """
+        counted = (each for each in members.values() if each.state is not State.REVOKED and each.keys)
+        others = sum(each.path != path for each in counted)
+        if self._most_members is None or others < self._most_members:
+            return
+        cure = "revoke one, or raise gateway.max_members"
+        if self._recorded < MOST_RECORDED:
+            self._recorded += 1
+            self._record("refused", path, f"there are {others} members; {cure}")
+        raise Refused("too_many_members", f"the world has {others} members already; its operator can {cure}")
 
     def _admitted(self, members: dict[str, Member], path: str, mark: str) -> Member:
         """The member that may have this key.

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server
@@ -132,16 +132,25 @@ class Connection(RequestHandler):
         self.state, self.since_s, self.moved = state, asyncio.get_running_loop().time(), 0
 
 
+class Alarms(Protocol):
+    """Looks at all connections."""
+
+    def look(self, connections: Iterable[Connection], path_of: Callable[[bytes], str], now_s: float) -> None:
+        """Look at them; those of certificates that are refused are gone."""
+        ...
+
+
 class Connections:
     """All connections of a gateway.
 
     Args:
         limits: of all of them.
         authorise: gives the path of a certificate's member, or raises; it is asked often, so it must be quick.
+        alarms: look at all connections, too.
     """
 
-    def __init__(self, limits: ConnectionLimits, authorise: Callable[[bytes], str]) -> None:
-        self._limits, self._authorise = limits, authorise
+    def __init__(self, limits: ConnectionLimits, authorise: Callable[[bytes], str], alarms: Alarms) -> None:
+        self._limits, self._authorise, self._alarms = limits, authorise, alarms
         self._all: set[Connection] = set()
         self.closed: Counter[str] = Counter()
         """By the reason for which they were closed."""
@@ -175,6 +184,7 @@ class Connections:
                 reason = "not allowed any more"
             if reason:
                 self._close(connection, reason)
+        self._alarms.look(self._all, self._authorise, now_s)
 
     def _refused(self) -> set[bytes | None]:
         """Certificates that are not allowed any more."""

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.gateway.requests import Member, range_of, send_bytes
+from worldlm_ray.gateway.traffic import Traffic
 from worldlm_ray.gateway.wire import Leaves, digest_of, leaf_digest
 from worldlm_ray.tensors.buffers import Flat
 
@@ -54,10 +55,11 @@ class Downloads:
     Args:
         leaf: bytes of a leaf.
         threads: hash.
+        traffic: limits what goes.
     """
 
-    def __init__(self, leaf: int, threads: Executor) -> None:
-        self._leaf, self._threads = leaf, threads
+    def __init__(self, leaf: int, threads: Executor, traffic: Traffic) -> None:
+        self._leaf, self._threads, self._traffic = leaf, threads, traffic
         self._versions: dict[int, asyncio.Task[Version]] = {}
         """By the address of their buffers; the newest is the last."""
 
@@ -81,14 +83,19 @@ class Downloads:
         """A part of a model.
 
         Raises:
-            MessageError: gone: there is a newer one; malformed.
+            MessageError: gone: there is a newer one; malformed; over_quota.
         """
+        self._traffic.check(member.path)
         version = self._find(digest)
         begin, end = range_of(request, version.leaves.size)
         headers = {"Content-Range": f"bytes {begin}-{end - 1}/{version.leaves.size}"}
         version.readers += 1
+
+        async def paced(nbytes: int) -> None:
+            await self._traffic.moved(member.path, nbytes)
+
         try:
-            return await send_bytes(request, version.view[begin:end], headers=headers, status=206)
+            return await send_bytes(request, version.view[begin:end], headers=headers, status=206, paced=paced)
         finally:
             version.readers -= 1
             member.bytes_down += end - begin

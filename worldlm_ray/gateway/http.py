@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import aiohttp
@@ -21,6 +23,8 @@ TRIES = 4
 """Attempts at a request without any progress; then the parent is unreachable, and the caller waits."""
 FIRST_S, MOST_S = 0.2, 2.0
 """Pauses between attempts: doubled each time, and spread at random by half, so that members do not come all at once."""
+LONG_S = 30.0
+"""A member that is to wait for hours asks again so often: the other side's operator may have thought better of it."""
 PIECE_BYTES = 256 * 1024
 """Of a buffer, that are handed to the socket at once."""
 READ_BYTES = 1024 * 1024
@@ -51,21 +55,27 @@ class Backoff:
 
     Args:
         tries: attempts in all.
+        say: hears why the other side asks for a wait of hours.
     """
 
-    def __init__(self, tries: int) -> None:
-        self._left, self._pause_s = tries, FIRST_S
+    def __init__(self, tries: int, say: Callable[[str], None] = lambda text: None) -> None:
+        self._left, self._pause_s, self._say = tries, FIRST_S, say
 
     async def wait(self, error: BaseException, *, at_least_s: float = 0.0) -> None:
         """Wait for the next attempt.
 
         Args:
             error: why the last one failed.
-            at_least_s: what the other side asks for; at most MOST_S count.
+            at_least_s: what the other side asks for; at most MOST_S count, and of LONG_S or more LONG_S. Such a wait
+                costs no attempt: it ends when the other side says so.
 
         Raises:
             MessageError: there has been the last attempt: what the other side has refused, or unreachable.
         """
+        if at_least_s >= LONG_S:
+            self._say(str(error))
+            await asyncio.sleep(LONG_S)
+            return
         self._left -= 1
         if self._left <= 0:
             raise error if isinstance(error, MessageError) else unreachable(error)
@@ -88,26 +98,41 @@ class Http:
         context: of TLS, with the member's certificate and the world's root.
         connections: that may be open at once.
         tries: see TRIES.
+        say: see Backoff.
     """
 
-    def __init__(self, url: str, context: ssl.SSLContext, *, connections: int, tries: int = TRIES) -> None:
+    def __init__(
+        self,
+        url: str,
+        context: ssl.SSLContext,
+        *,
+        connections: int,
+        tries: int = TRIES,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._url, self._context, self._connections, self._tries = url.rstrip("/"), context, connections, tries
+        self._say = say
         self._session: aiohttp.ClientSession | None = None
+        self._users: Counter[aiohttp.ClientSession] = Counter()
+        """Requests under way, by session: one that is used no more for new ones is closed after the last of them."""
 
     def backoff(self, tries: int | None = None) -> Backoff:
         """Pauses for a new thing to be attempted."""
-        return Backoff(self._tries if tries is None else tries)
+        return Backoff(self._tries if tries is None else tries, self._say)
 
     async def use(self, context: ssl.SSLContext) -> None:
-        """Make further connections by another certificate."""
+        """Make further connections by another certificate; requests under way end on those that they have."""
         self._context = context
-        await self.close()
+        session, self._session = self._session, None
+        if session is not None and not self._users[session]:
+            await session.close()
 
     async def close(self) -> None:
         """Close all connections."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        for session in {*self._users, self._session} - {None}:
+            await session.close()  # type: ignore[union-attr]
+        self._users.clear()
+        self._session = None
 
     async def ask(self, method: str, message: Any, kind: type[M], *, most: int = MESSAGE_BYTES) -> M:
         """Send a message and read the one that answers it.
@@ -208,8 +233,20 @@ class Http:
         async with asyncio.timeout(IDLE_S), self._request(method, place, data=body or None) as response:
             return response.status, await _read(response, most)
 
-    def _request(self, method: str, place: str, **options: Any) -> Any:
-        return self._open().request(method, f"{self._url}/v1/{place}", allow_redirects=False, **options)
+    @asynccontextmanager
+    async def _request(self, method: str, place: str, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        session = self._open()
+        self._users[session] += 1
+        try:
+            url = f"{self._url}/v1/{place}"
+            async with session.request(method, url, allow_redirects=False, **options) as response:
+                yield response
+        finally:
+            self._users[session] -= 1
+            if self._users[session] <= 0:
+                del self._users[session]
+                if session is not self._session:
+                    await session.close()
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:

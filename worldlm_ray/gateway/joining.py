@@ -71,10 +71,10 @@ async def renew_if_due(member: Profile, to: link.Link) -> bool:
 
     Args:
         member: the profile.
-        to: its link; new connections of it show the new certificate.
+        to: its link.
 
     Returns:
-        Whether there is a new one: what signs by the old key must read the profile again.
+        Whether there is a new one: what shows the old one, or signs by its key, must read the profile again.
 
     Raises:
         MessageError: unreachable, or as the world refuses: try again later, the request is kept.
@@ -84,7 +84,6 @@ async def renew_if_due(member: Profile, to: link.Link) -> bool:
         return False
     answer = await to.renew(member.request())
     member.install(answer.chain)
-    await to.use(contexts.client_context(member))
     return True
 
 

@@ -64,6 +64,7 @@ class Link:
         context: of TLS.
         seal: signs pushes, and checks verdicts; nothing is signed without.
         receipts: keep what is signed.
+        say: hears why the other side makes this one wait for hours.
         check_server: refuses a server by its certificate (DER), beside what TLS checks.
     """
 
@@ -74,12 +75,13 @@ class Link:
         *,
         seal: MemberSeal | None = None,
         receipts: Receipts | None = None,
+        say: Callable[[str], None] = lambda text: None,
         check_server: Callable[[bytes], None] = lambda certificate: None,
     ) -> None:
         self._settings, self._seal, self._receipts = settings, seal, receipts
         self._check_server = check_server
         context = checking(context, check_server)
-        self._http = Http(settings.url, context, connections=settings.connections, tries=settings.tries)
+        self._http = Http(settings.url, context, connections=settings.connections, tries=settings.tries, say=say)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="link")
         self.transfer = Transfer(self._http, self._threads, connections=settings.connections)
         self.terms: wire.Terms | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -124,10 +125,10 @@ def answer(message: Any = None) -> web.Response:
     return web.Response(status=204) if message is None else web.Response(body=packed(message))
 
 
-def refused(reason: str, detail: str, *, status: int | None = None) -> web.Response:
-    """The answer that refuses."""
+def refused(reason: str, detail: str, *, status: int | None = None, retry_s: float = RETRY_S) -> web.Response:
+    """The answer that refuses; where room is missing, it says after how many seconds another try is worth it."""
     status = _STATUS.get(reason, 409) if status is None else status
-    headers = {"Retry-After": str(RETRY_S)} if status == 507 else {}
+    headers = {"Retry-After": str(math.ceil(retry_s))} if status == 507 else {}
     return web.Response(status=status, body=packed(Refusal(reason=reason, detail=detail[:1_000])), headers=headers)
 
 
@@ -144,8 +145,23 @@ def range_of(request: web.BaseRequest, size: int) -> tuple[int, int]:
     return first, last + 1
 
 
-async def send_bytes(request: web.BaseRequest, view: memoryview, *, headers: dict[str, str], status: int) -> Any:
-    """Answer by a part of a buffer, without a copy of it."""
+async def send_bytes(
+    request: web.BaseRequest,
+    view: memoryview,
+    *,
+    headers: dict[str, str],
+    status: int,
+    paced: Callable[[int], Awaitable[None]] | None = None,
+) -> Any:
+    """Answer by a part of a buffer, without a copy of it.
+
+    Args:
+        request: that is answered.
+        view: the part.
+        headers: of the answer.
+        status: of the answer.
+        paced: is told how many bytes have gone, and returns when more may go.
+    """
     response = web.StreamResponse(status=status, headers=headers)
     response.content_length = len(view)
     connection = connection_of(request)
@@ -155,5 +171,7 @@ async def send_bytes(request: web.BaseRequest, view: memoryview, *, headers: dic
             piece = view[at : at + PIECE_BYTES]
             await response.write(piece)
             connection.moved += len(piece)
+            if paced is not None:
+                await paced(len(piece))
         await response.write_eof()
     return response

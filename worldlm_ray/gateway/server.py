@@ -31,13 +31,15 @@ import worldlm_ray
 from worldlm_ray.errors import MessageError, NamedError, WorldLMError
 from worldlm_ray.exchange.limits import LARGEST_COUNT, shown
 from worldlm_ray.gateway import probe, wire
+from worldlm_ray.gateway.alarms import Alarms
 from worldlm_ray.gateway.calls import POLL_S, Calls, Parent
 from worldlm_ray.gateway.connections import Connection, ConnectionLimits, Connections
 from worldlm_ray.gateway.downloads import Downloads
 from worldlm_ray.gateway.receipts import Evidence, Receipts
-from worldlm_ray.gateway.requests import PIECE_BYTES, Member, answer, connection_of, read, read_raw, refused
+from worldlm_ray.gateway.requests import PIECE_BYTES, RETRY_S, Member, answer, connection_of, read, read_raw, refused
 from worldlm_ray.gateway.seals import WorldSeal
 from worldlm_ray.gateway.staging import Name, Staging
+from worldlm_ray.gateway.traffic import DayIsOver, Traffic
 from worldlm_ray.gateway.uploads import Uploads
 
 LOG = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ class Gateway:
         settings: how it works.
         seal: signs verdicts, and checks members' signatures; nothing is signed without.
         receipts: keep what is signed.
+        traffic: limits what crosses.
+        warn: hears of a member's path and of what the world's operator should know about it.
     """
 
     def __init__(
@@ -109,20 +113,23 @@ class Gateway:
         *,
         seal: WorldSeal | None = None,
         receipts: Receipts | None = None,
+        traffic: Traffic | None = None,
+        warn: Callable[[str, str], None] = lambda path, text: None,
     ) -> None:
         self._authority, self._settings = authority, settings
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="gateway")
         self._staging = Staging(settings.staging_dir, most_bytes=settings.staging_bytes)
-        self._uploads = Uploads(self._staging, settings.sizes, self._threads)
-        self._downloads = Downloads(settings.sizes.leaf, self._threads)
+        traffic, self._alarms = traffic or Traffic(), Alarms(warn)
+        self._uploads = Uploads(self._staging, settings.sizes, self._threads, traffic)
+        self._downloads = Downloads(settings.sizes.leaf, self._threads, traffic)
         evidence = Evidence(world=settings.world, run=settings.run, seal=seal, receipts=receipts)
         self._calls = Calls(
             parent, self._uploads, self._downloads, settings.sizes, evidence=evidence, poll_s=settings.poll_s
         )
         self._methods: dict[str, Callable[[web.BaseRequest, Member], Awaitable[Any]]] = {
-            name: getattr(self._calls, name) for name in ("join", "push", "pull", "done", "left", "heartbeat")
-        } | {"hello": self._hello, "renew": self._renew, "probe": probe.echo}
-        self.connections = Connections(settings.limits, authority.authorise)
+            name: getattr(self._calls, name) for name in ("push", "pull", "done", "left", "heartbeat")
+        } | {"join": self._join, "hello": self._hello, "renew": self._renew, "probe": probe.echo}
+        self.connections = Connections(settings.limits, authority.authorise, self._alarms)
         self.members: dict[str, Member] = {}
         """That have called, by path."""
         self.refusals: Counter[str] = Counter()
@@ -188,6 +195,7 @@ class Gateway:
 
     async def _handle(self, request: web.BaseRequest) -> Any:
         member: Member | None = None
+        after_s: float = RETRY_S
         with connection_of(request).handling():
             try:
                 if request.path == "/healthz" and request.method == "GET":
@@ -198,6 +206,7 @@ class Gateway:
                 return await self._route(request, member)
             except NamedError as error:
                 reason, detail = error.reason, error.detail
+                after_s = error.after_s if isinstance(error, DayIsOver) else RETRY_S
             except WorldLMError as error:
                 reason, detail = "not_allowed", str(error)
             except (ConnectionError, ClientPayloadError, HttpProcessingError) as error:
@@ -207,7 +216,9 @@ class Gateway:
                 reason, detail = "failed", f"the gateway failed ({type(error).__name__}); its log says where"
         (self.refusals if member is None else member.refusals)[reason] += 1
         is_stranger = connection_of(request).certificate is None and reason == "not_allowed"
-        return refused(reason, detail, status=401 if is_stranger else None)
+        if member is not None:
+            self._alarms.refused(member.path, reason, detail)
+        return refused(reason, detail, status=401 if is_stranger else None, retry_s=after_s)
 
     def _member(self, request: web.BaseRequest) -> Member:
         path = self._authority.authorise(connection_of(request).certificate or b"")
@@ -254,6 +265,13 @@ class Gateway:
         fields = (connection_of(request).certificate or b"", asked.request)
         chain = await asyncio.get_running_loop().run_in_executor(self._threads, self._authority.renew, *fields)
         return answer(wire.Enrolled(path=member.path, chain=chain))
+
+    async def _join(self, request: web.BaseRequest, member: Member) -> web.Response:
+        before = member.joined
+        found = await self._calls.join(request, member)
+        assert member.joined is not None, "it has joined"
+        self._alarms.joined(member.path, None if before is None else before[0], member.joined[0])
+        return found
 
     async def _hello(self, request: web.BaseRequest, member: Member) -> web.Response:
         """What must be alike is.

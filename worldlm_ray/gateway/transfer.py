@@ -153,7 +153,8 @@ class Transfer:
                 if isinstance(error, MessageError) and error.reason not in ("wrong_digest", "busy", "unreachable"):
                     raise
                 self._run, self.cuts, before = max(self._run // 2, 1), self.cuts + 1, len(left)
-                await again.wait(error)
+                seconds = error.seconds if isinstance(error, Later) else 0.0
+                await again.wait(error.refusal if isinstance(error, Later) else error, at_least_s=seconds)
                 left = await missing()
                 if len(left) < before:
                     again = self._http.backoff()

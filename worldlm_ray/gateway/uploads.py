@@ -10,6 +10,7 @@ from aiohttp import web
 from worldlm_ray.errors import MessageError
 from worldlm_ray.gateway.requests import Member, checked_length, pieces
 from worldlm_ray.gateway.staging import ABSENT, Name, Staging, Upload
+from worldlm_ray.gateway.traffic import Traffic
 from worldlm_ray.gateway.wire import LEAVES_HEADER, MOST_LEAVES, Sizes, leaf_digest, split_digests
 
 
@@ -20,10 +21,11 @@ class Uploads:
         staging: where they go.
         sizes: of what may come.
         threads: hash.
+        traffic: limits what comes.
     """
 
-    def __init__(self, staging: Staging, sizes: Sizes, threads: Executor) -> None:
-        self._staging, self._sizes, self._threads = staging, sizes, threads
+    def __init__(self, staging: Staging, sizes: Sizes, threads: Executor, traffic: Traffic) -> None:
+        self._staging, self._sizes, self._threads, self._traffic = staging, sizes, threads, traffic
         self._rechecks: dict[Upload, asyncio.Future[list[bytes]]] = {}
         """Files of an earlier process that are being read."""
 
@@ -36,7 +38,12 @@ class Uploads:
         self._staging.drop(member.path)
 
     async def there(self, member: Member, name: Name) -> web.Response:
-        """Which leaves are there: their digests, zeros in place of the others."""
+        """Which leaves are there: their digests, zeros in place of the others.
+
+        Raises:
+            DayIsOver: the member may send none today.
+        """
+        self._traffic.check(member.path)
         upload = await self._open(member, name)
         return web.Response(body=b"".join(upload.digests))
 
@@ -47,6 +54,7 @@ class Uploads:
             MessageError: malformed, wrong_size, wrong_digest, over_quota or busy; leaves before the wrong one are kept.
         """
         leaves = self._sizes.update(name.codec)
+        self._traffic.check(member.path)
         expected = _digests_of(request)
         if first + len(expected) > leaves.count:
             raise MessageError("malformed", f"leaves {first} to {first + len(expected)} of {leaves.count}")
@@ -59,6 +67,7 @@ class Uploads:
             async for piece in pieces(request):
                 upload.write(number, offset, piece)
                 offset, member.bytes_up = offset + len(piece), member.bytes_up + len(piece)
+                await self._traffic.moved(member.path, len(piece))
                 while done < len(expected) and offset >= leaves.start(first + done + 1):
                     checks.append(asyncio.create_task(self._check(upload, number, first + done, expected[done])))
                     done += 1

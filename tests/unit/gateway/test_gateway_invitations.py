@@ -270,3 +270,18 @@ def test_only_a_key_that_has_come_is_approved(world: Authority) -> None:
     world.invite(EUROPE, expires_s=HOUR_S, approve=True)
     with pytest.raises(GatewayError, match=r"no key waits"):
         world.approve(EUROPE)
+
+
+def test_a_world_takes_no_more_members_than_its_operator_allows(world: Authority, member: Profile) -> None:
+    full = Authority(world.identity.folder, clock=world.clock, most_members=1)
+    invitation = full.invite("world/asia", expires_s=HOUR_S)
+    asked = request()
+    with pytest.raises(Refused) as found:
+        full.enrol(asked, invitation.id, invitation.proof(asked))
+    assert str(found.value) == (
+        "too_many_members: the world has 1 members already; its operator can revoke one, or raise gateway.max_members"
+    )
+    assert journal(full)[-1] == ("refused", "world/asia")
+    assert "world/asia" not in full.registry.members()
+    full.revoke(EUROPE)
+    assert full.enrol(asked, invitation.id, invitation.proof(asked)).path == "world/asia"

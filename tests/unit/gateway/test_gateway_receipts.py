@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,33 @@ def test_an_update_whose_verdict_was_lost_on_its_way_counts_once(tmp_path: Path)
     for border in both(tmp_path):
         assert border.holds, border.lines()
     assert len(at_member(tmp_path).read_text().splitlines()) == len(at_world(tmp_path).read_text().splitlines()) - 1
+
+
+def test_a_session_of_cuts_and_restarts_is_proved_on_both_sides(tmp_path: Path) -> None:
+    """The line is cut a dozen times, and the parent goes back to a checkpoint twice, once behind an accepted update."""
+
+    async def work(border: Border) -> None:
+        link, done = border.sealed_link(tries=2), 0
+        began = border.line.bytes["up"]
+        border.line.cut_when = lambda: (
+            border.line.cuts < 12 and border.line.bytes["up"] - began > 4_000 * border.line.cuts
+        )
+        while done < 6:
+            if done in (3, 5) and border.parent.node.incarnation == (1 if done == 3 else 2):
+                border.parent = a_parent(tmp_path, every=2)
+                await border.restart()
+            with suppress(MessageError):
+                welcome = await link.join("a", 1, done)
+                for seq in range(welcome.last_seq + 1, done + 2):
+                    assert (await push(link, seq, to=welcome.incarnation)).reason in ("accepted", "duplicate")
+                done += 1
+        assert line.cuts == 12
+
+    at_a_border(tmp_path, work, every=2)
+    for border in both(tmp_path):
+        assert border.holds, border.lines()
+        assert border.proofs[0].sent == 6
+    assert both(tmp_path)[0].proofs[0].again >= 1
 
 
 def test_what_a_restart_has_undone_may_be_accepted_again(tmp_path: Path) -> None:
