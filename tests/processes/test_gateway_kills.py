@@ -99,10 +99,7 @@ def test_a_kill_at_a_step_loses_nothing_and_counts_nothing_twice(
     assert node.version == ROUNDS
     assert node.covers().seqs == {"a": ROUNDS}
     assert np.frombuffer(undisturbed(), np.float32).tolist() == node.theta.tolist()
-    sent, received = (
-        tmp_path / side / FOLDER / way / "world/a.jsonl" for side, way in ((MEMBER, SENT), (WORLD, RECEIVED))
-    )
-    for run_dir, file in ((tmp_path / WORLD, sent), (tmp_path / MEMBER, received)):
-        border = receipts.look(run_dir, [file])
+    for own, other, side in ((WORLD, MEMBER, SENT), (MEMBER, WORLD, RECEIVED)):
+        border = receipts.look(tmp_path / own, [tmp_path / other / FOLDER / side / "world/a.jsonl"])
         assert border.holds, border.lines()
         assert border.proofs[0].sent == ROUNDS

@@ -154,9 +154,7 @@ class Authority:
         mark = fingerprint(key)
         used = self.invitations.use(kept, request, mark)
         if used.request != hashlib.sha256(request).hexdigest():
-            if self._recorded < MOST_RECORDED:
-                self._recorded += 1
-                self._record("refused", kept.path, f"invitation {kept.id} used again, by the key {spoken(mark)}")
+            self._note(kept.path, f"invitation {kept.id} used again, by the key {spoken(mark)}")
             got = f"the invitation of {kept.path} was used by the key {spoken(used.fingerprint)}"
             raise Refused("invitation_used", f"{got}; if that is not yours, tell the world's operator at once")
         if not self.invitations.is_approved(kept):
@@ -211,20 +209,18 @@ class Authority:
         return chain
 
     def _check_room(self, members: dict[str, Member], path: str) -> None:
-        """Whether one more member may come.
-
-        Raises:
-            Refused: too_many_members.
-        """
-        counted = (each for each in members.values() if each.state is not State.REVOKED and each.keys)
+        counted = [each for each in members.values() if each.keys and each.state is not State.REVOKED]
         others = sum(each.path != path for each in counted)
-        if self._most_members is None or others < self._most_members:
-            return
-        cure = "revoke one, or raise gateway.max_members"
+        if self._most_members is not None and others >= self._most_members:
+            text = f"the world has {others} members already; its operator can revoke one, or raise gateway.max_members"
+            self._note(path, text)
+            raise Refused("too_many_members", text)
+
+    def _note(self, path: str, detail: str) -> None:
+        """Record a refusal, unless there were many."""
         if self._recorded < MOST_RECORDED:
             self._recorded += 1
-            self._record("refused", path, f"there are {others} members; {cure}")
-        raise Refused("too_many_members", f"the world has {others} members already; its operator can {cure}")
+            self._record("refused", path, detail)
 
     def _admitted(self, members: dict[str, Member], path: str, mark: str) -> Member:
         """The member that may have this key.

@@ -116,10 +116,8 @@ def test_a_session_of_cuts_and_restarts_is_proved_on_both_sides(tmp_path: Path) 
 
     async def work(border: Border) -> None:
         link, done = border.sealed_link(tries=2), 0
-        began = border.line.bytes["up"]
-        border.line.cut_when = lambda: (
-            border.line.cuts < 12 and border.line.bytes["up"] - began > 4_000 * border.line.cuts
-        )
+        line, began = border.line, border.line.bytes["up"]
+        line.cut_when = lambda: line.cuts < 12 and line.bytes["up"] - began > 4_000 * line.cuts
         while done < 6:
             if done in (3, 5) and border.parent.node.incarnation == (1 if done == 3 else 2):
                 border.parent = a_parent(tmp_path, every=2)
