@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import re
 import shutil
 from collections.abc import Callable, Coroutine
@@ -22,6 +23,7 @@ from worldlm_ray.cli import main as cli
 from worldlm_ray.errors import MessageError, RunError
 from worldlm_ray.exchange.messages import Update, pack_header
 from worldlm_ray.exchange.replies import Verdict
+from worldlm_ray.gateway import ledger
 from worldlm_ray.gateway import receipts as writing
 from worldlm_ray.gateway.link import Link
 from worldlm_ray.gateway.receipts import FOLDER, run_id
@@ -319,6 +321,28 @@ def test_receipts_of_another_member_or_world_are_not_of_this_run(tmp_path: Path)
     assert "and not of this run's" in line
     with pytest.raises(RunError, match="has no receipts"):
         receipts.look(tmp_path, [at_member(tmp_path)])
+
+
+@pytest.mark.parametrize("number", [500, pytest.param(10_000, marks=pytest.mark.long)])
+def test_a_mutated_file_is_read_to_its_end_and_proves_nothing_new(tmp_path: Path, number: int) -> None:
+    three_updates(tmp_path)
+    chance, roots = random.Random(number), ledger.roots_of(tmp_path / "run" / FOLDER)
+    raw, file = at_member(tmp_path).read_bytes(), tmp_path / "mutated.jsonl"
+    [whole] = ledger.read([at_member(tmp_path)], roots).members.values()
+    unnoticed = 0
+    for _ in range(number):
+        damaged = bytearray(raw)
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randrange(len(damaged))
+            damaged[at : at + chance.randint(0, 3)] = chance.randbytes(chance.randint(0, 3))
+        file.write_bytes(damaged)
+        found = ledger.read([file], roots)
+        for member in found.members.values():
+            assert member.pushes.keys() <= whole.pushes.keys()
+            assert member.verdicts.keys() <= whole.verdicts.keys()
+        lacks = not found.members or found.members["world/a"] != whole
+        unnoticed += lacks and not found.findings and not found.torn
+    assert unnoticed < number // 100 + 1, "a line that is gone as a whole"
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
