@@ -179,7 +179,7 @@ def _find_missing(
 
 def _counted(path: str, side: str, sender: Ledger, receiver: Ledger) -> BorderProof:
     """The third rule, by the receipts of both sides."""
-    found = BorderProof(path, side, sent=len({_update(pushed) for pushed in sender.pushes.values()}))
+    found = BorderProof(path, side, sent=len({(pushed.run, pushed.seq) for pushed in sender.pushes.values()}))
     accepted: dict[tuple[str, int, int], set[tuple[bytes, bytes]]] = defaultdict(set)
     contents: dict[tuple[str, int, int], set[bytes]] = defaultdict(set)
     promised: dict[tuple[str, int], int] = defaultdict(int)
