@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
-from worldlm_ray.config import loading
+from worldlm_ray.api.settings import configured
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.reports.terminal import Terminal
@@ -45,8 +45,7 @@ def load(conf: str, overrides: list[str], run_dir: str | None) -> RunConfig:
     """
     speak_of(conf, overrides)
     filled(run_dir, "--run-dir")
-    # The configuration of another run may be the beginning of a new one, which keeps separate files.
-    return replace(loading.load(conf, overrides, run_dir=run_dir, say=_note), kept={})
+    return configured(conf, overrides, run_dir=run_dir, say=_note)
 
 
 def filled(folder: str | None, key: str) -> None:
@@ -63,3 +62,10 @@ def warn(lines: list[str]) -> None:
     """Warnings go to stderr: stdout is for the result."""
     for line in lines:
         errors.print(f"WARNING {line}", style="bold red", highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print the result of a reading command as JSON; numbers that are not finite are null, as in the run's files."""
+    from worldlm_ray.tracking.node_state import finite
+
+    console.print_json(json.dumps(finite(value), allow_nan=False))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worldlm_ray.cli.common import Conf, Overrides, console, filled, load
+from worldlm_ray.cli.common import Conf, Json, Overrides, console, errors, filled, load, print_json
 from worldlm_ray.config import checks
 from worldlm_ray.storage.paths import pasted
 
@@ -27,62 +26,52 @@ def compare(
     seeds: Annotated[int, typer.Option(help="runs per method: seeds 0, 1, ...")] = 1,
     jobs: Annotated[int, typer.Option(help="runs at a time, a process each")] = 1,
     out: Annotated[str | None, typer.Option(help="folder of the comparison; runs/NAME-comparison unless given")] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare methods on one world at equal work.
 
     Simulated runs, a table, plots and an HTML report. A comparison that was interrupted goes on where it was.
     """
-    from worldlm_ray.experiments.compare import check_overrides, make_folder
-    from worldlm_ray.experiments.compare import compare as run
+    from worldlm_ray.api import comparison
+    from worldlm_ray.experiments.compare import check_overrides
     from worldlm_ray.experiments.comparison_progress import ComparisonProgress
-    from worldlm_ray.experiments.methods import FOR_ADAPTERS, METHODS
-    from worldlm_ray.plan import rundir
 
     check_overrides(overrides or [])
     filled(out, "--out")
     config = load(conf, overrides or [], None)
-    every = [name for name in METHODS if name not in FOR_ADAPTERS or config.model.trainable == "lora"]
-    names = every if methods == "all" else [name.strip() for name in methods.split(",")]
+    names = comparison.names_of(config, methods)
     checks.positive(seeds, "--seeds")
     checks.positive(jobs, "--jobs")
-    folder = Path(f"runs/{config.name}-comparison" if out is None else out).absolute()
-    make_folder(folder)
-    total, done = len(dict.fromkeys(names)) * seeds, 0
-    console.print(f"{total} runs in {pasted(folder)}", highlight=False, soft_wrap=True)
-    with rundir.held(folder), ComparisonProgress(console) as progress:
+    folder = comparison.folder_of(config, out)
+    shown = errors if as_json else console  # with JSON, stdout is for that alone
+    total, done = len(names) * seeds, 0
+    shown.print(f"{total} runs in {pasted(folder)}", highlight=False, soft_wrap=True)
 
-        def on_done(method: str, seed: int, own: float) -> None:
-            nonlocal done
-            done += 1
-            said = f"[{done}/{total}] {method}, seed {seed}: clients' own models {own:.4f} nats/byte"
-            console.print(said, highlight=False, soft_wrap=True)
+    def on_done(method: str, seed: int, own: float) -> None:
+        nonlocal done
+        done += 1
+        said = f"[{done}/{total}] {method}, seed {seed}: clients' own models {own:.4f} nats/byte"
+        shown.print(said, highlight=False, soft_wrap=True)
 
-        run(
+    with ComparisonProgress(shown) as progress:
+        found = comparison.carry_out(
             config,
             names,
-            range(seeds),
-            out=folder,
+            seeds=seeds,
             jobs=jobs,
+            folder=folder,
             command=_command(),
             on_done=on_done,
             on_progress=progress.show,
         )
-    _report(folder)
-
-
-def _report(folder: Path) -> None:
-    """Write the report of a comparison, and print its table and its verdict."""
-    from worldlm_ray.experiments.comparison_numbers import summarize
-    from worldlm_ray.experiments.comparison_report import write
-    from worldlm_ray.experiments.comparison_table import table
-    from worldlm_ray.experiments.verdict import equal_work, verdict
-
-    page = write(folder)
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    console.print(table(summarize(results)))
-    for sentence in [*verdict(results["runs"]), equal_work(results["runs"])]:
+    if as_json:
+        facts = {"folder": str(found.folder), "methods": found.rows, "verdict": found.verdict, "runs": found.runs}
+        print_json(facts)
+        return
+    console.print(found.shown())
+    for sentence in found.verdict:
         console.print(sentence, highlight=False, soft_wrap=not console.is_terminal)
-    console.print(f"report: {pasted(page)}", highlight=False, soft_wrap=True)
+    console.print(f"report: {pasted(found.report)}", highlight=False, soft_wrap=True)
 
 
 def newcomer(

@@ -7,7 +7,6 @@ member    gateway join
 from __future__ import annotations
 
 import getpass
-import json
 import re
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worldlm_ray.cli.common import Json, console, errors, warn
+from worldlm_ray.cli.common import Json, console, errors, print_json, warn
 from worldlm_ray.errors import ConfigError, GatewayError
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def members(folder: Dir = FOLDER, as_json: Json = False) -> None:
     authority = _authority(folder)
     rows = member_rows(authority)
     if as_json:
-        console.print_json(json.dumps(rows))
+        print_json(rows)
     else:
         console.print(members_table(authority, rows))
     days = authority.identity.issuing_days()

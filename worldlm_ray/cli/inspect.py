@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worldlm_ray.cli.common import Conf, Json, Overrides, Run, console, load, warn
+from worldlm_ray.cli.common import Conf, Json, Overrides, Run, console, load, print_json, warn
 from worldlm_ray.config import loading
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb:
     plan = make_plan(load(conf, overrides or [], None))
     facts = describe(plan)
     if as_json:
-        console.print_json(json.dumps(facts))
+        print_json(facts)
         return
     for table in tables(facts):
         console.print(table)
@@ -51,10 +50,15 @@ def show(conf: Conf, overrides: Overrides = None, as_json: Json = False, per_gb:
         warn(weak_deltas(plan, rows))
 
 
-def presets() -> None:
+def presets(as_json: Json = False) -> None:
     """List the configurations that ship with the package."""
-    for name, path in loading.presets().items():
-        console.print(f"{name:16} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}", highlight=False)
+    files = loading.presets()
+    said = {name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, path in files.items()}
+    if as_json:
+        print_json([{"name": name, "what": said[name], "file": str(path)} for name, path in files.items()])
+        return
+    for name, what in said.items():
+        console.print(f"{name:16} {what}", highlight=False, soft_wrap=not console.is_terminal)
 
 
 def privacy(run: Run, as_json: Json = False) -> None:
@@ -71,7 +75,7 @@ def privacy(run: Run, as_json: Json = False) -> None:
     if rows and (found := trail.look(plan.run_dir)).damage:
         missing.append(f"not known, since {found.conclusion(plan.run_dir)}")
     if as_json:
-        console.print_json(json.dumps({"ledgers": [vars(row) for row in rows], "unpaid": missing}))
+        print_json({"ledgers": [vars(row) for row in rows], "unpaid": missing})
     elif not rows:
         console.print("nothing was spent: no client of this run trains with differential privacy, or none has begun")
     else:
@@ -110,7 +114,7 @@ def audit(run: Run, receipts: ReceiptFiles = None, as_json: Json = False) -> Non
             proofs = [asdict(proof) | {"holds": proof.holds} for proof in border.proofs]
             findings = [asdict(each) for each in border.findings]
             values["receipts"] = {"members": proofs, "findings": findings, "holds": border.holds}
-        console.print_json(json.dumps(values))
+        print_json(values)
     else:
         console.print(audit_table(found.proofs))
         console.print(found.conclusion(folder), highlight=False, soft_wrap=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worldlm_ray.cli.common import Json, Run, console, errors, filled
+from worldlm_ray.cli.common import Json, Run, console, errors, filled, print_json
 from worldlm_ray.config import checks
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.reports.progress import Progress
@@ -85,7 +84,7 @@ def evaluate(
     with Progress(errors) as progress:  # stdout is for the result
         measures = measure(run, tokens=tokens, on_phase=progress.phase)
     if as_json:
-        console.print_json(json.dumps(values(measures)))
+        print_json(values(measures))
         return
     if not measures:
         console.print(ALL_PRIVATE)
@@ -114,7 +113,7 @@ def _evaluate_tasks(run: str, tasks: str, *, node: str, limit: int | None, as_js
         run, tasks, node=node, limit=limit, on_phase=lambda text: errors.print(text, highlight=False, soft_wrap=True)
     )
     if as_json:
-        console.print_json(json.dumps({"node": done.node, "rows": [vars(row) for row in done.rows]}))
+        print_json({"node": done.node, "rows": [vars(row) for row in done.rows]})
         return
     console.print(table(f"{run}: lm-evaluation-harness", {done.node: done.rows}))
     console.print(f"written to {pasted(done.file)}", highlight=False, soft_wrap=True)
@@ -151,7 +150,7 @@ def _print_council(run: str, measures: CouncilMeasures, *, as_json: bool) -> Non
     for line in measures.left_out:
         errors.print(line, highlight=False)
     if as_json:
-        console.print_json(json.dumps(values(measures)))
+        print_json(values(measures))
     elif measures.rows:
         console.print(table(run, measures))
     else:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from worldlm_ray.cli.common import Conf, Json, Overrides, Run, RunDir, console, errors, load, speak_of, warn
-from worldlm_ray.errors import ConfigError, Interrupted, WorldLMError
+from worldlm_ray.cli.common import Conf, Json, Overrides, Run, RunDir, console, errors, load, print_json, speak_of, warn
+from worldlm_ray.errors import ConfigError, Interrupted
 from worldlm_ray.reports.progress import Progress, Stop
 from worldlm_ray.storage.filesystem import expanded
 from worldlm_ray.storage.paths import pasted
+
+if TYPE_CHECKING:
+    from worldlm_ray.plan.plan import Plan
 
 WATCH_S = 1.0
 """Seconds between two looks of `status --watch`."""
@@ -47,64 +49,33 @@ def train(
         raise ConfigError("--run-dir", "cannot be given with --resume", "the run stays in its folder")
     if resume is None and conf is None:
         raise ConfigError("CONF", "nothing to train", "name a preset, a YAML file, or --resume RUN")
+    from worldlm_ray.api import running
     from worldlm_ray.plan import rundir
-    from worldlm_ray.plan.plan import make_plan
 
-    with ExitStack() as holding:
-        if resume is not None:
-            folder = rundir.find(resume)
-            holding.enter_context(rundir.held(folder))
-            speak_of(str(folder / rundir.CONFIG), changes)
-            plan = rundir.resume(resume, changes, check_data=address is None)
-        else:
-            assert conf is not None
-            # On a cluster every machine looks for the texts of its own clients.
-            plan = rundir.create(make_plan(load(conf, changes, run_dir), check_data=address is None))
-            holding.enter_context(rundir.held_anew(plan))
-        console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
-        warn(plan.warnings)
-        outcome, code = _train(plan, address, is_new=resume is None)
+    if resume is not None:
+        speak_of(str(rundir.find(resume) / rundir.CONFIG), changes)
+        begun = running.old_run(resume, changes, address=address)
+    else:
+        assert conf is not None
+        begun = running.new_run(load(conf, changes, run_dir), address=address)
+    with begun as plan:
+        _say_begun(plan)
+        with Progress(console, errors) as progress, Stop(progress.notice) as stop:
+            try:
+                outcome = running.on_ray(
+                    plan,
+                    address=address,
+                    is_new=resume is None,
+                    progress=progress,
+                    stop=stop,
+                    callbacks=running.Callbacks(),
+                )
+            except Interrupted as error:
+                progress.notice(f"worldlm: {error}")
+                raise typer.Exit(stop.code) from None
     _report(plan.run_dir, outcome.summary, outcome.samples)
     if outcome.summary["status"] == "stopped":
-        raise typer.Exit(code)
-
-
-def _train(plan: Any, address: str | None, *, is_new: bool) -> tuple[Any, int]:
-    """Train on Ray with a progress display; a new run that could not begin leaves no folder.
-
-    Returns:
-        The outcome, and the exit code if the run was stopped.
-    """
-    from worldlm_ray.plan import rundir
-
-    with Progress(console, errors) as progress, Stop(progress.notice) as stop:
-        from worldlm_ray import launch  # takes seconds, in which a signal must find its handler
-
-        def phase(name: str) -> None:
-            progress.phase(name)
-            stop.phase(name)
-
-        try:
-            outcome = launch.train(
-                plan,
-                address=address,
-                on_progress=progress.show,
-                on_phase=phase,
-                on_step=progress.step,
-                on_warning=progress.alert,
-                should_stop=stop.asked,
-            )
-            progress.warn(outcome.summary["warnings"])
-        except Interrupted as error:
-            if is_new:
-                rundir.discard(plan)
-            progress.notice(f"worldlm: {error}")
-            raise typer.Exit(stop.code) from None
-        except WorldLMError:
-            if is_new:
-                rundir.discard(plan)
-            raise
-    return outcome, stop.code
+        raise typer.Exit(stop.code)
 
 
 def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) -> None:
@@ -114,42 +85,24 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
 
     With simulation.train=false nothing is trained: staleness, times and bytes of very large worlds.
     """
-    from worldlm_ray.plan import rundir
-    from worldlm_ray.plan.plan import make_plan
+    from worldlm_ray.api import running
 
-    plan = rundir.create(make_plan(load(conf, overrides or [], run_dir)), simulated=True)
-    from worldlm_ray.simulation.simulator import simulate as run
-    from worldlm_ray.tracking.status import record_failure
-    from worldlm_ray.training.local import too_many_cores
-
-    console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
-    warn(plan.warnings)
-    began, events = time.monotonic(), 0
-    progress, keeps = Progress(console, errors), "what there is by now is kept"
-    with rundir.held_anew(plan), progress, Stop(progress.notice, keeps) as stop:
-        progress.phase("simulating")
-        if warning := too_many_cores({spec.path: spec.settings.resources for spec in plan.root.clients}):
-            progress.alert(warning)
-
-        def look(simulation: Any) -> None:
-            nonlocal events
-            events = simulation.events
-            progress.warn(simulation.tracker.warnings)
-            progress.show_if_due(simulation.tracker.snapshot)
-
-        try:
-            outcome = run(plan, on_progress=look, should_stop=stop.asked)
-        except Exception as error:
-            rundir.discard(plan, began=events > 0)
-            record_failure(plan.run_dir, str(error) or type(error).__name__)
-            raise
-        progress.warn(outcome.summary["warnings"])
+    with running.new_run(load(conf, overrides or [], run_dir), simulated=True) as plan:
+        _say_begun(plan)
+        began, progress = time.monotonic(), Progress(console, errors)
+        with progress, Stop(progress.notice, running.KEPT) as stop:
+            outcome, events = running.simulated(plan, progress=progress, stop=stop, callbacks=running.Callbacks())
     if outcome.summary.get("trained", True):
         _report(plan.run_dir, outcome.summary, outcome.samples)
     else:
         _report_costs(outcome.summary, events=events, took_s=time.monotonic() - began)
     if outcome.summary["status"] == "stopped":
         raise typer.Exit(stop.code)
+
+
+def _say_begun(plan: Plan) -> None:
+    console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
+    warn(plan.warnings)
 
 
 def _report_costs(summary: dict[str, Any], *, events: int, took_s: float) -> None:
@@ -234,7 +187,7 @@ def status(
 
     folder = rundir.find(run)
     if as_json:
-        console.print_json(json.dumps(read_status(folder)))
+        print_json(read_status(folder))
         return
     with suppress(KeyboardInterrupt), ExitStack() as drawing:
         live = Live(console=console, auto_refresh=False, transient=True) if watch and console.is_terminal else None

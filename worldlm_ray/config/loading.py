@@ -8,7 +8,7 @@ overrides and resolves ${...}; `config/values.py` checks every value against the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -65,12 +65,16 @@ def find(conf: str) -> Path:
 
 
 def load(
-    conf: str, overrides: Sequence[str] = (), *, run_dir: str | None = None, say: Callable[[str], None] = lambda _: None
+    conf: str | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RunConfig:
     """Read a configuration and apply `key=value` overrides.
 
     Args:
-        conf: a preset's name (`quickstart`) or the path of a YAML file.
+        conf: a preset's name (`quickstart`), the path of a YAML file, or what such a file holds.
         overrides: such as `training.lr=1e-3` or `world.children[0].training.local_steps=20`.
         run_dir: folder of the run, taken as it is: a path is neither YAML nor an interpolation.
         say: told what an override replaces without naming it.
@@ -78,15 +82,14 @@ def load(
     Raises:
         ConfigError: one problem, by its dotted key.
     """
-    document = read(conf)
-    raw = OmegaConf.create(_mapping_of(document, conf))
-    if "name" not in raw:
+    raw = OmegaConf.create(_mapping_of(read(conf), conf) if isinstance(conf, str) else dict(conf))
+    if isinstance(conf, str) and "name" not in raw:
         raw["name"] = find(conf).stem
     for text in overrides:
         override(raw, text)
     for note in _one_budget(raw, overrides):
         say(note)
-    config = from_mapping(raw, run_dir=run_dir, beside=find(conf).parent)
+    config = from_mapping(raw, run_dir=run_dir, beside=find(conf).parent if isinstance(conf, str) else None)
     return config if run_dir is None else replace(config, run_dir=run_dir)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
+from worldlm_ray.reports.notebook import live_of
 from worldlm_ray.reports.progress import LINE_EVERY_S
 from worldlm_ray.reports.tables import duration
 
@@ -71,7 +71,7 @@ class ComparisonProgress:
 
     def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self._clock = console, clock
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = live_of(console)
         self._began = self._said_at = clock()
         self._before: float | None = None
         self._line = ""

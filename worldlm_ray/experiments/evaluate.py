@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
+import torch
 
 from worldlm_ray.client.best import own_model
 from worldlm_ray.client.client import Client
@@ -72,6 +73,25 @@ def sample(run: str, node: str, *, prompt: str, tokens: int, temperature: float,
     load_model(trainer, plan, spec)
     tokenizer = load_tokenizer(plan.tokenizer)
     return generate(trainer, tokenizer, prompt, tokens=tokens, temperature=temperature, seed=seed)
+
+
+def model(run: str, node: str) -> torch.nn.Module:
+    """A node's model as a module in evaluation mode: transformers' own where the run has that backend.
+
+    Args:
+        run: the run's folder or name.
+        node: path of the node, or the end of that path.
+
+    Raises:
+        RunError: there is no such run.
+        ConfigError: there is no such node.
+        CheckpointError: it has no whole checkpoint.
+    """
+    plan = rundir.reopen(run, check_data=False)
+    spec = plan.find(node)
+    trainer = _trainer(plan, spec)
+    load_model(trainer, plan, spec)
+    return trainer.model.root.eval()
 
 
 def _trainer(plan: Plan, spec: NodeSpec, _: Account | None = None) -> LocalTrainer:

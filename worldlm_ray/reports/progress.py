@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.text import Text
 
+from worldlm_ray.reports.notebook import live_of
 from worldlm_ray.reports.tables import amount, duration, left_of, live_table
 
 LINE_EVERY_S = 10.0
@@ -55,7 +55,7 @@ class Progress:
 
     def __init__(self, console: Console, errors: Console | None = None) -> None:
         self.console = console
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = live_of(console)
         self._errors = console if errors is None or self._live is not None else errors
         self._shown_at = self._drawn_s = 0.0
         self._line = ""
@@ -202,10 +202,17 @@ class Stop:
     Args:
         say: prints what happens. The signal's handler calls it.
         consequence: what the first signal leads to.
+        leave: ends what runs, at the second signal; it gets the signal's number. The process ends unless given.
     """
 
-    def __init__(self, say: Callable[[str], None], consequence: str = "nothing has begun yet") -> None:
-        self._say, self._consequence = say, consequence
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        consequence: str = "nothing has begun yet",
+        *,
+        leave: Callable[[int], None] | None = None,
+    ) -> None:
+        self._say, self._consequence, self._leave = say, consequence, leave or _end_process
         self._number: int | None = None
         """The first signal that came."""
         self._asked_at = 0.0
@@ -217,11 +224,14 @@ class Stop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def install(self) -> None:
-        """Install the handlers, also after a library has replaced them."""
+        """Install the handlers, also after a library has replaced them. Only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -244,6 +254,10 @@ class Stop:
             self._number, self._asked_at = number, now
             self._say(f"stopping: {self._consequence} (once more to leave at once)")
         elif now - self._asked_at > SAME_S:
-            if sys.stdout.isatty():
-                os.write(1, SHOW_CURSOR)
-            os._exit(128 + number)
+            self._leave(number)
+
+
+def _end_process(number: int) -> None:
+    if sys.stdout.isatty():
+        os.write(1, SHOW_CURSOR)
+    os._exit(128 + number)

@@ -1,0 +1,1 @@
+"""The Python interface: train, simulate, compare, load. The command line calls the same functions."""
