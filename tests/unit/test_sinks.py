@@ -57,8 +57,8 @@ def test_a_tracker_draws_to_the_sinks_that_it_is_given(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json"], "no charts but the sink's"
 
 
-def test_a_tracker_draws_to_every_registered_sink(tmp_path: Path) -> None:
-    assert SINKS.names() == ("tensorboard", "jsonl")
+def test_a_run_that_names_no_sinks_is_drawn_to_all_but_those_on_request(tmp_path: Path) -> None:
+    assert SINKS.names() == ("tensorboard", "jsonl", "csv", "wandb", "mlflow")
     opened: list[Kept] = []
 
     @sink("kept")
@@ -75,7 +75,7 @@ def test_a_tracker_draws_to_every_registered_sink(tmp_path: Path) -> None:
         SINKS.remove("kept")
     [kept] = opened
     assert ("world/a", "client", "bytes_up", 7, 2.0, 0) in kept.calls
-    assert {"tensorboard", "metrics.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"status.json", "tensorboard", "metrics.jsonl"}
 
 
 def test_an_unknown_sink_is_named_with_the_nearest() -> None:

@@ -30,4 +30,13 @@ AGGREGATION_RULES: Registry[Any] = Registry(
     "worldlm_ray.aggregation.ties_fold",
     "worldlm_ray.aggregation.sums_fold",
 )
+SINKS: Registry[Any] = Registry(
+    "sink",
+    "tracking.sinks",
+    "worldlm_ray.tracking.tensorboard_charts",
+    "worldlm_ray.tracking.curves",
+    "worldlm_ray.tracking.csv_file",
+    "worldlm_ray.tracking.wandb_run",
+    "worldlm_ray.tracking.mlflow_run",
+)
 CORPORA: Registry[Any] = Registry("corpus", "data.corpus", "worldlm_ray.data.corpora")

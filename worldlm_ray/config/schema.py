@@ -13,6 +13,7 @@ from typing import Any, Literal
 from worldlm_ray.config import rule_files
 from worldlm_ray.config.federated import AggregationConfig, ExchangeConfig, MergeConfig
 from worldlm_ray.config.gateway import GatewayConfig
+from worldlm_ray.config.tracking import LoggingConfig, TrackingConfig
 
 PrivacyUnit = Literal["none", "record", "client"]
 AccountantName = Literal["rdp", "prv"]
@@ -349,6 +350,8 @@ class RunConfig:
     """Folder of the profile that `worldlm gateway join` has made: this run is a member of another organisation's
     world."""
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     kept: dict[str, str] = field(default_factory=dict)
     """Files that the run's folder keeps copies of, with their fingerprints: written when the run is made."""
     world: Any = None

@@ -1,6 +1,7 @@
 """The interface of a sink, which turns the points of a run into one kind of charts.
 
-A tracker draws to every registered sink: ours, and those that a user's package or file adds.
+A tracker draws to the sinks that `tracking.sinks` names. Unless given, they are `tensorboard`, `jsonl` and those that a
+user's package or file adds.
 
     @sink("mine")
     def open_mine(run: RunFacts) -> Sink:
@@ -10,11 +11,13 @@ A tracker draws to every registered sink: ours, and those that a user's package 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-from worldlm_ray.config.registry import Registry
+from worldlm_ray.config.names import SINKS
+from worldlm_ray.config.tracking import TrackingConfig
 from worldlm_ray.records import AttentionRecord
 from worldlm_ray.tracking.charts import Lines
 
@@ -40,6 +43,13 @@ class RunFacts:
     """Run time in seconds: above 0 where the tracker continues a run."""
     clock: Callable[[], float]
     """Monotonic seconds; it only paces files."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """The run's settings of trackers."""
+
+    @property
+    def id(self) -> str:
+        """Names the run to a service, also when it is continued."""
+        return sha256(f"{self.run_dir} {self.started_at}".encode()).hexdigest()[:16]
 
 
 class Sink:
@@ -50,6 +60,8 @@ class Sink:
 
     trouble: str = ""
     """Why points wait in memory; empty if they do not."""
+    failure: str = ""
+    """Why it has ended before the run; empty if it has not."""
 
     def scalars(self, node: str, kind: str, values: Mapping[str, float | None], *, now_s: float, tokens: int) -> None:
         """Add a point to curves of a node.
@@ -86,21 +98,36 @@ class Sink:
 
 OpenSink = Callable[[RunFacts], Sink]
 """Makes the sink of a run."""
-SINKS: Registry[OpenSink] = Registry(
-    "sink", "sink", "worldlm_ray.tracking.tensorboard_charts", "worldlm_ray.tracking.curves"
-)
+ON_REQUEST = set[str]()
+"""Names of sinks that only a configuration chooses. Each has a thread, since it may wait for a service."""
 Open = TypeVar("Open", bound=OpenSink)
 
 
-def sink(name: str) -> Callable[[Open], Open]:
+def sink(name: str, *, by_default: bool = True) -> Callable[[Open], Open]:
     """Register a sink: a class that is made from a run's facts, or a function that makes one.
 
     Args:
         name: the sink's.
+        by_default: whether a run that names no sinks is drawn to it.
     """
 
     def register(open_sink: Open) -> Open:
+        if not by_default:
+            ON_REQUEST.add(name)
         SINKS.add(name, open_sink, open_sink)
         return open_sink
 
     return register
+
+
+def chosen_sinks(tracking: TrackingConfig) -> list[OpenSink]:
+    """What makes the sinks that a configuration chooses, each guarded: a failure ends that sink alone."""
+    from worldlm_ray.tracking.guarded import Guarded
+
+    names = list(dict.fromkeys(tracking.sinks)) or [name for name in SINKS if name not in ON_REQUEST]
+
+    def opener(name: str) -> OpenSink:
+        open_sink: OpenSink = SINKS.get(name)
+        return lambda run: Guarded(name, open_sink, replace(run, tracking=tracking), in_thread=name in ON_REQUEST)
+
+    return [opener(name) for name in names]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from worldlm_ray.config.schema import BudgetConfig
+from worldlm_ray.config.tracking import TrackingConfig
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.rundir import STATUS
@@ -34,7 +35,7 @@ from worldlm_ray.tracking.charts import Lines
 from worldlm_ray.tracking.drawing import Drawing
 from worldlm_ray.tracking.run_state import RunState
 from worldlm_ray.tracking.run_texts import introduction
-from worldlm_ray.tracking.sinks import SINKS, OpenSink, RunFacts, Scalar
+from worldlm_ray.tracking.sinks import OpenSink, RunFacts, Scalar, chosen_sinks
 from worldlm_ray.tracking.status import read_status, replace_json
 
 STATUS_EVERY_S = 1.0
@@ -52,7 +53,7 @@ class Tracker:
         hparams: settings for the HPARAMS tab, by dotted key.
         budget: what `progress` is measured against.
         texts: Markdown by tag for the TEXT page (`run_texts.introduction`).
-        sinks: make the sinks, to which charts are drawn; all that are registered, unless given.
+        sinks: make the sinks, to which charts are drawn; those of a run that names none, unless given.
         clock: monotonic seconds; it only paces files.
         wall: seconds since 1970.
 
@@ -84,9 +85,10 @@ class Tracker:
         self._state.restore(status, audit.read(run_dir))
         self._started_at: float = seconds(status.get("started_at")) or wall()
         self._lines = Lines(kinds)
+        self._root = next(path for path in kinds if "/" not in path)
         facts = RunFacts(
             run_dir=run_dir,
-            root=next(path for path in kinds if "/" not in path),
+            root=self._root,
             lines=self._lines,
             hparams=hparams,
             texts=texts or {},
@@ -94,7 +96,7 @@ class Tracker:
             now_s=self._state.now_s,
             clock=clock,
         )
-        chosen = [SINKS.get(name) for name in SINKS] if sinks is None else sinks
+        chosen = chosen_sinks(TrackingConfig()) if sinks is None else sinks
         self._sinks = [open_sink(facts) for open_sink in chosen]
         self._drawing = Drawing(self._state, self._sinks, lines=self._lines, clock=clock)
         self._status_s = 0.0
@@ -115,11 +117,18 @@ class Tracker:
             self._state.apply(record)
             self._drawing.show(record)
         self._drawing.draw_image_if_due()
+        self._tell_failures()
         now = self._clock()
         if now - self._last_status >= max(STATUS_EVERY_S, self._status_s / STATUS_SHARE):
             self._write_status()
         for sink in self._sinks:
             sink.flush_if_due()
+
+    def _tell_failures(self) -> None:
+        """A sink that has failed is a warning of the run, once."""
+        for sink in self._sinks:
+            if sink.failure:
+                self._state.warnings.add(self._root, sink.failure, now_s=self._state.now_s)
 
     def add(self, path: str, kind: str) -> None:
         """Add a node that has joined the tree during the run. A known node is unchanged."""
@@ -155,6 +164,7 @@ class Tracker:
     @property
     def warnings(self) -> list[dict[str, Any]]:
         """Warnings for the operator: see `Warnings.kept`."""
+        self._tell_failures()
         return list(self._state.warnings.kept)
 
     def summaries(self) -> dict[str, NodeSummary]:
@@ -203,4 +213,5 @@ def open_tracker(plan: Plan) -> Tracker:
         hparams=plan.hparams(),
         budget=plan.config.budget,
         texts=introduction(plan),
+        sinks=chosen_sinks(plan.config.tracking),
     )
