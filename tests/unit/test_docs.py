@@ -3,63 +3,121 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from support.documents import PAGE_MARK, ROOT, Block, blocks, documents, read
 from support.worlds import run_example
+from typer.main import get_group
+from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from worldlm_ray.cli.main import app
 
-
-def tree() -> list[str]:
-    """Paths of the file tree in the README."""
-    block = README.split("## Where things are")[1].split("## ")[0]
-    found, folder = [], ""
-    for line in block.splitlines():
-        if match := re.match(r"    (\S+)/ ", line):
-            folder = match.group(1)
-            found.append(folder)
-        elif match := re.match(r"      (\S+?)/? ", line):
-            found.append(f"{folder}/{match.group(1)}")
-    return found
+GENERATED = ("reference/",)
+"""Pages that are written when the site is built."""
 
 
-def test_the_file_tree_is_the_real_one() -> None:
-    listed = tree()
-    for path in listed:
-        assert (ROOT / path).exists(), path
-    package = ROOT / "worldlm_ray"
-    real = {p.name for p in package.iterdir() if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")}
-    assert {Path(p).name for p in listed if p.startswith("worldlm_ray/")} == real - {"__init__.py"}
+def test_the_readme_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= 130
 
 
-def test_every_command_in_the_readme_exists_and_every_command_is_in_it() -> None:
-    help_text = subprocess.run(
-        [sys.executable, "-m", "worldlm_ray", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    commands = set(re.findall(r"^  ([a-z]+)  ", help_text.split("Commands:")[1], re.M))
-    assert set(re.findall(r"worldlm ([a-z]+)", README)) - {"command", "show"} <= commands
-    assert commands <= set(re.findall(r"worldlm ([a-z]+)", README))
+def test_the_folders_of_the_repository_are_the_real_ones() -> None:
+    block = read("CONTRIBUTING.md").split("## Where things are")[1].split("## ")[0]
+    listed = set(re.findall(r"^    (\w+)/ ", block, re.M))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    real = {path.split("/")[0] for path in tracked.splitlines() if "/" in path and not path.startswith(".")}
+    assert listed == real
+
+
+@pytest.mark.parametrize("document", documents())
+def test_every_command_in_a_document_exists(document: str) -> None:
+    commands = {command.name for command in get_group(app).commands.values()}
+    code = "\n".join(re.findall(r"`([^`\n]+)`", read(document)) + [block.text for block in blocks(document)])
+    assert set(re.findall(r"^ *worldlm ([a-z]+)\b", code, re.M)) <= commands
 
 
 def test_every_make_target_in_the_documents_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for line in re.findall(r"\bmake ((?:[a-z-]+ ?)+)", text):
-            wanted = line.split()
-            assert wanted[0] in targets, f"{document}: make {line}"
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for document in documents():
+        for line in re.findall(r"(?:`|^ *)make ((?:[a-z0-9-]+ ?)+)", read(document), re.M):
+            assert line.split()[0] in targets, f"{document}: make {line}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("document", documents())
 def test_links_to_files_lead_somewhere(document: str) -> None:
-    path = ROOT / document
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), f"{document}: {target}"
+    folder = (ROOT / document).parent
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read(document)):
+        if not target.startswith(("http", *GENERATED)):
+            assert (folder / target).exists(), f"{document}: {target}"
+
+
+@pytest.mark.parametrize("document", documents())
+def test_a_block_of_commands_is_run_or_says_why_not(document: str) -> None:
+    if PAGE_MARK.search(read(document)):
+        return
+    unmarked = [block for block in blocks(document) if block.is_program and not block.mark]
+    assert not unmarked, "\n".join(f"{block.document}:{block.line}: {block.text}" for block in unmarked)
+
+
+RUN = [document for document in documents() if any(block.runs for block in blocks(document))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", RUN)
+def test_blocks_that_are_marked_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(document):
+        if block.runs:
+            RUNNERS[block.language](block)
+
+
+def _commands(block: Block) -> None:
+    for line in block.text.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words[0] == "worldlm", f"{block.document}:{block.line}: {line}"
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception}"
+
+
+def _configuration(block: Block) -> None:
+    """Check a configuration, with a file for every text that it names."""
+    for pattern in re.findall(r"files: \[([^\]]+)\]", block.text):
+        place = Path(pattern.replace("*", "one"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _fill(place)
+    Path("world.yaml").write_text(block.text, encoding="utf-8")
+    assert yaml.safe_load(block.text)["world"]
+    done = CliRunner().invoke(app, ["show", "world.yaml"])
+    assert done.exit_code == 0, f"{done.output}\n{done.exception}"
+
+
+def _fill(place: Path) -> None:
+    """A file of text in the form that its name says."""
+    if place.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["The river."] * 9}), place)
+    elif place.suffix == ".gz":
+        import gzip
+
+        place.write_bytes(gzip.compress(b'{"body": "The river."}\n' * 9))
+    else:
+        place.write_text("The river.\n" * 9, encoding="utf-8")
+
+
+def _program(block: Block) -> None:
+    done = subprocess.run([sys.executable, "-c", block.text], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+RUNNERS = {"sh": _commands, "yaml": _configuration, "python": _program}
 
 
 def test_one_federation_agrees_with_the_fast_code() -> None:

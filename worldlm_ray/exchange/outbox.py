@@ -3,7 +3,7 @@
 A parent tells with every answer up to which `seq` its checkpoints cover what it has accepted. What lies above is in the
 parent's memory alone: the child keeps it, and sends it again to a parent that comes back without it. So an accepted
 update is never lost, and since the parent drops what it has seen, never applied twice; and no update is written to a
-log (see "Nothing lost" in README.md).
+log (see docs/faults.md).
 """
 
 from __future__ import annotations
