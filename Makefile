@@ -9,8 +9,10 @@ HUGGINGFACE := $(VENV)/.ready-huggingface
 # Unit tests share nothing, so that each core takes some. Tests with Ray share one cluster, and run one by one.
 UNIT := $(BIN)/python -m pytest tests/unit -n auto --maxprocesses=8 --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
+# The variable silences a notice of the theme's authors about another program.
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-.PHONY: help quickstart federating smollm2 test test-long test-fast soak check format architecture bench clean
+.PHONY: help quickstart federating smollm2 test test-long test-fast soak check docs format architecture bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,7 +28,7 @@ $(READY): pyproject.toml
 
 $(DEV): $(READY)
 	@echo "installing the tools of tests, lint and benchmarks: usually 1 to 2 minutes, once"
-	$(PIP) --editable '.[dev,bench]'
+	$(PIP) --editable '.[dev,bench,docs]'
 	touch $(DEV)
 
 quickstart: $(READY)  ## train the world that ships with the package, on text that this machine holds
@@ -57,12 +59,17 @@ soak: $(DEV)  ## mutated messages, faults on purpose and kills, many times as ma
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/ray/test_kills.py tests/unit/test_faults.py \
 		tests/unit/test_mutations.py tests/unit/test_mutated_files.py
 
-check: $(DEV)  ## lint, format, types, words to avoid, and whether docs/architecture.md is what the code says
+check: $(DEV)  ## lint, format, types, words to avoid, docs/architecture.md as the code says, the site without a broken link
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/check_words.py
 	$(BIN)/python docs/draw_architecture.py --check
+	$(SITE) --strict --quiet
+
+docs: $(DEV)  ## build the documentation site in build/site
+	$(SITE) --strict
+	@echo "open build/site/index.html, or: $(BIN)/mkdocs serve"
 
 architecture: $(DEV)  ## draw docs/architecture.md from the code
 	$(BIN)/python docs/draw_architecture.py

@@ -1,6 +1,6 @@
 """Draws docs/architecture.md: every package, what it is, what stands in it, and which others it imports.
 
-    python docs/draw_architecture.py            write the page anew (`make architecture`)
+    python docs/draw_architecture.py            write the page and its picture anew (`make architecture`)
     python docs/draw_architecture.py --check    exit code 1 if the page is not what the code says
 
 The layers are those of CONTRIBUTING.md. An arrow may only lead downwards, or stay within its layer.
@@ -17,6 +17,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
+PICTURE = ROOT / "docs" / "images" / "layers.svg"
+STEP = 40
+"""Height of a layer in the picture."""
+STYLE = """  <style>
+    text { font-family: system-ui, "DejaVu Sans", Helvetica, Arial, sans-serif; font-size: 14px; fill: #1f2933 }
+    .rooms { fill: #52606d; font-size: 13px }
+    .box { fill: #e0e7ff; stroke: #4338ca }
+    .line { stroke: #7b8794; stroke-width: 1.5; fill: none }
+    .back { fill: #ffffff }
+  </style>
+  <defs>
+    <marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" orient="auto">
+      <path d="M0 0 L10 5 L0 10 z" fill="#7b8794"/>
+    </marker>
+  </defs>"""
 HEAD = """# Architecture
 
 <!-- Written by `make architecture` from the code and the layer table of CONTRIBUTING.md. Do not edit. -->
@@ -107,19 +122,25 @@ def tree() -> list[str]:
     return lines
 
 
-def picture(found: dict[str, dict[str, int]]) -> list[str]:
-    """The layers as a mermaid graph. An arrow that others imply is left out."""
-    layer_of = {room: number for number, layer in enumerate(layers()) for room in layer.rooms}
-    pairs = sorted({(layer_of[a], layer_of[b]) for a, to in found.items() for b in to if layer_of[a] != layer_of[b]})
-    lines = ["## Layers", "", "```mermaid", "flowchart TD"]
-    for number, layer in enumerate(layers()):
-        lines.append(f'    L{number}["<b>{layer.name}</b><br/>{" · ".join(layer.rooms)}"]')
-    below = {number: {b for a, b in pairs if a == number} for number in range(len(layers()))}
-    for number in reversed(below):
-        below[number] |= {further for other in below[number] for further in below[other]}
-    direct = [(a, b) for a, b in pairs if not any(b in below[between] for x, between in pairs if x == a)]
-    lines += [f"    L{a} --> L{b}" for a, b in direct]
-    return [*lines, "```", ""]
+def picture() -> str:
+    """The layers as an SVG, the highest on top: a site shows it without a script from elsewhere."""
+    rows = layers()
+    height = STEP * len(rows)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 {height + 20}" role="img" aria-labelledby="title">',
+        '  <title id="title">The layers: imports lead downwards only</title>',
+        STYLE,
+        f'  <rect class="back" width="840" height="{height + 20}" rx="8"/>',
+        f'  <path class="line" d="M30 20 L30 {height}" marker-end="url(#tip)"/>',
+    ]
+    for number, layer in enumerate(rows):
+        top = 10 + STEP * number
+        lines += [
+            f'  <rect class="box" x="60" y="{top}" width="760" height="{STEP - 8}" rx="6"/>',
+            f'  <text x="76" y="{top + 21}">{layer.name}</text>',
+            f'  <text class="rooms" x="260" y="{top + 21}">{" · ".join(layer.rooms)}</text>',
+        ]
+    return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def table(found: dict[str, dict[str, int]]) -> list[str]:
@@ -155,19 +176,21 @@ def page() -> str:
         modules=sum(len(files(room)) for room in found),
         arrows=sum(map(len, found.values())),
     )
-    return head + "\n".join([*picture(found), *tree(), *table(found)]).rstrip() + "\n"
+    shown = ["## Layers", "", f"![The layers](images/{PICTURE.name})", ""]
+    return head + "\n".join([*shown, *tree(), *table(found)]).rstrip() + "\n"
 
 
 def main(arguments: list[str]) -> int:
     """Write the page, or compare it."""
-    text = page()
+    drawn = {PAGE: page(), PICTURE: picture()}
     if arguments == ["--check"]:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+        if all(path.is_file() and path.read_text(encoding="utf-8") == text for path, text in drawn.items()):
             return 0
         print("docs/architecture.md is not what the code says: make architecture")
         return 1
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)} written")
+    for path, text in drawn.items():
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)} written")
     return 0
 
 

@@ -161,7 +161,7 @@ class AttentionRecord:
     layers: tuple[str, ...]
     candidates: tuple[str, ...]
     weights: tuple[tuple[float, ...], ...]
-    """[layers][candidates]; every row sums to one."""
+    """[layers, candidates]; every row sums to one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,7 +169,7 @@ class OnlineAttention:
         return self.blend
 
     def weights(self) -> list[list[float]]:
-        """The attention weights so far, [key layers][candidates].
+        """The attention weights so far, [key layers, candidates].
 
         Raises:
             AggregationError: no candidate had any weight.
@@ -218,7 +218,7 @@ def with_prior(fit: Sequence[float], prior: float) -> list[float]:
 
 
 def log_sum(logits: Sequence[Sequence[float]]) -> list[float]:
-    """Logits of a candidate that stands for several: log sum exp over [candidates][key layers]; -inf of none.
+    """Logits of a candidate that stands for several: log sum exp over [candidates, key layers]; -inf of none.
 
     In one piece: a node may have thousands of children.
     """

@@ -163,7 +163,7 @@ class Fold:
                 empty of a child that was in none yet.
 
         Returns:
-            The next model, the L2 norm of the backbone's step, and the attention weights [key layers][candidates].
+            The next model, the L2 norm of the backbone's step, and the attention weights [key layers, candidates].
 
         Raises:
             AggregationError: nothing was folded in.

@@ -275,7 +275,7 @@ def records_of(
         fold: that has made the aggregation.
         intake: of the node.
         norm: of the backbone's step.
-        weights: of attention [key layers][candidates].
+        weights: of attention [key layers, candidates].
         now_s: run time.
     """
     path, version, total_tokens = intake.path, intake.published.version, intake.published.tokens

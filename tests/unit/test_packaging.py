@@ -1,0 +1,34 @@
+"""What an installation brings: our packages, and nothing that would take another's name."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PACKAGES = SETTINGS["tool"]["setuptools"]["packages"]
+
+
+def test_two_packages_are_installed_and_no_tests_or_examples() -> None:
+    assert {name.split(".")[0] for name in PACKAGES} == {"worldlm_ray", "actors"}
+
+
+def test_every_package_of_the_source_is_installed() -> None:
+    places = SETTINGS["tool"]["setuptools"]["package-dir"]
+    moved = {name for name in places if "." in name}
+    real = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for top in ("worldlm_ray", "actors")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    assert set(PACKAGES) - moved == real
+    assert all((ROOT / places[name]).is_dir() for name in moved)
+
+
+def test_the_licence_is_the_whole_text_and_travels() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert "APPENDIX: How to apply the Apache License to your work." in text
+    assert SETTINGS["project"]["license-files"] == ["LICENSE"]
