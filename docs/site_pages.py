@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -96,6 +97,13 @@ def default(field: dataclasses.Field[Any]) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def row(key: str, values: str, unless_given: str, text: str) -> str:
+    """A row of the table of keys. Two columns fit a telephone."""
+    text = re.sub(r"\bdocs/([a-z_]+)\.md", r"[\1](../\1.md)", cell(text))
+    facts = [part for part in (values, f"default {unless_given}" if unless_given else "no default") if part]
+    return f"| `{key}` | {text}{' ' if text else ''}*({'; '.join(facts)})* |"
+
+
 def section(settings: type, path: str, inherited: tuple[str, ...]) -> list[str]:
     """Keys of a class of settings as a table, and below it those of its parts."""
     hints, texts = get_type_hints(settings, include_extras=True), documented(settings)
@@ -105,13 +113,13 @@ def section(settings: type, path: str, inherited: tuple[str, ...]) -> list[str]:
         if dataclasses.is_dataclass(hints[field.name]):
             parts.append((hints[field.name], key))
         elif field.name not in INTERNAL:
-            rows.append(f"| `{key}` | {kind(hints[field.name])} | {default(field)} | {cell(texts[field.name])} |")
+            rows.append(row(key, kind(hints[field.name]), default(field), texts[field.name]))
     level = "#" * min(2 + path.count("."), 4)
     lines = [f"{level} {path or 'The run'}", "", (inspect.getdoc(settings) or "").strip(), ""]
     if path in inherited:
         lines += ["*Inherited down the tree; any node may override it.*", ""]
     if rows:
-        lines += ["| key | values | default | meaning |", "|---|---|---|---|", *rows, ""]
+        lines += ["| key | meaning |", "|---|---|", *rows, ""]
     for part, key in parts:
         lines += section(part, key, inherited)
     return lines

@@ -46,11 +46,12 @@ def test_every_key_of_a_configuration_has_a_row(pages: ModuleType) -> None:
 
 def test_a_row_has_the_default_the_choices_and_the_docstring(pages: ModuleType) -> None:
     text = pages.configuration()
-    assert "| `checkpoint.keep` | integer | `2` |" in text
-    assert "| `1` | Updates per aggregation: 1 is FedAsync, more is FedBuff. |" in text
+    assert "| `checkpoint.keep` | *(integer; default `2`)* |" in text
+    meaning = "Updates per aggregation: 1 is FedAsync, more is FedBuff."
+    assert f"| `aggregation.buffer_size` | {meaning} *(integer; default `1`)* |" in text
     row = next(line for line in text.splitlines() if line.startswith("| `exchange.codec` |"))
     assert all(f"`{name}`" in row for name in names.CODECS.names())
-    assert "| `exchange.overlap` | true or false | `false` |" in text
+    assert "*(true or false; default `false`)*" in text
     assert str(schema.LoraConfig.__doc__) in text
 
 
