@@ -24,6 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERNAL = {"kept"}
 """Keys that a run writes for itself."""
 API = {
+    "Python": (
+        "worldlm_ray.api.runs",
+        "worldlm_ray.api.run",
+        "worldlm_ray.api.comparison",
+    ),
     "Running": (
         "worldlm_ray.config.loading",
         "worldlm_ray.plan.plan",
