@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from worldlm_ray.gateway import certificates, identity, keys, profile
@@ -30,9 +31,9 @@ class FakeClock:
         self.now_s += hours * HOUR_S + days * 24 * HOUR_S
 
 
-def make_world(folder: Path, *, clock: Clock = time.time, port: int = 8_443) -> Authority:
-    """A world whose server is called localhost or 127.0.0.1."""
-    identity.init(folder, "acme", HOSTS, PASSPHRASE, port=port, clock=clock)
+def make_world(folder: Path, *, clock: Clock = time.time, port: int = 8_443, hosts: Sequence[str] = HOSTS) -> Authority:
+    """A world whose server is called localhost or 127.0.0.1, unless a test says otherwise."""
+    identity.init(folder, "acme", hosts, PASSPHRASE, port=port, clock=clock)
     return Authority(folder, clock=clock)
 
 

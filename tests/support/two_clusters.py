@@ -136,13 +136,15 @@ class Member:
     file: Path
     run_dir: Path
     process: subprocess.Popen[str] | None = None
+    inside: tuple[str, ...] = ()
+    """What stands before a command that is to run where the member lives."""
 
     def start(self) -> None:
         begun = ["--resume", str(self.run_dir)] if self.run_dir.exists() else [str(self.file)]
         place = [] if self.run_dir.exists() else ["--run-dir", str(self.run_dir)]
         with self.file.with_suffix(".log").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "worldlm_ray", "train", *begun, *place],
+                [*self.inside, sys.executable, "-m", "worldlm_ray", "train", *begun, *place],
                 env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
                 stdout=log,
                 stderr=log,
@@ -163,7 +165,7 @@ class Member:
         place = living.recall(self.run_dir)
         assert place is not None
         done = subprocess.run(
-            [sys.executable, "-c", KILL, place["address"], place["namespace"], name],
+            [*self.inside, sys.executable, "-c", KILL, place["address"], place["namespace"], name],
             capture_output=True,
             text=True,
             timeout=60.0,
@@ -176,6 +178,10 @@ class Member:
         assert self.process is not None
         assert self.process.wait(at_most_s) == 0, self.log()
         return dict(json.loads((self.run_dir / "summary.json").read_text()))
+
+    def accepted(self, path: str) -> int:
+        """Updates of a node that its parent has accepted so far."""
+        return int(self.status().get("nodes", {}).get(path, {}).get("accepted", 0))
 
     def log(self) -> str:
         return self.file.with_suffix(".log").read_text()
