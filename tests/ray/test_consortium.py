@@ -90,8 +90,7 @@ def test_a_kill_and_an_absence_cost_no_update(
 
     initial = build.initial(make_plan(load(str(world.file))))
     for site in (east, west, world):
-        site.stop()
-        assert site.wait()["status"] == "stopped"
+        assert site.stop()["status"] == "stopped"
         for proof in whole_trail(site.run_dir):
             print(f"{proof.sender} -> {proof.node}: {len(proof.applied)} applied, {proof.again} again, 0 lost, 0 twice")
     dialled_one_port(consortium)

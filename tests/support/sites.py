@@ -44,11 +44,13 @@ table ip border {
 class Site(Member):
     """The run of one organisation on its host."""
 
-    def stop(self) -> None:
-        """What Ctrl-C does."""
+    def stop(self) -> dict[str, Any]:
+        """What Ctrl-C does; returns the summary of the run."""
         assert self.process is not None
         for child in children(self.process.pid):  # nsenter waits for the command, and hands no signal on
             os.kill(child, signal.SIGINT)
+        self.process.wait(60.0)
+        return dict(json.loads((self.run_dir / "summary.json").read_text()))
 
     def kill(self) -> None:
         """End the command at once, if it is there still: its host ends with the rest of it."""
@@ -91,26 +93,25 @@ class Consortium:
         profile = self.hosts.shared / "profiles" / name
         make_member(self._keys, profile, f"world/{name}")
         rules = FIREWALL.replace("WORLD", self.address).replace("PORT", str(PORT))
-        self.on(host, "nft", "-f", "-", text=rules)
+        self.firewall(host, "-f", "-", rules=rules)
         return self._site(host, name, {"joins": str(profile), "world": tree})
 
-    def on(self, host: int, *command: str, text: str = "") -> str:
-        """What a command prints on a host."""
-        done = subprocess.run(
-            [*self.hosts.inside(host), *command], input=text, capture_output=True, text=True, timeout=60.0, check=False
-        )
+    def firewall(self, host: int, *arguments: str, rules: str = "") -> str:
+        """What `nft` prints about a host's network."""
+        command = ["ip", "netns", "exec", f"wlm{host}", "nft", *arguments]
+        done = subprocess.run(command, input=rules, capture_output=True, text=True, timeout=60.0, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def packets(self, host: int) -> dict[str, int]:
         """How many packets a member's firewall has counted: to and from the gateway, and all others."""
-        listed = json.loads(self.on(host, "nft", "-j", "list", "counters"))["nftables"]
+        listed = json.loads(self.firewall(host, "-j", "list", "counters"))["nftables"]
         return {each["counter"]["name"]: each["counter"]["packets"] for each in listed if "counter" in each}
 
     def _site(self, host: int, name: str, raw: dict[str, Any]) -> Site:
         file = self.hosts.shared / f"{name}.yaml"
         file.write_text(yaml.safe_dump(self._settings | {"name": name} | raw))
-        site = Site(file, self.hosts.shared / name, inside=tuple(self.hosts.inside(host)))
+        site = Site(file, self.hosts.shared / name, inside=(*self.hosts.inside(host), "env", "RAY_AUTH_MODE=token"))
         self.sites.append(site)
         return site
 
