@@ -27,7 +27,7 @@ from worldlm_ray.config.gateway import GatewayConfig
 from worldlm_ray.errors import ConfigError, GatewayError, MessageError, Refused
 from worldlm_ray.exchange.messages import Packed
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.gateway import profile, renewal, terms
+from worldlm_ray.gateway import profile, renewal, report, terms
 from worldlm_ray.gateway.authority import Authority
 from worldlm_ray.gateway.contexts import client_context, server_context
 from worldlm_ray.gateway.link import Link, LinkSettings
@@ -82,6 +82,8 @@ class ParentProxy(GracefulShutdown):
         self._address, self._above, self._said = address, above.path, ""
         self._certificate = MemberRenewal(self._profile, self._link, self._seal, warn)
         self._renewal, self.loop = _spawn(renewal.hourly(self._certificate.look)), asyncio.get_running_loop()
+        self._freight = report.freight(plan, is_member=True)
+        self._reports = _spawn(report.tell_often(self._report))
 
     # ---- the parent's methods --------------------------------------------------------------------------------
 
@@ -113,6 +115,7 @@ class ParentProxy(GracefulShutdown):
     async def done(self, child: str, incarnation: int, to: int) -> None:
         """See InnerActor."""
         await self._link.done(child, incarnation, to)
+        self._report()
 
     async def left(self, child: str, incarnation: int, to: int) -> bool:
         """See InnerActor."""
@@ -160,6 +163,12 @@ class ParentProxy(GracefulShutdown):
             self._said = event
             record = LifeRecord(node=self._above, now_s=self._address.clock.now_s(), event=event, detail=detail)
             self._address.recorder.record.remote([record])
+
+    def _report(self) -> None:
+        """Have the run's files say how well the line does."""
+        meter, now_s = self._link.transfer.meter, self._address.clock.now_s()
+        record = report.of_parent(self._above, meter, self._profile, self._freight, now_s=now_s)
+        self._address.recorder.record.remote([record])
 
 
 # ---- the world's side --------------------------------------------------------------------------------------------
@@ -327,6 +336,7 @@ class GatewayActor(GracefulShutdown):
             raise GatewayError(f"gateway.listen: {got}; give another address") from error
         certificate = ServerRenewal(identity, self._context, self._seal, partial(warn, node.path))
         self._gateway, self._renewal = gateway, _spawn(renewal.hourly(certificate.look))
+        self._reports = _spawn(report.tell_often(self._report))
 
     async def process(self) -> int:
         """Id of this process."""
@@ -340,11 +350,20 @@ class GatewayActor(GracefulShutdown):
         """Give the last answers their time, and listen no more."""
         if self._gateway is not None:
             await asyncio.sleep(GOODBYE_S)
+            self._reports.cancel()
+            self._report()
             await self._gateway.stop()
             self._gateway = None
 
     def shut_down(self) -> None:
         """See GracefulShutdown: there is nothing to be saved."""
+
+    def _report(self) -> None:
+        """Have the run's files say how well the members' lines do."""
+        assert self._gateway is not None
+        freight, now_s = report.freight(self._plan), self._address.clock.now_s()
+        records = [report.of_member(each, freight, now_s=now_s) for each in self._gateway.members.values()]
+        self._address.recorder.record.remote(records)
 
     async def _start_again(self) -> None:
         """After a death: the port may be taken for a moment still."""

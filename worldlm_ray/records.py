@@ -218,6 +218,42 @@ class LifeRecord:
     detail: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BorderRecord:
+    """What one side of a border has counted since its record before, of the node on the other side."""
+
+    node: str
+    """The node in the other cluster: a member, or the parent of one."""
+    now_s: float
+    bytes_up: int
+    """Of updates, from the member to its parent."""
+    bytes_down: int
+    """Of models."""
+    mbit_up: float | None
+    """Megabits per second while updates moved; None where none did."""
+    mbit_down: float | None
+    resumed: int
+    """Parts that were sent again."""
+    accepted: int
+    """Updates of the member."""
+    refused: dict[str, int]
+    """Requests and updates of the member, by name of the refusal."""
+    tau: int | None
+    """Staleness of the member's newest update, versions; None if there was none."""
+    every_s: float | None
+    """Seconds between the member's newest two updates; None if there was none."""
+    parameters: int
+    """Of the model."""
+    codec: str
+    """By which updates travel."""
+    overlap: bool
+    """Whether training goes on during an exchange, as far as this side knows."""
+    certificate_days: float | None
+    """Until the member's certificate ends; None where it is not known."""
+    offline_s: float
+    """Seconds for which the other side has not been heard; 0 if it is there."""
+
+
 Record = (
     RoundRecord
     | ProgressRecord
@@ -232,6 +268,7 @@ Record = (
     | PushRecord
     | PrivacyRecord
     | LifeRecord
+    | BorderRecord
 )
 
 

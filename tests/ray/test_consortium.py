@@ -19,6 +19,7 @@ from support.worlds import TINY_MODEL, WORDS, client
 from worldlm_ray.config.loading import load
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import make_plan
+from worldlm_ray.reports.border import border_lines
 
 REASON = why_not(tools=["nft"]) or why_no_link()
 pytestmark = [
@@ -88,6 +89,10 @@ def test_a_kill_and_an_absence_cost_no_update(
     took_s = world.until(lambda: world.accepted(WEST) > before[WEST], at_most_s=60.0)
     print(f"back: its next update {took_s:.1f} s later")
 
+    for site, paths in ((world, (EAST, WEST)), (east, ("world",)), (west, ("world",))):
+        status = site.status()
+        print(*border_lines(status), sep="\n")
+        assert all(status["nodes"][path]["border"]["accepted"] > 0 for path in paths)
     initial = build.initial(make_plan(load(str(world.file))))
     for site in (east, west, world):
         assert site.stop()["status"] == "stopped"

@@ -24,6 +24,7 @@ from worldlm_ray.aggregation.children import Status
 from worldlm_ray.errors import GatewayError, MessageError
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.records import BorderRecord
 from worldlm_ray.run_clock import RunClock
 
 Tiny = Callable[..., Plan]
@@ -122,6 +123,16 @@ def test_a_federation_exchanges_with_a_world_that_it_takes_for_a_neighbour(borde
         assert not await world.has_yet_to_end("south")
 
     through(border, work)
+    for cluster, node in (("world", PATH), ("member", "world")):  # both have counted the same
+        crossed = [each for each in border.records(cluster) if isinstance(each, BorderRecord)]
+        assert {each.node for each in crossed} == {node}
+        assert sum(each.accepted for each in crossed) == 1
+        assert sum(each.bytes_up for each in crossed) == border.world.layout.nbytes
+        assert sum(each.bytes_down for each in crossed) == border.world.layout.nbytes
+        assert crossed[-1].certificate_days == pytest.approx(30.0, abs=0.1)
+        assert crossed[-1].offline_s == 0.0
+        assert all(each.mbit_up and each.mbit_down for each in crossed if each.bytes_up)
+        assert crossed[-1].parameters == border.world.layout.size
     told = [(each.node, each.event) for each in border.records("world") if hasattr(each, "event")]
     assert [event for node, event in told if node == PATH] == ["training", "finished"]
     assert ("world", "training") in [

@@ -181,6 +181,7 @@ def status(
 ) -> None:
     """Print the table of a run's nodes, living or ended."""
     from worldlm_ray.plan import rundir
+    from worldlm_ray.reports.border import border_lines
     from worldlm_ray.reports.liveness import liveness
     from worldlm_ray.reports.tables import live_table
     from worldlm_ray.tracking.status import has_ended, read_status
@@ -200,6 +201,8 @@ def status(
             time.sleep(WATCH_S)
     snapshot = read_status(folder)
     console.print(live_table(snapshot | {"run": folder.name}))
+    for line in border_lines(snapshot):
+        console.print(line, highlight=False, soft_wrap=True)
     said = liveness(folder, snapshot)
     if said == "running" and has_ended(folder, snapshot):
         said = "ended: see summary.json"  # a moment ago

@@ -175,6 +175,7 @@ class Calls:
             self._pushes.pop(member.path, None)
             raise
         upload.judged = True
+        member.meter.judged(verdict)
         return verdict, await self._evidence.judged(wire.packed(verdict), member.path, manifest)
 
     def _whole(self, member: Member, asked: wire.Push) -> Upload:

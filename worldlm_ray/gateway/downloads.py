@@ -89,16 +89,18 @@ class Downloads:
         version = self._find(digest)
         begin, end = range_of(request, version.leaves.size)
         headers = {"Content-Range": f"bytes {begin}-{end - 1}/{version.leaves.size}"}
+        way = member.meter.down
         version.readers += 1
 
         async def paced(nbytes: int) -> None:
+            way.count(nbytes)
             await self._traffic.moved(member.path, nbytes)
 
         try:
-            return await send_bytes(request, version.view[begin:end], headers=headers, status=206, paced=paced)
+            with way.moving():
+                return await send_bytes(request, version.view[begin:end], headers=headers, status=206, paced=paced)
         finally:
             version.readers -= 1
-            member.bytes_down += end - begin
 
     async def _hashed(self, version: Version) -> Version:
         loop = asyncio.get_running_loop()

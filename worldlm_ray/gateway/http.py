@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from worldlm_ray.errors import MessageError, WorldLMError
+from worldlm_ray.gateway.meter import Meter
 from worldlm_ray.gateway.wire import MESSAGE_BYTES, Refusal, packed, parsed
 
 CONNECT_S = 10.0
@@ -56,10 +57,13 @@ class Backoff:
     Args:
         tries: attempts in all.
         say: hears why the other side asks for a wait of hours.
+        meter: hears of each attempt that has failed.
     """
 
-    def __init__(self, tries: int, say: Callable[[str], None] = lambda text: None) -> None:
-        self._left, self._pause_s, self._say = tries, FIRST_S, say
+    def __init__(
+        self, tries: int, say: Callable[[str], None] = lambda text: None, *, meter: Meter | None = None
+    ) -> None:
+        self._left, self._pause_s, self._say, self._meter = tries, FIRST_S, say, meter or Meter()
 
     async def wait(self, error: BaseException, *, at_least_s: float = 0.0) -> None:
         """Wait for the next attempt.
@@ -77,6 +81,8 @@ class Backoff:
             await asyncio.sleep(LONG_S)
             return
         self._left -= 1
+        if not isinstance(error, MessageError):
+            self._meter.missed()
         if self._left <= 0:
             raise error if isinstance(error, MessageError) else unreachable(error)
         pause_s = max(self._pause_s * random.uniform(0.5, 1.5), min(at_least_s, MOST_S))
@@ -115,10 +121,12 @@ class Http:
         self._session: aiohttp.ClientSession | None = None
         self._users: Counter[aiohttp.ClientSession] = Counter()
         """Requests under way, by session: one that is used no more for new ones is closed after the last of them."""
+        self.meter = Meter()
+        """What has crossed, as this side counts it."""
 
     def backoff(self, tries: int | None = None) -> Backoff:
         """Pauses for a new thing to be attempted."""
-        return Backoff(self._tries if tries is None else tries, self._say)
+        return Backoff(self._tries if tries is None else tries, self._say, meter=self.meter)
 
     async def use(self, context: ssl.SSLContext) -> None:
         """Make further connections by another certificate; requests under way end on those that they have."""
@@ -231,6 +239,7 @@ class Http:
 
     async def _once(self, method: str, place: str, body: bytes, most: int) -> tuple[int, bytes]:
         async with asyncio.timeout(IDLE_S), self._request(method, place, data=body or None) as response:
+            self.meter.heard()
             return response.status, await _read(response, most)
 
     @asynccontextmanager

@@ -243,7 +243,9 @@ class Link:
                 raise MessageError(error.reason, f"the verdict on update {message.seq}: {error.detail}") from error
             if self._receipts is not None:
                 await self._receipts.judged(path, manifest, found)
-        return wire.parsed_verdict(found.verdict)
+        verdict = wire.parsed_verdict(found.verdict)
+        self.transfer.meter.judged(verdict)
+        return verdict
 
 
 async def root_of(url: str, context: ssl.SSLContext) -> bytes:

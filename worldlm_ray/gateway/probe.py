@@ -62,6 +62,8 @@ class Finding:
     what: str
     text: str
     is_good: bool = True
+    mbit: tuple[float, float] | None = None
+    """Of a measurement of speed: megabits per second up and down."""
 
 
 async def check(profile: Profile) -> AsyncIterator[Finding]:
@@ -117,7 +119,8 @@ async def _asked(http: Http) -> AsyncIterator[Finding]:
     began = time.monotonic()
     got = await http.call("POST", "probe", most=PROBE_BYTES)
     down = 8e-6 * len(got) / (time.monotonic() - began)
-    yield Finding("speed", f"{up:,.1f} Mbit/s up, {down:,.1f} Mbit/s down, over one connection")
+    text = f"{up:,.1f} Mbit/s up, {down:,.1f} Mbit/s down, over one connection"
+    yield Finding("speed", text, mbit=(up, down))
 
 
 async def _probe(http: Http, body: bytes) -> Probed:

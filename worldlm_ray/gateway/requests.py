@@ -13,6 +13,7 @@ from aiohttp import web
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.gateway.connections import Connection
+from worldlm_ray.gateway.meter import Meter
 from worldlm_ray.gateway.wire import MESSAGE_BYTES, Refusal, packed, parsed
 
 PIECE_BYTES = 256 * 1024
@@ -45,12 +46,11 @@ class Member:
     path: str
     answers: Counter[str] = field(default_factory=Counter)
     """Requests that were answered without a refusal, by method."""
-    refusals: Counter[str] = field(default_factory=Counter)
-    """By name."""
-    bytes_up: int = 0
-    bytes_down: int = 0
-    leaves_again: int = 0
-    """Leaves that came though they were there, or that were not what their digest said."""
+    meter: Meter = field(default_factory=Meter)
+    """What has crossed, as this side counts it; `resumed` are leaves that came though they were there, or that were not
+    what their digest said."""
+    certificate: bytes = b""
+    """That it has shown last, in DER."""
     joined: tuple[int, int] | None = None
     """Incarnations of the member and of the parent that it has joined."""
     heard_s: float = 0.0

@@ -214,7 +214,7 @@ class Gateway:
             except Exception as error:
                 LOG.exception("a request failed")
                 reason, detail = "failed", f"the gateway failed ({type(error).__name__}); its log says where"
-        (self.refusals if member is None else member.refusals)[reason] += 1
+        (self.refusals if member is None else member.meter.refusals)[reason] += 1
         is_stranger = connection_of(request).certificate is None and reason == "not_allowed"
         if member is not None:
             self._alarms.refused(member.path, reason, detail)
@@ -224,7 +224,10 @@ class Gateway:
         path = self._authority.authorise(connection_of(request).certificate or b"")
         if path not in self.members:
             self.members[path] = Member(path)
-        return self.members[path]
+        member = self.members[path]
+        member.certificate = connection_of(request).certificate or b""
+        member.meter.heard()
+        return member
 
     async def _route(self, request: web.BaseRequest, member: Member) -> Any:
         method, path = request.method, request.path

@@ -14,6 +14,7 @@ from concurrent.futures import Executor
 
 from worldlm_ray.errors import MessageError
 from worldlm_ray.gateway.http import Failures, Http, Later
+from worldlm_ray.gateway.meter import Way
 from worldlm_ray.gateway.wire import (
     DIGEST_BYTES,
     LEAVES_HEADER,
@@ -40,10 +41,8 @@ class Transfer:
         self._http, self._threads, self._connections = http, threads, connections
         self._run, self._workers = 1, connections
         """Leaves of a request, and requests at once: more while all goes well, fewer on a bad line."""
-        self.moved = 0
-        """Bytes of leaves that have gone over the border, either way, those that were sent again included."""
-        self.cuts = 0
-        """How often a transfer has been resumed."""
+        self.meter = http.meter
+        """Counts bytes of leaves, those that were sent again included."""
 
     async def send(self, place: str, view: memoryview, leaves: Leaves) -> bytes:
         """Have a buffer staged.
@@ -60,6 +59,7 @@ class Transfer:
             MessageError: unreachable, or as the other side refuses.
         """
         digests: dict[int, bytes] = {}
+        begun: set[int] = set()
 
         async def missing() -> list[int]:
             raw = await self._http.call("GET", place, most=DIGEST_BYTES * leaves.count)
@@ -75,9 +75,11 @@ class Transfer:
                     digests[index] = await self._hash(view, leaves, index)
             headers = {LEAVES_HEADER: b"".join(digests[index] for index in run).hex()}
             body = view[leaves.start(run[0]) : leaves.start(run[-1] + 1)]
-            await self._http.put(f"{place}/{run[0]}", body, headers=headers, count=self._count)
+            self.meter.resumed += len(begun.intersection(run))
+            begun.update(run)
+            await self._http.put(f"{place}/{run[0]}", body, headers=headers, count=self.meter.up.count)
 
-        await self._move_all(missing, move)
+        await self._move_all(missing, move, self.meter.up)
         return digest_of([digests[index] for index in range(leaves.count)])
 
     async def fetch(self, digest: bytes, leaves: Leaves, into: memoryview, there: set[int]) -> None:
@@ -98,6 +100,7 @@ class Transfer:
         )
         if digest_of(expected) != digest:
             raise MessageError("wrong_digest", "the digests of the leaves are not those of the model")
+        begun: set[int] = set()
 
         async def missing() -> list[int]:
             return [index for index in range(leaves.count) if index not in there]
@@ -105,9 +108,11 @@ class Transfer:
         async def move(run: list[int]) -> None:
             begin, end = leaves.start(run[0]), leaves.start(run[-1] + 1)
             checks: list[asyncio.Task[None]] = []
+            self.meter.resumed += len(begun.intersection(run))
+            begun.update(run)
 
             def arrived(moved: int, at: int) -> None:
-                self._count(moved)
+                self.meter.down.count(moved)
                 while len(checks) < len(run) and at >= leaves.start(run[len(checks)] + 1):
                     index = run[len(checks)]
                     checks.append(asyncio.create_task(self._check(into, leaves, index, expected[index], there)))
@@ -120,7 +125,7 @@ class Transfer:
                 if isinstance(error, BaseException):
                     raise error
 
-        await self._move_all(missing, move)
+        await self._move_all(missing, move, self.meter.down)
 
     async def _check(self, into: memoryview, leaves: Leaves, index: int, expected: bytes, there: set[int]) -> None:
         if await self._hash(into, leaves, index) != expected:
@@ -131,13 +136,10 @@ class Transfer:
         part = view[leaves.start(index) : leaves.start(index + 1)]
         return await asyncio.get_running_loop().run_in_executor(self._threads, leaf_digest, part)
 
-    def _count(self, moved: int) -> None:
-        self.moved += moved
-
     # ---- workers -----------------------------------------------------------------------------------------------
 
     async def _move_all(
-        self, missing: Callable[[], Awaitable[list[int]]], move: Callable[[list[int]], Awaitable[None]]
+        self, missing: Callable[[], Awaitable[list[int]]], move: Callable[[list[int]], Awaitable[None]], way: Way
     ) -> None:
         """Move leaves until none is missing; for as long as some arrive between two cuts.
 
@@ -147,12 +149,13 @@ class Transfer:
         left, again = await missing(), self._http.backoff()
         while left:
             try:
-                await self._work(deque(self._runs(left)), move)
+                with way.moving():
+                    await self._work(deque(self._runs(left)), move)
                 self._run, self._workers = min(2 * self._run, MOST_LEAVES), self._connections
             except (*Failures, Later, MessageError) as error:
                 if isinstance(error, MessageError) and error.reason not in ("wrong_digest", "busy", "unreachable"):
                     raise
-                self._run, self.cuts, before = max(self._run // 2, 1), self.cuts + 1, len(left)
+                self._run, before = max(self._run // 2, 1), len(left)
                 seconds = error.seconds if isinstance(error, Later) else 0.0
                 await again.wait(error.refusal if isinstance(error, Later) else error, at_least_s=seconds)
                 left = await missing()

@@ -60,22 +60,25 @@ class Uploads:
             raise MessageError("malformed", f"leaves {first} to {first + len(expected)} of {leaves.count}")
         checked_length(request, most=leaves.nbytes(first, len(expected)), exactly=True)
         upload = await self._open(member, name)
-        member.leaves_again += sum(upload.has(first + at) for at in range(len(expected)))
+        member.meter.resumed += sum(upload.has(first + at) for at in range(len(expected)))
         number, offset, done = upload.begin(first, len(expected)), leaves.start(first), 0
         checks: list[asyncio.Task[None]] = []
+        way = member.meter.up
         try:
-            async for piece in pieces(request):
-                upload.write(number, offset, piece)
-                offset, member.bytes_up = offset + len(piece), member.bytes_up + len(piece)
-                await self._traffic.moved(member.path, len(piece))
-                while done < len(expected) and offset >= leaves.start(first + done + 1):
-                    checks.append(asyncio.create_task(self._check(upload, number, first + done, expected[done])))
-                    done += 1
+            with way.moving():
+                async for piece in pieces(request):
+                    upload.write(number, offset, piece)
+                    offset += len(piece)
+                    way.count(len(piece))
+                    await self._traffic.moved(member.path, len(piece))
+                    while done < len(expected) and offset >= leaves.start(first + done + 1):
+                        checks.append(asyncio.create_task(self._check(upload, number, first + done, expected[done])))
+                        done += 1
         finally:
             found = await asyncio.gather(*checks, return_exceptions=True)
         for error in found:
             if isinstance(error, BaseException):
-                member.leaves_again += 1
+                member.meter.resumed += 1
                 raise error
         if done < len(expected):
             raise MessageError("wrong_size", f"the body ended in leaf {first + done}")

@@ -51,6 +51,7 @@ class Chart:
 _BY_TOKENS, _BY_TIME = "1 loss in nats per byte, by tokens", "2 loss in nats per byte, by seconds"
 _STALENESS, _VERSIONS, _THROUGHPUT = "3 staleness", "4 versions", "5 throughput"
 _EXCHANGE, _MERGING, _LEARNING, _PRIVACY = "6 exchange", "7 merging", "8 learning", "9 privacy"
+_BORDER = "6 exchange over a border"
 _OWN, _INNER, _MEANS = (
     "1 clients, own models",
     "2 world, federations, own models",
@@ -157,6 +158,25 @@ CHARTS: dict[tuple[str, str], tuple[Chart, ...]] = {
     ),
     ("train_loss", "client"): (Chart(tag=f"{_LEARNING}/3 training loss in nats per token, by tokens", by="tokens"),),
     ("learning_rate", "client"): (Chart(tag=f"{_LEARNING}/4 learning rate by tokens", by="tokens"),),
+    **{
+        (f"border_{name}", "any"): (Chart(tag=f"{_BORDER}/{number} {text}"),)
+        for number, (name, text) in enumerate(
+            {
+                "mbit_up": "Mbit per s up, while updates move",
+                "mbit_down": "Mbit per s down, while models move",
+                "bytes_up": "bytes up",
+                "bytes_down": "bytes down",
+                "resumed": "parts sent again",
+                "accepted": "updates accepted",
+                "refused": "refusals",
+                "tau": "versions behind, newest update",
+                "every_s": "seconds between two updates",
+                "offline_s": "seconds offline",
+                "certificate_days": "days until the certificate ends",
+            }.items(),
+            1,
+        )
+    },
     ("epsilon", "any"): (Chart(tag=f"{_PRIVACY}/epsilon spent", category="Cost", title="Privacy spent (epsilon)"),),
 }
 

@@ -9,6 +9,7 @@ from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.records import (
     AggregationRecord,
     AttentionRecord,
+    BorderRecord,
     FinalRecord,
     MergeRecord,
     OwnModelRecord,
@@ -22,6 +23,7 @@ from worldlm_ray.records import (
     perplexity,
 )
 from worldlm_ray.tracking.charts import HISTOGRAM, Lines, SharedLines, clean
+from worldlm_ray.tracking.node_state import BORDER_NEWEST, BORDER_SUMS
 from worldlm_ray.tracking.run_state import RunState
 from worldlm_ray.tracking.run_texts import quoted
 from worldlm_ray.tracking.sinks import Sink
@@ -141,6 +143,16 @@ class Drawing:
             case PullRecord():
                 version = node.version if node.kind == "client" else None
                 self._put(path, {"bytes_down": node.bytes_down, "version": version}, now_s=now_s)
+            case BorderRecord():
+                self._show_border(record)
+
+    def _show_border(self, record: BorderRecord) -> None:
+        """What has crossed a border so far, and how well its line does now."""
+        so_far = self._state.nodes[record.node].border
+        values: dict[str, float | None] = {f"border_{name}": so_far[name] for name in BORDER_SUMS}
+        values |= {f"border_{name}": getattr(record, name) for name in (*BORDER_NEWEST, "offline_s")}
+        values |= {f"border_refused/{reason}": so_far["refused"][reason] for reason in record.refused}
+        self._put(record.node, values, now_s=record.now_s)
 
     def _show_privacy(self, path: str, epsilon: float, now_s: float) -> None:
         """Epsilon of a client, and for each node above it the largest epsilon of its clients."""

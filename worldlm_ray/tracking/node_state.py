@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from worldlm_ray.plan.tree import Kind
-from worldlm_ray.records import perplexity
+from worldlm_ray.records import BorderRecord, perplexity
 
 FINISHED, DIVERGED = "finished", "diverged"
 REMOTE = "remote"
@@ -65,6 +66,8 @@ class NodeState:
     """The last event of the node's life. `state_at_s` is its run time, `state_detail` its detail."""
     state_at_s: float = 0.0
     state_detail: str = ""
+    border: dict[str, Any] = field(default_factory=dict)
+    """Of a node in another cluster: what has crossed the border, as `crossed` adds it up."""
     diverged: bool = False
     """Whether the last update that this node sent was refused because its values are not finite."""
 
@@ -85,6 +88,24 @@ def values_of(node: NodeState) -> dict[str, Any]:
     }
 
 
+def crossed(before: dict[str, Any], record: BorderRecord) -> dict[str, Any]:
+    """What has crossed a border so far, with what one more record says.
+
+    Args:
+        before: the result for the record before; empty for the first one.
+        record: of one side.
+    """
+    sums = {name: before.get(name, 0) + getattr(record, name) for name in BORDER_SUMS}
+    newest = {name: getattr(record, name) for name in BORDER_NEWEST}
+    kept = {name: before.get(name) if value is None else value for name, value in newest.items()}
+    refused = Counter(before.get("refused", {})) + Counter(record.refused)
+    now = {name: getattr(record, name) for name in ("parameters", "codec", "overlap", "offline_s")}
+    return {**sums, **kept, **now, "refused": dict(refused)}
+
+
+BORDER_SUMS = ("bytes_up", "bytes_down", "resumed", "accepted")
+BORDER_NEWEST = ("mbit_up", "mbit_down", "tau", "every_s", "certificate_days")
+"""Fields of a BorderRecord of which the newest value that is known stays."""
 _OF = (
     ("perplexity_start", "loss_start"),
     ("perplexity", "loss"),

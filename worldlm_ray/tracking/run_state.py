@@ -17,6 +17,7 @@ from worldlm_ray.errors import RunError
 from worldlm_ray.exchange.replies import ACCEPTED
 from worldlm_ray.records import (
     AggregationRecord,
+    BorderRecord,
     FinalRecord,
     LifeRecord,
     NodeSummary,
@@ -31,7 +32,7 @@ from worldlm_ray.records import (
     VerdictRecord,
 )
 from worldlm_ray.run_clock import seconds
-from worldlm_ray.tracking.node_state import DIVERGED, FINISHED, KINDS, REMOTE, NodeState, finite, values_of
+from worldlm_ray.tracking.node_state import DIVERGED, FINISHED, KINDS, REMOTE, NodeState, crossed, finite, values_of
 from worldlm_ray.tracking.run_warnings import NOT_FINITE, Warnings
 
 T = TypeVar("T", NodeState, OwnModelRecord)
@@ -153,6 +154,8 @@ class RunState:
                 node.state, node.state_detail, node.state_at_s = record.event, record.detail, record.now_s
                 if record.event == "warning":
                     self.warnings.add(record.node, record.detail, now_s=record.now_s)
+            case BorderRecord():
+                node.border = crossed(node.border, record)
 
     def count(self, receiver: str, sender: str, *, seq: int, tau: int, verdict: str) -> None:
         """Count one verdict. An update that is accepted again after a restart of the receiver counts once."""
@@ -220,11 +223,8 @@ class RunState:
         kept = {each.name for each in fields(NodeState)} - counted - {"kind"}
         for path, values in snapshot.get("nodes", {}).items():
             if "clients_loss" not in values and values["kind"] != "client":
-                values = {
-                    **values,
-                    "clients_loss": values["loss"],
-                    "loss": None,
-                }  # written before the two values were separate
+                # written before the two values were separate
+                values = {**values, "clients_loss": values["loss"], "loss": None}
             for name in kept & values.keys() if path in self.nodes else ():
                 setattr(self.nodes[path], name, values[name])
             if values.get("state") == DIVERGED and path in self.nodes:

@@ -65,7 +65,7 @@ def test_an_update_gets_over_a_line_that_is_cut_again_and_again(tmp_path: Path, 
             cut_every(border.line, "up", int(leaves * LEAF), most=1_000)
             update = an_update()
             assert (await push(link, update)).accepted
-            cuts, came = border.line.cuts, border.gateway.members["world/a"].bytes_up
+            cuts, came = border.line.cuts, border.gateway.members["world/a"].meter.up.bytes
             assert cuts >= LAYOUT.nbytes / (leaves * LEAF) - 1
             assert came - LAYOUT.nbytes <= cuts * border.settings.connections * LEAF
             assert border.parent.accepted == [("a", 1)]
@@ -84,7 +84,7 @@ def test_a_model_gets_over_a_line_that_is_cut_again_and_again(tmp_path: Path, le
             cuts = border.line.cuts
             assert np.array_equal(model.values, border.parent.node.theta)
             assert cuts >= LAYOUT.nbytes / (leaves * LEAF) - 1
-            assert link.transfer.moved - LAYOUT.nbytes <= cuts * border.settings.connections * LEAF
+            assert link.transfer.meter.down.bytes - LAYOUT.nbytes <= cuts * border.settings.connections * LEAF
 
     run(work())
 
@@ -126,7 +126,7 @@ def test_a_gateway_that_begins_again_has_kept_what_was_staged(tmp_path: Path) ->
             await border.restart()
             other = border.link()  # of a member's process that begins again, too
             assert (await push(other, an_update())).accepted
-            assert other.transfer.moved < 0.75 * LAYOUT.nbytes
+            assert other.transfer.meter.up.bytes < 0.75 * LAYOUT.nbytes
             assert border.parent.accepted == [("a", 1)]
 
     run(work())
@@ -180,7 +180,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 patched.setattr(staging.os, "pwrite", full)
                 with pytest.raises(MessageError, match="over_quota: the staging folder is full"):
                     await push(link, an_update())
-            assert border.gateway.members["world/a"].refusals["over_quota"]
+            assert border.gateway.members["world/a"].meter.refusals["over_quota"]
             assert (await push(link, an_update())).accepted
 
     run(work())
@@ -207,6 +207,6 @@ def test_an_update_of_another_size_is_refused_before_a_byte_goes(tmp_path: Path)
             link, update = border.link(), an_update()
             with pytest.raises(MessageError, match="wrong_shape"):
                 await link.push("a", 1, 1, pack_header(update, LAYOUT), update.values[:-1])
-            assert link.transfer.moved == 0
+            assert link.transfer.meter.up.bytes == 0
 
     run(work())

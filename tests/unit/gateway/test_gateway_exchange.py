@@ -82,11 +82,11 @@ def test_a_model_that_a_member_has_does_not_come_again(tmp_path: Path) -> None:
             link = border.link()
             await link.join("a", 1, 0)
             first = await link.pull("a", 1, 1, 0)
-            moved = link.transfer.moved
+            moved = link.transfer.meter.down.bytes
             assert moved == LAYOUT.nbytes
             second = await link.pull("a", 1, 1, 0)
             assert second.values is first.values
-            assert link.transfer.moved == moved
+            assert link.transfer.meter.down.bytes == moved
             await push(link, an_update("a", 1))
             third = await link.pull("a", 1, 1, 10)
             assert third.values is not first.values
@@ -138,9 +138,9 @@ def test_a_push_that_is_sent_again_counts_once(tmp_path: Path) -> None:
             link = border.link()
             await link.join("a", 1, 0)
             first = await push(link, an_update("a", 1))
-            moved = link.transfer.moved
+            moved = link.transfer.meter.up.bytes
             assert await push(link, an_update("a", 1)) == first
-            assert link.transfer.moved == moved, "the leaves were there"
+            assert link.transfer.meter.up.bytes == moved, "the leaves were there"
             await border.restart()
             assert (await push(link, an_update("a", 1))).reason == "duplicate"
             assert border.parent.accepted == [("a", 1)]

@@ -121,7 +121,7 @@ def test_a_member_that_is_revoked_is_cut_off_in_the_middle_of_a_part(tmp_path: P
             peer, idle = await by_hand(border), await by_hand(border)
             assert (await idle.ask("GET", "/healthz")).status == 200
             peer.send("PUT", "/v1/up/1/1/fp32/0", BODY[:6_000], Content_Length=str(len(BODY)), Leaf_Digests=HEX)
-            while not ("world/a" in border.gateway.members and border.gateway.members["world/a"].bytes_up):
+            while not ("world/a" in border.gateway.members and border.gateway.members["world/a"].meter.up.bytes):
                 await asyncio.sleep(0.01)
             border.world.revoke("world/a")
             assert await asyncio.wait_for(peer.closed(), 2.0)
@@ -141,7 +141,7 @@ def test_an_update_in_the_name_of_another_is_refused(tmp_path: Path) -> None:
             found = await peer.ask("POST", "/v1/push", a_push("b"))
             assert (found.status, found.reason) == (403, "not_allowed")
             assert "an update of 'b' comes from world/a" in found.refusal.detail
-            assert border.gateway.members["world/a"].refusals == {"not_allowed": 1}
+            assert border.gateway.members["world/a"].meter.refusals == {"not_allowed": 1}
             await all_is_well(border)
 
     run(work())
@@ -170,7 +170,7 @@ def test_a_body_of_another_size_is_refused_before_its_first_byte(tmp_path: Path)
             peer = await by_hand(border)
             peer.send(*put, b"", Content_Length=str(len(BODY)), Leaf_Digests=HEX, Content_Encoding="gzip")
             assert (await peer.answer()).reason == "malformed"
-            assert border.gateway.members["world/a"].bytes_up == 0
+            assert border.gateway.members["world/a"].meter.up.bytes == 0
             await all_is_well(border)
 
     run(work())
@@ -329,7 +329,7 @@ def test_mutated_requests_have_a_named_refusal_and_do_no_harm(tmp_path: Path, nu
             tracemalloc.stop()
             assert ok < number
             assert after - before < 2 * 2**20
-            assert not border.gateway.members["world/a"].refusals["failed"]
+            assert not border.gateway.members["world/a"].meter.refusals["failed"]
             peer.writer.transport.abort()
             await all_is_well(border)
 

@@ -42,7 +42,7 @@ def test_a_transfer_keeps_to_the_rate_of_its_member_and_of_all(tmp_path: Path) -
                 took_s = time.monotonic() - began
                 floor_s = len(BODY) / 40_000 - BURST_S if number < 2 else 0.0
                 assert took_s >= 0.9 * floor_s
-                assert border.gateway.members["world/a"].leaves_again == 0
+                assert border.gateway.members["world/a"].meter.resumed == 0
 
     run(work())
 
@@ -96,7 +96,7 @@ def test_a_member_over_its_quota_waits_with_what_has_arrived_and_goes_on(
             assert slept.is_set()
             assert heard[0].startswith("over_quota: world/a has moved")
             await link.heartbeat("a", 1, 1)
-            assert border.gateway.members["world/a"].refusals["over_quota"] >= 1
+            assert border.gateway.members["world/a"].meter.refusals["over_quota"] >= 1
             assert border.parent.accepted == [("a", 1)]
 
     run(work())
