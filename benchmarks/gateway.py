@@ -1,14 +1,18 @@
 """An update over a border between organisations and the model back, in copies of the same bytes over plain TCP.
 
-Two processes on this machine: a gateway before a node, and a member's link. An update of 128 million parameters is sent
-by TLS with client certificates, staged in shared memory, checked, and folded; the model comes back. A plain TCP copy of
-the same bytes into memory that is there already is taken before and after each. Ray is not part of it: the object store
-adds one copy on each side.
+Three processes on this machine: a node, a gateway before it, and a member's link. An update of 128 million parameters
+is sent by TLS with client certificates, staged in shared memory, checked, copied to where the node reads it (as
+`ray.put` does), and folded; the model comes back. A plain TCP copy of the same bytes into memory that is there already
+is taken before and after each. A second child of the node completes each aggregation, beside the measurement: there is
+one for all updates in it. Ray is not part of it; at the member, its object store adds one copy each way.
+
+Last comes a profile of the gateway's process: in which work its threads were found, of those that were at work.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import multiprocessing
 import os
 import socket
@@ -23,71 +27,22 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.events import Admit, Answer, Joined, Pull, Push, Serve
-from worldlm_ray.aggregation.node import Node
-from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
-from worldlm_ray.config.federated import AggregationConfig, MergeConfig
-from worldlm_ray.config.schema import BudgetConfig
+from benchmarks.gateway_processes import LOOK_S, NodeProcess, Samples, layout_of
 from worldlm_ray.exchange.compression import encode
-from worldlm_ray.exchange.messages import Packed, Update, buffer_of, pack, pack_header, unpack_model
-from worldlm_ray.exchange.replies import Verdict, Welcome
+from worldlm_ray.exchange.messages import Update, buffer_of, pack_header, unpack_model
 from worldlm_ray.gateway import identity, profile, wire
 from worldlm_ray.gateway.authority import Authority
 from worldlm_ray.gateway.contexts import client_context, server_context
 from worldlm_ray.gateway.link import Link, LinkSettings, hello_of
 from worldlm_ray.gateway.seals import MemberKey, ServerKey
 from worldlm_ray.gateway.server import Gateway, Settings
-from worldlm_ray.tensors.layout import Layout, make_layout
 
-SIZE, ROUNDS = 128_000_000, 5
-"""Parameters, and exchanges of which the median counts."""
+SIZE, ROUNDS, SAMPLED = 128_000_000, 5, 3
+"""Parameters, exchanges of which the median counts, and those behind them that are profiled."""
 TARGETS = {"up": 15.0, "down": 10.0, "int8 up": 5.0}
 """In TCP copies of the fp32 bytes."""
 MEMORY_MB = {"member": 32, "gateway": 64}
 CODECS = ("fp32", "int8")
-LOOK_S = 0.01
-
-
-class PlainParent:
-    """A node of this process as a gateway calls it.
-
-    Args:
-        node: a world with one child.
-    """
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
-    async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
-        """See calls.Parent."""
-        commands = self._node.handle(Joined(child=child, incarnation=incarnation, seq=seq, now_s=0.0))
-        return next(command.welcome for command in commands if isinstance(command, Admit))
-
-    async def push(self, sender: str, incarnation: int, to: int, header: bytes, values: Any) -> Verdict:
-        """See calls.Parent."""
-        event = Push(sender=sender, packed=Packed(header, values), incarnation=incarnation, to=to, now_s=0.0)
-        return next(command.verdict for command in self._node.handle(event) if isinstance(command, Answer))
-
-    async def pull(self, child: str, incarnation: int, to: int, started_tokens: int) -> Packed:
-        """See calls.Parent."""
-        event = Pull(child=child, incarnation=incarnation, to=to, started_tokens=started_tokens, now_s=0.0)
-        model = next(command.model for command in self._node.handle(event) if isinstance(command, Serve))
-        return pack(model, self._node.layout)
-
-    async def done(self, child: str, incarnation: int, to: int) -> None:
-        """See calls.Parent."""
-
-    async def left(self, child: str, incarnation: int, to: int) -> bool:
-        """See calls.Parent."""
-        return True
-
-    async def heartbeat(self, child: str, incarnation: int, to: int) -> None:
-        """See calls.Parent."""
-
-
-def layout_of(size: int) -> Layout:
-    """A model of one tensor, all backbone."""
-    return make_layout([("body.weight", (size,))], [], layers=0)
 
 
 def sizes_of(size: int) -> wire.Sizes:
@@ -134,25 +89,29 @@ def serve(folder: str, staging: str, size: int, port: int, asked: Any) -> None:
 
 async def _serve(folder: Path, staging: Path, size: int, port: int, asked: Any) -> None:
     sizes = sizes_of(size)
-    rules = NodeRules(
-        aggregation=AggregationConfig(buffer_size=1), merge=MergeConfig(), budget=BudgetConfig(rounds=1_000)
-    )
-    node = Node(
-        NodePlace(path="world", children=("a",), has_parent=False), rules, sizes.layout, np.zeros(size, np.float32)
-    )
     authority = Authority(folder)
     settings = Settings(sizes=sizes, hello=hello_of(sizes), staging_dir=staging, staging_bytes=4 * sizes.layout.nbytes)
-    gateway = Gateway(PlainParent(node), authority, settings, seal=ServerKey(authority.identity))
+    node, seq = NodeProcess(staging, size), 0
+    gateway = Gateway(node, authority, settings, seal=ServerKey(authority.identity))
     await gateway.start(server_context(authority.identity), host="127.0.0.1", port=port)
-    loop, memory = asyncio.get_running_loop(), None
+    loop, memory, samples = asyncio.get_running_loop(), None, None
     asked.send("ready")
     while (what := await loop.run_in_executor(None, asked.recv)) != "end":
         if what == "begin":
             memory = Memory()
             asked.send(None)
-        else:
+        elif what == "aggregate":
+            seq += 1
+            asked.send(await node.aggregate(seq))
+        elif what == "sample":
+            samples = Samples()
+            asked.send(None)
+        elif what == "memory":
             assert memory is not None
             asked.send(memory.end())
+        else:
+            assert samples is not None
+            asked.send(samples.end())
     await gateway.stop()
 
 
@@ -202,10 +161,10 @@ async def exchanges(link: Link, size: int, plain: Callable[[bytes], float], aske
     async def timed(name: str, way: bytes, work: Any) -> Any:
         before, began = plain(way), time.perf_counter()
         found = await work
-        took, copy = time.perf_counter() - began, (before + plain(way)) / 2
-        ratios[name].append(took / copy)
+        took, once = time.perf_counter() - began, (before + plain(way)) / 2
+        ratios[name].append(took / once)
         seconds[name].append(took)
-        seconds["copy up" if way == b"u" else "copy down"].append(copy)
+        seconds["copy up" if way == b"u" else "copy down"].append(once)
         return found
 
     async def round_(seq: int, codec: str, base: int) -> int:
@@ -216,6 +175,8 @@ async def exchanges(link: Link, size: int, plain: Callable[[bytes], float], aske
         work = link.push("a", 1, to, pack_header(update, layout), buffer_of(update))
         verdict = await timed("up" if codec == "fp32" else "int8 up", b"u", work)
         assert verdict.accepted, verdict
+        asked.send("aggregate")
+        asked.recv()
         found = await timed("down", b"d", link.pull("a", 1, to, 10 * seq))
         return unpack_model(found, layout).version
 
@@ -225,15 +186,24 @@ async def exchanges(link: Link, size: int, plain: Callable[[bytes], float], aske
         if seq == 1:  # until all memory has been touched
             for each in (*ratios.values(), *seconds.values()):
                 each.clear()
+    measured = {"ratios": copy.deepcopy(ratios), "seconds": copy.deepcopy(seconds)}
+    asked.send("sample")
+    asked.recv()
+    for seq in range(len(codecs) + 1, len(codecs) + 1 + SAMPLED):
+        version = await round_(seq, "fp32", version)
+    asked.send("samples")
+    shares = asked.recv()
     asked.send("begin")
     asked.recv()
     own = Memory()
-    update = Update(sender="a", seq=len(codecs) + 1, base_version=version, tokens=10, started_tokens=10, values=values)
+    update = Update(
+        sender="a", seq=len(codecs) + SAMPLED + 1, base_version=version, tokens=10, started_tokens=10, values=values
+    )
     assert (await link.push("a", 1, to, pack_header(update, layout), values)).accepted
     memory["member"] = own.end()
     asked.send("memory")
     memory["gateway"] = asked.recv()
-    return {"ratios": ratios, "seconds": seconds, "memory_mb": memory}
+    return {**measured, "profile": shares, "memory_mb": memory}
 
 
 def run() -> dict[str, Any]:
@@ -248,7 +218,7 @@ def run() -> dict[str, Any]:
         member.install(world.enrol(request, invitation.id, invitation.proof(request)).chain_pem)
         asked, other = multiprocessing.Pipe()
         arguments = (str(folder / "world"), staging, SIZE, port, other)
-        server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
+        server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
         server.start()
         try:
             assert asked.recv() == "ready"
@@ -294,4 +264,7 @@ def _shown(found: dict[str, Any]) -> dict[str, Any]:
         print(f"extra memory, {name}: {found['memory_mb'][name]:.0f} MB (target {target})")
     copies = {name: statistics.median(found["seconds"][name]) for name in ("copy up", "copy down")}
     print(f"a TCP copy: {copies['copy up']:.2f} s up, {copies['copy down']:.2f} s down")
-    return {"rows": rows, "memory_mb": found["memory_mb"], "copy_s": copies, "load": load}
+    print("the gateway's process, of the samples of threads at work:")
+    for work, share in found["profile"].items():
+        print(f"{share:6.0%}  {work}")
+    return {"rows": rows, "profile": found["profile"], "memory_mb": found["memory_mb"], "copy_s": copies, "load": load}

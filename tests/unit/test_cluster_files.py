@@ -50,12 +50,20 @@ def documents(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((ROOT / "cluster" / name).read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("name", ["onprem", "aws", "gcp"])
+@pytest.mark.parametrize("name", ["onprem", "member", "aws", "gcp"])
 def test_ray_accepts_what_ships(name: str) -> None:
     [raw] = documents(f"{name}.yaml")
     cluster_file._check_schema(raw)
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         assert any("ray start" in command and cluster_file.TOKEN_MODE in command for command in raw[key])
+
+
+def test_a_member_has_the_border_s_packages_and_its_key_is_copied_nowhere() -> None:
+    [member], [onprem] = documents("member.yaml"), documents("onprem.yaml")
+    assert any("[cluster,gateway]" in command for command in member["setup_commands"])
+    assert not any("profile" in f"{there} {here}" for there, here in member["file_mounts"].items())
+    for key in ("head_start_ray_commands", "worker_start_ray_commands", "file_mounts"):
+        assert member[key] == onprem[key]
 
 
 def test_amazon_accepts_the_machines() -> None:

@@ -248,14 +248,15 @@ class Quantized(Codec):
         self.put(whole, payload, part.start)
 
     def _restore(self, payload: Bytes, scales: Flat, part: slice, *, out: Flat) -> None:
-        count = self._blocks(out.size)
-        rows = np.zeros((count, self.block), np.float32)
-        flat = rows.reshape(-1)
+        count, first = self._blocks(out.size), part.start // self.block
+        is_whole = out.size == count * self.block  # all parts but the last: they need no buffer beside
+        flat = out if is_whole else np.zeros(count * self.block, np.float32)
         flat[: out.size] = self.take(payload, part)
-        first = part.start // self.block
+        rows = flat.reshape(count, self.block)
         with np.errstate(invalid="ignore"):
             rows *= scales[first : first + count, None]
-        out[:] = flat[: out.size]
+        if not is_whole:
+            out[:] = flat[: out.size]
 
 
 @codec("int8")
