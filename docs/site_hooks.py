@@ -65,6 +65,21 @@ def led(text: str, origin: str) -> tuple[str, set[str]]:
     return LINK.sub(lead, text), wanted
 
 
+def named(nav: Any) -> set[str]:
+    """Pages that a part of the navigation names."""
+    if isinstance(nav, str):
+        return {nav}
+    return set().union(*map(named, nav.values() if isinstance(nav, dict) else nav))
+
+
+def on_config(config: Any) -> Any:
+    """Put pages that the navigation does not name under `More`: a reader finds each page of docs/."""
+    pages = {path.name for path in Path(config.docs_dir).glob("*.md")}
+    if missing := sorted(pages - named(config.nav)):
+        config.nav.append({"More": missing})
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages."""
     pages, wanted = dict(site_pages.reference()), set()
