@@ -11,7 +11,9 @@ client.py            a leaf with its own process: pulls, trains, pushes
 client_pool.py       many leaves in one process
 drivers.py           takes the steps of the protocol: a thread that waits, or an event loop
 plans.py             how a plan travels to the actors
-gateway.py           both ends of a border: what stands for a parent in another cluster, and the server for members
+gateway.py           a border's end in the world's cluster: the server for members
+gateway_node.py      the node behind it
+parent_proxy.py      a border's end in a member's cluster: what stands for the parent there
 zero/                a leaf whose model several workers train
 recorder.py          the single writer of the run folder
 

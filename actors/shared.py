@@ -23,6 +23,7 @@ from worldlm_ray.plan import kept, rundir
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import parent_path
+from worldlm_ray.records import LifeRecord
 from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.storage.checkpoint import STORAGE_AGAIN_S
@@ -93,6 +94,10 @@ class Address:
             ValueError: there is no such actor.
         """
         return ray.get_actor(path, namespace=self.namespace)
+
+    def warn(self, path: str, text: str) -> None:
+        """Have the run's files and its operator's terminal say what a node meets."""
+        self.recorder.record.remote([LifeRecord(node=path, now_s=self.clock.now_s(), event="warning", detail=text)])
 
 
 def settle(clock: RunClock, namespace: str, path: str, run_dir: Path) -> RunClock:

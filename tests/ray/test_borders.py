@@ -11,6 +11,7 @@ from support.two_clusters import Run, TwoClusters, whole_trail
 from support.worlds import client, two_levels
 
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.reports.progress import TRAINING
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 Tiny = Callable[..., Plan]
@@ -118,8 +119,9 @@ def test_a_member_with_another_budget_is_told_the_key(
     member.start()
     assert member.process is not None
     assert member.process.wait(120.0) == 2
-    told = "budget.rounds is '5' at world/south, and '2' here: have it alike on both sides"
+    told = "budget.rounds is '5' at world/south, and '2' in charter 1 of world: have it alike on both sides"
     assert told in " ".join(member.log().split())
+    run.until(lambda: TRAINING in run.phases)  # the member may be told before the world's own clients have started
     run.stop()
     run.end()
 

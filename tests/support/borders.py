@@ -18,6 +18,7 @@ from worldlm_ray.exchange.messages import Packed, pack
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.gateway import wire
 from worldlm_ray.gateway.authority import Authority
+from worldlm_ray.gateway.charter import impose
 from worldlm_ray.gateway.connections import ConnectionLimits
 from worldlm_ray.gateway.contexts import client_context, joining_context, server_context
 from worldlm_ray.gateway.link import Link, LinkSettings, hello_of
@@ -26,6 +27,12 @@ from worldlm_ray.gateway.receipts import FOLDER, RECEIVED, SENT, Receipts
 from worldlm_ray.gateway.seals import MemberKey, ServerKey
 from worldlm_ray.gateway.server import Gateway, Settings
 from worldlm_ray.tensors.layout import Layout
+
+ALIKE = {"budget.rounds": "2", "model.parameters": "10077"}
+IMPOSED = {"exchange.codecs": "fp32 int8", "fields": "tokens started_tokens"}
+"""What the charter of a border's world says, unless a test says otherwise."""
+BESIDE = ("seal", "receipts", "say", "check_server", "check_charter")
+"""Arguments of a link that are no settings."""
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -197,7 +204,7 @@ class Border:
         context = changes.pop("context", None) or client_context(self.member(path))
         options: dict[str, Any] = {"path": path, "sizes": self.settings.sizes, "hello": self.settings.hello}
         options |= {"tries": 3, "connections": self.settings.connections, "world": self.world.identity.world}
-        others = {name: changes.pop(name) for name in ("seal", "receipts", "say", "check_server") if name in changes}
+        others = {name: changes.pop(name) for name in BESIDE if name in changes}
         url = f"https://127.0.0.1:{self.port if direct else self.line.port}"
         link = Link(LinkSettings(**({"url": url} | options | changes)), context, **others)
         self.links.append(link)
@@ -232,6 +239,7 @@ async def a_border(
         "limits": ConnectionLimits(of_member=16, look_s=0.02),
         "world": world.identity.world,
         "root_pem": world.identity.root_pem,
+        "charter": impose(world.identity, "world", ALIKE, IMPOSED).raw,
     }
     kept = {name: changes.pop(name) for name in ("traffic", "warn") if name in changes}
     settings, context = Settings(**(options | changes)), server_context(world.identity)

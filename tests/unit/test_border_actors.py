@@ -15,9 +15,11 @@ from support.event_loop_ray import FakeRay, Handle, Method, Recorder, an_update,
 from support.gateway import make_member, make_world, moved_to
 from support.worlds import client
 
-import actors.gateway
+import actors.gateway_node
+import actors.parent_proxy
 from actors.federation import FederationActor
-from actors.gateway import GatewayActor, ParentProxy
+from actors.gateway import GatewayActor
+from actors.parent_proxy import ParentProxy
 from actors.shared import Address
 from actors.world import WorldActor
 from worldlm_ray.aggregation.children import Status
@@ -81,7 +83,7 @@ def border(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Borde
         monkeypatch.delenv(name, raising=False)
     in_place_of_ray(monkeypatch)
     rays = TwoRays()
-    for module in (actors.shared, actors.inner, actors.drivers, actors.gateway):
+    for module in (actors.shared, actors.inner, actors.drivers, actors.gateway_node, actors.parent_proxy):
         monkeypatch.setattr(module, "ray", rays)
     keys = make_world(tmp_path / "gateway")
     make_member(keys, tmp_path / "profile", PATH)

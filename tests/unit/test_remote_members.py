@@ -181,13 +181,14 @@ def test_both_sides_show_the_other_one(tiny: Tiny, tmp_path: Path) -> None:
         assert list(tables(facts))
 
 
-def test_both_sides_say_the_same_at_hello(tiny: Tiny, tmp_path: Path) -> None:
+def test_both_sides_find_the_same_alike(tiny: Tiny, tmp_path: Path) -> None:
     world, member = a_world(tiny, tmp_path), a_member(tiny, tmp_path)
-    ours, theirs = terms.hello(world, world.root), terms.hello(member, member.root)
+    ours, theirs = terms.alike(world, world.root), terms.alike(member, member.root)
     assert ours == theirs
     other = replace(world, config=replace(world.config, seed=1))
-    assert terms.hello(other, other.root).initial != ours.initial
-    assert "budget.rounds=2" in ours.same
+    assert terms.alike(other, other.root)["model.initial"] != ours["model.initial"]
+    assert ours["budget.rounds"] == "2"
+    assert ours["model.parameters"] == str(world.layout.size)
 
 
 def test_a_run_knows_its_border_again(tiny: Tiny, tmp_path: Path) -> None:

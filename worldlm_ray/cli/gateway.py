@@ -1,7 +1,8 @@
 """Commands about members of a world.
 
 world     gateway init, invite, approve, members, revoke, readmit, rotate
-member    gateway join
+member    gateway join; further ones stand in gateway_check.py and gateway_member.py
+both      gateway charter (gateway_charter.py)
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def init(
     made = identity.init(folder, world, name, _passphrase(passphrase_file, anew=True), port=port)
     _authority(folder)  # writes the registry
     console.print(f"world {made.world}", highlight=False, soft_wrap=True)
-    _tell(f"{folder} holds its keys: keep a copy of it; next: `worldlm gateway invite world/NAME`")
+    tell(f"{folder} holds its keys: keep a copy of it; next: `worldlm gateway invite world/NAME`")
 
 
 @app.command()
@@ -99,7 +100,7 @@ def approve_(
             if not yes and not typer.confirm("Does the member's operator read out the same?", err=True):
                 raise GatewayError(f"{path}: not approved; run `worldlm gateway revoke {path}`, and invite again")
     authority.approve(path, by=_operator())
-    _tell(f"{path} gets its certificate when it asks next")
+    tell(f"{path} gets its certificate when it asks next")
 
 
 @app.command()
@@ -129,9 +130,9 @@ def revoke(
     What it has pushed stays in the model.
     """
     if _authority(folder).revoke(path, pause=pause, by=_operator()):
-        _tell(f"{path} is {'paused' if pause else 'revoked'}; `worldlm gateway readmit {path}` lets it in again")
+        tell(f"{path} is {'paused' if pause else 'revoked'}; `worldlm gateway readmit {path}` lets it in again")
     else:
-        _tell(f"the invitation of {path} is taken back")
+        tell(f"the invitation of {path} is taken back")
 
 
 @app.command()
@@ -143,7 +144,7 @@ def readmit(path: MemberPath, expires: Expires = "48h", approve: Approve = False
     authority = _authority(folder)
     made = authority.readmit(path, expires_s=_seconds(expires), approve=approve, by=_operator())
     if made is None:
-        _tell(f"{path} is let in again, with the key that it has")
+        tell(f"{path} is let in again, with the key that it has")
     else:
         _show_invitation(made.line, path, expires, approve=approve)
 
@@ -158,17 +159,20 @@ def rotate(folder: Dir = FOLDER, passphrase_file: PassphraseFile = None) -> None
     """
     authority = _authority(folder)
     number = authority.rotate(_passphrase(passphrase_file, anew=False), by=_operator())
-    _tell(f"issuing key {number} is good for {authority.identity.issuing_days():.0f} days")
+    tell(f"issuing key {number} is good for {authority.identity.issuing_days():.0f} days")
 
 
 @app.command()
 def join(
     line: Annotated[str, typer.Argument(metavar="LINE", help="the invitation, or - to read it from stdin")],
     folder: ProfileDir = PROFILE,
+    policy: Annotated[Path | None, typer.Option(metavar="FILE", help="what this member refuses (YAML)")] = None,
 ) -> None:
     """Join a world by an invitation; makes a key and a profile.
 
-    The key never leaves this folder. Interrupted, run it again.
+    The key never leaves this folder. A charter that the policy refuses ends it, before anything is written.
+
+    Interrupted, run it again.
     """
     import asyncio
 
@@ -176,8 +180,8 @@ def join(
     from worldlm_ray.gateway import joining
 
     text = sys.stdin.readline() if line == "-" else line
-    made = asyncio.run(joining.join(folder, text, on_waiting=_tell))
-    _tell(f"{made.path} has joined {made.url}: {folder} is good for {made.days_left():.0f} days, and renews itself")
+    made = asyncio.run(joining.join(folder, text, policy=policy, on_waiting=tell))
+    tell(f"{made.path} has joined {made.url}: {folder} is good for {made.days_left():.0f} days, and renews itself")
 
 
 def _authority(folder: Path) -> Authority:
@@ -231,8 +235,9 @@ def _show_invitation(line: str, path: str, expires: str, *, approve: bool) -> No
     console.print(line, highlight=False, soft_wrap=True)
     until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(time.time() + _seconds(expires)))
     then = f", then waits for `worldlm gateway approve {path}`" if approve else ""
-    _tell(f"lets {path} in once, until {until}{then}; who holds the line can join: use a safe channel")
+    tell(f"lets {path} in once, until {until}{then}; who holds the line can join: use a safe channel")
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """What has been done, beside a command's result."""
     errors.print(text, highlight=False)

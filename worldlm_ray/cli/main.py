@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from worldlm_ray.cli import clusters, experiments, gateway, gateway_check, inspect, models, runs
+from worldlm_ray.cli import (
+    clusters,
+    experiments,
+    gateway,
+    gateway_charter,
+    gateway_check,
+    gateway_member,
+    inspect,
+    models,
+    runs,
+)
 from worldlm_ray.cli.common import console, errors, spoken_of
 from worldlm_ray.errors import ConfigError, OutputError, WorldLMError
 
@@ -46,7 +56,9 @@ COMMANDS = (
 """In the order in which --help lists them."""
 for _command in COMMANDS:
     app.command(_command.__name__.rstrip("_"))(_command)
-gateway.app.command()(gateway_check.check)
+for _of_a_member in (gateway_check.check, *gateway_member.COMMANDS):
+    gateway.app.command(_of_a_member.__name__)(_of_a_member)
+gateway.app.add_typer(gateway_charter.app)
 app.add_typer(gateway.app)
 
 

@@ -240,5 +240,6 @@ RUN_BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "gateway.member_gb_per_day": not_negative,
     "gateway.max_members": positive,
     "gateway.linger_h": not_negative,
+    "gateway.least_privacy.target_epsilon": positive,
 }
 """What a number of the run itself may be."""

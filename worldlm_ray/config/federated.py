@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from worldlm_ray.config.names import AGGREGATION_RULES, CODECS, ROBUST_RULES, SCORES, SERVER_OPTIMIZERS, STALENESS
 
 Trigger = Literal["goal_achieved", "synchronous", "time_up"]
+PrivacyUnit = Literal["none", "record", "client"]
 RuleName = Annotated[str, AGGREGATION_RULES]
 CodecName = Annotated[str, CODECS]
 RobustRule = Annotated[str, ROBUST_RULES]

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from worldlm_ray.config.federated import CodecName, PrivacyUnit
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastPrivacy:
+    """Privacy that all clients of a member must have, at least."""
+
+    unit: PrivacyUnit = "none"
+    """`none` asks for nothing."""
+    target_epsilon: float | None = None
+    """The clients' `privacy.target_epsilon` may not be above this. Unless given, any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +29,10 @@ class GatewayConfig:
     """Folder on a local disk, in which updates lie until they are whole. Unless given, one for temporary files."""
     staging_gb: float | None = None
     """Room in it, 10^9 bytes. Unless given: four updates."""
+    codecs: list[CodecName] = field(default_factory=list)
+    """Codecs of which each member may use one. Unless given: `exchange.codec` alone."""
+    least_privacy: LeastPrivacy = field(default_factory=LeastPrivacy)
+    """The charter says it, and a member's run compares its configuration: the world cannot see it."""
     rate_mbps: float = 0.0
     """10^6 bits a second that may cross the border, of all members and both ways together; 0 for no limit."""
     member_rate_mbps: float = 0.0

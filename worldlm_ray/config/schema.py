@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from worldlm_ray.config import rule_files
-from worldlm_ray.config.federated import AggregationConfig, ExchangeConfig, MergeConfig
+from worldlm_ray.config.federated import AggregationConfig, ExchangeConfig, MergeConfig, PrivacyUnit
 from worldlm_ray.config.gateway import GatewayConfig
 from worldlm_ray.config.tracking import LoggingConfig, TrackingConfig
 
-PrivacyUnit = Literal["none", "record", "client"]
 AccountantName = Literal["rdp", "prv"]
 OnExhausted = Literal["stop", "pause"]
 GradSampleMode = Literal["auto", "ghost", "hooks"]

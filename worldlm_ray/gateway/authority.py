@@ -80,6 +80,7 @@ class Authority:
         self.registry = Registry(folder, clock=clock)
         self.registry.create()
         self.invitations = Invitations(folder, clock=clock)
+        self.check_invited = self.invitations.check
         self._journal = Growing(folder / JOURNAL, closing=b"\n")
         self._recorded = 0
 
@@ -181,7 +182,7 @@ class Authority:
         if mark == _peer(certificate).fingerprint:
             raise Refused("known_key", f"{path} renews with its old key; make a new one")
         with self.registry.changing() as members:
-            member = self._admitted(members, path, mark)
+            member = _admitted(members, path, mark)
             keys = tuple(old for old in member.keys if old.expires_s > now_s and old.fingerprint != mark)
             if len(keys) >= MOST_KEYS:
                 got = f"{path} has {len(keys)} keys that are good"
@@ -191,11 +192,15 @@ class Authority:
         self._record("renewed", path, spoken(mark))
         return chain
 
+    def resign(self, path: str) -> None:
+        """`revoke`, as the member has asked for it."""
+        self.revoke(path, by="the member itself")
+
     def _first(self, kept: Kept, key: PublicKey) -> bytes:
         answer, mark = self.invitations.answer_of(kept.id), fingerprint(key)
         with self.registry.changing() as members:
             self.invitations.get(kept.id)  # the operator may have taken it back since it was looked at
-            member = self._admitted(members, kept.path, mark)
+            member = _admitted(members, kept.path, mark)
             if answer is None:
                 self._check_room(members, kept.path)
                 chain, made = self._issue(key, kept.path)
@@ -221,20 +226,6 @@ class Authority:
         if self._recorded < MOST_RECORDED:
             self._recorded += 1
             self._record("refused", path, detail)
-
-    def _admitted(self, members: dict[str, Member], path: str, mark: str) -> Member:
-        """The member that may have this key.
-
-        Raises:
-            Refused: revoked or known_key.
-        """
-        member = members.get(path, Member(path=path))
-        if member.state is State.REVOKED:
-            raise Refused("revoked", f"{path} is no member any more; ask the world's operator to readmit it")
-        owner = next((p for p, each in members.items() if any(k.fingerprint == mark for k in each.keys)), path)
-        if owner != path:
-            raise Refused("known_key", f"the key {spoken(mark)} is that of {owner}; make a new one for {path}")
-        return member
 
     def _issue(self, key: PublicKey, path: str) -> tuple[bytes, MemberKey]:
         issuing, now_s = self.identity.issuing(), self.clock()
@@ -359,6 +350,21 @@ class Authority:
             self._journal.add(json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise GatewayError(f"{self.identity.folder / JOURNAL}: {error.strerror or error}; make room") from error
+
+
+def _admitted(members: dict[str, Member], path: str, mark: str) -> Member:
+    """The member that may have this key.
+
+    Raises:
+        Refused: revoked or known_key.
+    """
+    member = members.get(path, Member(path=path))
+    if member.state is State.REVOKED:
+        raise Refused("revoked", f"{path} is no member any more; ask the world's operator to readmit it")
+    owner = next((p for p, each in members.items() if any(k.fingerprint == mark for k in each.keys)), path)
+    if owner != path:
+        raise Refused("known_key", f"the key {spoken(mark)} is that of {owner}; make a new one for {path}")
+    return member
 
 
 @lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ import asyncio
 import random
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -119,6 +119,8 @@ class Http:
         self._url, self._context, self._connections, self._tries = url.rstrip("/"), context, connections, tries
         self._say = say
         self._session: aiohttp.ClientSession | None = None
+        self.pace: Callable[[int], Awaitable[None]] = _at_once
+        """Waits until so many bytes of a buffer may go."""
         self._users: Counter[aiohttp.ClientSession] = Counter()
         """Requests under way, by session: one that is used no more for new ones is closed after the last of them."""
         self.meter = Meter()
@@ -197,6 +199,7 @@ class Http:
             async def body() -> AsyncIterator[memoryview]:
                 for at in range(0, len(view), PIECE_BYTES):
                     piece = view[at : at + PIECE_BYTES]
+                    await self.pace(len(piece))
                     _push_back(limit)
                     count(len(piece))
                     yield piece
@@ -278,6 +281,10 @@ class Later(Exception):
     def __init__(self, refusal: MessageError, seconds: float) -> None:
         super().__init__(str(refusal))
         self.refusal, self.seconds = refusal, seconds
+
+
+async def _at_once(nbytes: int) -> None:
+    """Any rate."""
 
 
 def _push_back(limit: asyncio.Timeout) -> None:

@@ -128,6 +128,10 @@ def read_invitation(line: str) -> Invitation:
     return Invitation(url=_checked_url(url), world=world.hex(), path=checked_path(path), id=id_.hex(), secret=secret)
 
 
+ASKS_CHARTER = b"charter"
+"""In place of a certificate signing request in a proof: the stranger asks for the charter. No request is so short."""
+
+
 def check_proof(verifier: str, invitation: str, proof: bytes, request: bytes) -> None:
     """Check what `Invitation.proof` made.
 

@@ -18,7 +18,15 @@ from typing import Any
 
 from worldlm_ray.errors import GatewayError, Refused
 from worldlm_ray.gateway.certificates import DAY_S
-from worldlm_ray.gateway.invitation import ID_BYTES, SECRET_BYTES, Invitation, bad_invitation, is_id
+from worldlm_ray.gateway.invitation import (
+    ASKS_CHARTER,
+    ID_BYTES,
+    SECRET_BYTES,
+    Invitation,
+    bad_invitation,
+    check_proof,
+    is_id,
+)
 from worldlm_ray.gateway.keys import Clock, read_file
 from worldlm_ray.storage.filesystem import create_text, flush_folder, make_folder, replace_text
 
@@ -105,6 +113,20 @@ class Invitations:
         except OSError as error:
             raise GatewayError(f"{self.folder}: {error.strerror or error}; make it writable") from error
         return invitation
+
+    def check(self, invitation: str, proof: bytes) -> None:
+        """Refuse a stranger without an invitation; none is used up.
+
+        Args:
+            invitation: its id.
+            proof: by `Invitation.proof` of `ASKS_CHARTER`.
+
+        Raises:
+            Refused: bad_invitation.
+            GatewayError: its file is damaged.
+        """
+        kept = self.get(invitation)
+        check_proof(kept.verifier, kept.id, proof, ASKS_CHARTER)
 
     def get(self, invitation: str) -> Kept:
         """What is kept of an invitation.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ssl
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +66,7 @@ class Link:
         receipts: keep what is signed.
         say: hears why the other side makes this one wait for hours.
         check_server: refuses a server by its certificate (DER), beside what TLS checks.
+        check_charter: refuses a world by its signed charter, whenever the two sides meet.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Link:
         receipts: Receipts | None = None,
         say: Callable[[str], None] = lambda text: None,
         check_server: Callable[[bytes], None] = lambda certificate: None,
+        check_charter: Callable[[bytes], None] = lambda charter: None,
     ) -> None:
         self._settings, self._seal, self._receipts = settings, seal, receipts
+        self._check_charter = check_charter
         self._check_server = check_server
         context = checking(context, check_server)
         self._http = Http(settings.url, context, connections=settings.connections, tries=settings.tries, say=say)
@@ -89,6 +92,10 @@ class Link:
         self._clock_error_s = 0.0
         self._last: tuple[bytes, Callable[[], Any]] | None = None
         """Digest of the newest model, and the way to its buffer if the caller still has it."""
+
+    def limit(self, pace: Callable[[int], Awaitable[None]]) -> None:
+        """Have updates go no faster than this lets their bytes pass."""
+        self._http.pace = pace
 
     async def use(self, context: ssl.SSLContext) -> None:
         """Go on by another certificate."""
@@ -186,10 +193,11 @@ class Link:
     # ---- what else a member asks -------------------------------------------------------------------------------
 
     async def greet(self) -> wire.Terms:
-        """Compare what both sides must have alike.
+        """Compare what both sides must have alike, and look at the charter.
 
         Raises:
             MessageError: unreachable, not_allowed; wrong_layout and the like.
+            Refused: by `check_charter`.
         """
         terms = await self._http.ask("hello", self._settings.hello, wire.Terms)
         if terms.path != self._settings.path:
@@ -200,6 +208,7 @@ class Link:
             raise MessageError("wrong_protocol", text)
         self._clock_error_s = time.time() - terms.now_s
         self.terms = terms
+        self._check_charter(terms.charter)
         return terms
 
     async def renew(self, request: bytes) -> wire.Enrolled:
@@ -209,6 +218,14 @@ class Link:
             MessageError: unreachable, or as the other side refuses.
         """
         return await self._http.ask("renew", wire.Renew(request=request), wire.Enrolled)
+
+    async def resign(self) -> None:
+        """Have the world let this member in no more.
+
+        Raises:
+            MessageError: unreachable, or as the other side refuses.
+        """
+        await self._http.call("POST", "resign")
 
     def hold(self, digest: bytes, values: Any) -> None:
         """The newest model lies in this buffer, for as long as its owner keeps it: it need not come again.
@@ -283,14 +300,23 @@ async def enrol(url: str, context: ssl.SSLContext, message: wire.Enrol) -> wire.
         await http.close()
 
 
-def hello_of(sizes: wire.Sizes, *, initial: str = "", same: tuple[str, ...] = (), charter: int = 0) -> wire.Hello:
+async def charter(url: str, context: ssl.SSLContext, message: wire.Invited) -> bytes:
+    """Ask for the world's charter, signed, before enrolling; the other arguments are those of `enrol`.
+
+    Raises:
+        MessageError: unreachable, or as the other side refuses.
+    """
+    http = Http(url, context, connections=1)
+    try:
+        return await http.call("POST", "charter", wire.packed(message), most=wire.CHARTER_BYTES)
+    finally:
+        await http.close()
+
+
+def hello_of(sizes: wire.Sizes) -> wire.Hello:
     """What a side has.
 
     Args:
         sizes: of what may come.
-        initial: SHA-256 of the initial parameters, if it is known.
-        same: settings that must be alike, each `key=value`.
-        charter: epoch of the charter.
     """
-    software = f"worldlm_ray {worldlm_ray.__version__}"
-    return wire.Hello(layout=sizes.layout.hash, initial=initial, same=same, charter=charter, software=software)
+    return wire.Hello(layout=sizes.layout.hash, software=f"worldlm_ray {worldlm_ray.__version__}")

@@ -4,7 +4,10 @@
     root.pem        the world's root: the only one that the member accepts
     identity.pem    the member's key, its certificate and the issuing certificate (0600)
     pending.pem     a key and its certificate signing request that have no answer yet (0600)
+    charters/       the world's charters by epoch (charter.py)
+    policy.yaml     what the member refuses (policy.py)
 
+Further files are the operator's word (standing.py) and the log of what has left (sent.py).
 A request is kept until its answer has come: asked again, the world gives the same certificate.
 """
 
@@ -21,6 +24,7 @@ from cryptography import x509
 from worldlm_ray.errors import GatewayError, Refused
 from worldlm_ray.gateway import certificates
 from worldlm_ray.gateway.certificates import DAY_S
+from worldlm_ray.gateway.charter import Charters
 from worldlm_ray.gateway.invitation import Invitation
 from worldlm_ray.gateway.keys import (
     Clock,
@@ -69,6 +73,8 @@ class Profile:
         [self.root, *_] = certificates.read_pem(self.root_pem.encode(), folder / ROOT)
         if certificates.world_id(self.root) != self.world:
             raise GatewayError(f"{folder / ROOT}: is not the root of {FACTS}; restore the folder from a copy")
+        self.charters = Charters(folder, self.root)
+        """That the world has shown."""
 
     @property
     def identity_file(self) -> Path:

@@ -1,8 +1,8 @@
 """The parent's side of a border: an HTTP server that speaks for one node.
 
     GET  /healthz  /v1/root      no certificate: that it lives; the world's root, which an invitation pins
-    POST /v1/enrol               no certificate
-    POST /v1/METHOD              hello, join, push, pull, done, left, heartbeat, renew
+    POST /v1/enrol  /v1/charter  no certificate, but an invitation
+    POST /v1/METHOD              hello, join, push, pull, done, left, heartbeat, renew, resign
     GET  /v1/up/...   PUT ...    worldlm_ray/gateway/uploads.py
     GET  /v1/down/...            worldlm_ray/gateway/downloads.py
 
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,8 +66,16 @@ class Authority(Protocol):
         """A certificate for a stranger with an invitation: an object with `path` and `chain_pem`."""
         ...
 
+    def check_invited(self, invitation: str, proof: bytes) -> None:
+        """Refuse a stranger without an invitation."""
+        ...
+
     def renew(self, certificate: bytes, request: bytes) -> bytes:
         """A new certificate for a member, with its chain, as PEM."""
+        ...
+
+    def resign(self, path: str) -> None:
+        """Let a member in no more: it has asked for that."""
         ...
 
 
@@ -90,6 +99,8 @@ class Settings:
     """Id of the run."""
     root_pem: bytes = b""
     """The certificate of the world's root."""
+    charter: bytes = b""
+    """The world's charter, signed."""
 
 
 class Gateway:
@@ -128,7 +139,13 @@ class Gateway:
         )
         self._methods: dict[str, Callable[[web.BaseRequest, Member], Awaitable[Any]]] = {
             name: getattr(self._calls, name) for name in ("push", "pull", "done", "left", "heartbeat")
-        } | {"join": self._join, "hello": self._hello, "renew": self._renew, "probe": probe.echo}
+        } | {
+            "join": self._join,
+            "hello": self._hello,
+            "renew": self._renew,
+            "resign": self._resign,
+            "probe": probe.echo,
+        }
         self.connections = Connections(settings.limits, authority.authorise, self._alarms)
         self.members: dict[str, Member] = {}
         """That have called, by path."""
@@ -251,23 +268,35 @@ class Gateway:
     async def _enrol(self, request: web.BaseRequest) -> web.Response:
         if (request.method, request.path) == ("GET", "/v1/root"):
             return web.Response(body=self._settings.root_pem)
+        if (request.method, request.path) == ("POST", "/v1/charter"):
+            invited = wire.parsed(wire.Invited, await self._from_stranger(request), most_bytes=wire.ENROL_BYTES)
+            check = partial(self._authority.check_invited, invited.invitation, invited.proof)
+            await asyncio.get_running_loop().run_in_executor(self._threads, check)
+            return web.Response(body=self._settings.charter)
         if (request.method, request.path) != ("POST", "/v1/enrol"):
             raise MessageError("not_allowed", "a request without a certificate of this world may only enrol")
-        try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                body = await read_raw(request, most=wire.ENROL_BYTES)
-        except TimeoutError as error:
-            raise MessageError("malformed", f"the body did not come within {HANDSHAKE_S:.0f} s") from error
-        asked = wire.parsed(wire.Enrol, body, most_bytes=wire.ENROL_BYTES)
+        asked = wire.parsed(wire.Enrol, await self._from_stranger(request), most_bytes=wire.ENROL_BYTES)
         fields = (asked.request, asked.invitation, asked.proof)
         found = await asyncio.get_running_loop().run_in_executor(self._threads, self._authority.enrol, *fields)
         return answer(wire.Enrolled(path=found.path, chain=found.chain_pem))
+
+    async def _from_stranger(self, request: web.BaseRequest) -> bytes:
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                return await read_raw(request, most=wire.ENROL_BYTES)
+        except TimeoutError as error:
+            raise MessageError("malformed", f"the body did not come within {HANDSHAKE_S:.0f} s") from error
 
     async def _renew(self, request: web.BaseRequest, member: Member) -> web.Response:
         asked = await read(request, wire.Renew, most=wire.ENROL_BYTES)
         fields = (connection_of(request).certificate or b"", asked.request)
         chain = await asyncio.get_running_loop().run_in_executor(self._threads, self._authority.renew, *fields)
         return answer(wire.Enrolled(path=member.path, chain=chain))
+
+    async def _resign(self, request: web.BaseRequest, member: Member) -> web.Response:
+        await read_raw(request, most=0)
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._authority.resign, member.path)
+        return answer()
 
     async def _join(self, request: web.BaseRequest, member: Member) -> web.Response:
         before = member.joined
@@ -277,18 +306,15 @@ class Gateway:
         return found
 
     async def _hello(self, request: web.BaseRequest, member: Member) -> web.Response:
-        """What must be alike is.
+        """Speak the same protocol; what else must be alike the member finds in the charter.
 
         Raises:
-            MessageError: wrong_protocol, wrong_schema, wrong_settings, wrong_layout or wrong_initial.
+            MessageError: wrong_protocol, wrong_schema or wrong_layout.
         """
         theirs, ours = await read(request, wire.Hello), self._settings.hello
-        for name in ("protocol", "schema", "same", "layout", "initial"):
-            if name == "same":
-                _check_same(theirs.same, ours.same, member.path)
-                continue
+        for name in ("protocol", "schema", "layout"):
             got, expected = getattr(theirs, name), getattr(ours, name)
-            if got != expected and (name != "initial" or (got and expected)):
+            if got != expected:
                 text = f"got {name} {shown(got)} of {member.path}, expected {shown(expected)}"
                 raise MessageError(f"wrong_{name}", f"{text}: have it alike on both sides")
         terms = wire.Terms(
@@ -297,24 +323,11 @@ class Gateway:
             leaf_bytes=self._settings.sizes.leaf,
             connections=self._settings.connections,
             codecs=self._settings.sizes.codecs,
-            charter=ours.charter,
+            charter=self._settings.charter,
             run=self._settings.run,
             software=f"worldlm_ray {worldlm_ray.__version__}",
         )
         return answer(terms)
-
-
-def _check_same(theirs: tuple[str, ...], ours: tuple[str, ...], who: str) -> None:
-    """Check settings that must be alike.
-
-    Raises:
-        MessageError: wrong_settings: names the key that differs.
-    """
-    got, expected = (dict(text.partition("=")[::2] for text in side) for side in (theirs, ours))
-    for key, value in expected.items():
-        if got.get(key) != value:
-            text = f"{key} is {shown(got.get(key, 'not given'))} at {who}, and {shown(value)} here"
-            raise MessageError("wrong_settings", f"{text}: have it alike on both sides")
 
 
 def _count(digits: str) -> int:

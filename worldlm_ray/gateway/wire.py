@@ -7,7 +7,8 @@
     PUT up/NAME/N            leaves from N on; NAME is INCARNATION/SEQ/CODEC
     GET down/DIGEST/leaves   digests of a model's leaves
     GET down/DIGEST          a Range of a model
-    enrol, renew             a certificate
+    enrol, renew, resign     a certificate; an end of all certificates
+    charter                  the world's charter, for an invitation; members have it by hello
 
 A buffer is cut into leaves of 4 MiB. Its digest is the SHA-256 of its leaves' SHA-256. An upload has a name that is
 known before its digest is, so that a side hashes a leaf while it sends another. The size of a buffer follows from the
@@ -46,6 +47,8 @@ MOST_LEAVES = 8
 LEAVES_HEADER = "Leaf-Digests"
 """HTTP header with the SHA-256 of the leaves of a PUT, in hexadecimal, one behind the other."""
 LONGEST_SIGNATURE = 512
+CHARTER_BYTES = 32_768
+"""Of a signed charter."""
 MOST_NAMES = 64
 """Elements of a list of names."""
 
@@ -64,12 +67,6 @@ class Hello:
     protocol: int = PROTOCOL
     schema: int = SCHEMA
     """Of messages between a child and its parent."""
-    initial: str = ""
-    """SHA-256 of the initial parameters; empty where a side does not know it."""
-    same: tuple[str, ...] = ()
-    """Settings that must be alike, each `key=value`."""
-    charter: int = 0
-    """Epoch of the charter that the side knows."""
     software: str = ""
     """For an operator; not compared."""
 
@@ -87,8 +84,8 @@ class Terms:
     """That a member may use at once for leaves."""
     codecs: tuple[str, ...]
     """That a member may send."""
-    charter: int = 0
-    """Epoch of the charter."""
+    charter: bytes = b""
+    """The world's charter, signed: see worldlm_ray/gateway/charter.py."""
     run: str = ""
     """Id of the world's run: what a member signs counts in this run alone."""
     software: str = ""
@@ -211,6 +208,16 @@ class Enrol:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Invited:
+    """What a stranger with an invitation sends for the charter, before it decides whether to enrol."""
+
+    invitation: str
+    """Its id."""
+    proof: bytes
+    """That the stranger knows the invitation's secret."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Renew:
     """What a member sends for its next certificate."""
 
@@ -247,7 +254,7 @@ _LONGEST: dict[str, int] = {
     "chain": MESSAGE_BYTES,
     "verdict": MESSAGE_BYTES,
     "codecs": MOST_NAMES,
-    "same": MOST_NAMES,
+    "charter": CHARTER_BYTES,
 }
 """Fields whose length has another limit than `limits.LONGEST_NAME`; a header may be as long as its message."""
 _DIGESTS = ("digest",)

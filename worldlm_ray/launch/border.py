@@ -60,7 +60,8 @@ def create(plan: Plan, sent: Plan | StoredPlan, clock: RunClock, namespace: str,
     check_packages(plan)
     if not is_there(plan):
         return []
-    from actors.gateway import GatewayActor, ParentProxy
+    from actors.gateway import GatewayActor
+    from actors.parent_proxy import ParentProxy
 
     options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1, "namespace": namespace}
     options |= cluster.on_the_head() | lifetime
@@ -103,7 +104,7 @@ def begin(plan: Plan, border: list[Any], observer: Observer) -> None:
                 raise RunError(f"{name} does not let {plan.top.path} in: {told.detail}") from error
             raise told from error
         if away:
-            observer.on_warning(f"{name} does not answer yet: {away}; the run begins when it does")
+            observer.on_warning(f"the link to {name} is not open yet ({away}); the run begins without it")
 
 
 def give_up_absent(plan: Plan, world: Any) -> None:

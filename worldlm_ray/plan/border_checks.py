@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from worldlm_ray.config.gateway import LeastPrivacy
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.plan.privacy_checks import weaker
 
 if TYPE_CHECKING:
     from worldlm_ray.plan.plan import Plan
@@ -62,3 +65,33 @@ def check_one_cluster(root: NodeSpec, command: str) -> None:
         raise ConfigError(f"{member.key}.member", f"{member.path} is in another cluster", f"{command} needs all nodes")
     if root.remote:
         raise ConfigError("joins", "the world is in another cluster", f"{command} needs all nodes: begin at `world`")
+
+
+# ---- what a charter or a policy asks of a member's configuration -------------------------------------------------
+
+
+def least_privacy(plan: Plan, least: LeastPrivacy) -> Iterable[ConfigError]:
+    """Clients whose privacy is weaker than a charter or a policy asks for."""
+    if least.unit == "none":
+        return
+    for node in plan.distinct:
+        own = node.settings.privacy
+        if node.kind == "client" and (names := weaker(own, replace(own, **vars(least)))):
+            got, asked = getattr(own, names[0]), getattr(least, names[0])
+            problem = f"is {'not given' if got is None else got} at {node.path}, and {asked} is asked for"
+            yield ConfigError(f"{node.key}.privacy.{names[0]}", problem, "make it stricter, or ask for less")
+
+
+def summed_clients(spec: NodeSpec) -> int:
+    """Different clients whose work is in each update of a node, at least: what its rules hold to in any case.
+
+    An aggregation of a node with `privacy.unit: client` takes one update of each client, and as many as its trigger
+    asks for. Every other one may be made of the updates of one child, while the others are away.
+    """
+    if spec.kind == "client":
+        return 1
+    rules = spec.settings.aggregation
+    least = min(map(summed_clients, spec.children), default=0)
+    if spec.settings.privacy.unit != "client" or any(child.kind != "client" for child in spec.children):
+        return least
+    return max(least, {"goal_achieved": rules.buffer_size, "time_up": rules.quorum}.get(rules.trigger, 1))

@@ -11,11 +11,9 @@ from support.borders import NodeAsParent, a_border
 from support.gateway import make_member, make_world, moved_to
 from support.nodes import a_node
 
-from worldlm_ray.errors import MessageError
 from worldlm_ray.gateway.connections import ConnectionLimits
 from worldlm_ray.gateway.probe import Finding, check
 from worldlm_ray.gateway.profile import Profile
-from worldlm_ray.gateway.server import _check_same
 from worldlm_ray.tensors.layout import make_layout
 
 LAYOUT = make_layout([("body.weight", (100,)), ("head.weight", (7,))], ["head.*"], layers=0)
@@ -62,10 +60,3 @@ def test_a_gateway_that_is_not_there_is_said_in_a_line(tmp_path: Path) -> None:
     *_, last = asyncio.run(findings(profile))
     assert (last.what, last.is_good) == ("gateway", False)
     assert last.text.startswith("unreachable: ")
-
-
-def test_settings_that_differ_are_refused_by_their_key() -> None:
-    _check_same(("budget.rounds=2", "seed=0"), ("budget.rounds=2",), "world/a")
-    for theirs in (("budget.rounds=3",), ("seed=2",), ()):
-        with pytest.raises(MessageError, match=r"wrong_settings: budget\.rounds is .* at world/a, and '2' here"):
-            _check_same(theirs, ("budget.rounds=2",), "world/a")

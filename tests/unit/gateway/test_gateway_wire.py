@@ -31,6 +31,7 @@ MESSAGES: list[Any] = [
     wire.Pull(incarnation=1, to=2, started_tokens=10**12),
     wire.Served(header=b"h", digest=DIGEST, size=2**40),
     wire.Enrol(request=b"r" * 700, invitation="abc", proof=b"p" * 32),
+    wire.Invited(invitation="abc", proof=b"p" * 32),
     wire.Renew(request=b"r" * 700),
     wire.Enrolled(path="world/a", chain=b"c" * 1_500),
     wire.Refusal(reason="malformed", detail="a line"),
