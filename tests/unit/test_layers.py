@@ -123,6 +123,7 @@ SHARED_BY_ACTORS = {
     "inner",
     "leaf",
     "node_checkpoints",
+    "gateway_node",
     "node_records",
     "plans",
     "pool_member",
