@@ -5,6 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = SETTINGS["tool"]["setuptools"]["packages"]
@@ -32,3 +34,18 @@ def test_the_licence_is_the_whole_text_and_travels() -> None:
     assert "END OF TERMS AND CONDITIONS" in text
     assert "APPENDIX: How to apply the Apache License to your work." in text
     assert SETTINGS["project"]["license-files"] == ["LICENSE"]
+
+
+def test_a_citation_names_the_version_that_is_installed() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (cited["title"], cited["version"]) == (SETTINGS["project"]["name"], SETTINGS["project"]["version"])
+    assert cited["license"] == SETTINGS["project"]["license"]
+
+
+def test_issue_templates_have_what_the_form_needs() -> None:
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= set(form), path
+        asked = [part for part in form["body"] if part["type"] != "markdown"]
+        assert asked, path
+        assert all(part["id"] and part["attributes"]["label"] for part in asked), path
