@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from functools import lru_cache
@@ -218,6 +219,25 @@ def api() -> dict[str, str]:
     return {"reference/api.md": "\n".join(lines), **pages}
 
 
+def notebook(text: str) -> list[str]:
+    """The cells of a notebook, with what they print.
+
+    Args:
+        text: the notebook's JSON.
+    """
+    lines: list[str] = []
+    for one in json.loads(text)["cells"]:
+        body = "".join(one["source"])
+        if one["cell_type"] != "code":
+            lines += [re.sub(r"^#", "##", body, flags=re.M), ""]
+            continue
+        lines += ["```python", body, "```", ""]
+        for output in one["outputs"]:
+            printed = output.get("text") or output.get("data", {}).get("text/plain", "")
+            lines += ["```text", "".join(printed).rstrip("\n"), "```", ""] if printed else []
+    return lines
+
+
 def source(path: str) -> str:
     """A page with the text of a file, or of the files of a folder.
 
@@ -229,6 +249,9 @@ def source(path: str) -> str:
     lines = ["---", "search:", "  exclude: true", "---", "", f"# {path}", ""]
     for file in files:
         lines += [f"## {file.name}", ""] if place.is_dir() else []
+        if file.suffix == ".ipynb":
+            lines += notebook(file.read_text(encoding="utf-8"))
+            continue
         lines += [
             f"````{LANGUAGES.get(file.suffix, 'text')}",
             file.read_text(encoding="utf-8").rstrip("\n"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from types import ModuleType
 
@@ -82,3 +83,14 @@ def test_a_cell_holds_one_line(pages: ModuleType) -> None:
 
 def test_a_folder_is_shown_file_by_file(pages: ModuleType) -> None:
     assert "## onprem.yaml" in pages.source("cluster")
+
+
+def test_a_notebook_is_shown_cell_by_cell(pages: ModuleType) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "Words."]},
+        {"cell_type": "code", "source": ["1 + 1"], "outputs": [{"data": {"text/plain": ["2"]}}, {"text": ["said\n"]}]},
+    ]
+    shown = "\n".join(pages.notebook(json.dumps({"cells": cells})))
+    assert shown.startswith("## Title\nWords.\n\n```python\n1 + 1\n```")
+    assert "```text\n2\n```" in shown
+    assert "```text\nsaid\n```" in shown
