@@ -33,10 +33,10 @@ from actors.shared import (
     ARRIVAL_S,
     SHUTDOWN_S,
     Address,
+    begin,
     beside,
     end_process,
     schedule_kills,
-    settle,
     was_restarted,
 )
 from worldlm_ray.client.client import Client
@@ -60,7 +60,7 @@ class ClientActor(GracefulShutdown, Leaf):
 
     def __init__(self, address: Address) -> None:
         plan = address.plan_and_kept_files()
-        settle(address.clock, address.namespace, address.path, plan.run_dir)
+        begin(plan, address.path, address.clock, address.namespace)
         super().__init__(plan, address, address.recorder)
         self._stopped_s = 0.0
         self._ended = threading.Event()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from actors.graceful_shutdown import GracefulShutdown
 from actors.plans import StoredPlan, received
 from actors.pool_member import PoolMember
-from actors.shared import Address, once_storage_answers, schedule_kills, settle, was_restarted
+from actors.shared import Address, begin, once_storage_answers, schedule_kills, was_restarted
 from worldlm_ray.client.shared import VirtualClients
 from worldlm_ray.errors import SupersededError
 from worldlm_ray.plan import living, rundir
@@ -46,7 +46,7 @@ class ClientPoolActor(GracefulShutdown):
 
     def __init__(self, address: Address, paths: Sequence[str], name: str = "") -> None:
         self.plan, self._address = address.plan_and_kept_files(), address
-        self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
+        self.clock = begin(self.plan, address.path, address.clock, address.namespace)
         self.recorder, self.loop = address.recorder, asyncio.get_running_loop()
         first = self.plan.node(address.path)
         if was_restarted():

@@ -72,7 +72,7 @@ class GatewayActor(GracefulShutdown):
     """
 
     def __init__(self, address: Address) -> None:
-        self._plan, self._address = address.plan, address
+        self._plan, self._address = address.logged_plan("gateway"), address
         gateway = self._plan.config.gateway
         self._authority = once_storage_answers(
             partial(Authority, expanded(gateway.dir), most_members=gateway.max_members), "the gateway"

@@ -31,10 +31,10 @@ from actors.node_records import NodeRecords
 from actors.shared import (
     Address,
     Carried,
+    begin,
     end_process,
     once_storage_answers,
     schedule_kills,
-    settle,
     was_restarted,
 )
 from worldlm_ray.aggregation.children import Status
@@ -85,7 +85,7 @@ class InnerActor(GracefulShutdown):
     def __init__(self, address: Address) -> None:
         self.plan = address.plan
         self.spec = self.plan.node(address.path)
-        self.clock = settle(address.clock, address.namespace, address.path, self.plan.run_dir)
+        self.clock = begin(self.plan, address.path, address.clock, address.namespace)
         self.contributions = build.contributions(self.plan, self.spec)
         initial = once_storage_answers(partial(build.initial, self.plan), address.path)
         self.node = build.inner_node(self.plan, self.spec, initial, self.contributions)

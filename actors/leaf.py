@@ -18,6 +18,7 @@ from worldlm_ray.records import LifeRecord, Record
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.storage.checkpoint import STORAGE_AGAIN_S
 from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tracking import log_lines
 
 
 @dataclass(frozen=True)
@@ -120,4 +121,6 @@ class Leaf:
 
     def _tell(self, *records: Record) -> None:
         if records:
+            for record in records:
+                log_lines.note(record)
             self.recorder.record.remote(list(records))

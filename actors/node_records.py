@@ -12,6 +12,7 @@ from typing import Any
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.records import AggregationRecord, LifeRecord, Record, VerdictRecord
 from worldlm_ray.run_clock import RunClock
+from worldlm_ray.tracking import log_lines
 from worldlm_ray.tracking.audit import AuditLog
 
 
@@ -48,6 +49,8 @@ class NodeRecords:
 
     def send(self, records: Sequence[Record]) -> None:
         """Send records, if there are any."""
+        for record in records:
+            log_lines.note(record)
         if records:
             self._recorder.record.remote(list(records))
 

@@ -39,7 +39,7 @@ class ParentProxy(GracefulShutdown):
     """
 
     def __init__(self, address: Address) -> None:
-        plan, path = address.plan, address.path
+        plan, path = address.logged_plan("border"), address.path
         above = plan.node(parent_path(path) or "")
         assert plan.config.joins is not None, "a proxy is made for a run that joins another world"
         self._profile = once_storage_answers(partial(profile.joined, expanded(plan.config.joins)), above.path)

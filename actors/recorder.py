@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from actors.plans import StoredPlan, received
-from actors.shared import RECORDER, end_process, once_storage_answers, settle, was_restarted
+from actors.shared import RECORDER, begin, end_process, once_storage_answers, was_restarted
 from worldlm_ray.errors import RunError, SupersededError
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan
@@ -34,7 +34,7 @@ class RecorderActor:
     def __init__(self, sent: Plan | StoredPlan, clock: RunClock | None = None, namespace: str = "") -> None:
         self.plan = once_storage_answers(partial(received, sent), "the recorder")
         self.clock = clock or RunClock.starting()
-        settle(self.clock, namespace, RECORDER, self.plan.run_dir)
+        begin(self.plan, RECORDER, self.clock, namespace)
         self._place = checkpoint.folder(self.plan.run_dir, RECORDER)
         self._incarnation = 0
         self._opened: Tracker | None = None

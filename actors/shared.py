@@ -28,6 +28,7 @@ from worldlm_ray.run_clock import RunClock
 from worldlm_ray.storage import checkpoint
 from worldlm_ray.storage.checkpoint import STORAGE_AGAIN_S
 from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tracking import log_lines
 
 RECORDER = "recorder"
 """Name of the recorder's actor in the run's namespace."""
@@ -77,6 +78,12 @@ class Address:
         once_storage_answers(partial(kept.check, plan.config), self.path)
         return plan
 
+    def logged_plan(self, part: str) -> Plan:
+        """The plan, for a process beside the node's: its log lines have the path and the name of this part."""
+        plan = self.plan
+        log_lines.of_node(plan, f"{self.path}/{part}")
+        return plan
+
     @property
     def recorder(self) -> Any:
         """Handle of the run's recorder."""
@@ -98,6 +105,12 @@ class Address:
     def warn(self, path: str, text: str) -> None:
         """Have the run's files and its operator's terminal say what a node meets."""
         self.recorder.record.remote([LifeRecord(node=path, now_s=self.clock.now_s(), event="warning", detail=text)])
+
+
+def begin(plan: Plan, path: str, clock: RunClock, namespace: str) -> RunClock:
+    """Begin as a process of a run: its log lines have its path, and it tells the same run time as the others."""
+    log_lines.of_node(plan, path)
+    return settle(clock, namespace, path, plan.run_dir)
 
 
 def settle(clock: RunClock, namespace: str, path: str, run_dir: Path) -> RunClock:

@@ -18,6 +18,7 @@ from actors.graceful_shutdown import stay_to_the_end
 from actors.zero.tasks import LEAVE
 from worldlm_ray.errors import RunError
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.tracking import log_lines
 from worldlm_ray.training.local import threads_of
 from worldlm_ray.training.trainer import MOMENTS
 
@@ -43,6 +44,7 @@ def work(config: dict[str, Any]) -> None:
 
     plan: Plan = config["plan"]
     spec = plan.node(config["path"])
+    log_lines.of_node(plan, f"{spec.path}/worker")
     client = _Client(ray.get_actor(config["path"], namespace=config["namespace"]))
     resources = spec.settings.resources
     cuda = resources.gpus > 0

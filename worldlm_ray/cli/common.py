@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from worldlm_ray.api.settings import configured
+from worldlm_ray.config import loading
 from worldlm_ray.config.schema import RunConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.reports.terminal import Terminal
@@ -17,13 +20,31 @@ errors = Terminal(stderr=True, soft_wrap=True)
 
 _spoken_of: list[tuple[str, list[str]]] = []
 
-Conf = Annotated[str, typer.Argument(help="a preset's name (see `worldlm presets`) or the path of a YAML file")]
+
+def _presets(begin: str) -> list[str]:
+    """Completions of CONF."""
+    return [name for name in loading.presets() if name.startswith(begin)]
+
+
+def _runs(begin: str) -> list[str]:
+    """Completions of RUN: the names under runs/."""
+    return sorted(path.parent.name for path in Path("runs").glob(f"{glob.escape(begin)}*/config.yaml"))
+
+
+Conf = Annotated[
+    str,
+    typer.Argument(help="a preset's name (see `worldlm presets`) or the path of a YAML file", autocompletion=_presets),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="changes, such as training.lr=1e-3 or world.children[0].training.local_steps=20"),
 ]
-Run = Annotated[str, typer.Argument(help="a run's folder, or its name under runs/")]
+Run = Annotated[str, typer.Argument(help="a run's folder, or its name under runs/", autocompletion=_runs)]
 RunDir = Annotated[str | None, typer.Option("--run-dir", help="folder of the run; runs/NAME unless given")]
+LogLevel = Annotated[
+    str | None,
+    typer.Option("--log-level", help="debug, info, warning or error: sets logging.level, for every process"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -68,4 +89,5 @@ def print_json(value: Any) -> None:
     """Print the result of a reading command as JSON; numbers that are not finite are null, as in the run's files."""
     from worldlm_ray.tracking.node_state import finite
 
-    console.print_json(json.dumps(finite(value), allow_nan=False))
+    # A pipe gets no colours, even where FORCE_COLOR asks for them: a program reads it.
+    console.print_json(json.dumps(finite(value), allow_nan=False), highlight=console.file.isatty())

@@ -30,7 +30,6 @@ app = typer.Typer(
     name="worldlm",
     help="Train language models across federations of federations, asynchronously, on Ray.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,7 +101,7 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         _check_words(sys.argv[1:])
-        app()
+        app(prog_name="worldlm")  # the name that completion goes by, also of `python -m worldlm_ray`
     except WorldLMError as error:
         if debug:
             raise

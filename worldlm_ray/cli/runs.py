@@ -13,7 +13,20 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from worldlm_ray.cli.common import Conf, Json, Overrides, Run, RunDir, console, errors, load, print_json, speak_of, warn
+from worldlm_ray.cli.common import (
+    Conf,
+    Json,
+    LogLevel,
+    Overrides,
+    Run,
+    RunDir,
+    console,
+    errors,
+    load,
+    print_json,
+    speak_of,
+    warn,
+)
 from worldlm_ray.errors import ConfigError, Interrupted
 from worldlm_ray.reports.progress import Progress, Stop
 from worldlm_ray.storage.filesystem import expanded
@@ -35,6 +48,7 @@ def train(
         str | None,
         typer.Option(help="of a Ray cluster, such as auto or ray://host:10001; none starts a local one"),
     ] = None,
+    log_level: LogLevel = None,
 ) -> None:
     """Train a world on Ray.
 
@@ -45,6 +59,7 @@ def train(
     if resume is not None and conf is not None:
         # With --resume there is no CONF: what stands in its place is the first override.
         changes.insert(0, conf)
+    changes += _logged(log_level)
     if resume is not None and run_dir is not None:
         raise ConfigError("--run-dir", "cannot be given with --resume", "the run stays in its folder")
     if resume is None and conf is None:
@@ -78,7 +93,7 @@ def train(
         raise typer.Exit(stop.code)
 
 
-def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None, log_level: LogLevel = None) -> None:
     """Train a world in one process, under a virtual clock.
 
     Training is real; machines and network are simulated.
@@ -87,7 +102,7 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
     """
     from worldlm_ray.api import running
 
-    with running.new_run(load(conf, overrides or [], run_dir), simulated=True) as plan:
+    with running.new_run(load(conf, [*(overrides or []), *_logged(log_level)], run_dir), simulated=True) as plan:
         _say_begun(plan)
         began, progress = time.monotonic(), Progress(console, errors)
         with progress, Stop(progress.notice, running.KEPT) as stop:
@@ -100,7 +115,15 @@ def simulate(conf: Conf, overrides: Overrides = None, run_dir: RunDir = None) ->
         raise typer.Exit(stop.code)
 
 
+def _logged(level: str | None) -> list[str]:
+    """The option --log-level as the override that it is."""
+    return [] if level is None else [f"logging.level={level}"]
+
+
 def _say_begun(plan: Plan) -> None:
+    from worldlm_ray.tracking import log_lines
+
+    log_lines.of_command(plan)
     console.print(f"run folder {pasted(plan.run_dir)}", highlight=False, soft_wrap=True)
     warn(plan.warnings)
 

@@ -38,7 +38,7 @@ def presets() -> dict[str, Path]:
 
 
 def _source_conf() -> Path:
-    return Path(__file__).resolve().parent.parent / "conf"
+    return Path(__file__).resolve().parents[2] / "conf"
 
 
 def _installed_conf() -> bool:

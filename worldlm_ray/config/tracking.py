@@ -27,7 +27,7 @@ class MlflowConfig:
     """The tracker `mlflow`. A server's password comes from MLFLOW_TRACKING_USERNAME and _PASSWORD, never from here."""
 
     uri: str | None = None
-    """Of the server, such as http://host:5000, or a folder; MLFLOW_TRACKING_URI, or MLflow's default, unless given."""
+    """Of the server, such as http://host:5000; MLFLOW_TRACKING_URI, or what MLflow takes then, unless given."""
     experiment: str = "worldlm"
 
 

@@ -6,6 +6,7 @@ or padded, so that a program can read it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ class Terminal(Console):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"markup": False, "emoji": False, **options})
+        # Without colours there are no other styles either: a program reads plain text.
+        plain = {"color_system": None} if os.environ.get("NO_COLOR") else {}
+        super().__init__(**{"markup": False, "emoji": False, **plain, **options})
 
     @property
     def size(self) -> ConsoleDimensions:

@@ -38,6 +38,7 @@ from worldlm_ray.simulation.members import Members
 from worldlm_ray.simulation.restarts import Checkpoints, Restarts
 from worldlm_ray.simulation.world import MakeClient, World
 from worldlm_ray.storage import checkpoint, open_files
+from worldlm_ray.tracking import log_lines
 from worldlm_ray.tracking.tracker import Tracker, open_tracker
 
 
@@ -158,6 +159,7 @@ class Simulation:
         return replace(outcome, texts=texts)
 
     def _record(self, record: Record) -> None:
+        log_lines.note(record)
         self.tracker.record(record)
         self.on_record(record)
 

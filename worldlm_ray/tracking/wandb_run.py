@@ -56,4 +56,4 @@ class WandbRun(Sink):
 
     def close(self) -> None:
         """Mark the run as ended, and send what waits."""
-        self._run.finish(quiet=True)
+        self._run.finish()
