@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from support.worlds import TINY_MODEL, two_levels
 from worldlm_ray.cli import common
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.plan import plan
+from worldlm_ray.tracking import log_lines
 
 
 @pytest.fixture
@@ -39,6 +41,19 @@ def tiny(tmp_path: Path) -> Callable[..., plan.Plan]:
 def no_configuration_is_remembered() -> None:
     """A command remembers its configuration for its error messages: a test must not meet that of another one."""
     common._spoken_of.clear()
+
+
+@pytest.fixture(autouse=True)
+def loggers_are_as_before() -> Iterator[None]:
+    """Loggers belong to the process: a test that logs as a node leaves them as it found them."""
+    loggers = [logging.getLogger(name) for name in log_lines.LOGGERS]
+    before = [(list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

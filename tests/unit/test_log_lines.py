@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,6 @@ from worldlm_ray.records import LifeRecord, PushRecord
 from worldlm_ray.tracking import log_lines
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING) (\S+): ")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """Loggers belong to the process: each test leaves them as it found them."""
-    loggers = [logging.getLogger(name) for name in log_lines.LOGGERS]
-    before = [(list(logger.handlers), logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, level) in zip(loggers, before, strict=True):
-        for handler in set(logger.handlers) - set(handlers):
-            handler.close()
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
 
 
 def said(folder: Path, node: str) -> list[str]:
