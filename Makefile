@@ -57,7 +57,7 @@ test-fast: $(DEV)  ## unit tests, without Ray: five minutes on two cores
 
 soak: $(DEV)  ## mutated messages, faults on purpose and kills, many times as many: takes an hour
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/ray/test_kills.py tests/unit/test_faults.py \
-		tests/unit/test_mutations.py tests/unit/test_mutated_files.py
+		tests/unit/test_mutations.py tests/unit/test_mutated_files.py tests/unit/gateway
 
 check: $(DEV)  ## lint, format, types, words to avoid, docs/architecture.md as the code says, the site without a broken link
 	$(BIN)/ruff check .

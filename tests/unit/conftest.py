@@ -42,9 +42,10 @@ def endless() -> BudgetConfig:
 
 
 @pytest.fixture
-def many(request: pytest.FixtureRequest) -> Callable[[int], int]:
-    """How often: the number given, or a hundred times that in a soak."""
-    return lambda number: number * (100 if request.config.getoption("--soak") else 1)
+def many(request: pytest.FixtureRequest) -> Callable[..., int]:
+    """How often: the number given, or a hundred times that in a soak, or as many times as a test says."""
+    soak = request.config.getoption("--soak")
+    return lambda number, times=100: number * (times if soak else 1)
 
 
 @pytest.fixture

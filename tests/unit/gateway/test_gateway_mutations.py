@@ -1,6 +1,6 @@
 """Mutated requests, certificates, invitations and signatures: a named refusal each, no crash, no growth.
 
-`make test-long` runs ten times as many as the fast test.
+`make soak` runs five times as many.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from worldlm_ray.gateway import certificates, keys
 from worldlm_ray.gateway.authority import Authority
 from worldlm_ray.gateway.invitation import Invitation, read_invitation
 
-COUNTS = [10_000, pytest.param(100_000, marks=[pytest.mark.long, pytest.mark.timeout(900)])]
 GROWTH_KB = 64_000
 BYTES = bytes(range(256))
+
+
+@pytest.fixture
+def count(many: Callable[..., int]) -> int:
+    """Of mutations: each of the six kinds occurs thousands of times, and in a soak five times as often."""
+    return many(20_000, 5)
 
 
 def mutated(rng: random.Random, original: bytes) -> bytes:
@@ -69,7 +74,6 @@ def refusals(call: Callable[[bytes], object], original: bytes, count: int) -> Co
     return seen
 
 
-@pytest.mark.parametrize("count", COUNTS)
 def test_mutated_requests(world: Authority, count: int) -> None:
     invitation = world.invite("world/europe", expires_s=HOUR_S)
 
@@ -84,7 +88,6 @@ def test_mutated_requests(world: Authority, count: int) -> None:
     assert known_keys(world) <= {keys.fingerprint(key.public_key())}
 
 
-@pytest.mark.parametrize("count", COUNTS)
 def test_mutated_requests_for_a_renewal(world: Authority, tmp_path: Path, count: int) -> None:
     certificate = shown_by(make_member(world, tmp_path / "acme", clock=world.clock))
     before, key = known_keys(world), keys.new_key()
@@ -103,7 +106,6 @@ def known_keys(world: Authority) -> set[str]:
     return {key.fingerprint for member in world.registry.members().values() for key in member.keys}
 
 
-@pytest.mark.parametrize("count", COUNTS)
 def test_mutated_certificates(world: Authority, tmp_path: Path, count: int) -> None:
     """TLS refuses a certificate that was changed; what it says is read as if TLS did not."""
     member = make_member(world, tmp_path / "acme", clock=world.clock)
@@ -113,7 +115,6 @@ def test_mutated_certificates(world: Authority, tmp_path: Path, count: int) -> N
     assert seen["ok"] < count // 4  # where the key, the path and the times have stayed
 
 
-@pytest.mark.parametrize("count", COUNTS)
 def test_mutated_invitations(world: Authority, count: int) -> None:
     line = world.invite("world/europe", expires_s=HOUR_S).line
 
@@ -124,7 +125,6 @@ def test_mutated_invitations(world: Authority, count: int) -> None:
     assert seen["one line"] > 0.99 * count
 
 
-@pytest.mark.parametrize("count", COUNTS)
 def test_mutated_bodies_of_invitations_with_a_right_checksum(world: Authority, count: int) -> None:
     """A person who makes lines on purpose: whatever is read is an invitation whose line says the same."""
     invitation = world.invite("world/europe", expires_s=HOUR_S)
@@ -139,7 +139,6 @@ def test_mutated_bodies_of_invitations_with_a_right_checksum(world: Authority, c
     assert seen["ok"] > 0
 
 
-@pytest.mark.parametrize("count", COUNTS)
 def test_mutated_proofs_and_signatures(world: Authority, count: int) -> None:
     invitation = world.invite("world/europe", expires_s=HOUR_S)
     request = certificates.make_request(keys.new_key())
