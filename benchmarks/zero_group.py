@@ -8,15 +8,17 @@ import pickle
 import socket
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from worldlm_ray.config.schema import PrivacyConfig, TrainingConfig
 from worldlm_ray.model.initial import initial_parameters
@@ -84,8 +86,17 @@ def in_group(work: Callable[..., Any], *args: Any, workers: int = WORKERS) -> li
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        spawn(_member, (workers, port, folder, work, args), nprocs=workers)
+        start_processes(_member, (workers, port, folder, work, args), nprocs=workers, start_method=_start_method())
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(workers)]
+
+
+def _start_method() -> str:
+    """Without a GPU, members are forked from a server that has imported what takes seconds, once for all groups."""
+    if torch.cuda.is_available():
+        return "spawn"
+    late = "torch._inductor.compile_fx"  # what an engine of DeepSpeed's imports when it begins
+    get_context("forkserver").set_forkserver_preload(["worldlm_ray.training.zero", "opacus", late])
+    return "forkserver"
 
 
 def _member(rank: int, workers: int, port: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -202,11 +213,14 @@ def memory(stage: int, preset: str) -> dict[str, float]:
     worker.write(initial)
     [batch] = batches(shape, steps=1, size=WORKERS)
     worker.run([batch], [RATE])
+    before = [weakref.ref(thing) for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    gc.freeze()  # else each look would go through all that was ever imported
     parameters = list(worker.engine.module.parameters())
     heights = [0]
 
     def look(*_: Any) -> None:
         tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        tensors += [thing for each in before if (thing := each()) is not None]
         heights.append(_bytes([*tensors, *(p.grad for p in parameters if p.grad is not None)]))
 
     for parameter in parameters:
