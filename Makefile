@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 HUGGINGFACE := $(VENV)/.ready-huggingface
-# Unit tests share nothing, so that each core takes some. Tests with Ray share one cluster, and run one by one.
+# Tests without Ray share nothing, so that each core takes some. Those that are marked `alone` run one by one: tests with
+# Ray share one cluster, and some of the others start several processes or measure time.
 UNIT := $(BIN)/python -m pytest tests/unit -n auto --maxprocesses=8 --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 # The variable silences a notice of the theme's authors about another program.
@@ -50,7 +51,8 @@ test: $(DEV)  ## unit tests, and those with Ray that take seconds
 	$(BIN)/python -m pytest tests --ignore=tests/unit -m 'not long'
 
 test-long: $(DEV)  ## the tests that `make test` leaves out: kills, hosts, clocks, elastic members
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal -m 'long and not alone'
+	$(BIN)/python -m pytest -m 'long and alone'
 
 test-fast: $(DEV)  ## unit tests, without Ray: five minutes on two cores
 	$(UNIT)

@@ -19,7 +19,7 @@ from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.alone]
 Tiny = Callable[..., Plan]
 KILLS = 20
 

@@ -22,6 +22,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.timeout(900)
 def test_the_dry_run_measures_every_step(tmp_path: Path) -> None:
     done = run("--dry-run", "--minutes", "14", "--out", str(tmp_path))

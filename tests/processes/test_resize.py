@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import resized
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 def test_a_range_of_workers_leaves_the_others_their_cores_and_grows_with_the_cluster(tmp_path: Path) -> None:

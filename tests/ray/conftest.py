@@ -6,9 +6,17 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with Ray share a cluster."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")
