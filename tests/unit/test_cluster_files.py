@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonschema import Draft202012Validator
 from support.worlds import client
 
 from worldlm_ray.errors import ConfigError
@@ -19,7 +17,6 @@ from worldlm_ray.launch import cluster_file
 from worldlm_ray.plan.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
-CRDS = os.environ.get("WORLDLM_KUBERAY_CRDS")
 Change = Callable[[dict[str, Any]], None]
 
 
@@ -103,42 +100,6 @@ def unknown_keys(value: Any, name: str, schemas: dict[str, Any], at: str) -> lis
             elif "enum" in rule and item not in rule["enum"]:
                 found.append(f"{at}.{key}={item}")
     return found
-
-
-@pytest.mark.skipif(
-    CRDS is None, reason="KubeRay's CRDs are on no package index: WORLDLM_KUBERAY_CRDS=FOLDER names them"
-)
-def test_kuberay_accepts_the_manifests() -> None:
-    for document in documents("kuberay.yaml"):
-        plural = document["kind"].lower() + "s"
-        definition = yaml.safe_load((Path(str(CRDS)) / f"ray.io_{plural}.yaml").read_text(encoding="utf-8"))
-        [schema] = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == "v1"]
-        problems = [error.message for error in Draft202012Validator(closed(schema)).iter_errors(document)]
-        assert not problems, problems
-
-
-def closed(schema: Any) -> Any:
-    """The schema with unknown keys forbidden, as the API server forbids them; numbers may be texts where it says so."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and "additionalProperties" not in schema:
-        found["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields"))
-    if schema.get("x-kubernetes-int-or-string"):
-        found.pop("type", None)
-    if schema.get("type") == "object" and set(schema.get("properties", {})) <= {"name"} and "name" in str(schema):
-        found.pop("additionalProperties", None)  # metadata
-    return found
-
-
-def test_the_manifests_ask_for_tokens_and_carry_labels() -> None:
-    cluster, job = documents("kuberay.yaml")
-    assert cluster["spec"]["authOptions"] == {"mode": "token"}
-    assert cluster["spec"]["autoscalerOptions"]["version"] == "v2"
-    assert all(group["labels"]["region"] for group in cluster["spec"]["workerGroupSpecs"])
-    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
 
 
 def test_a_description_that_is_filled_in_passes(
