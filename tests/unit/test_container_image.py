@@ -12,13 +12,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.wheels import built, installed, ran
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "cluster" / "Containerfile"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 HADOLINT = shutil.which("hadolint", path=TOOLS)
-BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 
 def instructions() -> list[list[str]]:
@@ -77,7 +77,7 @@ def test_a_build_sees_what_is_copied_and_nothing_else() -> None:
 
 
 def not_root() -> list[str]:
-    """What makes a command run as the image's user, as far as the command can tell; a test without root needs nothing."""
+    """What makes a command run as the image's user, as far as it can tell; nothing for a test without root."""
     user, group = values("USER")[0].split(":")
     if os.geteuid() != 0:
         return []
@@ -90,38 +90,21 @@ def not_root() -> list[str]:
     return prefix
 
 
-def ran(*command: str | Path, folder: Path) -> str:
-    """What a command prints that knows nothing of this checkout."""
-    clean = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-    done = subprocess.run(list(map(str, command)), cwd=folder, env=clean, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
+@pytest.mark.long
 def test_its_steps_give_a_command_that_another_user_may_run(tmp_path: Path) -> None:
-    """Only what it copies, a wheel of it, an environment that gets the wheel, and the command as the image's user.
-
-    What the package depends on comes from this environment: it is large, and pip's part of the work.
-    """
-    source, wheels, root = (tmp_path / name for name in ("source", "wheels", "worldlm"))
+    """Only what it copies, a wheel of it, an environment that gets the wheel, and the command as the image's user."""
+    source = tmp_path / "source"
     source.mkdir()
-    wheels.mkdir()
     for name in copied():
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(ROOT / name, source / name)
-    wheel = wheels / ran(sys.executable, "-c", BUILD, wheels, folder=source).splitlines()[-1]
-    ran(sys.executable, "-m", "venv", "--without-pip", root, folder=tmp_path)
-    python = root / "bin" / "python"
-    ran(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, folder=tmp_path)
-    [site] = (root / "lib").glob("python*/site-packages")
-    here = [place for place in sys.path if place.endswith("site-packages")]
-    (site / "dependencies.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
-
+    root = tmp_path / "worldlm"
+    site = installed(built("wheel", source, tmp_path / "wheels"), root)
     version = ran(*not_root(), root / "bin" / "worldlm", "--version", folder=root)
     assert version.startswith(f"worldlm_ray {PROJECT['version']}, ")
     show = "import os, worldlm_ray; print(os.geteuid(), worldlm_ray.__file__)"
-    user, place = ran(*not_root(), python, "-c", show, folder=root).split()
+    user, place = ran(*not_root(), root / "bin" / "python", "-c", show, folder=root).split()
     assert user != "0"
     assert Path(place).is_relative_to(site)

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from support.wheels import built, installed, ran
 
 from worldlm_ray.config.loading import presets
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
-WITHOUT_A_CHECKOUT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-
-def ran(*command: str | Path, folder: Path) -> str:
-    done = subprocess.run(
-        list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False, env=WITHOUT_A_CHECKOUT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def built(kind: str, source: Path, out: Path) -> Path:
-    out.mkdir(exist_ok=True)
-    return out / ran(sys.executable, "-c", BUILD, kind, out, folder=source).splitlines()[-1]
 
 
 def names(wheel: Path) -> set[str]:
@@ -63,13 +46,8 @@ def test_wheel_and_sdist_hold_the_same_and_the_wheel_works_alone(source: Path, t
     assert {"worldlm_ray/py.typed", "worldlm_ray/cluster/Containerfile"} <= held_names
     assert not [name for name in held_names if name.startswith(("tests/", "benchmarks/", "examples/"))]
 
-    ran(sys.executable, "-m", "venv", "--without-pip", "empty", folder=tmp_path)
+    site = installed(wheel, tmp_path / "empty")
     python = tmp_path / "empty" / "bin" / "python"
-    ran(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, folder=tmp_path)
-    [site] = (tmp_path / "empty" / "lib").glob("python*/site-packages")
-    # What the package depends on comes from here: it is large, and this test is not about it.
-    here = [place for place in sys.path if place.rstrip("/").endswith("site-packages")]
-    (site / "dependencies.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
     place = ran(python, "-c", "import worldlm_ray; print(worldlm_ray.__file__)", folder=tmp_path)
     assert Path(place.strip()).is_relative_to(site)
     command = tmp_path / "empty" / "bin" / "worldlm"
