@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
@@ -26,6 +28,15 @@ def test_every_package_of_the_source_is_installed() -> None:
     }
     assert set(PACKAGES) - moved == real
     assert all((ROOT / places[name]).is_dir() for name in moved)
+
+
+def test_every_file_beside_the_code_travels() -> None:
+    data = SETTINGS["tool"]["setuptools"]["package-data"]
+    listed = subprocess.run(["git", "ls-files", "worldlm_ray", "actors"], cwd=ROOT, capture_output=True, text=True)
+    beside = {path for path in listed.stdout.split() if not path.endswith(".py")}
+    known = {f"{name.replace('.', '/')}/{pattern}" for name, patterns in data.items() for pattern in patterns}
+    assert beside == {path for path in beside if any(fnmatch(path, pattern) for pattern in known)}
+    assert "worldlm_ray/reports/dashboard.html" in beside
 
 
 def test_the_licence_is_the_whole_text_and_travels() -> None:

@@ -14,6 +14,7 @@ import typer
 
 from worldlm_ray.cli import (
     clusters,
+    dashboard,
     experiments,
     gateway,
     gateway_charter,
@@ -51,6 +52,7 @@ COMMANDS = (
     clusters.cluster,
     inspect.audit,
     runs.status,
+    dashboard.dashboard,
 )
 """In the order in which --help lists them."""
 for _command in COMMANDS:

@@ -31,6 +31,8 @@ OBJECTS_EVERY_S = 10.0
 """The same in an object store, where each addition rewrites the newest object."""
 TIME_SHARE = 0.05
 """Largest fraction of the time that writing may take. Slow storage is written to less often."""
+_LINE = {"now_s": int | float, "tokens": int, "node": str, "name": str, "value": int | float | None}
+"""Type of each value of a line."""
 KEPT_LINES = 200_000
 """Lines that wait in memory while the storage refuses them, 25 MB or so; newer ones are dropped and counted."""
 
@@ -98,15 +100,16 @@ class Curves(Sink):
 
 
 def read(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line of a run's curves, in the order in which they were written."""
+    """Every whole line of a run's curves, in the order in which they were written. Damaged ones are left out."""
     name = Path(FILE)
     for path in sorted(run_dir.glob(f"{name.stem}*{name.suffix}")):
-        for text in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # cut short by a kill
-            yield line
+            if isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in _LINE.items()):
+                yield line
 
 
 @sink("jsonl")
