@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from worldlm_ray.reports.dashboard import Dashboard, look
 from worldlm_ray.reports.dashboard_server import METHODS, Server
 from worldlm_ray.simulation.simulator import simulate
 from worldlm_ray.tracking.audit import AuditLog
+from worldlm_ray.tracking.drawing import MOST_CANDIDATES, attention_means
 from worldlm_ray.tracking.tracker import Tracker
 
 EUROPE = "world/europe"
@@ -98,6 +100,23 @@ def test_a_living_run_says_who_is_away_and_how_fast_links_are(living: Tracker, t
     assert (japan["mbit_up"], japan["mbit_down"], japan["offline_s"], japan["away"]) == (3.5, 8.0, 42.0, True)
     assert not row(found, "world/europe/france")["away"]
     assert (found["audit"]["applied"], found["audit"]["refused"]) == (1, 1)
+
+
+def test_the_newest_attention_weights_are_means_over_key_layers(living: Tracker, tmp_path: Path) -> None:
+    living.record(replace(attention(version=5), now_s=14.0, weights=((0.5, 0.5), (0.7, 0.3))))
+    living.close()
+    [blend] = look(tmp_path)["attention"]
+    assert (blend["node"], blend["of"]) == (EUROPE, "children")
+    assert list(blend["weights"].items()) == [("self", 0.6), ("italy", 0.4)]
+
+
+def test_attention_has_curves_of_the_candidates_that_weigh_most() -> None:
+    names = tuple(f"n{number}" for number in range(MOST_CANDIDATES + 3))
+    row = tuple(float(number) for number in range(len(names)))
+    means = attention_means(replace(attention(), candidates=names, weights=(row, row)))
+    assert len(means) == MOST_CANDIDATES
+    assert next(iter(means)) == f"attention/up/{names[-1]}"
+    assert means["attention/up/n3"] == 3.0
 
 
 def test_a_run_without_a_status_is_asked_about_again(tmp_path: Path) -> None:

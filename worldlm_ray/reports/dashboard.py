@@ -17,6 +17,7 @@ from worldlm_ray.storage import filesystem
 from worldlm_ray.tracking import curves
 from worldlm_ray.tracking.audit import Proof
 from worldlm_ray.tracking.charts import SHARED_LINES, Lines
+from worldlm_ray.tracking.drawing import ATTENTION
 from worldlm_ray.tracking.node_state import finite
 from worldlm_ray.tracking.status import has_ended, read_status
 
@@ -30,6 +31,8 @@ POINTS = 300
 """Points of a curve, about: a chart has no more pixels to tell them apart."""
 EDGES = 64
 """Edges of the audit trail that are listed. Those with a loss come first."""
+BLENDS = {"up": "children", "down": "parent"}
+"""Whose key layers a node blends with its own, by the direction of an attention record."""
 LOSS, MEAN = "loss", "clients_loss"
 """Names in metrics.jsonl: of a node's own model, and the mean of the clients below."""
 _AWAY = {"lost", "left", "paused"}
@@ -101,7 +104,8 @@ def look(run_dir: Path) -> dict[str, Any]:
 
     Returns:
         run, said: its name, and a line on whether it lives; every_s: when to look again; nodes: a row each in the order
-        of the tree; curves: of losses; audit: counts by edge. Where the run has no status, `error` says why instead.
+        of the tree; curves: of losses; attention: the newest weights; audit: counts by edge. Where the run has no
+        status, `error` says why instead.
     """
     about = {"run": run_dir.name, "every_s": EVERY_S}
     try:
@@ -116,7 +120,7 @@ def look(run_dir: Path) -> dict[str, Any]:
                 "said": liveness(run_dir, status),
                 "left": left_of(status),
                 "nodes": list(_rows(status["nodes"])),
-                "curves": _curves(run_dir, status["nodes"]),
+                **_curves(run_dir, status["nodes"]),
                 "audit": _audit(run_dir),
             }
     except (RunError, OSError) as error:
@@ -146,25 +150,37 @@ def _is_away(node: Mapping[str, Any]) -> bool:
     return waits or node.get("state") in _AWAY or bool((node.get("border") or {}).get("offline_s"))
 
 
-def _curves(run_dir: Path, nodes: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Curves of losses, of the nodes that have a line in TensorBoard, too.
+def _curves(run_dir: Path, nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Curves of losses, of the nodes that have a line in TensorBoard, too, and the newest attention weights.
 
     Returns:
-        For each its node, kind and name, and `points`: run time in seconds, tokens, nats per byte.
+        `curves`, each with its node, kind and name, and `points`: run time in seconds, tokens, nats per byte.
+        `attention` by node and `of`, whose key layers it weighs: the mean weight by name, the largest first.
     """
     kinds = {path: str(node["kind"]) for path, node in nodes.items()}
     lines = Lines(kinds)
     points: dict[tuple[str, str], list[tuple[float, int, float]]] = {}
+    blends: dict[tuple[str, str], tuple[float, dict[str, float]]] = {}
     for line in curves.read(run_dir):
         node, name, value = line["node"], line["name"], line["value"]
         if name in (LOSS, MEAN) and value is not None and (node in lines or node in SHARED_LINES):
             points.setdefault((node, name), []).append((line["now_s"], line["tokens"], value))
+        elif name.startswith(f"{ATTENTION}/") and value is not None and node in lines:
+            _, direction, candidate = name.split("/", 2)
+            if blends.get((node, direction), (None,))[0] != line["now_s"]:
+                blends[node, direction] = line["now_s"], {}
+            blends[node, direction][1][candidate] = value
     order = {path: number for number, path in enumerate((*kinds, *SHARED_LINES))}
-    return [
+    shown = [
         {"node": node, "kind": kinds.get(node, "client"), "name": name, "points": _thinned(points[node, name])}
         for node, name in sorted(points, key=lambda each: (order[each[0]], each[1]))
         if kinds.get(node) != "client" or name == LOSS
     ]
+    attention = [
+        {"node": node, "of": BLENDS.get(direction, direction), "weights": blends[node, direction][1]}
+        for node, direction in sorted(blends, key=lambda each: (order[each[0]], each[1]))
+    ]
+    return {"curves": shown, "attention": attention}
 
 
 def _thinned(points: list[tuple[float, int, float]]) -> list[tuple[float, int, float]]:

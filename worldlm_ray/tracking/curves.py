@@ -4,7 +4,8 @@
 
 One line per value: run time in seconds, tokens trained so far (of an inner node, by the clients below it), path of the
 node, name of the quantity as in worldlm_ray/tracking/charts.py, and the value, null where it is not finite. The nodes
-`all-clients-mean`, `-best` and `-worst` stand for all clients together. A resumed run appends. In an object store
+`all-clients-mean`, `-best` and `-worst` stand for all clients together. `attention/up/CHILD` and
+`attention/down/parent` are mean weights over key layers, of some blends. A resumed run appends. In an object store
 the file is a row of objects, `metrics.0000-MARK.jsonl` and so on.
 
     pandas.read_json("runs/NAME/metrics.jsonl", lines=True).pivot_table(index="now_s", columns="node", values="value")

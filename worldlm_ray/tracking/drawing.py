@@ -37,6 +37,10 @@ IMAGE_EVERY_S = 2.0
 IMAGES_AT_END = 16
 """Attention images that may still be drawn when the run ends."""
 
+MOST_CANDIDATES = 12
+"""Candidates of a blend with a curve of their mean weight."""
+ATTENTION = "attention"
+
 
 class Drawing:
     """Draws a run to its sinks.
@@ -90,6 +94,7 @@ class Drawing:
         record = self._images.pop(next(iter(self._images)))
         for sink in self._sinks:
             sink.attention(record)
+        self._put(record.node, attention_means(record), now_s=record.now_s)
         self._last_image = self._clock()
 
     def _put(self, path: str, values: Mapping[str, float | None], *, now_s: float) -> None:
@@ -236,3 +241,11 @@ class Drawing:
             self._put(child, {"tau": sum(taus) / len(taus)}, now_s=now_s)
             for sink in self._sinks:
                 sink.histogram(child, HISTOGRAM, counts, step=record.version, now_s=now_s)
+
+
+def attention_means(record: AttentionRecord) -> dict[str, float | None]:
+    """Mean weight over key layers, of the candidates that weigh most: `attention/DIRECTION/CANDIDATE`."""
+    layers = max(len(record.layers), 1)
+    means = {name: math.fsum(row[at] for row in record.weights) / layers for at, name in enumerate(record.candidates)}
+    most = sorted(means, key=lambda name: -means[name])[:MOST_CANDIDATES]
+    return {f"{ATTENTION}/{record.direction}/{name}": means[name] for name in most}
