@@ -26,12 +26,11 @@ def dashboard(run: Run, host: Host = "127.0.0.1", port: Port = 6116, open_page: 
     from worldlm_ray.reports.dashboard_server import Server
 
     folder = rundir.find(run)
-    with Server(folder, host=host, port=port) as server:
+    with Server(folder, host=host, port=port) as server, suppress(KeyboardInterrupt):
         console.print(f"{folder.name} is shown at {server.url} until Ctrl-C", highlight=False, soft_wrap=True)
         if open_page and _has_browser():
             webbrowser.open(server.url)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
 
 
 def _has_browser() -> bool:
