@@ -210,9 +210,9 @@ def test_the_quickstart_installs_what_a_run_needs_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["test", "check", "format", "bench", "soak", "test-fast"])
 def test_other_targets_add_their_tools(tmp_path: Path, target: str) -> None:
     said = dry(target, tmp_path)
-    assert said.index("--editable .\n") < said.index("--editable '.[dev,bench]'")
+    assert said.index("--editable .\n") < said.index("--editable '.[dev,bench,docs]'")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".ready").touch()  # after the quickstart
     said = dry(target, tmp_path)
-    assert "--editable '.[dev,bench]'" in said
+    assert "--editable '.[dev,bench,docs]'" in said
     assert "--editable .\n" in said or "-m venv" not in said

@@ -51,9 +51,9 @@ READERS = ["client", "host"]
 def plan(tiny: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Of a run that keeps a tokenizer, on no cluster."""
     monkeypatch.setattr(actors.shared, "ray", SimpleNamespace(get_actor=lambda *_, **__: None))
+    monkeypatch.setattr(actors.shared, "settle", lambda clock, *_: clock)
     for module in (actors.client, actors.client_pool, actors.inner, actors.recorder):
         monkeypatch.setattr(module, "was_restarted", lambda: False)  # nothing is to begin by itself
-        monkeypatch.setattr(module, "settle", lambda clock, *_: clock)
     raw = to_mapping(tiny().config)
     raw["data"]["tokenizer"] = str(worlds.tokenizer(tmp_path / "tok.json"))
     return rundir.create(make_plan(from_mapping(raw)))
