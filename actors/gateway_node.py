@@ -13,7 +13,6 @@ from actors.shared import Address
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import Packed
 from worldlm_ray.exchange.replies import Verdict, Welcome
-from worldlm_ray.records import LifeRecord
 
 
 class NodeBehind:
@@ -88,6 +87,4 @@ class NodeBehind:
             raise MessageError("unreachable", f"{self._address.path} is away ({type(error).__name__})") from error
 
     def _tell(self, child: str, event: str, detail: str) -> None:
-        now_s = self._address.clock.now_s()
-        record = LifeRecord(node=f"{self._address.path}/{child}", now_s=now_s, event=event, detail=detail)
-        self._address.recorder.record.remote([record])
+        self._address.tell(f"{self._address.path}/{child}", event, detail)

@@ -27,7 +27,6 @@ from worldlm_ray.gateway.renewal import MemberRenewal
 from worldlm_ray.gateway.seals import MemberKey
 from worldlm_ray.gateway.standing import Standing
 from worldlm_ray.plan.tree import parent_path
-from worldlm_ray.records import LifeRecord
 from worldlm_ray.storage.filesystem import expanded
 
 
@@ -65,10 +64,8 @@ class ParentProxy(GracefulShutdown):
         """Digest of the newest model, and its reference."""
         self._address, self._above, self._said = address, above.path, ("", "")
         self._certificate = MemberRenewal(self._profile, self._link, self._seal, warn)
-        self._renewal, self.loop = (
-            asyncio.create_task(renewal.hourly(self._certificate.look)),
-            asyncio.get_running_loop(),
-        )
+        self.loop = asyncio.get_running_loop()
+        self._renewal = asyncio.create_task(renewal.hourly(self._certificate.look))
         self._freight = report.freight(plan, is_member=True)
         self._reports = asyncio.create_task(report.tell_often(self._report))
 
@@ -150,8 +147,7 @@ class ParentProxy(GracefulShutdown):
         """Have the run's files say what has changed about the link to the parent."""
         if (event, detail) != self._said:
             self._said = (event, detail)
-            record = LifeRecord(node=self._above, now_s=self._address.clock.now_s(), event=event, detail=detail)
-            self._address.recorder.record.remote([record])
+            self._address.tell(self._above, event, detail)
 
     def _report(self) -> None:
         """Have the run's files say how well the line does."""

@@ -102,9 +102,13 @@ class Address:
         """
         return ray.get_actor(path, namespace=self.namespace)
 
+    def tell(self, path: str, event: str, detail: str) -> None:
+        """Have the run's files say what has happened to a node."""
+        self.recorder.record.remote([LifeRecord(node=path, now_s=self.clock.now_s(), event=event, detail=detail)])
+
     def warn(self, path: str, text: str) -> None:
         """Have the run's files and its operator's terminal say what a node meets."""
-        self.recorder.record.remote([LifeRecord(node=path, now_s=self.clock.now_s(), event="warning", detail=text)])
+        self.tell(path, "warning", text)
 
 
 def begin(plan: Plan, path: str, clock: RunClock, namespace: str) -> RunClock:

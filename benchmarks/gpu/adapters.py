@@ -35,7 +35,8 @@ def measure(rows: Rows, toy: bool) -> None:
     """Losses of each method, seed by seed, and their means."""
     with tempfile.TemporaryDirectory() as place:
         model = _toy_model(Path(place) / "model") if toy else Path(os.environ[MODEL])
-        config = from_mapping(_world(model, toy) | {"data": {"cache_dir": f"{place}/cache"} | _scarce(toy)})
+        size = 4_000 if toy else 50_000
+        config = from_mapping(_world(model, toy) | {"data": {"cache_dir": f"{place}/cache", "train_bytes": size}})
         groups, seeds = ((("local", "kin"),), 1) if toy else (GROUPS, SEEDS)
 
         def on_done(method: str, seed: int, own: float) -> None:
@@ -56,10 +57,6 @@ def measure(rows: Rows, toy: bool) -> None:
         rows.add(f"{method}: world's model", mean(world[method]), "nats per byte")
         mine = [row for row in found if row["method"] == method]
         rows.add(f"{method}: worst client", max(r["own"] / alone[r["seed"], r["client"]] - 1 for r in mine) * 100, "%")
-
-
-def _scarce(toy: bool) -> dict[str, Any]:
-    return {"train_bytes": 4_000 if toy else 50_000}
 
 
 def _world(model: Path, toy: bool) -> dict[str, Any]:

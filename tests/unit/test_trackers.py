@@ -119,7 +119,9 @@ def test_a_tracker_whose_package_is_not_installed_says_what_to_install(
     ]
 
 
-def test_a_tracker_that_hangs_holds_up_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A tracker that does not open before the test is over, for which a run waits 0.05 s at its end."""
     monkeypatch.setattr(guarded, "CLOSE_S", 0.05)
     released = threading.Event()
 
@@ -128,23 +130,20 @@ def test_a_tracker_that_hangs_holds_up_nothing(tmp_path: Path, monkeypatch: pyte
         return Sink()
 
     with registered("hanging", hang, by_default=False):
-        tracker = tracked(tmp_path, named("hanging"))
+        yield
     released.set()
+
+
+def test_a_tracker_that_hangs_holds_up_nothing(hanging: None, tmp_path: Path) -> None:
+    tracker = tracked(tmp_path, named("hanging"))
     assert "not done 0 s after the end" in tracker.warnings[0]["text"]
 
 
-def test_a_tracker_that_does_not_keep_up_says_what_it_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_does_not_keep_up_says_what_it_drops(
+    hanging: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guarded, "KEPT_CALLS", 1)
-    monkeypatch.setattr(guarded, "CLOSE_S", 0.05)
-    released = threading.Event()
-
-    def hang(run: RunFacts) -> Sink:
-        released.wait()
-        return Sink()
-
-    with registered("hanging", hang, by_default=False):
-        tracker = tracked(tmp_path, named("hanging"))
-    released.set()
+    tracker = tracked(tmp_path, named("hanging"))
     assert "the tracker hanging is too slow" in tracker.snapshot()["trouble"]
 
 

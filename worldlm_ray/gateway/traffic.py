@@ -21,11 +21,10 @@ from pathlib import Path
 from worldlm_ray.errors import MessageError
 from worldlm_ray.gateway.certificates import DAY_S
 from worldlm_ray.gateway.keys import Clock
+from worldlm_ray.gateway.pace import Line
 from worldlm_ray.storage.filesystem import make_folder, replace_text
 
 SAVED_EVERY_S = 10.0
-BURST_S = 0.25
-"""A line that was idle may catch up so much time."""
 FILE = "traffic.json"
 
 
@@ -60,7 +59,7 @@ class Rate:
     """
 
     def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s, self._free_s = bytes_per_s, 0.0
+        self._bytes_per_s, self._line = bytes_per_s, Line()
 
     def wait_s(self, nbytes: int, now_s: float) -> float:
         """Count bytes that have moved.
@@ -74,8 +73,8 @@ class Rate:
         """
         if not self._bytes_per_s:
             return 0.0
-        self._free_s = max(self._free_s, now_s - BURST_S) + nbytes / self._bytes_per_s
-        return max(self._free_s - now_s, 0.0)
+        _, end_s = self._line.book(nbytes, now_s, self._bytes_per_s)
+        return max(end_s - now_s, 0.0)
 
 
 class Traffic:

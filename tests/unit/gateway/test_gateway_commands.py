@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from support.gateway import PASSPHRASE
-from typer.testing import CliRunner
+from support.gateway_commands import refused, run
 
-from worldlm_ray.cli.main import app
 from worldlm_ray.errors import ConfigError, WorldLMError
 from worldlm_ray.gateway import certificates, keys, profile
 from worldlm_ray.gateway.authority import Authority
@@ -33,21 +31,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def world(here: Path) -> Authority:
     run("init", "ACME", "--name", "gw.acme.org", "--passphrase-file", "pass")
     return Authority(here / "gateway")
-
-
-def run(*words: str, answer: str = "") -> Result:
-    done = CliRunner().invoke(app, ["gateway", *words], input=answer, env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
-
-
-def refused(*words: str) -> str:
-    with pytest.raises(WorldLMError) as error:
-        run(*words)
-    assert "\n" not in str(error.value)
-    assert ";" in str(error.value)  # what is wrong; what to do
-    return str(error.value)
 
 
 def joined(world: Authority, line: str, folder: Path) -> Profile:

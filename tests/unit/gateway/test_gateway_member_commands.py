@@ -11,16 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
 from support.borders import ALIKE, IMPOSED, Border, NodeAsParent, a_border
 from support.gateway import make_member, make_world, moved_to
+from support.gateway_commands import refused, run
 from support.guards import write
 from support.nodes import a_node
 from support.worlds import TINY_MODEL
-from typer.testing import CliRunner
 
-from worldlm_ray.cli.main import app
-from worldlm_ray.errors import ConfigError, WorldLMError
+from worldlm_ray.errors import ConfigError
 from worldlm_ray.gateway import policy, sent
 from worldlm_ray.gateway.charter import impose
 from worldlm_ray.gateway.profile import Profile
@@ -46,21 +44,6 @@ def profile(here: Path) -> Profile:
     for signed in (one, impose(world.identity, "world", ALIKE | {"budget.rounds": "9"}, IMPOSED)):
         made.charters.keep(signed)
     return made
-
-
-def run(*words: str) -> Result:
-    done = CliRunner().invoke(app, ["gateway", *words], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
-
-
-def refused(*words: str) -> str:
-    with pytest.raises(WorldLMError) as error:
-        run(*words)
-    assert "\n" not in str(error.value)
-    assert ";" in str(error.value)
-    return str(error.value)
 
 
 # ---- charters ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import pack_header
 from worldlm_ray.gateway import http
 from worldlm_ray.gateway.alarms import Alarms
-from worldlm_ray.gateway.traffic import BURST_S, DayIsOver, Rate, Traffic, TrafficLimits
+from worldlm_ray.gateway.pace import BURST_S
+from worldlm_ray.gateway.traffic import DayIsOver, Rate, Traffic, TrafficLimits
 
 pytestmark = pytest.mark.usefixtures("quick")
 DAY = TrafficLimits(member_bytes_per_day=1_000)
