@@ -17,16 +17,17 @@ from worldlm_ray.tensors.layout import make_layout
 
 LAYOUT = make_layout([("body.weight", (5_000,))], [], layers=0)
 LEAF = 4_096
-LIMITS = ConnectionLimits(head_s=0.3, idle_s=0.6, look_s=0.02, of_member=8, strangers=8, strangers_of_address=4)
+LIMITS = ConnectionLimits(look_s=0.02, of_member=8, strangers=8, strangers_of_address=4)
+"""Few connections, and a product's patience: a machine that stalls closes none of them."""
 VALUES = np.random.default_rng(1).normal(size=LAYOUT.size).astype(np.float32) / 100
 BODY = VALUES.tobytes()
 DIGESTS = [wire.leaf_digest(BODY[at : at + LEAF]) for at in range(0, len(BODY), LEAF)]
 HEX = b"".join(DIGESTS).hex()
 
 
-def at_a_border(folder: Path, **changes: Any) -> Any:
+def at_a_border(folder: Path, *, limits: ConnectionLimits = LIMITS, **changes: Any) -> Any:
     node = a_node(layout=LAYOUT, initial=np.zeros(LAYOUT.size, np.float32), children=("a", "b"))
-    return a_border(folder, NodeAsParent(node), LAYOUT, leaf=LEAF, limits=LIMITS, **changes)
+    return a_border(folder, NodeAsParent(node), LAYOUT, leaf=LEAF, limits=limits, **changes)
 
 
 def an_update(sender: str = "a", seq: int = 1) -> Update:

@@ -317,6 +317,7 @@ def traced_bytes() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("least", [500, pytest.param(20_000, marks=pytest.mark.long)])
 def test_mutated_requests_have_a_named_refusal_and_do_no_harm(
     tmp_path: Path, many: Callable[..., int], least: int
@@ -341,7 +342,6 @@ def test_mutated_requests_have_a_named_refusal_and_do_no_harm(
                     peer.writer.transport.abort()
                     peer = await by_hand(border)
             held.append(traced_bytes())
-            tracemalloc.stop()
             assert ok < number
             # Python's own tables grow in a leap, which may fall into any part. What leaks grows in all of them.
             assert min(after - before for before, after in pairwise(held)) < 2 * 2**20 / 3

@@ -130,6 +130,7 @@ def mutated(body: bytes, chance: random.Random) -> bytes:
     return bytes(raw)
 
 
+@pytest.mark.usefixtures("traced")
 def test_mutated_messages_are_parsed_or_refused_by_name(many: Callable[..., int]) -> None:
     """20,000 times, so that each kind of damage meets each message hundreds of times; 100,000 times in a soak."""
     number = many(20_000, 5)
@@ -143,7 +144,6 @@ def test_mutated_messages_are_parsed_or_refused_by_name(many: Callable[..., int]
         except MessageError as error:
             refusals[error.reason if len(str(error)) < 1_000 else "a long one"] += 1
     _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
     assert set(refusals) <= {"malformed", "wrong_size"}
     assert refusals.total() > number / 2
     assert peak < 4 * 2**20
