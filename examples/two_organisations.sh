@@ -68,7 +68,7 @@ done
 say "europe joins, and looks whether all is well"
 cd "$folder/europe"
 $worldlm gateway join "$(cat ../invitation)"
-$worldlm gateway check
+$worldlm gateway check --conf europe.yaml
 
 say "europe trains as a member"
 $worldlm train europe.yaml --run-dir run 2> train.log || { cat train.log; exit 1; }

@@ -227,7 +227,7 @@ class Border:
 async def a_border(
     folder: Path, parent: Any, layout: Layout, *, leaf: int = 4096, sealed: bool = False, **changes: Any
 ) -> AsyncIterator[Border]:
-    """A gateway before a parent; with `sealed`, pushes and verdicts are signed."""
+    """A gateway before a parent; with `sealed`, pushes and verdicts are signed. `alike`, `imposed`: its charter."""
     sizes = wire.Sizes(layout=layout, codecs=("fp32", "int8"), leaf=leaf)
     world = make_world(folder / "gateway")
     options: dict[str, Any] = {
@@ -239,7 +239,7 @@ async def a_border(
         "limits": ConnectionLimits(of_member=16, look_s=0.02),
         "world": world.identity.world,
         "root_pem": world.identity.root_pem,
-        "charter": impose(world.identity, "world", ALIKE, IMPOSED).raw,
+        "charter": impose(world.identity, "world", changes.pop("alike", ALIKE), changes.pop("imposed", IMPOSED)).raw,
     }
     kept = {name: changes.pop(name) for name in ("traffic", "warn") if name in changes}
     settings, context = Settings(**(options | changes)), server_context(world.identity)

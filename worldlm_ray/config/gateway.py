@@ -36,9 +36,9 @@ class GatewayConfig:
     rate_mbps: float = 0.0
     """10^6 bits a second that may cross the border, of all members and both ways together; 0 for no limit."""
     member_rate_mbps: float = 0.0
-    """The same of one member."""
+    """The same of one member; the charter says it."""
     member_gb_per_day: float = 0.0
-    """10^9 bytes of leaves that one member may send and get in a day (UTC); 0 for no limit."""
+    """10^9 bytes of leaves that one member may send and get in a day (UTC); 0 for no limit. The charter says it."""
     max_members: int = 100
     """Members that the registry takes, at most: one that would be too many is not enrolled."""
     linger_h: float = 1.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,15 @@ class Charter:
         Raises:
             Refused: wrong_settings: names the first key that differs.
         """
+        for problem in self.unlike(mine, who=who):
+            raise Refused("wrong_settings", problem)
+
+    def unlike(self, mine: Mapping[str, str], *, who: str) -> Iterator[str]:
+        """What differs in a member's settings, one line for each key; the arguments are those of `check_alike`."""
         for key, value in self.alike.items():
             if (got := mine.get(key, "not given")) != value:
                 text = f"{key} is {got!r} at {who}, and {value!r} in charter {self.epoch} of {self.node}"
-                raise Refused("wrong_settings", f"{text}: have it alike on both sides")
+                yield f"{text}: have it alike on both sides"
 
 
 @dataclass(frozen=True, kw_only=True)

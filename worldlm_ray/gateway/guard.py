@@ -156,7 +156,7 @@ class Guard:
         policy, now_s = self.policy, self.now_s()
         codec = fields.get("codec", "fp32")
         if policy.send.codecs and codec not in policy.send.codecs:
-            raise Refused("policy", f"the update is {codec}, which is not in send.codecs; {self._edit()}")
+            raise Refused("policy", f"the update is {codec}, which is not in send.codecs; {_edit(self._profile)}")
         most = policy.send.bytes_per_day
         if most is not None and self.sent.today_bytes(now_s) + nbytes > most:
             self._full_day = policies.day_of(now_s)
@@ -167,20 +167,14 @@ class Guard:
 
     def _shut(self) -> str:
         self._look()
-        state, send, folder = self._standing.state, self._policy.send, self._profile.folder
-        if self._problem:
-            return self._problem
-        if state is State.PAUSED:
-            return f"paused by the operator; run `worldlm gateway resume {folder}`"
-        if state is State.LEFT:
-            return f"this member has left; run `worldlm gateway resume {folder}` if it should go on"
+        if reason := self._problem or closed(self._profile, self._policy):
+            return reason
         if self._waiting[0] > self._standing.accepted[0]:
             return self._waiting[1]
-        if not self._policy.is_open(self.now_s()):
-            return f"it is outside of send.hours {send.hours}; {self._edit()}"
         if self._full_day == policies.day_of(self.now_s()):
-            most, today = send.bytes_per_day or math.inf, self.sent.today_bytes(self.now_s())
-            return f"{today:,} bytes have gone today, and send.bytes_per_day is {most:,.0f}; {self._edit()}"
+            most, today = self._policy.send.bytes_per_day or math.inf, self.sent.today_bytes(self.now_s())
+            text = f"{today:,} bytes have gone today, and send.bytes_per_day is {most:,.0f}"
+            return f"{text}; {_edit(self._profile)}"
         return ""
 
     def _accept(self, signed: Signed) -> None:
@@ -189,19 +183,11 @@ class Guard:
         Raises:
             Refused: charter_waits.
         """
-        accepted = self._standing.accepted
-        if accepted == (signed.charter.epoch, digest_of(signed)):
-            return
-        if self._policy.accept.charter == "ask" and accepted[0]:
-            folder, epoch = self._profile.folder, signed.charter.epoch
-            see = f"look at `worldlm gateway charter diff {folder}`"
-            cure = f"{see}, and run `worldlm gateway resume {folder} --accept-charter`"
-            self._waiting = (epoch, f"charter {epoch} waits to be accepted; {cure}")
-            raise Refused("charter_waits", self._waiting[1])
-        self._standing.accept(signed)
-
-    def _edit(self) -> str:
-        return f"wait, or edit {self._profile.folder / policies.FILE}"
+        if reason := waits(self._profile, signed, self._policy):
+            self._waiting = (signed.charter.epoch, reason)
+            raise Refused("charter_waits", reason)
+        if self._standing.accepted != (signed.charter.epoch, digest_of(signed)):
+            self._standing.accept(signed)
 
     def _look(self) -> None:
         """Read the policy again if its file has changed."""
@@ -240,6 +226,18 @@ def judged(profile: Profile, raw: bytes, policy: Policy) -> Signed:
         Refused: lower_epoch, policy, or as `charter.checked` refuses.
         GatewayError: the profile is damaged or cannot be written.
     """
+    signed = kept(profile, raw)
+    policy.judge(signed.charter)
+    return signed
+
+
+def kept(profile: Profile, raw: bytes) -> Signed:
+    """A charter as it came, once it is found to be the world's; the profile keeps it. The arguments are `judged`'s.
+
+    Raises:
+        Refused: lower_epoch, or as `charter.checked` refuses.
+        GatewayError: the profile is damaged or cannot be written.
+    """
     signed = checked(raw, profile.root, where=profile.url, least_generation=profile.generation)
     epoch, known = signed.charter.epoch, profile.charters.newest()
     if known is not None and epoch < known.charter.epoch:
@@ -250,5 +248,47 @@ def judged(profile: Profile, raw: bytes, policy: Policy) -> Signed:
         raise Refused("lower_epoch", f"the world shows another charter {epoch} than the one that is known; {cure}")
     if known is None or epoch > known.charter.epoch:
         profile.charters.keep(signed)
-    policy.judge(signed.charter)
     return signed
+
+
+def waits(profile: Profile, signed: Signed, policy: Policy) -> str:
+    """Why a charter waits for the operator, with the cure; empty where it need not.
+
+    Args:
+        profile: the member's, which knows the accepted one.
+        signed: the charter.
+        policy: the member's.
+
+    Raises:
+        GatewayError: the profile is damaged.
+    """
+    accepted, folder, epoch = Standing(profile.folder).accepted, profile.folder, signed.charter.epoch
+    if policy.accept.charter == "any" or not accepted[0] or accepted == (epoch, digest_of(signed)):
+        return ""
+    see = f"look at `worldlm gateway charter diff {folder}`"
+    cure = f"{see}, and run `worldlm gateway resume {folder} --accept-charter`"
+    return f"charter {epoch} waits to be accepted; {cure}"
+
+
+def closed(profile: Profile, policy: Policy) -> str:
+    """Why the operator or the clock keeps a link shut, with the cure; empty where neither does.
+
+    Args:
+        profile: the member's.
+        policy: the member's.
+
+    Raises:
+        GatewayError: the profile is damaged.
+    """
+    state, folder = Standing(profile.folder).state, profile.folder
+    if state is State.PAUSED:
+        return f"paused by the operator; run `worldlm gateway resume {folder}`"
+    if state is State.LEFT:
+        return f"this member has left; run `worldlm gateway resume {folder}` if it should go on"
+    if not policy.is_open(profile.clock()):
+        return f"it is outside of send.hours {policy.send.hours}; {_edit(profile)}"
+    return ""
+
+
+def _edit(profile: Profile) -> str:
+    return f"wait, or edit {profile.folder / policies.FILE}"

@@ -140,16 +140,21 @@ class Policy:
         Raises:
             Refused: policy: names the key of the policy, or of the run's configuration.
         """
+        for problem in self.run_problems(plan):
+            raise Refused("policy", problem)
+
+    def run_problems(self, plan: Plan) -> Iterator[str]:
+        """What of a run of the member `require` and `send.codecs` do not allow, one line for each."""
         for error in least_privacy(plan, self.require.privacy):
-            raise Refused("policy", f"{error} (require.privacy)")
+            yield f"{error} (require.privacy)"
         if (found := summed_clients(plan.top)) < self.require.min_clients:
             got = f"an update of {plan.top.path} may be the work of {found}, and require.min_clients is"
             cure = "set privacy.unit: client with a larger aggregation.buffer_size, or ask for less"
-            raise Refused("policy", f"{got} {self.require.min_clients}; {cure}")
+            yield f"{got} {self.require.min_clients}; {cure}"
         codec = plan.top.settings.exchange.codec
         if self.send.codecs and codec not in self.send.codecs:
             cure = f"set it to one of {', '.join(self.send.codecs)}"
-            raise Refused("policy", f"exchange.codec is {codec} at {plan.top.path}, and not in send.codecs; {cure}")
+            yield f"exchange.codec is {codec} at {plan.top.path}, and not in send.codecs; {cure}"
 
     # ---- when it sends ---------------------------------------------------------------------------------------
 

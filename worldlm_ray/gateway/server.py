@@ -2,7 +2,7 @@
 
     GET  /healthz  /v1/root      no certificate: that it lives; the world's root, which an invitation pins
     POST /v1/enrol  /v1/charter  no certificate, but an invitation
-    POST /v1/METHOD              hello, join, push, pull, done, left, heartbeat, renew, resign
+    POST /v1/METHOD              hello, charter, join, push, pull, done, left, heartbeat, renew, resign, probe
     GET  /v1/up/...   PUT ...    worldlm_ray/gateway/uploads.py
     GET  /v1/down/...            worldlm_ray/gateway/downloads.py
 
@@ -144,6 +144,7 @@ class Gateway:
             "hello": self._hello,
             "renew": self._renew,
             "resign": self._resign,
+            "charter": self._charter,
             "probe": probe.echo,
         }
         self.connections = Connections(settings.limits, authority.authorise, self._alarms)
@@ -297,6 +298,10 @@ class Gateway:
         await read_raw(request, most=0)
         await asyncio.get_running_loop().run_in_executor(self._threads, self._authority.resign, member.path)
         return answer()
+
+    async def _charter(self, request: web.BaseRequest, member: Member) -> web.Response:
+        await read_raw(request, most=0)
+        return web.Response(body=self._settings.charter)
 
     async def _join(self, request: web.BaseRequest, member: Member) -> web.Response:
         before = member.joined

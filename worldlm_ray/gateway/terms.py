@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from worldlm_ray.config.gateway import LeastPrivacy
@@ -22,6 +22,11 @@ from worldlm_ray.tensors.buffers import params_sha256
 SHAPE = ("hidden_size", "layers", "heads", "kv_heads", "context", "vocab_size")
 """Numbers of a model that its layout does not show, or does not name."""
 NONE = "none"
+LIMITS = {
+    "gateway.member_rate_mbps": "{:g} Mbit/s both ways together",
+    "gateway.member_gb_per_day": "{:g} GB of updates and models a day (UTC)",
+}
+"""Limits of one member's traffic that a charter says, and how a person reads them."""
 
 
 def sizes_of(plan: Plan, parent: NodeSpec) -> wire.Sizes:
@@ -95,6 +100,7 @@ def imposed(plan: Plan, parent: NodeSpec) -> dict[str, str]:
             "liveness.heartbeat_s": plan.config.liveness.heartbeat_s,
             "liveness.grace_s": plan.config.liveness.grace_s,
             "update_tokens": None if tokens >= LARGEST_COUNT else tokens,
+            **{key: getattr(plan.config.gateway, key.rpartition(".")[2]) or None for key in LIMITS},
             "privacy.unit": least.unit,
             "privacy.target_epsilon": least.target_epsilon,
             "fields": " ".join(fields),
@@ -111,20 +117,30 @@ def check_run(plan: Plan, charter: Charter, mine: Mapping[str, str]) -> None:
         mine: of the member's run, by `alike`.
 
     Raises:
-        Refused: wrong_settings: names the first key that does not fit, with the cure.
+        Refused: wrong_settings: names the first key that does not fit, with the cure; bad_charter.
     """
-    charter.check_alike(mine, who=plan.top.path)
+    for problem in run_problems(plan, charter, mine):
+        raise Refused("wrong_settings", problem)
+
+
+def run_problems(plan: Plan, charter: Charter, mine: Mapping[str, str]) -> Iterator[str]:
+    """What of a member's run does not fit its world's charter, one line for each key; the arguments are `check_run`'s.
+
+    Raises:
+        Refused: bad_charter.
+    """
+    yield from charter.unlike(mine, who=plan.top.path)
     of = f"in charter {charter.epoch} of {charter.node}"
     codec = plan.top.settings.exchange.codec
     if codec not in charter.codecs:
         cure = f"set it to one of {', '.join(charter.codecs)}"
-        raise Refused("wrong_settings", f"exchange.codec is {codec} at {plan.top.path}, and not {of}; {cure}")
+        yield f"exchange.codec is {codec} at {plan.top.path}, and not {of}; {cure}"
     beat_s, grace_s = plan.config.liveness.heartbeat_s, number(charter, "liveness.grace_s")
     if grace_s is not None and beat_s > grace_s:
         text = f"liveness.heartbeat_s is {beat_s:g} at {plan.top.path}, and liveness.grace_s {grace_s:g} {of}"
-        raise Refused("wrong_settings", f"{text}; send heartbeats more often")
+        yield f"{text}; send heartbeats more often"
     for error in least_privacy(plan, privacy_of(charter)):
-        raise Refused("wrong_settings", f"{error.key}: {error.problem} {of}; make it stricter")
+        yield f"{error.key}: {error.problem} {of}; make it stricter"
 
 
 def privacy_of(charter: Charter) -> LeastPrivacy:
@@ -137,6 +153,16 @@ def privacy_of(charter: Charter) -> LeastPrivacy:
     if unit not in ("none", "record", "client"):
         raise Refused("bad_charter", f"privacy.unit is {unit!r} in charter {charter.epoch}; run a newer worldlm_ray")
     return LeastPrivacy(unit=unit, target_epsilon=epsilon)  # type: ignore[arg-type]  # one of the three
+
+
+def limits(charter: Charter) -> list[str]:
+    """Limits of one member's traffic, for a person; none where the charter has none.
+
+    Raises:
+        Refused: bad_charter.
+    """
+    found = ((text, number(charter, key)) for key, text in LIMITS.items())
+    return [text.format(value) for text, value in found if value is not None]
 
 
 def number(charter: Charter, key: str) -> float | None:

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from support.borders import ALIKE, IMPOSED, Border, NodeAsParent, a_border
 from support.gateway import make_member, make_world, moved_to
 from support.gateway_commands import refused, run
 from support.guards import write
 from support.nodes import a_node
-from support.worlds import TINY_MODEL
+from support.worlds import TINY_MODEL, client
 
-from worldlm_ray.errors import ConfigError
+from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.gateway import policy, sent
 from worldlm_ray.gateway.charter import impose
 from worldlm_ray.gateway.profile import Profile
@@ -71,8 +72,6 @@ def test_what_a_charter_changes_is_shown(profile: Profile) -> None:
 def test_a_world_sets_its_charter_from_its_configuration(here: Path) -> None:
     make_world(here / "gateway")
     assert "there is no charter yet; begin the world's run" in refused("charter", "show")
-    import yaml
-
     raw: dict[str, Any] = {
         "model": TINY_MODEL,
         "budget": {"tokens": 5_000},
@@ -157,7 +156,7 @@ def border(here: Path) -> Iterator[Border]:
 
     async def serve() -> None:
         node = a_node(layout=LAYOUT, initial=np.zeros(LAYOUT.size, np.float32), children=("a",))
-        async with a_border(here, NodeAsParent(node), LAYOUT) as made:
+        async with a_border(here, NodeAsParent(node), LAYOUT, alike=ALIKE | {"model.layout": LAYOUT.hash}) as made:
             found.append(made)
             ready.set()
             await stop.wait()
@@ -221,3 +220,67 @@ def test_a_world_that_cannot_be_reached_hears_of_no_leaving(profile: Profile) ->
     moved_to(profile.folder, 1)
     assert "run it again when the world can be reached" in refused("leave")
     assert Standing(profile.folder).state is State.ACTIVE
+
+
+# ---- check -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def joined(border: Border, here: Path) -> Path:
+    """A profile of a member of the border's world."""
+    make_member(border.world, here / "profile", "world/a")
+    return moved_to(here / "profile", border.port).folder
+
+
+def a_configuration(folder: Path, **changes: Any) -> None:
+    raw = {"model": TINY_MODEL, "budget": {"rounds": 5}, "joins": "profile", "world": client("solo", folder, 1)}
+    (folder / "europe.yaml").write_text(yaml.safe_dump(raw | {"world": raw["world"] | {"client": "world/a"}} | changes))
+
+
+def test_a_look_at_all_says_with_its_exit_code_whether_it_is_well(joined: Path, here: Path) -> None:
+    done = run("check")
+    assert done.exit_code == 0, done.output
+    assert all(line.startswith("ok    ") for line in done.stdout.splitlines())
+    assert done.stdout.splitlines()[-1] == "ok    link: open; no run has it now"
+    run("pause")
+    done = run("check", "profile")
+    assert done.exit_code == 1
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("WRONG ")]
+    assert wrong == ["WRONG link: paused by the operator; run `worldlm gateway resume profile`"]
+
+
+def test_a_configuration_is_compared_with_the_charter_and_names_the_profile(joined: Path, here: Path) -> None:
+    a_configuration(here)
+    done = run("check", "--conf", "europe.yaml")
+    assert done.exit_code == 1
+    said = "WRONG configuration: budget.rounds is '5' at world/a, and '2' in charter 1 of world: have it alike on both"
+    assert said in done.stdout
+    assert "--conf FILE" not in done.stdout
+    a_configuration(here, joins="nowhere")
+    assert "nowhere: there is no such profile" in refused("check", "--conf", "europe.yaml")
+    a_configuration(here, joins=None, world={"children": [client("b", here, 2)]})
+    with pytest.raises(ConfigError, match=r"joins: is not given in europe\.yaml"):
+        run("check", "--conf", "europe.yaml")
+
+
+def test_a_run_shows_what_the_line_is_good_for(joined: Path, here: Path) -> None:
+    from worldlm_ray.config.schema import BudgetConfig
+    from worldlm_ray.records import BorderRecord
+    from worldlm_ray.tracking.tracker import Tracker
+
+    facts: dict[str, Any] = {"mbit_up": 8.0, "mbit_down": 8.0, "parameters": 1_000, "codec": "fp32", "overlap": False}
+    facts |= {"bytes_up": 1, "bytes_down": 1, "resumed": 0, "accepted": 1, "refused": {}, "tau": 0}
+    facts |= {"certificate_days": 30.0, "offline_s": 0.0}
+
+    def pushed(*, every_s: float | None) -> None:
+        record = BorderRecord(node="world", now_s=1.0, every_s=every_s, **facts)
+        tracker = Tracker(here / "run", kinds={"world": "remote"}, hparams={}, budget=BudgetConfig(rounds=1))
+        tracker.record(record)
+        tracker.close()
+
+    pushed(every_s=None)
+    assert "ok    line: the run has not pushed two updates over a border yet" in run("check", "--run", "run").stdout
+    pushed(every_s=50.0)
+    assert "ok    line: clients are busy for 100%" in run("check", "--run", "run").stdout
+    with pytest.raises(RunError, match="there is no run in 'elsewhere'"):
+        run("check", "--run", "elsewhere")
