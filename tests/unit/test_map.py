@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from support.texts import numbered
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from worldlm_ray.data.dataset import Pool
 from worldlm_ray.errors import ConfigError, RunError
 from worldlm_ray.experiments import map_run
 from worldlm_ray.experiments.map_cells import Cell, Worlds, grid, kinships_of, size, sources, texts_of, worlds
-from worldlm_ray.experiments.map_report import cells_of, edges, markdown, write
+from worldlm_ray.experiments.map_report import cells_of, draw, edges, markdown, write
 from worldlm_ray.experiments.map_run import Result, numbers, plan_work
 from worldlm_ray.experiments.methods import configure
 from worldlm_ray.plan.plan import make_plan
@@ -198,6 +199,19 @@ def test_the_result_is_a_table_and_a_figure(tmp_path: Path) -> None:
     assert [row["gain"] for row in rows] == ["0.1", "0.0", "-0.1", ""]
     assert [row["seeds"] for row in rows] == ["2", "2", "2", "0"]
     assert edges([0.0, 0.25, 1.0], around=1.0) == [-0.125, 0.125, 0.625, 1.375]
+
+
+def test_no_label_of_a_line_lies_on_the_numbers_of_a_cell() -> None:
+    headroom = iter([0.046, -0.004, -0.031, 0.063, 0.031, 0.025, 0.127, 0.079, 0.063])
+    cells = grid([12_000, 48_000, 192_000], [Fraction(0), Fraction(1, 2), Fraction(1)], corner_seeds=1)
+    figure = Figure(figsize=(9, 6))
+    draw(figure, [Result(cell=cell, numbers=numbers(RUNS) | {"headroom": next(headroom)}) for cell in cells])
+    figure.draw_without_rendering()
+    texts = figure.axes[0].texts
+    labels = [text for text in texts if text.get_text().startswith("H")]
+    assert labels, "some remain"
+    for label in labels:
+        assert not any(label.get_window_extent().overlaps(t.get_window_extent()) for t in texts if t not in labels)
 
 
 def test_cells_with_too_little_text_are_left_out_and_settings_may_not_change(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 
 from worldlm_ray.experiments.map_cells import size
 from worldlm_ray.experiments.map_run import Result
@@ -119,7 +120,7 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
     mesh = axes.pcolormesh(left, bottom, gains, cmap="RdBu", vmin=-span, vmax=span, edgecolors="white", linewidth=1.5)
     bar = figure.colorbar(mesh, ax=axes, format=lambda value, _: f"{value:+.0%}")
     bar.set_label("gain of worldlm over training alone (blue: federating pays)")
-    _contours(axes, xs, ys, _grid(rows, texts, kinships, "headroom"))
+    labels = _contours(axes, xs, ys, _grid(rows, texts, kinships, "headroom"))
     for row, kinship in enumerate(kinships):
         for column, text in enumerate(texts):
             corner, far = (left[column], bottom[row]), (left[column + 1], bottom[row + 1])
@@ -132,6 +133,7 @@ def draw(figure: Figure, results: Sequence[Result]) -> None:
     axes.set_xlabel("own text of a client to train on (logarithmic)")
     axes.set_ylabel("kinship: share of it from a source common to all clients")
     axes.set_title(f"{TITLE}\nnumbers: gain ± standard error, and headroom H; lines: H", fontsize=11)
+    _make_room(figure, axes, labels)
 
 
 def _grid(rows: dict[Any, Any], texts: Sequence[Any], kinships: Sequence[Any], name: str) -> list[list[float]]:
@@ -148,13 +150,22 @@ def edges(centres: Sequence[float], *, around: float) -> list[float]:
     return [2 * centres[0] - inner[0], *inner, 2 * centres[-1] - inner[-1]]
 
 
-def _contours(axes: Axes, xs: Sequence[float], ys: Sequence[float], headroom: Sequence[Sequence[float]]) -> None:
-    """Lines of equal headroom: only where there are enough cells and some difference."""
+def _contours(axes: Axes, xs: Sequence[float], ys: Sequence[float], headroom: Sequence[Sequence[float]]) -> list[Text]:
+    """Lines of equal headroom, only where there are enough cells and some difference; returns the lines' labels."""
     known = [value for row in headroom for value in row if math.isfinite(value)]
     if min(len(xs), len(ys)) < 2 or len(known) < 4 or max(known) - min(known) < LEAST_SPAN / 10:
-        return
+        return []
     lines = axes.contour(xs, ys, headroom, levels=5, colors="black", linewidths=0.9, linestyles="dashed", alpha=0.7)
-    axes.clabel(lines, fmt=lambda value: f"H {value:.1%}", fontsize=7)
+    return list(axes.clabel(lines, fmt=lambda value: f"H {value:.1%}", fontsize=7))
+
+
+def _make_room(figure: Figure, axes: Axes, labels: Sequence[Text]) -> None:
+    """Take away the labels of lines that lie on the numbers of a cell."""
+    figure.draw_without_rendering()
+    numbers = [text.get_window_extent() for text in axes.texts if text not in labels]
+    for label in labels:
+        if any(label.get_window_extent().overlaps(number) for number in numbers):
+            label.remove()
 
 
 def _write(axes: Axes, x: float, y: float, numbers: dict[str, Any] | None, *, depth: float) -> None:
