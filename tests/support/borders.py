@@ -210,9 +210,9 @@ class Border:
         self.links.append(link)
         return link
 
-    def sealed_link(self, path: str = "world/a", **changes: Any) -> Link:
-        """A member's link that signs, and keeps receipts in the folder `run-NAME`."""
-        member, run_dir = self.member(path), self.folder / f"run-{path.rpartition('/')[2]}"
+    def sealed_link(self, path: str = "world/a", *, run_dir: Path | None = None, **changes: Any) -> Link:
+        """A member's link that signs, and keeps receipts in its run folder: `run-NAME`, unless given."""
+        member, run_dir = self.member(path), run_dir or self.folder / f"run-{path.rpartition('/')[2]}"
         receipts = Receipts(run_dir / FOLDER, SENT, root=member.root)
         return self.link(path, seal=MemberKey(member), receipts=receipts, **changes)
 
@@ -227,7 +227,10 @@ class Border:
 async def a_border(
     folder: Path, parent: Any, layout: Layout, *, leaf: int = 4096, sealed: bool = False, **changes: Any
 ) -> AsyncIterator[Border]:
-    """A gateway before a parent; with `sealed`, pushes and verdicts are signed. `alike`, `imposed`: its charter."""
+    """A gateway before a parent; with `sealed`, pushes and verdicts are signed.
+
+    `node`, `alike` and `imposed` are what its charter says.
+    """
     sizes = wire.Sizes(layout=layout, codecs=("fp32", "int8"), leaf=leaf)
     world = make_world(folder / "gateway")
     options: dict[str, Any] = {
@@ -239,8 +242,9 @@ async def a_border(
         "limits": ConnectionLimits(of_member=16, look_s=0.02),
         "world": world.identity.world,
         "root_pem": world.identity.root_pem,
-        "charter": impose(world.identity, "world", changes.pop("alike", ALIKE), changes.pop("imposed", IMPOSED)).raw,
     }
+    terms = changes.pop("alike", ALIKE), changes.pop("imposed", IMPOSED)
+    options["charter"] = impose(world.identity, changes.pop("node", "world"), *terms).raw
     kept = {name: changes.pop(name) for name in ("traffic", "warn") if name in changes}
     settings, context = Settings(**(options | changes)), server_context(world.identity)
     if sealed:

@@ -32,7 +32,7 @@ class TrailedParent(NodeAsParent):
         incarnation, found = checkpoint.claim(self._place), checkpoint.load(self._place)
         if found is not None:
             node.restore(*found)
-        node.handle(Started(incarnation=incarnation))
+        self.due = node.handle(Started(incarnation=incarnation))
         if incarnation > 1:
             self.trail.restored(now_s=0.0, incarnation=incarnation, last_seq=node.covers().seqs)
 
