@@ -181,7 +181,7 @@ def _terms(profile: Profile, plan: Plan | None, shown: bytes | None) -> Iterator
         yield Finding("charter", _detail(error), is_good=False)
     charter = None if signed is None else signed.charter
     if charter is not None and (limits := terms.limits(charter)):
-        yield Finding("limits", f"the world lets {' and '.join(limits)} of {profile.path} through")
+        yield Finding("limits", f"at most {', and '.join(limits)}")
     yield from _configuration(profile, plan, charter)
     if problem:
         yield Finding("policy", problem, is_good=False)

@@ -213,7 +213,7 @@ def test_what_keeps_a_link_shut_is_said(tmp_path: Path, sections: Any, prepare: 
         _, line = wrong(found)  # the first is of the gateway
         assert line.replace(str(profile.folder), "PROFILE").startswith(said)
         lines = [f"{each.what}: {each.text}" for each in found]
-        assert "limits: the world lets 8 Mbit/s both ways together of world/europe through" in lines
+        assert "limits: at most 8 Mbit/s both ways together" in lines
         if "accept" not in sections:
             changed = "gateway.member_rate_mbps - -> 8.0, seed 0 -> 1"
             assert f"charter: 2 of world, as it was shown last; since charter 1: {changed}" in lines

@@ -90,7 +90,7 @@ class Middle(TrailedParent):
                 self._at("push")
             model = await follow(self.uplink.pull(), self.parent)
             self._at("pull")
-            self._take("news", ParentModel(model=model, now_s=self._now()))
+            self._take("refresh", ParentModel(model=model, now_s=self._now()))
 
     def _take(self, method: str, event: Any) -> list[Any]:
         commands = super()._take(method, event)
