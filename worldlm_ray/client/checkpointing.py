@@ -8,6 +8,7 @@ from worldlm_ray.client import best
 from worldlm_ray.errors import CheckpointError, PrivacyError
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.layout import Layout
 
 if TYPE_CHECKING:
     from worldlm_ray.client.client import Client
@@ -33,7 +34,7 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     Buffers that training or the next pull change in place are copied.
     """
     meta = {name: getattr(client, name) for name in _STATE}
-    meta["layout"] = client.plan.layout.hash
+    meta["layout"] = _layout(client).hash
     meta["charges"] = 0 if client.account is None else len(client.account.ledger.entries())
     meta["link"], arrays = client.link.state()
     arrays |= {name: arrays[name].copy() for name in ("anchor", "codec_error") if name in arrays}
@@ -59,8 +60,9 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    if meta["layout"] != client.plan.layout.hash:
-        raise CheckpointError(f"{client.spec.path}: the checkpoint is of another model or another choice of key layers")
+    if meta["layout"] != _layout(client).hash:
+        of = "another model, another choice of key layers or another rank of adapters"
+        raise CheckpointError(f"{client.spec.path}: the checkpoint is of {of}; set what has changed back")
     for name in _STATE:
         setattr(client, name, meta[name])
     if meta["whole"]:
@@ -80,6 +82,11 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     if client.experts is not None:
         client.experts.restore(meta["experts"], arrays)
     client.trainer.load_optimizer_state(_of(arrays, "optimizer."))
+
+
+def _layout(client: Client) -> Layout:
+    """Of what the client trains, and so of its moments."""
+    return client.plan.layout if client.rank is None else client.rank.layout
 
 
 def _of(arrays: dict[str, Flat], prefix: str) -> dict[str, Flat]:

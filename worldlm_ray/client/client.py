@@ -7,6 +7,7 @@ parent's model), `train`, `update` (what to push) and `measure`.
     rounds.py          local rounds
     best.py            the model of the best round
     following.py       a client that is paused
+    received.py        what a client of a smaller rank takes of a parent's model
     client.py          the exchange with the parent
     checkpointing.py   what of all that a checkpoint holds
 
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from worldlm_ray.aggregation.merge import Merger
-from worldlm_ray.client import checkpointing, following, two_models
+from worldlm_ray.client import checkpointing, following, received, two_models
 from worldlm_ray.client.experts import ClientExperts
 from worldlm_ray.client.own_model import OwnModel
 from worldlm_ray.client.rounds import LocalRounds
@@ -65,6 +66,10 @@ class Client(LocalRounds):
     ) -> None:
         super().__init__(plan, spec, dataset=dataset, make_trainer=make_trainer)
         initial = build.initial(plan) if initial is None else initial
+        self.rank = plan.smaller_rank(spec)
+        """What it trains, where its adapters have a smaller rank than the run's; None elsewhere. No model that it holds
+        has anything beyond that rank."""
+        initial = initial if self.rank is None else self.rank.within(initial)
         self.link = ParentLink(
             spec.path,
             plan.layout,
@@ -175,7 +180,7 @@ class Client(LocalRounds):
         """The parent's model, unless it is refused, and what tracking is told of that."""
         newcomer = self.start_over or self.round == 0
         own = None if newcomer or self.link.gate.max_step is None else self.trainer.read()
-        taken, warnings = self.link.look_at(model, own=own, now_s=now_s)
+        taken, warnings = self.link.look_at(received.of_rank(model, self.rank), own=own, now_s=now_s)
         return taken, [*warnings]
 
     def _keep_own(self) -> None:

@@ -28,6 +28,7 @@ from worldlm_ray.storage import open_files
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.training.local import LocalTrainer
 from worldlm_ray.training.making import trainer_of_one_model, with_common
+from worldlm_ray.training.smaller_rank import SmallerRankTrainer
 from worldlm_ray.training.trainer import MOMENTS, Batch, Proximal, RoundResult, Trainer
 
 
@@ -69,7 +70,7 @@ class SharedTrainer:
         store: where clients' buffers lie.
     """
 
-    def __init__(self, trainer: LocalTrainer, store: BufferStore) -> None:
+    def __init__(self, trainer: LocalTrainer | SmallerRankTrainer, store: BufferStore) -> None:
         self.trainer, self.store = trainer, store
         self.swaps = 0
         """How often one client has taken the place of another."""

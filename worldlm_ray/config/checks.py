@@ -161,6 +161,7 @@ BOUNDS: dict[str, Callable[[Any, str], None]] = {
     "training.batch_size": positive,
     "training.lr": positive,
     "training.accumulation_steps": positive,
+    "training.lora_rank": positive,
     "training.weight_decay": not_negative,
     "training.grad_clip": not_negative,
     "training.step_delay_s": _seconds,

@@ -151,6 +151,9 @@ class TrainingConfig:
     """ZeRO keeps the optimizer's state, and takes its step, in the host's memory."""
     offload_parameters: bool = False
     """ZeRO stage 3 keeps parameters in the host's memory while they are not needed."""
+    lora_rank: int | None = None
+    """Rank of the client's adapters, at most `model.lora.r`, which is what travels; that unless given. It trains the
+    first rows of A and columns of B only, and its update is zero beyond them (docs/pretrained.md)."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys of DeepSpeed's own configuration, such as {zero_optimization: {overlap_comm: true}}."""
 

@@ -55,7 +55,7 @@ def facts(
         node=spec.path,
         kind=spec.kind,
         method=plan.config.method,
-        architecture=_architecture(plan),
+        architecture=_architecture(plan, spec),
         context=plan.shape.context,
         longest=plan.shape.context if base is None else max(base.max_positions, plan.shape.context),
         began_from=f"random weights, seed {plan.config.seed}"
@@ -81,8 +81,11 @@ def facts(
     )
 
 
-def _architecture(plan: Plan) -> str:
-    shape, trained = plan.shape, f"{plan.layout.size:,}"
+def _architecture(plan: Plan, spec: NodeSpec) -> str:
+    shape, layout = plan.shape, plan.layout
+    if (rank := plan.smaller_rank(spec)) is not None:
+        shape, layout = rank.shape, rank.layout
+    trained = f"{layout.size:,}"
     if not isinstance(shape, PretrainedShape):
         return f"Llama, {trained} parameters in fp32, embedding and head apart"
     if shape.has_adapters:

@@ -257,8 +257,9 @@ def flops(plan: Plan, nodes: dict[str, Any]) -> int:
     """
     total = 0
     for spec in plan.root.clients:
-        models = spec.settings.merge.models_per_token
-        total += FLOPS_PER_PARAMETER * plan.layout.size * nodes[spec.path]["tokens"] * models
+        models, rank = spec.settings.merge.models_per_token, plan.smaller_rank(spec)
+        trained = plan.layout.size if rank is None else rank.layout.size
+        total += FLOPS_PER_PARAMETER * trained * nodes[spec.path]["tokens"] * models
     return total
 
 

@@ -73,14 +73,17 @@ def write_model(plan: Plan, spec: NodeSpec, theta: Flat, folder: Path, *, merge:
     """
     files = _files(plan)
     text = card(facts(plan, spec, files, theta=theta, merge=merge))
-    if isinstance(plan.shape, PretrainedShape):
+    shape, layout = plan.shape, plan.layout
+    if (rank := plan.smaller_rank(spec)) is not None:
+        shape, layout, theta = rank.shape, rank.layout, rank.cut(theta)
+    if isinstance(shape, PretrainedShape):
         from worldlm_ray.huggingface.pretrained_export import export_pretrained
 
-        export_pretrained(theta, plan.shape, plan.layout, folder, kept=files, card=text, merge=merge)
+        export_pretrained(theta, shape, layout, folder, kept=files, card=text, merge=merge)
     elif merge:
         raise ConfigError("--merge", "the run trains no adapters", "leave it out")
     else:
-        huggingface.export(theta, plan.shape, plan.layout, folder, kept=files, card=text)
+        huggingface.export(theta, shape, layout, folder, kept=files, card=text)
     if huggingface.has_other_card(folder):
         return [f"README.md in {folder} was there before and stays: no model card was written"]
     return []

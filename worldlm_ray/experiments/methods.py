@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from worldlm_ray.config.loading import from_mapping, to_mapping
@@ -325,8 +325,10 @@ def _local(mapping: dict[str, Any], root: NodeSpec) -> None:
 
 def _pooled(mapping: dict[str, Any], root: NodeSpec) -> None:
     clients = root.clients
+    ranks = {spec.settings.training.lora_rank for spec in clients}
+    first = replace(clients[0].settings.training, lora_rank=None)
     for spec in clients:
-        if spec.settings.training != clients[0].settings.training:
+        if replace(spec.settings.training, lora_rank=None) != first:
             raise ConfigError(
                 "--methods",
                 f"pooled has one training for all, but that of {spec.path} is not that of {clients[0].path}",
@@ -340,6 +342,8 @@ def _pooled(mapping: dict[str, Any], root: NodeSpec) -> None:
     pool = [asdict(spec.settings.data) | {"order": spec.settings.data.order or spec.path} for spec in clients]
     only["data"] |= {"files": [], "corpus": None, "shard": None, "order": None, "pool": pool}
     only["data"] |= {"train_fraction": 1.0, "train_bytes": None}
+    if len(ranks) > 1:  # one place has the adapters of the whole world
+        only["training"] |= {"lora_rank": mapping["model"]["lora"]["r"]}
     only["simulation"] |= {"tokens_per_s": math.fsum(s.settings.simulation.tokens_per_s for s in clients)}
     mapping["world"] = {"children": [only]}
     _no_keys(mapping)

@@ -9,6 +9,7 @@ from worldlm_ray.config.checks import below_one, positive
 from worldlm_ray.config.schema import ModelConfig
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.model.pretrained_shape import PretrainedShape
+from worldlm_ray.training import deepspeed_config
 
 if TYPE_CHECKING:
     from worldlm_ray.plan.plan import Plan
@@ -66,4 +67,34 @@ def not_under_transformers(plan: Plan) -> Iterable[ConfigError]:
             yield ConfigError(f"{client.key}.training.compile", got, cure)
 
 
-RULES: tuple[Callable[[Plan], Iterable[ConfigError]], ...] = (not_under_transformers,)
+def ranks_within_the_worlds(plan: Plan) -> Iterable[ConfigError]:
+    """A smaller rank is a part of the world's adapters; a larger one would have nothing to travel in."""
+    lora = plan.config.model.lora
+    for at, settings in plan.settings_in_force:
+        rank, key = settings.training.lora_rank, f"{at}training.lora_rank"
+        if rank is None:
+            continue
+        if not plan.shape.has_adapters:
+            got = f"got {rank}, but model.trainable is {plan.config.model.trainable}: there are no adapters"
+            yield ConfigError(key, got, "leave it out, or set model.trainable to lora")
+        elif rank > lora.r:
+            got = f"got {rank}, but model.lora.r is {lora.r}, the rank of what travels"
+            yield ConfigError(key, got, f"give at most {lora.r}, or raise model.lora.r")
+        elif rank < lora.r and lora.experts != "none":
+            got = f"got {rank}, but model.lora.experts is {lora.experts}: all experts share one A of rank {lora.r}"
+            yield ConfigError(key, got, "leave it out, or set model.lora.experts to none")
+
+
+def smaller_rank_in_one_process(plan: Plan) -> Iterable[ConfigError]:
+    """Models of the world's rank are measured by a module of that rank, and DeepSpeed's workers hold one module."""
+    for _, client in plan.distinct_clients:
+        if plan.smaller_rank(client) is not None and deepspeed_config.is_zero(client.settings):
+            got = f"got {client.settings.training.lora_rank}, but the client has DeepSpeed's workers"
+            yield ConfigError(f"{client.key}.training.lora_rank", got, "leave it out at this client")
+
+
+RULES: tuple[Callable[[Plan], Iterable[ConfigError]], ...] = (
+    not_under_transformers,
+    ranks_within_the_worlds,
+    smaller_rank_in_one_process,
+)

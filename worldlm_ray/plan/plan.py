@@ -21,6 +21,7 @@ from worldlm_ray.config.values import listed
 from worldlm_ray.data import load_tokenizer
 from worldlm_ray.errors import ConfigError, DataError
 from worldlm_ray.model.pretrained_shape import Architecture
+from worldlm_ray.model.smaller_rank import SmallerRank, smaller_rank
 from worldlm_ray.plan import checks, initial_model, kept, tree
 from worldlm_ray.plan.faults import Faults
 from worldlm_ray.plan.tree import NodeSpec
@@ -139,6 +140,11 @@ class Plan:
     def round_tokens(self, spec: NodeSpec) -> int:
         """Tokens of one local round of a client."""
         return spec.settings.training.local_steps * self.step_tokens(spec)
+
+    def smaller_rank(self, spec: NodeSpec) -> SmallerRank | None:
+        """What a client trains whose adapters have a smaller rank than the run's; None of other nodes."""
+        rank = spec.settings.training.lora_rank if spec.kind == "client" else None
+        return smaller_rank(self.shape, self.layout, rank)
 
     def planned_rounds(self, spec: NodeSpec) -> int | None:
         """Local rounds that the budget gives a client, if all clients are equally fast; None if it is in seconds."""

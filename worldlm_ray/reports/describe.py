@@ -20,10 +20,11 @@ from worldlm_ray.reports.tables import amount
 from worldlm_ray.reports.terminal import Column, FittingTable
 from worldlm_ray.training.deepspeed_config import is_zero, worker_bytes
 
-CLIENT_BUFFERS = 5
-"""Flat buffers of a client: parameters, gradient, two AdamW moments, the base of the round."""
-COMMON_BUFFERS = 4
-"""Further ones of a client that can also train its parent's model: that model, its gradient and its moments."""
+TRAINING_BUFFERS = 4
+"""Flat buffers of what a client trains: parameters, gradient, two AdamW moments. It also holds the base of its round.
+One that can also train its parent's model beside its own has them twice."""
+MEASURING_BUFFERS = 2
+"""Those of the module in which a client of a smaller rank measures models of the world's rank."""
 ZERO_CLIENT_BUFFERS = 3
 """Those of a client whose workers hold the model: the base of the round, the update, the last known parameters."""
 
@@ -167,9 +168,12 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         return {"kind": "remote", "memory_bytes": 0, **push}
     if spec.kind == "client":
         training = settings.training
-        buffers = (ZERO_CLIENT_BUFFERS if is_zero(settings) else CLIENT_BUFFERS) * size
+        smaller = plan.smaller_rank(spec)
+        trained = TRAINING_BUFFERS * (size if smaller is None else smaller.layout.nbytes)
+        buffers = ZERO_CLIENT_BUFFERS * size if is_zero(settings) else trained + size
         if settings.merge.has_base and settings.privacy.unit != "record":
-            buffers += COMMON_BUFFERS * size
+            buffers += trained
+        buffers += 0 if smaller is None else MEASURING_BUFFERS * size
         if plan.config.model.lora.experts != "none":
             # The adapters of others, and its part in the parent's sums in twice the bytes.
             buffers += (len(EXPERTS[plan.config.model.lora.experts]) - 1 + 2) * size
@@ -181,6 +185,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
             "tokens_per_round": plan.round_tokens(spec),
             "local_steps": training.local_steps,
             "lr": training.lr,
+            **({} if smaller is None else {"rank": smaller.shape.lora.r, "trained_parameters": smaller.layout.size}),
             "memory_bytes": buffers,
             **push,
             "workers": _workers(plan, spec, buffers),
@@ -377,10 +382,9 @@ def _budget(budget: Mapping[str, Any]) -> str:
 
 def _what(node: Mapping[str, Any]) -> str:
     if node["kind"] == "client":
-        return (
-            f"{node['data']}; {node['local_steps']} steps ({amount(node['tokens_per_round'])} tokens) a round, "
-            f"lr {node['lr']:g}"
-        )
+        rank = f"; rank {node['rank']}: {node['trained_parameters']:,} trained" if "rank" in node else ""
+        steps = f"{node['local_steps']} steps ({amount(node['tokens_per_round'])} tokens) a round"
+        return f"{node['data']}; {steps}, lr {node['lr']:g}{rank}"
     if node["kind"] == "remote":
         return "is in another cluster"
     when = f"every {node['buffer_size']} updates" if node["trigger"] == "goal_achieved" else node["trigger"]

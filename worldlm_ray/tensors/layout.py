@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -83,6 +83,25 @@ class Layout:
     def views(self, flat: Flat) -> dict[str, npt.NDArray[np.float32]]:
         """The buffer as named tensors, without a copy."""
         return {e.name: flat[e.offset : e.offset + e.size].reshape(e.shape) for e in self.entries}
+
+    def resized(self, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+        """The layout of the same parameters, in the same order and with the same key layers, in other shapes.
+
+        Args:
+            shapes: of every parameter, by name.
+        """
+        entries, offset, moved = list[Entry](), 0, dict[int, int]()
+        for entry in self.entries:
+            entries.append(Entry(entry.name, shapes[entry.name], offset))
+            moved[entry.offset] = offset
+            offset += entries[-1].size
+        moved[self.size] = offset
+        whole, split = self.backbone_size, moved[self.backbone_size]
+        layers = [
+            KeyLayer(layer.name, moved[whole + layer.start] - split, moved[whole + layer.stop] - split)
+            for layer in self.key_layers
+        ]
+        return Layout(tuple(entries), split, tuple(layers))
 
 
 def make_layout(shapes: Sequence[tuple[str, tuple[int, ...]]], key_patterns: Sequence[str], *, layers: int) -> Layout:

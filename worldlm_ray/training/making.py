@@ -6,15 +6,17 @@ from collections.abc import Callable
 
 from worldlm_ray.config.schema import NodeSettings
 from worldlm_ray.model.pretrained_shape import Architecture, PretrainedShape
+from worldlm_ray.model.smaller_rank import smaller_rank
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.training.common import CommonTrainer
 from worldlm_ray.training.local import LocalTrainer, device_of, threads_of
 from worldlm_ray.training.mixed import MixedTrainer
+from worldlm_ray.training.smaller_rank import SmallerRankTrainer
 from worldlm_ray.training.trainer import Trainer
 
 
 def plain_trainer(shape: Architecture, layout: Layout, settings: NodeSettings) -> LocalTrainer:
-    """A trainer of one model, without noise, on the device and the cores of the client."""
+    """A trainer of one model of the shape, without noise, on the device and the cores of the client."""
     device, threads = device_of(settings.resources), threads_of(settings.resources)
     if isinstance(shape, PretrainedShape) and shape.lora.experts != "none":
         from worldlm_ray.training.experts import ExpertTrainer
@@ -36,13 +38,23 @@ def trainer_of(shape: Architecture, layout: Layout, settings: NodeSettings, *, n
         PrivacyError: per-record gradients of this model cannot be computed, or are computed wrongly.
     """
     own = trainer_of_one_model(shape, layout, settings, noise=noise)
-    return own if noise is not None else with_common(own, lambda: plain_trainer(shape, layout, settings), settings)
+    if noise is not None:
+        return own
+    return with_common(own, lambda: trainer_of_one_model(shape, layout, settings, noise=None), settings)
 
 
 def trainer_of_one_model(
     shape: Architecture, layout: Layout, settings: NodeSettings, *, noise: float | None
-) -> LocalTrainer:
+) -> LocalTrainer | SmallerRankTrainer:
     """The same without the common model. Arguments and errors are those of `trainer_of`."""
+    rank = smaller_rank(shape, layout, settings.training.lora_rank)
+    if rank is None:
+        return _of_whole_rank(shape, layout, settings, noise=noise)
+    own = _of_whole_rank(rank.shape, rank.layout, settings, noise=noise)
+    return SmallerRankTrainer(own, rank, lambda: plain_trainer(shape, layout, settings))
+
+
+def _of_whole_rank(shape: Architecture, layout: Layout, settings: NodeSettings, *, noise: float | None) -> LocalTrainer:
     if noise is None:
         return plain_trainer(shape, layout, settings)
     from worldlm_ray.training.private import PrivateTrainer  # Opacus takes seconds to import

@@ -87,7 +87,8 @@ class Trainer(Protocol):
     def optimizer_state(self) -> dict[str, Flat]:
         """What a restart needs beside the parameters; empty before the first step.
 
-        The moments in the run's layout (`exp_avg`, `exp_avg_sq`) and the `step`, of a second model under other names.
+        The moments in the layout of what is trained (`exp_avg`, `exp_avg_sq`) and the `step`, of a second model under
+        other names.
         """
         ...
 
