@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +9,21 @@ import numpy as np
 import pytest
 from support import worlds
 from support.pretrained import computed_here, logits, save_pretrained
+from support.ranks import SMALL, WORLD, model, plan_of, raw, record, scales, small_of, some
 
 from worldlm_ray.client.client import Client
 from worldlm_ray.client.shared import VirtualClients
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.config.schema import LoraConfig
-from worldlm_ray.errors import CheckpointError, ConfigError, MessageError
-from worldlm_ray.exchange.compression import nbytes
-from worldlm_ray.exchange.messages import Model, Residual, Update
-from worldlm_ray.experiments.evaluate import evaluate, sound_theta
-from worldlm_ray.experiments.export import export
-from worldlm_ray.experiments.methods import configure
+from worldlm_ray.errors import CheckpointError, MessageError
+from worldlm_ray.exchange.messages import Model, Residual
+from worldlm_ray.experiments.evaluate import sound_theta
 from worldlm_ray.model.pretrained_shape import PretrainedShape, draw_a
 from worldlm_ray.model.smaller_rank import SmallerRank, smaller_rank
-from worldlm_ray.plan import build, rundir
-from worldlm_ray.plan.plan import Plan, make_plan
-from worldlm_ray.reports.describe import describe
-from worldlm_ray.reports.outcome import combine
+from worldlm_ray.plan import rundir
+from worldlm_ray.plan.plan import make_plan
 from worldlm_ray.simulation.simulator import simulate
-from worldlm_ray.tensors.buffers import Flat, params_sha256
-from worldlm_ray.training.making import plain_trainer, trainer_of
+from worldlm_ray.training.making import plain_trainer
 from worldlm_ray.training.smaller_rank import SmallerRankTrainer
 
 torch = pytest.importorskip("torch")
@@ -39,82 +32,10 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WORLD, SMALL = 8, 2
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pretrained(tmp_path_factory.mktemp("base"))
-
-
-def raw(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
-    """Federations north (rank 8) and south (rank 2) of one client each, in step."""
-    found: dict[str, Any] = {
-        "run_dir": str(folder / "run"),
-        "data": {"cache_dir": str(folder / "cache")},
-        "model": {
-            "backend": "transformers",
-            "initial_from": str(model),
-            "context": 16,
-            "trainable": "lora",
-            "lora": {"r": WORLD, "alpha": 16},
-        },
-        "merge": {"client": 1.0},
-        "aggregation": {"trigger": "synchronous"},
-        "budget": {"rounds": 2},
-        "training": {"local_steps": 4, "batch_size": 4, "lr": 2e-2},
-        "evaluation": {"tokens": 256, "final_tokens": 256},
-        "world": {
-            "children": [
-                {"federation": "north", "children": [worlds.client("a", folder, 1)]},
-                {
-                    "federation": "south",
-                    "training": {"lora_rank": SMALL},
-                    "children": [worlds.client("b", folder, 2)],
-                },
-            ]
-        },
-    }
-    return found | changes
-
-
-def plan_of(folder: Path, model: Path, **changes: Any) -> Plan:
-    return make_plan(from_mapping(raw(folder, model, **changes)))
-
-
-def small_of(plan: Plan) -> tuple[Client, SmallerRank]:
-    """The client of south, and its rank."""
-    client = Client(plan, plan.node("world/south/b"))
-    assert client.rank is not None
-    return client, client.rank
-
-
-def some(plan: Plan, seed: int = 0) -> Flat:
-    """Adapters of the world's rank, at random."""
-    return np.random.default_rng(seed).normal(scale=0.3, size=plan.layout.size).astype(np.float32)
-
-
-def model(values: Flat, version: int = 1, **more: Any) -> Model:
-    return Model(version=version, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=values, **more)
-
-
-def scales(root: Any) -> list[float]:
-    """What B A is multiplied by, of every adapted layer."""
-    return [layer.scaling["default"] for layer in root.modules() if hasattr(layer, "lora_A")]
-
-
-def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Update]]:
-    """Every update that clients make from now on, by path."""
-    made: dict[str, list[Update]] = {}
-    update = Client.update
-
-    def kept(client: Client) -> Update:
-        found = update(client)
-        made.setdefault(client.spec.path, []).append(replace(found, values=np.array(found.values)))
-        return found
-
-    monkeypatch.setattr(Client, "update", kept)
-    return made
 
 
 # ---- truncation and padding -----------------------------------------------------------------------------------------
@@ -328,134 +249,3 @@ def test_a_round_that_was_interrupted_goes_on_to_the_same_bits(tmp_path: Path, b
     other = Client(plan, plan.node("world/north/a"))
     with pytest.raises(CheckpointError, match="another rank of adapters"):
         other.restore(*parts.state())
-
-
-# ---- a world ---------------------------------------------------------------------------------------------------------
-
-
-def test_two_ranks_train_one_model_of_the_world(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = record(monkeypatch)
-    plan = rundir.create(plan_of(tmp_path, base, budget={"rounds": 1}))
-    simulate(plan)
-    client, rank = small_of(plan)
-    [wide], [narrow] = made["world/north/a"], made["world/south/b"]
-    assert not rank.holds(wide.values)
-    assert rank.holds(narrow.values)
-    assert rank.cut(narrow.values).all()
-    # The mean of both changes: what is beyond rank 2 has moved by half of what the other client has changed.
-    mean = build.initial(plan) + (wide.values + narrow.values) / 2
-    theta = sound_theta(plan, plan.root)
-    np.testing.assert_allclose(theta, mean, atol=1e-6)
-    assert not rank.holds(theta)
-    # The small client serves its rank; the world's model is measured whole, on its text too.
-    measures = evaluate(str(plan.run_dir), tokens=256)
-    both = combine(Client(plan, spec).measure(256, parameters=theta) for spec in plan.root.clients)
-    assert both is not None
-    assert measures["world"].loss == pytest.approx(both.loss, abs=1e-6)
-    client.trainer.write(sound_theta(plan, client.spec))
-    assert measures["world/south/b"].loss == pytest.approx(client.measure(256).loss, abs=1e-6)
-
-
-def test_an_export_of_a_client_has_its_rank_and_that_of_the_world_the_worlds(tmp_path: Path, base: Path) -> None:
-    plan = rundir.create(plan_of(tmp_path, base))
-    simulate(plan)
-    for node, r in (("world/south/b", SMALL), ("world/south", WORLD), ("world", WORLD)):
-        folder = tmp_path / node
-        export(str(plan.run_dir), node, folder)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        assert (config["r"], config["lora_alpha"] / config["r"]) == (r, 16 / WORLD)
-        assert f"LoRA adapters of rank {r}, alpha {16 * r / WORLD:g}" in (folder / "README.md").read_text()
-        whole = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        adapted = logits(peft.PeftModel.from_pretrained(whole, folder))
-        expected = computed_here(plan, sound_theta(plan, plan.node(node)))
-        np.testing.assert_allclose(adapted, expected, atol=1e-5)
-        export(str(plan.run_dir), node, folder / "whole", merge=True)
-        merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "whole", dtype=torch.float32)
-        np.testing.assert_allclose(logits(merged), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["fedit", "ffa_lora", "fedsa_lora", "worldlm", "local", "pooled+ft"])
-def test_methods_keep_the_rank_of_a_client(tmp_path: Path, base: Path, method: str) -> None:
-    from worldlm_ray.experiments.comparison_run import run_one
-
-    found = run_one(raw(tmp_path, base), method, 0, str(tmp_path / "out"))
-    assert all(np.isfinite(row["own"]) for row in found["clients"])
-    plan = rundir.reopen(str(tmp_path / "out" / "runs" / f"{method}-0"), check_data=False)
-    ranks = {spec.name: plan.smaller_rank(spec) for spec in plan.root.clients}
-    assert sorted(rank is None for rank in ranks.values()) == [False, True]
-    for spec in plan.root.clients:
-        rank = ranks[spec.name]
-        assert rank is None or rank.holds(sound_theta(plan, spec))
-
-
-def test_a_killed_client_goes_on_to_the_same_bits(tmp_path: Path, base: Path) -> None:
-    slow = {"tokens_per_s": 256.0, "latency_s": 0.01}
-    hashes = []
-    for name, at in (("whole", 90), ("killed", 2.5)):
-        (tmp_path / name).mkdir()
-        faults = [f"{at}s kill world/south/b"]
-        more = {"simulation": slow, "checkpoint": {"every_s": 0.5}, "budget": {"rounds": 4}}
-        plan = rundir.create(plan_of(tmp_path / name, base, faults=faults, **more))
-        simulate(plan)
-        hashes.append([params_sha256(sound_theta(plan, node)) for node in plan.root.walk()])
-    assert hashes[0] == hashes[1]
-
-
-# ---- settings --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"training": {"lora_rank": 9}}, r"training\.lora_rank: got 9, but model\.lora\.r is 8.*at most 8"),
-        ({"training": {"lora_rank": 0}}, r"training\.lora_rank: got 0; give a number above 0"),
-        ({"training": {"lora_rank": 1.5}}, r"training\.lora_rank: .*whole number"),
-        ({"model": {"trainable": "all"}}, r"world\.children\[1\]\.training\.lora_rank: .*there are no adapters"),
-        ({"model": {"lora": {"r": 1}}}, r"world\.children\[1\]\.training\.lora_rank: got 2, but model\.lora\.r is 1"),
-        ({"resources": {"workers": 2}}, r"world\.children\[1\]\.children\[0\]\.training\.lora_rank: .*DeepSpeed"),
-    ],
-)
-def test_a_rank_that_cannot_be_is_refused_by_its_place(
-    tmp_path: Path, base: Path, changes: dict[str, Any], said: str
-) -> None:
-    found = raw(tmp_path, base)
-    for section, values in changes.items():
-        found[section] = found.get(section, {}) | values
-    with pytest.raises(ConfigError, match=said) as caught:
-        make_plan(from_mapping(found))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("method", ["kin", "fedalt"])
-def test_experts_of_unlike_ranks_are_refused(tmp_path: Path, base: Path, method: str) -> None:
-    with pytest.raises(ConfigError, match=r"training\.lora_rank: got 2, .* share one A of rank 8"):
-        make_plan(configure(from_mapping(raw(tmp_path, base)), method))
-
-
-def test_the_rank_of_a_client_replaces_that_of_its_federation(tmp_path: Path, base: Path) -> None:
-    found = raw(tmp_path, base)
-    found["world"]["children"][1]["children"].append(worlds.client("c", tmp_path, 3, training={"lora_rank": 4}))
-    plan = make_plan(from_mapping(found))
-    ranks = [plan.smaller_rank(spec) for spec in plan.root.clients]
-    assert [None if rank is None else rank.shape.lora.r for rank in ranks] == [None, 2, 4]
-    assert plan.smaller_rank(plan.node("world/south")) is None, "an aggregator holds the world's rank"
-
-
-def test_show_says_what_is_trained_and_that_a_push_is_as_long_as_any(tmp_path: Path, base: Path) -> None:
-    plan = plan_of(tmp_path, base, exchange={"codec": "int8"})
-    nodes = describe(plan)["nodes"]
-    wide, narrow = nodes["world/north/a"], nodes["world/south/b"]
-    size = plan.layout.nbytes
-    assert "rank" not in wide
-    assert (narrow["rank"], narrow["trained_parameters"]) == (SMALL, plan.layout.size // 4)
-    # Four buffers of its own rank in place of four of the world's, and two to measure the world's model in.
-    assert wide["memory_bytes"] - narrow["memory_bytes"] == 4 * (size - size // 4) - 2 * size
-    assert narrow["bytes_per_push"] == wide["bytes_per_push"] == nbytes("int8", plan.layout.size)
-    assert narrow["bytes_per_pull"] == size
-
-
-def test_without_a_rank_the_trainer_is_the_plain_one(tmp_path: Path, base: Path) -> None:
-    plan = plan_of(tmp_path, base)
-    wide, narrow = (trainer_of(plan.shape, plan.layout, spec.settings, noise=None) for spec in plan.root.clients)
-    assert not isinstance(wide, SmallerRankTrainer)
-    assert isinstance(narrow, SmallerRankTrainer)

@@ -67,8 +67,7 @@ class Client(LocalRounds):
         super().__init__(plan, spec, dataset=dataset, make_trainer=make_trainer)
         initial = build.initial(plan) if initial is None else initial
         self.rank = plan.smaller_rank(spec)
-        """What it trains, where its adapters have a smaller rank than the run's; None elsewhere. No model that it holds
-        has anything beyond that rank."""
+        """Of its adapters, where it is smaller than the run's; no model that it holds has anything beyond it."""
         initial = initial if self.rank is None else self.rank.within(initial)
         self.link = ParentLink(
             spec.path,
