@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -20,6 +21,9 @@ from worldlm_ray.run_clock import Anchor, RunClock
 from worldlm_ray.storage import checkpoint, filesystem
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tracking.tracker import STATUS_EVERY_S, STATUS_SHARE, Tracker, open_tracker
+
+KEPT_RECORDS = 10_000
+"""Records that wait for the process that watches the run: it takes them twice a second."""
 
 
 class RecorderActor:
@@ -38,6 +42,8 @@ class RecorderActor:
         self._place = checkpoint.folder(self.plan.run_dir, RECORDER)
         self._incarnation = 0
         self._opened: Tracker | None = None
+        self._untaken: deque[Record] | None = None
+        """Records since the last `take_records`; None until it is first called."""
         self._look_at = 0.0
         """When to see again whether there is a newer recorder."""
         if was_restarted():
@@ -87,6 +93,13 @@ class RecorderActor:
         if time.monotonic() >= self._look_at:
             self._end_if_superseded()
         tracker.record(*records)
+        if self._untaken is not None:
+            self._untaken.extend(records)
+
+    def take_records(self) -> list[Record]:
+        """What has been recorded since the last call: at most the newest `KEPT_RECORDS`, and nothing at the first."""
+        taken, self._untaken = self._untaken or (), deque(maxlen=KEPT_RECORDS)
+        return list(taken)
 
     def _end_if_superseded(self) -> None:
         """Of two processes that both take themselves for the recorder, the older one must not write any more."""

@@ -9,12 +9,13 @@ import pytest
 from support.worlds import TINY_MODEL, two_levels
 
 import worldlm_ray as wr
+from worldlm_ray.records import AggregationRecord, Record, RoundRecord
 
 
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_run_on_ray_from_python(cluster: None, tmp_path: Path) -> None:
-    snapshots = list[dict[str, Any]]()
+    snapshots, records = list[dict[str, Any]](), list[Record]()
     run = wr.train(
         {
             "name": "small",
@@ -28,11 +29,16 @@ def test_a_run_on_ray_from_python(cluster: None, tmp_path: Path) -> None:
         run_dir=tmp_path / "run",
         progress=False,
         on_progress=snapshots.append,
+        on_record=records.append,
         logging={"level": "info"},
         tracking={"sinks": ["jsonl", "csv"]},
     )
     assert (run.summary["status"], run.summary["backend"]) == ("finished", "ray")
     assert set(run.nodes) == set(snapshots[-1]["nodes"])
+    rounds = {(record.node, record.round) for record in records if isinstance(record, RoundRecord)}
+    clients = [path for path in run.nodes if run.summary["nodes"][path]["kind"] == "client"]
+    assert rounds == {(path, number) for path in clients for number in (1, 2)}
+    assert any(isinstance(record, AggregationRecord) and record.node == "world" for record in records)
     for path in run.nodes:
         lines = (run.folder / "logs" / f"{path}.log").read_text(encoding="utf-8").splitlines()
         assert all(f" INFO {path}: " in line for line in lines), path

@@ -159,19 +159,21 @@ def test_training_on_ray_passes_on_its_callbacks_and_its_errors(
 ) -> None:
     told = list[str]()
 
-    def train(plan: Any, *, on_progress: Callable[..., None], should_stop: Callable[[], bool], **_: Any) -> Outcome:
+    def train(plan: Any, *, on_progress: Callable[..., None], should_stop: Callable[[], bool], **more: Any) -> Outcome:
         told.append(f"{plan.config.budget.tokens} tokens")
         if should_stop():
             raise Interrupted("nothing has begun")
         on_progress({"nodes": {}, "run": "run"})
+        if more["on_record"] is not None:
+            more["on_record"]("a record")
         return Outcome(summary={"warnings": [], "status": "finished"}, samples={"world/a": "words"})
 
     monkeypatch.setattr(launch, "train", train)
     monkeypatch.setattr("worldlm_ray.reports.progress.Progress.show", lambda _, snapshot: None)
     run = wr.train(world, budget={"tokens": 1e3}, on_progress=lambda shown: told.append(shown["run"]))
     assert (told, run.samples) == (["1000 tokens", "run"], {"world/a": "words"})
-    again = wr.resume(run, budget={"tokens": 2e3})
-    assert (again.folder, told[-1]) == (run.folder, "2000 tokens")
+    again = wr.resume(run, budget={"tokens": 2e3}, on_record=told.append)
+    assert (again.folder, told[-2:]) == (run.folder, ["2000 tokens", "a record"])
     with pytest.raises(Interrupted):
         wr.train(world, run_dir=run.folder.with_name("other"), should_stop=lambda: True)
     assert not run.folder.with_name("other").exists(), "a run that could not begin leaves no folder"

@@ -63,6 +63,18 @@ def test_of_two_recorders_the_older_one_writes_nothing_any_more(plan: Plan, ends
     assert state_of_the_world(plan) == "lost"
 
 
+def test_a_recorder_keeps_records_for_the_process_that_watches(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors.recorder, "KEPT_RECORDS", 2)
+    recorder = RecorderActor(plan)
+    tell(recorder, "started")
+    assert recorder.take_records() == []  # none were kept, since none had asked
+    for event in ("lost", "started", "finished"):
+        tell(recorder, event)
+    taken = recorder.take_records()
+    assert [record.event for record in taken if isinstance(record, LifeRecord)] == ["started", "finished"]
+    assert recorder.take_records() == []
+
+
 def test_a_recorder_goes_on_while_its_storage_does_not_answer(plan: Plan, ends: list[str]) -> None:
     recorder = RecorderActor(plan)
     assert recorder.ready()

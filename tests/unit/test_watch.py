@@ -127,6 +127,22 @@ def test_a_run_is_finished_when_its_clients_and_its_world_are(ray: Ray, tiny: Ca
     assert status == "finished"
 
 
+def test_records_are_handed_on_at_every_look(ray: Ray, tiny: Callable[..., Plan]) -> None:
+    run = Run(tiny(), [])
+    told = list[str]()
+    observer = Observer(
+        on_progress=lambda _: told.append("snapshot"), on_record=lambda record: told.append(str(record))
+    )
+    run.recorder.answers["take_records"] = Ref(["first", "second"])
+    looking = Watch(run.plan, run.world, [], observer)
+    looking._look()
+    run.recorder.answers["take_records"] = Ref(ActorUnavailableError("", None))  # it is being started again
+    looking._look()
+    run.recorder.answers["take_records"] = Ref(["third"])
+    looking._look()
+    assert told == ["first", "second", "snapshot", "third", "snapshot"]
+
+
 def test_a_run_is_stopped_when_its_clients_are_and_each_is_told(ray: Ray, tiny: Callable[..., Plan]) -> None:
     plan = tiny()
     run = Run(plan, [spec.path for spec in plan.root.clients])

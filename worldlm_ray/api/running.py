@@ -29,8 +29,8 @@ class Callbacks:
 
     on_progress: Callable[[dict[str, Any]], None] | None = None
     """Called with a snapshot (the content of status.json) about twice a second."""
-    on_record: Callable[[Record], None] = lambda _: None
-    """Called with every record of a simulation. On Ray, records go to another process."""
+    on_record: Callable[[Record], None] | None = None
+    """Called with every record; on Ray about twice a second, with those that the recorder has heard meanwhile."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked often; True ends the run early, with a summary."""
 
@@ -103,6 +103,7 @@ def on_ray(
             on_step=progress.step,
             on_warning=progress.alert,
             should_stop=lambda: stop.asked() or callbacks.should_stop(),
+            on_record=callbacks.on_record,
         )
     except (Interrupted, WorldLMError):
         if is_new:
@@ -149,7 +150,7 @@ def simulated(plan: Plan, *, progress: Progress, stop: Stop, callbacks: Callback
         outcome = simulate(
             plan,
             on_progress=look,
-            on_record=callbacks.on_record,
+            on_record=callbacks.on_record or (lambda _: None),
             should_stop=lambda: stop.asked() or callbacks.should_stop(),
         )
     except BaseException as error:

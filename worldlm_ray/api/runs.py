@@ -27,6 +27,7 @@ def train(
     run_dir: str | PathLike[str] | None = None,
     progress: bool | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_record: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> Run:
@@ -46,6 +47,8 @@ def train(
         run_dir: folder of the run; `runs/NAME` unless given.
         progress: whether to show the run; unless given, on a terminal and in a notebook.
         on_progress: called with a snapshot, the content of status.json, about twice a second.
+        on_record: called with what happened (worldlm_ray/records.py), as often. Records of a moment in which the
+            recorder restarts are not passed on; `Run.metrics` has the curves whole.
         should_stop: asked as often; True ends the run early, with checkpoints and a summary.
         settings: overrides by key, with mappings for what is below.
 
@@ -54,7 +57,7 @@ def train(
         Interrupted: stopped before the run had begun.
         RunError: the folder holds a run, the cluster cannot hold the world, or an actor failed.
     """
-    callbacks = Callbacks(on_progress=on_progress, should_stop=should_stop)
+    callbacks = Callbacks(on_progress=on_progress, on_record=on_record, should_stop=should_stop)
     config = configured(conf, overrides, settings, run_dir=run_dir, say=LOG.info)
     with new_run(config, address=address) as plan:
         return _train(plan, address, callbacks, is_new=True, progress=progress)
@@ -66,6 +69,7 @@ def resume(
     address: str | None = None,
     progress: bool | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
+    on_record: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> Run:
@@ -79,13 +83,14 @@ def resume(
         address: of a Ray cluster; None starts a local one.
         progress: as of `train`.
         on_progress: as of `train`.
+        on_record: as of `train`.
         should_stop: as of `train`.
         settings: overrides by key.
 
     Raises:
         RunError: there is no such run, it has ended at its full budget, or an actor failed.
     """
-    callbacks = Callbacks(on_progress=on_progress, should_stop=should_stop)
+    callbacks = Callbacks(on_progress=on_progress, on_record=on_record, should_stop=should_stop)
     folder = str(run.folder) if isinstance(run, Run) else fspath(run)
     with old_run(folder, [*overrides, *as_overrides(settings)], address=address) as plan:
         return _train(plan, address, callbacks, is_new=False, progress=progress)
@@ -97,7 +102,7 @@ def simulate(
     run_dir: str | PathLike[str] | None = None,
     progress: bool | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
-    on_record: Callable[[Record], None] = lambda _: None,
+    on_record: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> Run:

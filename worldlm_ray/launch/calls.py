@@ -12,6 +12,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayError, Ray
 
 from worldlm_ray.errors import Interrupted, RunError, WorldLMError
 from worldlm_ray.launch import cluster
+from worldlm_ray.records import Record
 
 T = TypeVar("T")
 
@@ -37,6 +38,8 @@ class Observer:
     """What the user should know of."""
     should_stop: Callable[[], bool] = lambda: False
     """Whether the user wants to leave."""
+    on_record: Callable[[Record], None] | None = None
+    """What happened, as the recorder has heard of it."""
 
     def check(self) -> None:
         """Leave if the user wants to.

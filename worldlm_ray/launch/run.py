@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 
 from worldlm_ray.errors import Interrupted, RunError
 from worldlm_ray.launch import border, cluster, preflight
@@ -16,11 +17,11 @@ from worldlm_ray.launch.create import World, create_world, find
 from worldlm_ray.launch.monitor import Monitor
 from worldlm_ray.launch.pools import Member
 from worldlm_ray.launch.private.reservations import give_back, prefix
-from worldlm_ray.launch.watch import ABSENT_S, Watch
+from worldlm_ray.launch.watch import ABSENT_S, Watch, tell_records
 from worldlm_ray.plan import living, rundir
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.plan.tree import NodeSpec
-from worldlm_ray.records import Measure
+from worldlm_ray.records import Measure, Record
 from worldlm_ray.reports.outcome import Outcome, Sample, combine, sampled
 from worldlm_ray.reports.progress import MEASURING, SAVING, TRAINING
 from worldlm_ray.tracking.status import record_failure
@@ -42,6 +43,7 @@ def train(
     on_step: Callable[[str], None] = lambda _: None,
     on_warning: Callable[[str], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_record: Callable[[Record], None] | None = None,
 ) -> Outcome:
     """Train a world on Ray. Nodes with a checkpoint in the run folder continue from it.
 
@@ -53,6 +55,7 @@ def train(
         on_step: told how far that has come.
         on_warning: told what the user should know of.
         should_stop: asked as often; True ends the run early, with checkpoints and a summary.
+        on_record: called with what happened, as often. Records are lost while the recorder restarts.
 
     Raises:
         Interrupted: `should_stop` said so before the run had begun.
@@ -60,7 +63,7 @@ def train(
         WorldLMError: whatever an actor raised on purpose.
     """
     address = None if address == "local" else address
-    observer = Observer(on_progress, on_phase, on_step, on_warning, should_stop)
+    observer = Observer(on_progress, on_phase, on_step, on_warning, should_stop, on_record)
     if should_stop():
         raise Interrupted(NOT_BEGUN)
     wanted = {spec.path: spec.settings.resources for spec in plan.root.clients}
@@ -148,6 +151,8 @@ def _conduct(plan: Plan, world: World, observer: Observer, monitor: Monitor) -> 
             samples = {path: sampled(partial(_text, ref, observer)) for path, ref in asked_for.items()}
         except Interrupted:  # a resumed run measures again
             status, measures, samples = "stopped", {}, {}
+    with suppress(GetTimeoutError, ActorUnavailableError):
+        tell_records(world, observer)
     named = {"measures": measures, "samples": samples, "wall_s": world.clock.now_s(), "status": status}
 
     def conclude() -> Any:
@@ -173,6 +178,8 @@ def _start(plan: Plan, world: World, observer: Observer, monitor: Monitor) -> li
     names = {path: pools.get(path, path) for path in [*world.inner, *at_once]}
     monitor.begin(world.namespace, names, on_trouble=world.recorder.warn.remote)
     observer.ask(world.recorder, "ready")
+    if observer.on_record is not None:  # from now on the recorder keeps records for this process
+        observer.ask(world.recorder, "take_records")
     border.begin(plan, world.border, observer)
     begun = _begun(plan, world, observer)
     # Clients of one process get ready side by side, and those of several processes at once.

@@ -28,6 +28,17 @@ SNAPSHOT_S = 5.0
 """A recorder that has not answered within this time is asked again at the next look."""
 
 
+def tell_records(world: World, observer: Observer) -> None:
+    """Hand on what the recorder has heard since the last call, if the observer wants it.
+
+    Raises:
+        RayError: the recorder does not answer.
+    """
+    if observer.on_record is not None:
+        for record in ray.get(world.recorder.take_records.remote(), timeout=SNAPSHOT_S):
+            observer.on_record(record)
+
+
 class Watch:
     """Waits for the clients of a run and then for its world. Clients may join and leave meanwhile.
 
@@ -96,6 +107,7 @@ class Watch:
         with suppress(GetTimeoutError, ActorUnavailableError):
             snapshot = ray.get(self._world.recorder.snapshot.remote(), timeout=SNAPSHOT_S)
             self._heard_at, self._is_silent = time.monotonic(), False
+            tell_records(self._world, self._observer)
             self._observer.on_progress(snapshot)
             self._begun |= {
                 path for path, node in snapshot["nodes"].items() if node["state"] != "waiting" or node["steps"]
