@@ -29,6 +29,14 @@ DOCUMENTS = {
     "benchmarks/README.md": "benchmarks.md",
 }
 """Documents outside of docs/, and their pages."""
+GENERATED = {
+    "worldlm_ray/config/schema.py": "reference/configuration.md",
+    "worldlm_ray/config/names.py": "reference/rules.md",
+    "worldlm_ray/cli/main.py": "reference/cli.md",
+    "worldlm_ray/api/runs.py": "reference/api.md",
+}
+"""Sources of the reference, and the pages that are generated from them: a document links to the source, which is there
+without the site, too."""
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)]*)?\))")
 
 
@@ -36,7 +44,7 @@ def page_of(path: str) -> str:
     """The page of a file of the repository."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    return DOCUMENTS.get(path) or f"source/{path.rstrip('/')}.md"
+    return DOCUMENTS.get(path) or GENERATED.get(path) or f"source/{path.rstrip('/')}.md"
 
 
 def led(text: str, origin: str) -> tuple[str, set[str]]:
