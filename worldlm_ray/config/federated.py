@@ -102,8 +102,8 @@ class AggregationConfig:
     max_staleness: int | None = None
     """Updates older than this many versions are refused."""
     rule: RuleName = "mean"
-    """How updates become the next model: `mean`, weighted by tokens, or a rule that you add (CONTRIBUTING.md). `robust`
-    and `capped` are chosen by `robust.rule` and `max_share`, and go with no other."""
+    """How updates become the next model: `mean`, weighted by tokens, or a rule that you add (docs/extending.md).
+    `robust` and `capped` are chosen by `robust.rule` and `max_share`, and go with no other."""
     max_update_norm: float | None = None
     """Updates with a larger L2 norm are refused."""
     max_share: float = 1.0
