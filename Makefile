@@ -61,7 +61,7 @@ soak: $(DEV)  ## mutated messages, faults on purpose and kills, many times as ma
 	$(BIN)/python -m pytest --soak -o faulthandler_timeout=0 tests/ray/test_kills.py tests/unit/test_faults.py \
 		tests/unit/test_mutations.py tests/unit/test_mutated_files.py tests/unit/gateway
 
-check: $(DEV)  ## lint, format, types, words to avoid, docs/architecture.md as the code says, the site without a broken link
+check: $(DEV)  ## lint, format, types, words to avoid, long sentences, docs/architecture.md as the code says, the site without a broken link
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

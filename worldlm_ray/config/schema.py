@@ -137,8 +137,8 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 on CUDA and fp32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether `torch.compile` fuses the training step of a plain client without privacy. `auto` is on with CUDA: the
-    first step takes up to a minute more, which a CPU's gain does not pay back (docs/results.md)."""
+    """Whether `torch.compile` fuses the training step of a plain client without privacy. `auto` is on with CUDA. On a
+    CPU the first step took 15 s (nano) and 109 s (micro), which a short run does not earn back (docs/results.md)."""
     step_delay_s: float = 0.0
     """Seconds to sleep in every step: makes a client slow on purpose."""
     accumulation_steps: int = 1
