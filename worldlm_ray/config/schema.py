@@ -50,7 +50,8 @@ class ModelConfig:
     preset: str = "nano"
     key_layers: list[str] = field(default_factory=list)
     """Name patterns of the key layers, which are blended by attention; `layers.-1` is the last block. All the rest is
-    backbone. Unless given there are none: averaging all layers was better in every world of docs/results.md."""
+    backbone. Unless given there are none: averaging all layers was better in docs/results.md, but for one seed of a
+    synchronous run."""
     backend: Literal["decoder", "transformers"] = "decoder"
     """What computes the model: the decoder of this package, or transformers, which takes any causal language model."""
     initial_from: str | None = None
