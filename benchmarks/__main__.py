@@ -32,6 +32,7 @@ NAMES = (
     "batched_clients",
     "adapters",
     "gateway",
+    "peers_tls",
 )
 OUT = Path(__file__).parent / "out"
 

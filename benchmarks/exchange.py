@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 import socket
 import statistics
@@ -142,8 +143,8 @@ def copy_s(size: int) -> float:
 
 
 def python_of(peer: str) -> Path:
-    """The interpreter of a peer's own virtual environment, which is made once."""
-    place = Path(__file__).parent / "out" / f"venv-{PINNED[peer]}"
+    """The interpreter of a peer's own virtual environment, which is made once: below $PEERS_DIR, or in out/."""
+    place = Path(os.environ.get("PEERS_DIR", Path(__file__).parent / "out")) / f"venv-{PINNED[peer]}"
     python = place / "bin" / "python"
     if not (place / "ready").exists():
         print(f"  (installing {PINNED[peer]} in its own environment)", flush=True)

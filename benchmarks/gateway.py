@@ -20,8 +20,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,19 @@ def _private_bytes() -> int:
 # ---- the other process -------------------------------------------------------------------------------------------
 
 
-def serve(folder: str, staging: str, size: int, port: int, asked: Any) -> None:
-    """A gateway, and beside it the far end of a plain TCP copy."""
-    threading.Thread(target=_copy_end, args=(port + 1, 4 * size), daemon=True).start()
-    asyncio.run(_serve(Path(folder), Path(staging), size, port, asked))
+def serve(folder: str, staging: str, size: int, port: int, asked: Any, alone: bool) -> None:
+    """A gateway, and beside it the far end of a plain TCP copy; `alone`: a node of one child, and no copy."""
+    if not alone:
+        threading.Thread(target=_copy_end, args=(port + 1, 4 * size), daemon=True).start()
+    node = NodeProcess(Path(staging), size, alone=alone)
+    asyncio.run(_serve(Path(folder), Path(staging), size, port, asked, node))
 
 
-async def _serve(folder: Path, staging: Path, size: int, port: int, asked: Any) -> None:
+async def _serve(folder: Path, staging: Path, size: int, port: int, asked: Any, node: NodeProcess) -> None:
     sizes = sizes_of(size)
     authority = Authority(folder)
     settings = Settings(sizes=sizes, hello=hello_of(sizes), staging_dir=staging, staging_bytes=4 * sizes.layout.nbytes)
-    node, seq = NodeProcess(staging, size), 0
-    gateway = Gateway(node, authority, settings, seal=ServerKey(authority.identity))
+    seq, gateway = 0, Gateway(node, authority, settings, seal=ServerKey(authority.identity))
     await gateway.start(server_context(authority.identity), host="127.0.0.1", port=port)
     loop, memory, samples = asyncio.get_running_loop(), None, None
     asked.send("ready")
@@ -208,6 +209,21 @@ async def exchanges(link: Link, size: int, plain: Callable[[bytes], float], aske
 
 def run() -> dict[str, Any]:
     """Measure, and print a table."""
+    with served(SIZE) as (member, port, asked):
+        return _shown(asyncio.run(_member(member, port, asked)))
+
+
+@contextmanager
+def served(size: int, *, alone: bool = False) -> Iterator[tuple[profile.Profile, int, Any]]:
+    """A gateway and a node, in a process each.
+
+    Args:
+        size: of the model.
+        alone: whether the node has one child, and aggregates each of its updates; without, a second child is beside it.
+
+    Yields:
+        The profile of the child `a`, the gateway's port, and a pipe to its process.
+    """
     with tempfile.TemporaryDirectory() as keys, tempfile.TemporaryDirectory(dir="/dev/shm") as staging:
         port, folder = _two_free_ports(), Path(keys)
         identity.init(folder / "world", "bench", ["127.0.0.1"], "a passphrase")
@@ -217,23 +233,27 @@ def run() -> dict[str, Any]:
         request = member.request()
         member.install(world.enrol(request, invitation.id, invitation.proof(request)).chain_pem)
         asked, other = multiprocessing.Pipe()
-        arguments = (str(folder / "world"), staging, SIZE, port, other)
+        arguments = (str(folder / "world"), staging, size, port, other, alone)
         server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
         server.start()
         try:
             assert asked.recv() == "ready"
-            found = asyncio.run(_member(member, port, asked))
+            yield member, port, asked
             asked.send("end")
             server.join(10)
         finally:
             server.kill()
-    return _shown(found)
+
+
+def link_to(member: profile.Profile, port: int, size: int) -> Link:
+    """The member's link, which signs."""
+    sizes = sizes_of(size)
+    settings = LinkSettings(url=f"https://127.0.0.1:{port}", path="world/a", sizes=sizes, hello=hello_of(sizes))
+    return Link(settings, client_context(member), seal=MemberKey(member), check_server=member.check_server)
 
 
 async def _member(member: profile.Profile, port: int, asked: Any) -> dict[str, Any]:
-    sizes, buffer = sizes_of(SIZE), memoryview(bytearray(4 * SIZE))
-    settings = LinkSettings(url=f"https://127.0.0.1:{port}", path="world/a", sizes=sizes, hello=hello_of(sizes))
-    link = Link(settings, client_context(member), seal=MemberKey(member), check_server=member.check_server)
+    buffer, link = memoryview(bytearray(4 * SIZE)), link_to(member, port, SIZE)
     try:
         return await exchanges(link, SIZE, lambda way: copy_s(port + 1, buffer, way), asked)
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from worldlm_ray.aggregation.events import Admit, Answer, Joined, Pull, Push, Serve
+from worldlm_ray.aggregation.events import Admit, Answer, Joined, Pull, Push, Serve, Shared
 from worldlm_ray.aggregation.node import Node
 from worldlm_ray.aggregation.node_setup import NodePlace, NodeRules
 from worldlm_ray.config.federated import AggregationConfig, MergeConfig
@@ -35,13 +35,15 @@ class NodeProcess:
     Args:
         folder: for buffers, in memory.
         size: of the model.
+        alone: whether the node has one child, and aggregates each of its updates.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, *, alone: bool = False) -> None:
         self._folder, self._size, self._update = folder, size, _shared(folder / "update", size)
         self._model: tuple[int, Any] = (-1, None)
         self._pipe, other = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=hold, args=(folder, size, other), daemon=True)
+        arguments = (folder, size, other, alone)
+        process = multiprocessing.get_context("spawn").Process(target=hold, args=arguments, daemon=True)
         process.start()
 
     async def join(self, child: str, incarnation: int, seq: int) -> Welcome:
@@ -94,15 +96,23 @@ def _shared(file: Path, size: int) -> Any:
     return np.memmap(file, np.float32, "r+" if file.exists() else "w+", shape=(size,))
 
 
-def hold(folder: Path, size: int, pipe: Any) -> None:
-    """The process of the node: a world with two children, of which one is here."""
-    rules = NodeRules(
-        aggregation=AggregationConfig(buffer_size=2), merge=MergeConfig(), budget=BudgetConfig(rounds=1_000)
-    )
-    layout, place = layout_of(size), NodePlace(path="world", children=("a", "b"), has_parent=False)
+def hold(folder: Path, size: int, pipe: Any, alone: bool) -> None:
+    """The process of the node: a world with one child, or with two of which one is here."""
+    children = ("a",) if alone else ("a", "b")
+    aggregation = AggregationConfig(buffer_size=len(children))
+    rules = NodeRules(aggregation=aggregation, merge=MergeConfig(), budget=BudgetConfig(rounds=1_000))
+    layout, place = layout_of(size), NodePlace(path="world", children=children, has_parent=False)
     node = Node(place, rules, layout, np.zeros(size, np.float32))
-    update, own = _shared(folder / "update", size), np.ones(size, np.float32)
-    node.handle(Joined(child="b", incarnation=1, seq=0, now_s=0.0))
+    update, own = _shared(folder / "update", size), np.ones(0 if alone else size, np.float32)
+    if not alone:
+        node.handle(Joined(child="b", incarnation=1, seq=0, now_s=0.0))
+
+    def publish() -> None:
+        """As actors do: the node goes on with the copy in shared memory."""
+        there = _shared(folder / f"model-{node.version}", size)
+        np.copyto(there, node.theta)
+        node.handle(Shared(own=node.theta, copy=there))
+
     while True:
         try:
             method, incarnation, *rest = pipe.recv()
@@ -117,13 +127,15 @@ def hold(folder: Path, size: int, pipe: Any) -> None:
             to, header, nbytes, dtype = rest
             packed = Packed(header, update.view(np.uint8)[:nbytes].view(dtype))
             commands = node.handle(Push(sender="a", packed=packed, to=to, **who))
+            if alone:
+                publish()
             pipe.send(vars(next(command.verdict for command in commands if isinstance(command, Answer))))
         elif method == "aggregate":
             fields: dict[str, Any] = {"sender": "b", "seq": incarnation, "base_version": node.version, "tokens": 10}
             mine = Update(**fields, started_tokens=10 * incarnation, values=own)
             packed = Packed(pack_header(mine, layout), own)
             node.handle(Push(sender="b", packed=packed, to=node.incarnation, incarnation=1, now_s=0.0))
-            np.copyto(_shared(folder / f"model-{node.version}", size), node.theta)
+            publish()
             pipe.send(node.version)
         else:
             commands = node.handle(Pull(child="a", to=rest[0], started_tokens=rest[1], **who))
