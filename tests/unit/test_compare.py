@@ -5,6 +5,10 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
+import select
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -172,3 +176,26 @@ def test_a_folder_of_a_run_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["compare", "quickstart", "--out", str(tmp_path)])
     assert isinstance(done.exception, ConfigError)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+KILLED = """
+import os, sys, time
+from worldlm_ray.experiments.compare import processes
+
+if __name__ == "__main__":
+    with processes(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_a_comparison_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
+    with subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+    try:
+        assert select.select([child], [], [], 30.0)[0], "it has ended"
+    finally:
+        os.close(child)

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -140,8 +142,7 @@ def run_all(
         on_done: called with each finished run and its mean own loss.
         on_progress: called about once a second with the progress of all runs.
     """
-    # Fresh processes: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with processes(jobs) as pool:
         # Those that take longest begin first, so that no process is left with one of them at the end.
         longest_first = sorted(tasks, key=lambda task: -models_per_token(task.config, task.method))
         running = {
@@ -160,6 +161,23 @@ def run_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the first failure must show now, not after the other runs
             raise
+
+
+def processes(jobs: int) -> ProcessPoolExecutor:
+    """Fresh processes, since torch's threads do not survive a fork. They end with this one, also when it is killed."""
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent has gone: else the next comparison in the folder would meet its run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it runs in a process of the pool"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 def models_per_token(config: RunConfig, method: str) -> float:
