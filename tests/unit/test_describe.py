@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.worlds import client
+from support.worlds import TINY_MODEL, client
 
 from worldlm_ray.plan import plan
-from worldlm_ray.reports.describe import crossing_table, describe
+from worldlm_ray.reports.describe import crossing_table, describe, tables
 
 
 def test_what_moves_between_places_is_counted_and_priced(tiny: Callable[..., plan.Plan], tmp_path: Path) -> None:
@@ -53,3 +54,14 @@ def test_a_rule_that_keeps_every_update_shows_its_memory(
 def test_a_federation_holds_five_models_in_an_exchange(tiny: Callable[..., plan.Plan], tmp_path: Path) -> None:
     found = tiny([{"federation": "f", "children": [client("a", tmp_path, 1), client("b", tmp_path, 2)]}])
     assert describe(found)["nodes"]["world/f"]["memory_bytes"] == 5 * found.layout.nbytes
+
+
+@pytest.mark.parametrize("changes", [{}, {"key_layers": []}])
+def test_attention_is_named_where_there_are_key_layers(
+    tiny: Callable[..., plan.Plan], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    found = describe(tiny([client("a", tmp_path, 1)], model=TINY_MODEL | changes))
+    has_keys = not changes
+    assert found["nodes"]["world"]["score"] == ("cosine" if has_keys else None)
+    _, tree = tables(found)
+    assert ("; cosine attention;" in str(tree.rows[0][0][-1])) == has_keys

@@ -57,8 +57,9 @@ def presets(as_json: Json = False) -> None:
     if as_json:
         print_json([{"name": name, "what": said[name], "file": str(path)} for name, path in files.items()])
         return
+    width = max(map(len, said))
     for name, what in said.items():
-        console.print(f"{name:16} {what}", highlight=False, soft_wrap=not console.is_terminal)
+        console.print(f"{name:{width}} {what}", highlight=False, soft_wrap=not console.is_terminal)
 
 
 def privacy(run: Run, as_json: Json = False) -> None:

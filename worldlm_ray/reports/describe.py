@@ -204,7 +204,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
         "trigger": rules.trigger,
         "buffer_size": rules.buffer_size,
         "staleness": rules.staleness.fn,
-        "score": rules.attention.score,
+        "score": rules.attention.score if plan.layout.key_size else None,
         "server_optimizer": rules.server_optimizer.name,
         "memory_bytes": memory_bytes,
         **push,
@@ -388,4 +388,5 @@ def _what(node: Mapping[str, Any]) -> str:
     if node["kind"] == "remote":
         return "is in another cluster"
     when = f"every {node['buffer_size']} updates" if node["trigger"] == "goal_achieved" else node["trigger"]
-    return f"{when}; {node['staleness']} staleness; {node['score']} attention; {node['server_optimizer']}"
+    attention = f"; {node['score']} attention" if node["score"] else ""
+    return f"{when}; {node['staleness']} staleness{attention}; {node['server_optimizer']}"
