@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.two_clusters import Run, TwoClusters, whole_trail
+import ray
+from support.gateway import make_world
+from support.two_clusters import Run, TwoClusters, free_port, whole_trail
 from support.worlds import client, two_levels
 
 from worldlm_ray.plan.plan import Plan
+from worldlm_ray.reports import receipts
 from worldlm_ray.reports.progress import TRAINING
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -143,3 +146,37 @@ def test_a_member_is_revoked_while_the_world_goes_on(
     assert summary["status"] == "finished"
     assert summary["nodes"]["world/a"]["steps"] == 12 * 4
     assert summary["nodes"]["world/solo"]["accepted"] == accepted
+
+
+@pytest.mark.long
+def test_a_member_has_a_member_in_turn(cluster: None, clusters: Callable[..., TwoClusters], tmp_path: Path) -> None:
+    """All three runs live in one Ray cluster, which starts once, and find each other over two borders alone."""
+    all_ = clusters(aggregation={"trigger": "synchronous"})
+    port = free_port()
+    keys = make_world(tmp_path / "europe-gateway", port=port)
+    gateway = {"listen": f"127.0.0.1:{port}", "dir": str(tmp_path / "europe-gateway"), "staging_dir": str(tmp_path)}
+    tree = {"children": [client("rome", tmp_path, 1), {"member": "france", "required": True}]}
+    europe = all_.member("world/europe", tree, gateway=gateway)
+    solo = client("solo", tmp_path, 2) | {"client": "world/europe/france"}
+    france = all_.member("world/europe/france", solo, kind="client", keys=keys)
+    for member in (europe, france):
+        member.address = ray.get_runtime_context().gcs_address
+        member.start()
+    summary = Run(all_.world({"children": [{"member": "europe", "required": True}]})).end()
+    theirs = [member.wait() for member in (europe, france)]
+    assert [each["status"] for each in (summary, *theirs)] == ["finished"] * 3
+    assert summary["nodes"]["world/europe"]["accepted"] == 2
+    assert theirs[0]["nodes"]["world/europe/france"]["accepted"] == 2
+    assert theirs[1]["nodes"]["world/europe/france"]["steps"] == 2 * 4
+    for run_dir in (tmp_path / "world", europe.run_dir):
+        whole_trail(run_dir)
+    crossed = [
+        (tmp_path / "world", [europe.run_dir / "receipts/sent/world/europe.jsonl"]),
+        (europe.run_dir, [tmp_path / "world/receipts/received/world/europe.jsonl"]),
+        (europe.run_dir, [france.run_dir / "receipts/sent/world/europe/france.jsonl"]),
+        (france.run_dir, [europe.run_dir / "receipts/received/world/europe/france.jsonl"]),
+    ]
+    for run_dir, files in crossed:
+        border = receipts.look(run_dir, files)
+        assert border.holds, border.lines()
+        assert [proof.accepted for proof in border.proofs] == [2]

@@ -24,6 +24,7 @@ from support.gateway import make_member, make_world
 from support.worlds import TINY_MODEL
 from worldlm_ray import launch
 from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.gateway.authority import Authority
 from worldlm_ray.plan import living, rundir
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.tracking.audit import Proof, proofs
@@ -109,10 +110,18 @@ class TwoClusters:
         raw = self.common() | {"name": "world", "run_dir": str(self.folder / "world"), "world": tree}
         return rundir.create(make_plan(from_mapping(raw | {"gateway": gateway} | changes)))
 
-    def member(self, path: str, tree: dict[str, Any], *, kind: str = "federation", **changes: Any) -> Member:
-        """A member: it enrols now, and its process begins when it is told to."""
+    def member(
+        self,
+        path: str,
+        tree: dict[str, Any],
+        *,
+        kind: str = "federation",
+        keys: Authority | None = None,
+        **changes: Any,
+    ) -> Member:
+        """A member: it enrols now, and its process begins when it is told to. `keys`: of another one than the world."""
         name = path.rpartition("/")[2]
-        make_member(self.keys, self.folder / "profiles" / name, path)
+        make_member(keys or self.keys, self.folder / "profiles" / name, path)
         raw = (
             self.common()
             | {"name": name, "joins": str(self.folder / "profiles" / name), "world": {kind: path} | tree}
@@ -138,10 +147,13 @@ class Member:
     process: subprocess.Popen[str] | None = None
     inside: tuple[str, ...] = ()
     """What stands before a command that is to run where the member lives."""
+    address: str = ""
+    """Of a cluster that it lives in; without, it starts one."""
 
     def start(self) -> None:
         begun = ["--resume", str(self.run_dir)] if self.run_dir.exists() else [str(self.file)]
         place = [] if self.run_dir.exists() else ["--run-dir", str(self.run_dir)]
+        place += ["--address", self.address] if self.address else []
         with self.file.with_suffix(".log").open("a") as log:
             self.process = subprocess.Popen(
                 [*self.inside, sys.executable, "-m", "worldlm_ray", "train", *begun, *place],

@@ -12,7 +12,7 @@ from support.worlds import TINY_MODEL
 
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.plan import border_checks, checks, client_checks, expert_checks, privacy_checks
+from worldlm_ray.plan import backend_checks, border_checks, checks, client_checks, expert_checks, privacy_checks
 from worldlm_ray.plan.checks import Rule
 from worldlm_ray.plan.plan import Plan, assembled, make_plan
 
@@ -91,6 +91,11 @@ CASES = [
             "simulation": {"train": False},
             "world": {"federation": "world/eu", "children": [{"federation": "fed", "children": [{"client": "alice"}]}]},
         },
+    ),
+    Case(
+        backend_checks.ranks_within_the_worlds,
+        f"{ALICE}.training.lora_rank",
+        alice={"training": {"lora_rank": 2}},
     ),
     Case(expert_checks.sums_of_experts, f"{FED}.aggregation.rule", fed={"aggregation": {"rule": "sums"}}),
     Case(
@@ -259,8 +264,14 @@ def test_a_sound_configuration_breaks_no_rule(rule: Rule) -> None:
 def test_every_rule_has_a_case_and_a_reason() -> None:
     rules = {*checks.RULES, *checks.DATA_RULES}
     without = {rule.__name__ for rule in rules - {case.rule for case in CASES}}
-    # The others need a model of transformers: test_pretrained.py, test_experts.py.
-    assert without == {"whole_model_folder", "not_under_transformers", "exact_parts", "own_adapters_stay"}
+    # The others need a model of transformers: test_pretrained.py, test_experts.py, test_smaller_rank_worlds.py.
+    assert without == {
+        "whole_model_folder",
+        "not_under_transformers",
+        "exact_parts",
+        "own_adapters_stay",
+        "smaller_rank_in_one_process",
+    }
     assert all(rule.__doc__ for rule in rules)
 
 

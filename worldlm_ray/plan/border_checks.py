@@ -86,12 +86,13 @@ def summed_clients(spec: NodeSpec) -> int:
     """Different clients whose work is in each update of a node, at least: what its rules hold to in any case.
 
     An aggregation of a node with `privacy.unit: client` takes one update of each client, and as many as its trigger
-    asks for. Every other one may be made of the updates of one child, while the others are away.
+    asks for. Every other one may be made of the updates of one child, while the others are away. That of a member is the
+    work of one client at least: its tree is not known here.
     """
     if spec.kind == "client":
         return 1
     rules = spec.settings.aggregation
-    least = min(map(summed_clients, spec.children), default=0)
+    least = min(map(summed_clients, spec.children), default=1)
     if spec.settings.privacy.unit != "client" or any(child.kind != "client" for child in spec.children):
         return least
     return max(least, {"goal_achieved": rules.buffer_size, "time_up": rules.quorum}.get(rules.trigger, 1))

@@ -107,6 +107,15 @@ def test_an_update_is_the_work_of_so_many_clients_at_least(
             asked.check_run(plan)
 
 
+def test_an_update_with_a_member_s_part_is_the_work_of_one_client_at_least(tiny: Tiny, tmp_path: Path) -> None:
+    gateway = {"listen": "127.0.0.1:8443", "dir": str(tmp_path)}
+    europe = {"federation": "world/europe", "children": [client("a", tmp_path, 1), {"member": "france"}]}
+    plan = tiny(world=europe, gateway=gateway, joins=str(tmp_path))
+    a_policy(tmp_path).check_run(plan)
+    with pytest.raises(Refused, match=r"may be the work of 1, and require\.min_clients is 2"):
+        a_policy(tmp_path, require={"min_clients": 2}).check_run(plan)
+
+
 def test_the_run_s_codec_must_be_allowed(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"exchange\.codec is fp32 at world/a, and not in send\.codecs; set it to one of"):
         a_policy(tmp_path, send={"codecs": ["int8"]}).check_run(a_run(tiny, tmp_path))
