@@ -86,8 +86,8 @@ def summed_clients(spec: NodeSpec) -> int:
     """Different clients whose work is in each update of a node, at least: what its rules hold to in any case.
 
     An aggregation of a node with `privacy.unit: client` takes one update of each client, and as many as its trigger
-    asks for. Every other one may be made of the updates of one child, while the others are away. That of a member is the
-    work of one client at least: its tree is not known here.
+    asks for. Every other one may be made of the updates of one child, while the others are away. That
+    of a member is the work of one client at least: its tree is not known here.
     """
     if spec.kind == "client":
         return 1
