@@ -36,7 +36,7 @@ EXEMPT = {"docs/check_words.py", "docs/architecture.md"}
 PROSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md", "examples/*.md", "benchmarks/*.md")
 MOST_WORDS = 25
 """Of a sentence. Code in a line counts as one word."""
-LONGER = {"docs/results.md": 38}
+LONGER = {"docs/results.md": 25}
 """Pages whose longest sentence is longer. A number may only fall."""
 NO_PROSE = re.compile(r"<!--.*?-->|^ *```.*?^ *```$|^ {4}.*?$|^[|#].*?$", re.DOTALL | re.MULTILINE)
 """Comments, code, tables and headings."""

@@ -112,6 +112,7 @@ def test_the_summary_of_the_part_before_goes_when_the_nodes_have_started(conf: P
     watch = SimpleNamespace(
         ask=lambda _, method: asked.append((method, summary.exists())),
         on_step=lambda _: None,
+        on_record=None,
     )
     run = importlib.import_module("worldlm_ray.launch.run")
     create = importlib.import_module("worldlm_ray.launch.create")
