@@ -164,6 +164,18 @@ def test_show_says_what_is_trained_and_that_a_push_is_as_long_as_any(tmp_path: P
     assert narrow["bytes_per_pull"] == size
 
 
+def test_work_counts_frozen_parameters_and_the_client_s_rank(tmp_path: Path, base: Path) -> None:
+    from worldlm_ray.experiments.comparison_run import flops
+
+    plan = plan_of(tmp_path, base)
+    trained, frozen = plan.layout.size, plan.shape.frozen
+    assert frozen > trained
+    models = [spec.settings.merge.models_per_token for spec in plan.root.clients]
+    of_token = [6 * trained + 4 * frozen, 6 * trained // 4 + 4 * frozen]
+    found = flops(plan, {spec.path: {"tokens": 10} for spec in plan.root.clients})
+    assert found == sum(10 * each * count for each, count in zip(of_token, models, strict=True))
+
+
 def test_without_a_rank_the_trainer_is_the_plain_one(tmp_path: Path, base: Path) -> None:
     plan = plan_of(tmp_path, base)
     wide, narrow = (trainer_of(plan.shape, plan.layout, spec.settings, noise=None) for spec in plan.root.clients)

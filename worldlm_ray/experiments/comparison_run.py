@@ -44,6 +44,8 @@ SHORTER = 16
 """Every client's model is measured on every client's text, n^2 times: so on fewer tokens than its own text."""
 FLOPS_PER_PARAMETER = 6
 """Of training, by token and parameter: two forward, four backward (arXiv 2001.08361). Attention is left out."""
+FLOPS_PER_FROZEN = 4
+"""By token and parameter that is not trained: two forward, and two backward for the gradient of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ def flops(plan: Plan, nodes: dict[str, Any]) -> int:
     for spec in plan.root.clients:
         models, rank = spec.settings.merge.models_per_token, plan.smaller_rank(spec)
         trained = plan.layout.size if rank is None else rank.layout.size
-        total += FLOPS_PER_PARAMETER * trained * nodes[spec.path]["tokens"] * models
+        of_token = FLOPS_PER_PARAMETER * trained + FLOPS_PER_FROZEN * plan.shape.frozen
+        total += of_token * nodes[spec.path]["tokens"] * models
     return total
 
 

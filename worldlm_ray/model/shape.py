@@ -33,6 +33,11 @@ class ModelShape:
     norm_eps: float = 1e-5
 
     @property
+    def frozen(self) -> int:
+        """Parameters that are not trained."""
+        return 0
+
+    @property
     def has_adapters(self) -> bool:
         """Whether adapters are trained instead of the model's own parameters: never here."""
         return False
