@@ -36,8 +36,6 @@ EXEMPT = {"docs/check_words.py", "docs/architecture.md"}
 PROSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md", "examples/*.md", "benchmarks/*.md")
 MOST_WORDS = 25
 """Of a sentence. Code in a line counts as one word."""
-LONGER = {"docs/results.md": 25}
-"""Pages whose longest sentence is longer. A number may only fall."""
 NO_PROSE = re.compile(r"<!--.*?-->|^ *```.*?^ *```$|^ {4}.*?$|^[|#].*?$", re.DOTALL | re.MULTILINE)
 """Comments, code, tables and headings."""
 PARAGRAPH = re.compile(r"^.*\S.*(?:\n(?!\s*(?:[*-]|\d+\.)\s|\s*$).+)*", re.MULTILINE)
@@ -76,9 +74,8 @@ def findings() -> list[str]:
             for pattern, cure in patterns:
                 found += [f"{name}:{number}: {match.group(0)!r}: {cure}" for match in pattern.finditer(line)]
     for name in _listed(*PROSE):
-        most = LONGER.get(name, MOST_WORDS)
-        for number, sentence in long_sentences((ROOT / name).read_text(encoding="utf-8"), most):
-            found.append(f"{name}:{number}: more than {most} words, make it two: {' '.join(sentence.split())[:80]}...")
+        for number, sentence in long_sentences((ROOT / name).read_text(encoding="utf-8")):
+            found.append(f"{name}:{number}: more than {MOST_WORDS} words, make it two: {' '.join(sentence.split())[:80]}...")
     return found
 
 
