@@ -75,7 +75,9 @@ def findings() -> list[str]:
                 found += [f"{name}:{number}: {match.group(0)!r}: {cure}" for match in pattern.finditer(line)]
     for name in _listed(*PROSE):
         for number, sentence in long_sentences((ROOT / name).read_text(encoding="utf-8")):
-            found.append(f"{name}:{number}: more than {MOST_WORDS} words, make it two: {' '.join(sentence.split())[:80]}...")
+            found.append(
+                f"{name}:{number}: more than {MOST_WORDS} words, make it two: {' '.join(sentence.split())[:80]}..."
+            )
     return found
 
 
