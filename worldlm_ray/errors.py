@@ -100,6 +100,11 @@ class NamedError(WorldLMError):
         return f"{self.reason}: {self.detail}"
 
 
+def detail_of(error: WorldLMError) -> str:
+    """What an error says, without the name of a refusal."""
+    return error.detail if isinstance(error, NamedError) else str(error)
+
+
 class MessageError(NamedError):
     """A message is malformed."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.pretrained import save_pretrained
 from support.worlds import TINY_MODEL, write_text
 
 from worldlm_ray.config.schema import BudgetConfig
@@ -15,6 +16,12 @@ from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.tensors.layout import Layout, make_layout
 
 KEYS = ["model.embed.*", "head.*"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small pre-trained model, as transformers writes it."""
+    return save_pretrained(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

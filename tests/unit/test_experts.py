@@ -33,11 +33,6 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pretrained(tmp_path_factory.mktemp("base"))
-
-
 def raw(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
     """Two federations of two clients on a small model with adapters."""
     found: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import worlds
-from support.pretrained import computed_here, logits, save_pretrained
+from support.pretrained import computed_here, logits
 from support.ranks import SMALL, WORLD, plan_of, raw, record, small_of
 
 from worldlm_ray.client.client import Client
@@ -33,11 +33,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pretrained(tmp_path_factory.mktemp("base"))
 
 
 # ---- a world ---------------------------------------------------------------------------------------------------------

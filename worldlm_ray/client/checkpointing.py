@@ -8,7 +8,6 @@ from worldlm_ray.client import best
 from worldlm_ray.errors import CheckpointError, PrivacyError
 from worldlm_ray.privacy.account import Account
 from worldlm_ray.tensors.buffers import Flat
-from worldlm_ray.tensors.layout import Layout
 
 if TYPE_CHECKING:
     from worldlm_ray.client.client import Client
@@ -34,7 +33,7 @@ def state_of(client: Client) -> tuple[dict[str, Any], dict[str, Flat]]:
     Buffers that training or the next pull change in place are copied.
     """
     meta = {name: getattr(client, name) for name in _STATE}
-    meta["layout"] = _layout(client).hash
+    meta["layout"] = _hash(client)
     meta["charges"] = 0 if client.account is None else len(client.account.ledger.entries())
     meta["link"], arrays = client.link.state()
     arrays |= {name: arrays[name].copy() for name in ("anchor", "codec_error") if name in arrays}
@@ -60,7 +59,7 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    if meta["layout"] != _layout(client).hash:
+    if meta["layout"] != _hash(client):
         of = "another model, another choice of key layers or another rank of adapters"
         raise CheckpointError(f"{client.spec.path}: the checkpoint is of {of}; set what has changed back")
     for name in _STATE:
@@ -84,9 +83,9 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
     client.trainer.load_optimizer_state(_of(arrays, "optimizer."))
 
 
-def _layout(client: Client) -> Layout:
-    """Of what the client trains, and so of its moments."""
-    return client.plan.layout if client.rank is None else client.rank.layout
+def _hash(client: Client) -> str:
+    """Of the layout of what the client trains, and so of its moments."""
+    return client.plan.model_of(client.spec)[1].hash
 
 
 def _of(arrays: dict[str, Flat], prefix: str) -> dict[str, Flat]:

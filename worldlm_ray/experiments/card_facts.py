@@ -82,9 +82,7 @@ def facts(
 
 
 def _architecture(plan: Plan, spec: NodeSpec) -> str:
-    shape, layout = plan.shape, plan.layout
-    if (rank := plan.smaller_rank(spec)) is not None:
-        shape, layout = rank.shape, rank.layout
+    shape, layout = plan.model_of(spec)
     trained = f"{layout.size:,}"
     if not isinstance(shape, PretrainedShape):
         return f"Llama, {trained} parameters in fp32, embedding and head apart"

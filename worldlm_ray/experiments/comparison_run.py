@@ -259,9 +259,8 @@ def flops(plan: Plan, nodes: dict[str, Any]) -> int:
     """
     total = 0
     for spec in plan.root.clients:
-        models, rank = spec.settings.merge.models_per_token, plan.smaller_rank(spec)
-        trained = plan.layout.size if rank is None else rank.layout.size
-        of_token = FLOPS_PER_PARAMETER * trained + FLOPS_PER_FROZEN * plan.shape.frozen
+        models, (_, trained) = spec.settings.merge.models_per_token, plan.model_of(spec)
+        of_token = FLOPS_PER_PARAMETER * trained.size + FLOPS_PER_FROZEN * plan.shape.frozen
         total += of_token * nodes[spec.path]["tokens"] * models
     return total
 

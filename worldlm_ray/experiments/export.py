@@ -73,9 +73,9 @@ def write_model(plan: Plan, spec: NodeSpec, theta: Flat, folder: Path, *, merge:
     """
     files = _files(plan)
     text = card(facts(plan, spec, files, theta=theta, merge=merge))
-    shape, layout = plan.shape, plan.layout
+    shape, layout = plan.model_of(spec)
     if (rank := plan.smaller_rank(spec)) is not None:
-        shape, layout, theta = rank.shape, rank.layout, rank.cut(theta)
+        theta = rank.cut(theta)
     if isinstance(shape, PretrainedShape):
         from worldlm_ray.huggingface.pretrained_export import export_pretrained
 

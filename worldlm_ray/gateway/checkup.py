@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import worldlm_ray
-from worldlm_ray.errors import GatewayError, MessageError, NamedError, Refused
+from worldlm_ray.errors import GatewayError, MessageError, Refused, detail_of
 from worldlm_ray.gateway import charter as charters
 from worldlm_ray.gateway import guard, terms, wire
 from worldlm_ray.gateway import policy as policies
@@ -172,13 +172,13 @@ def _terms(profile: Profile, plan: Plan | None, shown: bytes | None) -> Iterator
     try:
         policy = policies.of_profile(profile.folder)
     except GatewayError as error:
-        problem = _detail(error)
+        problem = detail_of(error)
     signed: Signed | None = None
     try:
         signed = profile.charters.newest() if shown is None else guard.kept(profile, shown)
         yield _charter(profile, signed, policy, is_new=shown is not None)
     except GatewayError as error:
-        yield Finding("charter", _detail(error), is_good=False)
+        yield Finding("charter", detail_of(error), is_good=False)
     charter = None if signed is None else signed.charter
     if charter is not None and (limits := terms.limits(charter)):
         yield Finding("limits", f"at most {', and '.join(limits)}")
@@ -260,9 +260,5 @@ def _link(profile: Profile, policy: Policy) -> Iterator[Finding]:
             reason = f"the day of stop.after {policy.stop.after} is over; edit {profile.folder / policies.FILE}"
         has_run = "a run has it now" if standing.is_running else "no run has it now"
     except GatewayError as error:
-        reason = _detail(error)
+        reason = detail_of(error)
     yield Finding("link", reason or f"open; {has_run}", is_good=not reason)
-
-
-def _detail(error: GatewayError) -> str:
-    return error.detail if isinstance(error, NamedError) else str(error)

@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from worldlm_ray.errors import GatewayError, MessageError, Refused
+from worldlm_ray.errors import GatewayError, MessageError, Refused, detail_of
 from worldlm_ray.exchange.limits import checked_norm
 from worldlm_ray.exchange.messages import read_header
 from worldlm_ray.gateway import policy as policies
@@ -140,7 +140,7 @@ class Guard:
         try:
             allowed = self._allowed(fields, nbytes)
         except GatewayError as error:
-            self.sent.waits(fields, nbytes, error.detail if isinstance(error, Refused) else str(error))
+            self.sent.waits(fields, nbytes, detail_of(error))
             raise
         self.sent.waits(fields, nbytes, "")
         changed = [name for name, value in fields.items() if allowed[name] is not value]
@@ -207,7 +207,7 @@ class Guard:
             self._policy, self._problem = policies.of_profile(self._profile.folder), ""
             self._policy.check_run(self._plan)
         except GatewayError as error:
-            self._problem = error.detail if isinstance(error, Refused) else str(error)
+            self._problem = detail_of(error)
 
     def now_s(self) -> float:
         """The time of day, Unix seconds."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgpack
 import numpy as np
 
-from worldlm_ray.errors import GatewayError, MessageError, Refused
+from worldlm_ray.errors import GatewayError, MessageError, Refused, detail_of
 from worldlm_ray.exchange.messages import Packed, read_header
 from worldlm_ray.exchange.replies import Verdict, Welcome
 from worldlm_ray.gateway.guard import Guard
@@ -198,7 +198,7 @@ class GuardedLink:
 
     def _kept(self, error: GatewayError) -> MessageError:
         """What the caller hears of a refusal by this side: try again later."""
-        reason = error.detail if isinstance(error, Refused) else str(error)
+        reason = detail_of(error)
         self._say(reason)
         return MessageError("unreachable", reason)
 

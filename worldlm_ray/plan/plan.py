@@ -146,6 +146,11 @@ class Plan:
         rank = spec.settings.training.lora_rank if spec.kind == "client" else None
         return smaller_rank(self.shape, self.layout, rank)
 
+    def model_of(self, spec: NodeSpec) -> tuple[Architecture, Layout]:
+        """Shape and layout of a node's model: the run's, but for a client of a smaller rank."""
+        rank = self.smaller_rank(spec)
+        return (self.shape, self.layout) if rank is None else (rank.shape, rank.layout)
+
     def planned_rounds(self, spec: NodeSpec) -> int | None:
         """Local rounds that the budget gives a client, if all clients are equally fast; None if it is in seconds."""
         budget = self.config.budget

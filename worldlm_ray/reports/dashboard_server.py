@@ -16,8 +16,6 @@ from pathlib import Path
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.reports.dashboard import Dashboard
 
-PORT = 6116
-"""Unless another is given."""
 TIMEOUT_S = 10.0
 """For a request to arrive. A connection that stays silent keeps no thread for longer."""
 METHODS = ("GET", "HEAD")
@@ -38,7 +36,7 @@ class Server(ThreadingHTTPServer):
         ConfigError: the address or the port cannot be bound.
     """
 
-    def __init__(self, run_dir: Path, *, host: str = "127.0.0.1", port: int = PORT) -> None:
+    def __init__(self, run_dir: Path, *, host: str = "127.0.0.1", port: int) -> None:
         page = files(__package__).joinpath("dashboard.html").read_text(encoding="utf-8")
         self.dashboard, self.page, self.policy = Dashboard(run_dir), page.encode(), _policy(page)
         try:

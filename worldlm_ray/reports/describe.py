@@ -169,7 +169,7 @@ def _node(plan: Plan, spec: NodeSpec) -> dict[str, Any]:
     if spec.kind == "client":
         training = settings.training
         smaller = plan.smaller_rank(spec)
-        trained = TRAINING_BUFFERS * (size if smaller is None else smaller.layout.nbytes)
+        trained = TRAINING_BUFFERS * plan.model_of(spec)[1].nbytes
         buffers = ZERO_CLIENT_BUFFERS * size if is_zero(settings) else trained + size
         if settings.merge.has_base and settings.privacy.unit != "record":
             buffers += trained
