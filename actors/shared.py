@@ -220,6 +220,6 @@ def write_checkpoint(
     place = checkpoint.folder(plan.run_dir, path)
     now_s = clock.now_s()
     if plan.faults.now(path, "disk", now_s):
-        raise CheckpointError(f"{place}: the storage refuses on purpose")
+        raise CheckpointError(f"{place}: the storage refuses on purpose; take that out of the faults")
     meta = meta | {"now_s": now_s}
     checkpoint.save(place, meta, arrays, incarnation=incarnation, keep=plan.config.checkpoint.keep, **options)

@@ -130,7 +130,7 @@ class TaskQueue:
         """The task of that number."""
         with self._changed:
             if group != self._group or number != self._number or self._task is None:
-                raise RunError(f"task {number} is no more")
+                raise RunError(f"{self._name}: task {number} is no more; ask for the next one")
             return self._task
 
     def done(self, group: Group, number: int, result: Any) -> None:
@@ -152,5 +152,6 @@ class TaskQueue:
             else:
                 self._failed_starts.add(group)
                 if len(self._failed_starts) >= self._tries:
-                    self._ended = self._ended or f"the workers of {self._name} cannot start: {error}"
+                    said = f"the workers of {self._name} cannot start: {error}; mend that and start again"
+                    self._ended = self._ended or said
             self._changed.notify_all()

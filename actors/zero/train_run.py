@@ -60,10 +60,11 @@ class TrainRun:
                 trainer = self._trainer(noise)
                 with room_for_others(self.plan, self.namespace) if low < high else nullcontext():
                     trainer.fit()
-            queue.end(f"{self.spec.path}: its workers have left")
+            queue.end(f"{self.spec.path}: its workers have left; resume the run")
         except Exception as error:  # noqa: BLE001  # whatever it is, the client must not wait for ever
             lines = [line for line in str(error).splitlines() if line.strip()]
-            queue.end(f"{self.spec.path}: its workers failed: {lines[-1] if lines else type(error).__name__}")
+            said = lines[-1] if lines else type(error).__name__
+            queue.end(f"{self.spec.path}: its workers failed: {said}; mend that and resume the run")
 
     def _trainer(self, noise: float) -> train.Trainer:
         resources, labels = self.spec.settings.resources, dict(self.spec.settings.placement.labels)

@@ -214,6 +214,7 @@ class ZeroTrainer(Trainer):
         self._failures += 1
         if self._failures >= TRIES:
             said = self._queue.last_error or "they said nothing"
-            raise RunError(f"{self._path}: its workers died {TRIES} times in a row; the last said: {said}")
+            often = f"its workers died {TRIES} times in a row; the last said: {said}"
+            raise RunError(f"{self._path}: {often}; mend that and resume the run")
         self._tell("waiting", "a worker died; others are on their way")
         self._group, _ = self._queue.wait_for_group(lost)

@@ -46,7 +46,8 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "worldlm_ray", "presets"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stderr) == (2, "worldlm: cannot write the output: No space left on device\n")
+    said = "worldlm: cannot write the output: No space left on device; make room, or write elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 @pytest.mark.filterwarnings("error")

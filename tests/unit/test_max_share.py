@@ -179,12 +179,12 @@ def test_a_fold_with_a_cap_survives_a_restart(layout: Layout) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ({"max_share": 0.5}, {}, r"max_share is 1\.0, but 1 children's .*: resume with aggregation\.max_share=0\.5$"),
-        ({}, {"max_share": 0.5}, r"max_share is 0\.5, but .*: resume with aggregation\.max_share=1\.0$"),
+        ({"max_share": 0.5}, {}, r"max_share is 1\.0, but 1 children's .*; resume with aggregation\.max_share=0\.5$"),
+        ({}, {"max_share": 0.5}, r"max_share is 0\.5, but .*; resume with aggregation\.max_share=1\.0$"),
         (
             {"robust": RobustConfig(rule="median")},
             {},
-            r"robust\.rule is none, but .*: resume with aggregation\.robust\.rule=median$",
+            r"robust\.rule is none, but .*; resume with aggregation\.robust\.rule=median$",
         ),
         (
             {},

@@ -179,7 +179,7 @@ def test_a_resolver_that_hangs_is_given_up_and_left_on_demand(monkeypatch: pytes
 
 def test_the_error_of_rays_own_connection_becomes_one_line() -> None:
     error = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.60.0\n    Python: 3.12.1")
-    assert str(reach.explain("h:1", error)).endswith("started with: Ray: 2.60.0 Python: 3.12.1")
+    assert "started with: Ray: 2.60.0 Python: 3.12.1; mend that" in str(reach.explain("h:1", error))
     assert "RAY_AUTH_MODE=token" in str(reach.explain("h:1", RuntimeError("Authentication failed")))
     assert isinstance(reach.explain("h:1", error), RunError)
 

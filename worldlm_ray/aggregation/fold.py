@@ -256,7 +256,7 @@ class Fold:
             changed, now = [], "privacy.unit is another one"
         cure = " ".join(f"{key}={before[key]}" for key in changed if key in before) or "its value of before"
         held = f"{len(set(saved['contributors']))} children's updates wait in an aggregation that was begun otherwise"
-        raise CheckpointError(f"{now}, but {held}: resume with {cure}")
+        raise CheckpointError(f"{now}, but {held}; resume with {cure}")
 
     def restore(self, saved: dict[str, Any], arrays: dict[str, Flat]) -> None:
         """Become what `state` and `arrays` described.

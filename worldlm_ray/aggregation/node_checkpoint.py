@@ -38,7 +38,8 @@ def changes(name: str) -> bool:
 def restore(node: Node, meta: dict[str, Any], arrays: dict[str, Flat]) -> None:
     """See Node.restore."""
     if meta["layout"] != node.layout.hash:
-        raise CheckpointError(f"{node.path}: the checkpoint is of another model or another choice of key layers")
+        of = "another model or another choice of key layers"
+        raise CheckpointError(f"{node.path}: the checkpoint is of {of}; set what has changed back")
     node.privacy.check(meta["contributions"])
     node.published.restore(meta["published"], arrays)
     node.budget.restore(meta["budget"])

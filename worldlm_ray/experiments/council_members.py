@@ -77,6 +77,7 @@ def members_of(plan: Plan, names: str | None = None) -> Members:
     if names is None:
         others = [spec.path for spec in plan.root.walk() if not may_serve(spec)]
         left_out += [f"{path} is left out: no noise covers its model (privacy.unit: client)" for path in others]
+    uncovered = len(left_out)
     for spec in specs:
         try:
             theta = sound_theta(plan, spec)
@@ -91,5 +92,5 @@ def members_of(plan: Plan, names: str | None = None) -> Members:
         else:
             thetas[spec.path] = theta
     if not thetas:
-        raise CheckpointError(f"no model of {plan.run_dir} can serve: {left_out[0]}")
+        raise CheckpointError(f"no model of {plan.run_dir} can serve: {left_out[uncovered]}")
     return Members(thetas=thetas, left_out=left_out)

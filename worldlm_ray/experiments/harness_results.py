@@ -71,7 +71,8 @@ def write(folder: Path, node: str, sha: str | None, rows: Sequence[TaskResult], 
     try:
         replace_json(folder / FILE, {"nodes": {**_nodes(folder), node: entry}})
     except OSError as error:
-        raise RunError(f"{folder / FILE}: cannot be written ({error.strerror or error}); the table is lost") from error
+        why = error.strerror or error
+        raise RunError(f"{folder / FILE}: cannot be written ({why}); make it writable and measure again") from error
 
 
 def rows_of(results: Mapping[str, Any]) -> list[TaskResult]:

@@ -105,4 +105,4 @@ def plain(error: RayTaskError) -> WorldLMError:
     cause = error.cause
     if isinstance(cause, WorldLMError):
         return cause
-    return RunError(f"an actor failed: {type(cause).__name__}: {cluster.first_line(cause)}")
+    return RunError(f"an actor failed: {type(cause).__name__}: {cluster.first_line(cause)}; {cluster.CURE}")

@@ -25,6 +25,8 @@ SPARE_CPUS = 256
 """Cores, by name only, that a local cluster has for clients that join later."""
 HEAD = "node:__internal_head__"
 """A resource that Ray gives to the head alone."""
+CURE = "Ray's logs say more; mend the cause and try again"
+"""For what Ray says of a process that failed."""
 
 
 @contextmanager
@@ -68,7 +70,9 @@ def connected(plan: Plan, address: str | None, should_stop: Callable[[], bool] =
         except WorldLMError:
             raise
         except Exception as error:
-            raise RunError(f"cannot start Ray on this machine: {first_line(error)}") from error
+            raise RunError(
+                f"cannot start Ray on this machine: {first_line(error)}; mend that, or give the --address of a cluster"
+            ) from error
     try:
         check_fits(plan)
         with session.silent():
@@ -131,7 +135,8 @@ def check_fits(plan: Plan) -> None:
         labelled = [node for node in nodes if labels.items() <= node.get("Labels", {}).items()]
         if not labelled:
             wanted = ", ".join(f"{key}={value}" for key, value in labels.items())
-            raise RunError(f"{spec.key}.placement.labels: no node of the cluster carries {wanted}")
+            cure = "start one that does, or change the labels"
+            raise RunError(f"{spec.key}.placement.labels: no node of the cluster carries {wanted}; {cure}")
         if spec.kind != "client":
             continue
         least, wants = spec.settings.resources.worker_range[0], {k: v for k, v in each(spec).items() if v}

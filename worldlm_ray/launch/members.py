@@ -25,6 +25,12 @@ STATUS_EVERY_S = 0.2
 """How often a user who waits for a new client looks at the status of the run."""
 PLACED_S = 10.0
 """Seconds after which the user who waits for a client to be placed is told what it waits for."""
+_NO_ROUND = {
+    FINISHED: "has come too late: the budget of the run is spent; resume the run with a larger one",
+    DIVERGED: "has diverged in its first round; let it leave, and join with a lower training.lr",
+    "paused": "trains no round: the privacy budget of its text is spent; give it a higher privacy.target_epsilon",
+}
+"""Why a client that has joined pushes nothing, and what to do, by its state."""
 
 
 def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = lambda _: None) -> float:
@@ -66,10 +72,8 @@ def join(old: Plan, new: Plan, path: str, *, on_phase: Callable[[str], None] = l
             node = ask(world.recorder, "snapshot")["nodes"][path]
             if node["accepted"]:
                 return time.monotonic() - began
-            if node["state"] in (FINISHED, DIVERGED):
-                raise RunError(f"{path} has come too late: the budget of the run is spent")
-            if node["state"] == "paused":
-                raise RunError(f"{path} trains no round: the privacy budget of its text is spent")
+            if why := _NO_ROUND.get(node["state"]):
+                raise RunError(f"{path} {why}")
             time.sleep(STATUS_EVERY_S)
 
 

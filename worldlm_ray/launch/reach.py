@@ -93,7 +93,7 @@ def explain(address: str, error: BaseException) -> Unreachable:
     text = " ".join(str(error).split()) or type(error).__name__
     if "token" in text.lower() or "authenticat" in text.lower():
         return Unreachable(address, f"{text}; {TOKEN_CURE}")
-    return Unreachable(address, text)
+    return Unreachable(address, f"{text}; mend that, or give the --address of another cluster")
 
 
 def _look(address: str) -> str:

@@ -90,9 +90,9 @@ def _told(error: Exception) -> Exception:
     if isinstance(error, RayTaskError):
         return plain(error)
     if isinstance(error, ActorDiedError):
-        return RunError(f"an actor died: {cluster.first_line(error)}")
+        return RunError(f"an actor died: {cluster.first_line(error)}; {cluster.CURE}")
     if isinstance(error, RayError):
-        return RunError(f"Ray failed: {cluster.first_line(error)}")
+        return RunError(f"Ray failed: {cluster.first_line(error)}; {cluster.CURE}")
     return error
 
 

@@ -272,7 +272,7 @@ def find(run: str) -> Path:
                 if (path / CONFIG).is_file():
                     return path
         except OSError as error:
-            raise RunError(f"cannot read {path}: {error}") from error
+            raise RunError(f"cannot read {path}: {error}; make it readable, or give another run") from error
     known = sorted(path.parent.name for path in Path("runs").glob(f"*/{CONFIG}"))
     there = f"runs/ holds {', '.join(known)}" if known else "runs/ holds none yet"
     raise RunError(f"there is no run {run!r}; give its folder or its name ({there})")

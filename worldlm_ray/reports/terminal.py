@@ -62,7 +62,7 @@ class Terminal(Console):
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise OutputError(f"cannot write the output: {error.strerror}") from error
+            raise OutputError(f"cannot write the output: {error.strerror}; make room, or write elsewhere") from error
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,13 @@ STORAGE_AGAIN_S = 2.0
 """How long a node that cannot go on without its storage waits before it asks again; virtual in a simulation."""
 _INCARNATIONS, _META = "incarnations", "meta.json"
 _NAME = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
+CURE = "restore the folder from a copy, run the version of worldlm_ray that wrote it, or begin a new run"
 _DTYPES = {"float32": "F32", "int64": "I64"}
 """What buffers hold, by safetensors' names."""
+
+
+class _NotWholeError(Exception):
+    """One checkpoint is damaged or of another format: an older one may do, so that this error stays in here."""
 
 
 def folder(run_dir: Path, path: str) -> Path:
@@ -177,20 +182,22 @@ def load(place: Path, *, warn: Callable[[str], None] = lambda _: None) -> tuple[
         warn: called with each damaged checkpoint that is skipped.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole.
+        CheckpointError: there are checkpoints and none is whole, or the storage refused.
     """
     try:
         with filesystem.refusals(place):
             found = _numbered(place)
     except OSError as error:
-        raise CheckpointError(f"cannot read {place}: {error}") from error
+        raise CheckpointError(f"cannot read {place}: {error}; make the storage readable") from error
+    newest = ""
     for _, path in reversed(found):
         try:
             return _read(path)
-        except CheckpointError as error:
+        except _NotWholeError as error:
             warn(f"{error}; going back to the one before")
+            newest = newest or str(error)
     if found:
-        raise CheckpointError(f"{place}: none of {len(found)} checkpoints is whole")
+        raise CheckpointError(f"{place}: none of {len(found)} checkpoints is whole ({newest}); {CURE}")
     return None
 
 
@@ -202,7 +209,7 @@ def newest_meta(place: Path) -> dict[str, Any]:
     """
     with suppress(OSError), filesystem.refusals(place):
         for _, path in reversed(_numbered(place)):
-            with suppress(CheckpointError):
+            with suppress(_NotWholeError):
                 return dict(_read_manifest(path)["meta"])
     return {}
 
@@ -211,17 +218,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """The content of meta.json, checked.
 
     Raises:
-        CheckpointError: it is not whole, or of another format.
+        _NotWholeError: it is not whole, or of another format.
     """
     try:
         with filesystem.refusals(path):
             manifest: dict[str, Any] = json.loads((path / _META).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+            raise _NotWholeError(f"{path}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
         if _sha256_of(manifest["meta"]) != manifest["meta_sha256"]:
-            raise CheckpointError(f"{path}: {_META} is damaged")
+            raise _NotWholeError(f"{path}: {_META} is damaged")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+        raise _NotWholeError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     return manifest
 
 
@@ -230,10 +237,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Flat]]:
         manifest = _read_manifest(path)
         with filesystem.local_copy(path / "arrays.safetensors") as file:
             if file.stat().st_size != manifest["bytes"] or _sha256(file) != manifest["sha256"]:
-                raise CheckpointError(f"{path}: the arrays are damaged")
+                raise _NotWholeError(f"{path}: the arrays are damaged")
             return manifest["meta"], load_file(file)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+        raise _NotWholeError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _write_arrays(

@@ -94,7 +94,7 @@ class RunState:
         """
         if path not in self.nodes:
             known = ", ".join(self.nodes)
-            raise RunError(f"a record names the node {path!r}, which is not in the tree ({known})")
+            raise RunError(f"a record names the node {path!r}, which is not in the tree ({known}); name one of these")
         return self.nodes[path]
 
     def edge(self, receiver: str, sender: str) -> str | None:
@@ -110,9 +110,9 @@ class RunState:
         """
         node = self.node(record.node)
         if isinstance(record, RoundRecord | ProgressRecord | StartRecord) and node.kind != "client":
-            raise RunError(f"{record.node!r} is a {node.kind}, but only clients train and measure")
+            raise RunError(f"{record.node!r} is a {node.kind}, but only clients train and measure; name a client")
         if isinstance(record, OwnModelRecord) and record.node not in self.above.get(record.by, ()):
-            raise RunError(f"{record.by!r} has measured {record.node!r}, which is not above it")
+            raise RunError(f"{record.by!r} has measured {record.node!r}, which is not above it; name a node above")
 
     def apply(self, record: Record) -> None:
         """Take in what happened.
@@ -360,11 +360,13 @@ def _ancestors(path: str) -> Iterator[str]:
 def _check_tree(kinds: Mapping[str, str]) -> None:
     for path, kind in kinds.items():
         if kind not in KINDS:
-            raise RunError(f"node {path!r} has the kind {kind!r}; it must be one of {', '.join(KINDS)}")
+            raise RunError(f"node {path!r} has the kind {kind!r}; give one of {', '.join(KINDS)}")
         parent = path.rpartition("/")[0]
         if (kind == "world") != (parent == "") and kind != REMOTE:
-            raise RunError(f"node {path!r} is a {kind}; the world, and only the world, has no parent")
+            raise RunError(f"node {path!r} is a {kind}; let the world, and only the world, have no parent")
         if parent and kinds.get(parent) not in ("world", "federation", REMOTE):
-            raise RunError(f"node {path!r} hangs under {parent!r}, which is not a federation or the world")
+            raise RunError(
+                f"node {path!r} hangs under {parent!r}, which is no inner node; name a federation or the world"
+            )
     if sum("/" not in path for path in kinds) != 1:
-        raise RunError("the tree must have exactly one world")
+        raise RunError("the tree must have exactly one world; give one path without a slash")

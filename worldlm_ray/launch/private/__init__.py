@@ -24,7 +24,7 @@ def check_version(found: str) -> None:
         RunError: it is another minor version.
     """
     if not found.startswith(f"{VERSION}."):
-        raise RunError(f"Ray {found} is installed, worldlm_ray needs {VERSION}: pip install 'ray[train]=={VERSION}.*'")
+        raise RunError(f"Ray {found} is installed, worldlm_ray needs {VERSION}; pip install 'ray[train]=={VERSION}.*'")
 
 
 check_version(ray.__version__)
