@@ -67,21 +67,13 @@ class Charter:
         """Fields of an update's header that the world asks for, beside those that no update goes without."""
         return self.imposed.get("fields", "").split()
 
-    def check_alike(self, mine: Mapping[str, str], *, who: str) -> None:
-        """Check a member's settings against what must be alike.
+    def unlike(self, mine: Mapping[str, str], *, who: str) -> Iterator[str]:
+        """What of a member's settings differs from what must be alike, one line for each key, with the cure.
 
         Args:
             mine: the member's settings, by the charter's keys.
             who: the member's path.
-
-        Raises:
-            Refused: wrong_settings: names the first key that differs.
         """
-        for problem in self.unlike(mine, who=who):
-            raise Refused("wrong_settings", problem)
-
-    def unlike(self, mine: Mapping[str, str], *, who: str) -> Iterator[str]:
-        """What differs in a member's settings, one line for each key; the arguments are those of `check_alike`."""
         for key, value in self.alike.items():
             if (got := mine.get(key, "not given")) != value:
                 text = f"{key} is {got!r} at {who}, and {value!r} in charter {self.epoch} of {self.node}"

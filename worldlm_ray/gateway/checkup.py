@@ -195,9 +195,10 @@ def _charter(profile: Profile, signed: Signed | None, policy: Policy, *, is_new:
         return Finding("charter", "none has been shown yet; mend the way to the world first", is_good=False)
     charter = signed.charter
     text = f"{charter.epoch} of {charter.node}{'' if is_new else ', as it was shown last'}"
-    if reason := guard.waits(profile, signed, policy):
+    known = Standing(profile.folder).accepted
+    if reason := guard.waits(profile, signed, policy, known):
         return Finding("charter", f"{text}; {reason}", is_good=False)
-    accepted = Standing(profile.folder).accepted[0]
+    accepted = known[0]
     if accepted in (0, charter.epoch) or accepted not in profile.charters.epochs():
         return Finding("charter", text)
     changed = difference(profile.charters.get(accepted).charter, charter)

@@ -169,7 +169,7 @@ class Guard:
         self._look()
         if reason := self._problem or closed(self._profile, self._policy):
             return reason
-        if self._waiting[0] > self._standing.accepted[0]:
+        if self._waiting[0] and self._waiting[0] > self._standing.accepted[0]:
             return self._waiting[1]
         if self._full_day == policies.day_of(self.now_s()):
             most, today = self._policy.send.bytes_per_day or math.inf, self.sent.today_bytes(self.now_s())
@@ -183,10 +183,11 @@ class Guard:
         Raises:
             Refused: charter_waits.
         """
-        if reason := waits(self._profile, signed, self._policy):
+        accepted = self._standing.accepted
+        if reason := waits(self._profile, signed, self._policy, accepted):
             self._waiting = (signed.charter.epoch, reason)
             raise Refused("charter_waits", reason)
-        if self._standing.accepted != (signed.charter.epoch, digest_of(signed)):
+        if accepted != (signed.charter.epoch, digest_of(signed)):
             self._standing.accept(signed)
 
     def _look(self) -> None:
@@ -251,18 +252,16 @@ def kept(profile: Profile, raw: bytes) -> Signed:
     return signed
 
 
-def waits(profile: Profile, signed: Signed, policy: Policy) -> str:
+def waits(profile: Profile, signed: Signed, policy: Policy, accepted: tuple[int, str]) -> str:
     """Why a charter waits for the operator, with the cure; empty where it need not.
 
     Args:
-        profile: the member's, which knows the accepted one.
+        profile: the member's.
         signed: the charter.
         policy: the member's.
-
-    Raises:
-        GatewayError: the profile is damaged.
+        accepted: epoch and digest of the charter that is accepted, by `Standing.accepted`.
     """
-    accepted, folder, epoch = Standing(profile.folder).accepted, profile.folder, signed.charter.epoch
+    folder, epoch = profile.folder, signed.charter.epoch
     if policy.accept.charter == "any" or not accepted[0] or accepted == (epoch, digest_of(signed)):
         return ""
     see = f"look at `worldlm gateway charter diff {folder}`"

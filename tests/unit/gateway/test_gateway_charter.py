@@ -101,10 +101,10 @@ def test_what_differs_is_named(world: Authority) -> None:
         ("seed", "0", "1"),
     ]
     assert len(difference(None, old)) == 4
-    old.check_alike(ALIKE | {"more": "x"}, who="world/a")
+    assert list(old.unlike(ALIKE | {"more": "x"}, who="world/a")) == []
     for mine, got in ((ALIKE | {"seed": "3"}, "'3'"), ({"budget.rounds": "2"}, "'not given'")):
-        with pytest.raises(Refused, match=f"wrong_settings: seed is {got} at world/a, and '0' in charter 1 of world"):
-            old.check_alike(mine, who="world/a")
+        said = f"seed is {got} at world/a, and '0' in charter 1 of world: have it alike on both sides"
+        assert list(old.unlike(mine, who="world/a")) == [said]
 
 
 def test_a_term_that_is_too_long_is_named_before_anything_is_signed(world: Authority) -> None:

@@ -19,7 +19,7 @@ from worldlm_ray.errors import GatewayError, MessageError, Refused
 from worldlm_ray.exchange.messages import Update, pack_header, read_header, unpack_model
 from worldlm_ray.exchange.replies import Verdict
 from worldlm_ray.gateway import guarded as module
-from worldlm_ray.gateway import policy, sent
+from worldlm_ray.gateway import policy, sent, standing
 from worldlm_ray.gateway.charter import impose
 from worldlm_ray.gateway.guard import Guard
 from worldlm_ray.gateway.standing import Standing, State
@@ -221,6 +221,25 @@ def test_a_new_charter_waits_for_the_operator_if_the_policy_says_ask(tmp_path: P
         await asyncio.wait_for(joining, 2.0)
 
     with_a(tmp_path, plan, work, accept={"charter": "ask"})
+
+
+def test_a_hello_reads_once_which_charter_is_accepted(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, names = standing._read, list[str]()
+
+    def counted(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
+        names.append(path.name)
+        return read(path, kinds)
+
+    async def work(member: Guarded) -> None:
+        await member.parent.greet()
+        assert Standing(member.folder).accepted[0] == 1
+        monkeypatch.setattr(standing, "_read", counted)
+        await member.parent.greet()
+        assert names.count(standing.ACCEPTED) == 1
+
+    with_a(tmp_path, plan, work)
 
 
 def test_without_ask_a_charter_that_the_policy_allows_is_accepted(tmp_path: Path, plan: Plan) -> None:
