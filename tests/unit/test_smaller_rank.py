@@ -12,7 +12,7 @@ from support.pretrained import computed_here, logits, save_pretrained
 from support.ranks import SMALL, WORLD, model, plan_of, raw, record, scales, small_of, some
 
 from worldlm_ray.client.client import Client
-from worldlm_ray.client.shared import VirtualClients
+from worldlm_ray.client.shared import VirtualClients, slot_bytes
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.config.schema import LoraConfig
 from worldlm_ray.errors import CheckpointError, MessageError
@@ -228,6 +228,12 @@ def test_clients_of_a_process_take_turns_at_one_model_of_their_rank(tmp_path: Pa
                 one.train()
             np.testing.assert_array_equal(our.update().values, their.update().values)
     assert together.shared.swaps > 1
+    for our in ours:
+        together.settle(our)
+    together.shared.deactivate()
+    step_counts = 2 * 4
+    assert together.store.memory_bytes == sum(slot_bytes(plan, spec) for spec in plan.root.clients) + step_counts
+    assert slot_bytes(plan, plan.root.clients[0]) < 4 * plan.layout.nbytes
 
 
 def test_a_round_that_was_interrupted_goes_on_to_the_same_bits(tmp_path: Path, base: Path) -> None:

@@ -123,10 +123,11 @@ def test_between_its_turns_a_client_holds_flat_buffers(tiny: Tiny, tmp_path: Pat
         live(one, build.initial(plan), 0)
     together.shared.deactivate()
     step_counts = 2 * 4
-    assert together.store.memory_bytes == 2 * slot_bytes(plan) + step_counts
+    assert together.store.memory_bytes == 2 * slot_bytes(plan, plan.root.clients[0]) + step_counts
     del one
     clients.pop()
-    assert together.store.memory_bytes == slot_bytes(plan) + step_counts / 2, "a client that is gone holds nothing"
+    left = slot_bytes(plan, plan.root.clients[0]) + step_counts / 2
+    assert together.store.memory_bytes == left, "a client that is gone holds nothing"
 
 
 def test_a_store_that_is_full_puts_buffers_into_files() -> None:

@@ -190,9 +190,17 @@ class Slot(Trainer):
             self.moments = {}
 
 
-def slot_bytes(plan: Plan) -> int:
-    """Bytes of one client between its turns, without a common model and what its parent has not made durable yet."""
-    return plan.layout.nbytes * (2 + len(MOMENTS)) + 4 * plan.layout.key_size
+def slot_bytes(plan: Plan, spec: NodeSpec) -> int:
+    """Bytes of one client between its turns, without a common model and what its parent has not made durable yet.
+
+    Its weights and the base of its round have the world's layout, its moments that of what it trains.
+
+    Args:
+        plan: the run.
+        spec: the client's node.
+    """
+    moments = len(MOMENTS) * plan.model_of(spec)[1].nbytes
+    return 2 * plan.layout.nbytes + moments + 4 * plan.layout.key_size
 
 
 class VirtualClients:
