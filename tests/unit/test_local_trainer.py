@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worldlm_ray.config.schema import TrainingConfig
+from worldlm_ray.config.schema import LoraConfig, TrainingConfig
 from worldlm_ray.model.initial import initial_parameters
+from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.training.local import LocalTrainer, is_compiled
 from worldlm_ray.training.trainer import Batch
@@ -70,9 +71,31 @@ def test_attention_runs_in_the_flash_kernel(shape: ModelShape) -> None:
         ("off", False, "cuda", False),
     ],
 )
-def test_auto_compiles_on_cuda_alone(compile_: Any, recompute: bool, device: str, expected: bool) -> None:
+def test_auto_compiles_on_cuda_alone(
+    shape: ModelShape, compile_: Any, recompute: bool, device: str, expected: bool
+) -> None:
     training = TrainingConfig(compile=compile_, activation_checkpointing=recompute)
-    assert is_compiled(training, torch.device(device)) == expected
+    assert is_compiled(training, shape, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_auto_compiles_no_model_of_transformers(trainable: Any) -> None:
+    adapters = PretrainedShape(
+        folder="",
+        config="{}",
+        model_type="llama",
+        hidden_size=2,
+        layers=1,
+        heads=1,
+        vocab_size=8,
+        context=4,
+        parameters=(("q.weight", (2, 2)),),
+        frozen=0,
+        trainable=trainable,
+        lora=LoraConfig(),
+        cache_dir="",
+    )
+    assert not is_compiled(TrainingConfig(compile="auto"), adapters, torch.device("cuda"))
 
 
 @pytest.mark.slow

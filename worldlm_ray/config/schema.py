@@ -138,8 +138,9 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 on CUDA and fp32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether `torch.compile` fuses the training step of a plain client without privacy. `auto` is on with CUDA. On a
-    CPU the first step took 15 s (nano) and 109 s (micro), which a short run does not earn back (docs/results.md)."""
+    """Whether `torch.compile` fuses the training step of a plain client without privacy. `auto` is on with CUDA, but
+    off for models of `model.backend: transformers`, for which `on` is refused, and where activations are recomputed.
+    On a CPU the first step took 15 s (nano) and 109 s (micro), too long for a short run (docs/results.md)."""
     step_delay_s: float = 0.0
     """Seconds to sleep in every step: makes a client slow on purpose."""
     accumulation_steps: int = 1

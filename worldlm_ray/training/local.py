@@ -18,7 +18,7 @@ from torch import Tensor
 from worldlm_ray.config.schema import ResourcesConfig, TrainingConfig
 from worldlm_ray.model.flat import bind, decayed
 from worldlm_ray.model.making import LanguageModel, make_model
-from worldlm_ray.model.pretrained_shape import Architecture
+from worldlm_ray.model.pretrained_shape import Architecture, PretrainedShape
 from worldlm_ray.tensors.buffers import Flat
 from worldlm_ray.tensors.layout import Layout
 from worldlm_ray.tensors.targets import counted
@@ -106,7 +106,7 @@ class LocalTrainer(Trainer):
         """The part that the next step trains."""
         matrices = decayed(self.model)
         self._matrices = [[m for m in matrices if part.start <= m.storage_offset() < part.stop] for part in self._parts]
-        self._training_loss = self._compiled() if is_compiled(training, self.device) else self.model.loss
+        self._training_loss = self._compiled() if is_compiled(training, shape, self.device) else self.model.loss
         self._tensors = [torch.nn.Parameter(self.flat[part]) for part in self._parts]
         # `step` applies weight decay, to matrices only: a flat tensor has no parameter groups.
         self.optimizer = torch.optim.AdamW(
@@ -296,10 +296,15 @@ def parts_of(layout: Layout, training: TrainingConfig) -> list[slice]:
     return [slice(0, layout.backbone_size), slice(layout.backbone_size, layout.size)]
 
 
-def is_compiled(training: TrainingConfig, device: torch.device) -> bool:
-    """Whether the training step is fused. Recomputed activations prevent it: they break the graph at every block."""
+def is_compiled(training: TrainingConfig, shape: Architecture, device: torch.device) -> bool:
+    """Whether the training step is fused.
+
+    `auto` leaves out what nothing here has measured or tested compiled: a model of transformers, for which `on` is
+    refused (plan/backend_checks.py). Recomputed activations prevent it: they break the graph at every block.
+    """
     if training.compile == "auto":
-        return device.type == "cuda" and not training.activation_checkpointing
+        can_be = not isinstance(shape, PretrainedShape) and not training.activation_checkpointing
+        return device.type == "cuda" and can_be
     return training.compile == "on"
 
 
