@@ -33,7 +33,7 @@ WORDS = {
 """Pattern, and what to write instead."""
 PLACES = ("*.py", "*.md", "*.yaml", "Makefile", "Containerfile")
 EXEMPT = {"docs/check_words.py", "docs/architecture.md"}
-PROSE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md", "examples/*.md", "benchmarks/*.md")
+PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md", "examples/*.md", "benchmarks/*.md")
 MOST_WORDS = 25
 """Of a sentence. Code in a line counts as one word."""
 NO_PROSE = re.compile(r"<!--.*?-->|^ *```.*?^ *```$|^ {4}.*?$|^[|#].*?$", re.DOTALL | re.MULTILINE)
