@@ -1,8 +1,8 @@
 """Attentive blending of key layers: scores, and a softmax that folds its candidates one at a time.
 
-For every key layer, over candidates i (the node itself, its children, its parent):
+For every key layer, over candidates i (the node itself, its children, its parent, residuals):
 
-    logit_i = score(query, candidate_i) / temperature + log(tokens_i) + log(s(tau_i))
+    logit_i = score(query, candidate_i) / temperature + log(tokens_i) + log(s(tau_i))        tau of a residual: its age
     weights = softmax(logits),   blend = sum_i weights_i candidate_i
 
 so that likeness, data size and staleness are one softmax. The score of a candidate depends on nothing but the

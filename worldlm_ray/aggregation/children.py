@@ -20,7 +20,7 @@ from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.records import LifeRecord
 
 GAPS = 16
-"""Heartbeats by which a child's rhythm is known."""
+"""Messages by which a child's rhythm is known."""
 
 
 class Status(Enum):
@@ -62,7 +62,7 @@ class Child:
     heard_s: float | None = None
     """When it spoke last."""
     gaps: list[float] = field(default_factory=list)
-    """Seconds between its last heartbeats."""
+    """Seconds between its last messages, heartbeats among them."""
     scores: list[float] = field(default_factory=list)
     """Scores of its key layers in its newest update, by the temperature."""
 
@@ -162,7 +162,7 @@ class Children(Mapping[str, Child]):
         check_incarnation(event.child, event.incarnation, known=known)
 
     def hear(self, name: str, now_s: float) -> LifeRecord | None:
-        """Note a heartbeat; returns what tracking is told of a child that had been given up."""
+        """Note that a child has spoken; returns what tracking is told of one that had been given up."""
         child = self.get(name)
         if child is None:
             return None

@@ -2,9 +2,9 @@
 
 event                                  what may come back
 Joined(child, seq)                     Admit(welcome), Save, Serve, Exchange, Refresh
-Push(sender, packed)                   Charge, Answer(verdict), Note(records), Save, Exchange, Serve, Wake
+Push(sender, packed)                   Charge, Answer(verdict), Save, Exchange, Serve, Wake
 Pull(child, started_tokens)            Serve(child), now or once the child may go on
-ParentModel(model)                     Serve, Exchange
+ParentModel(model)                     Serve, Exchange, Finish
 Done(child), Left(child)               Serve, Exchange, Finish; Save where a child leaves, which waits for that
 Heartbeat(child)                       nothing, or as Push if the child had been given up
 Clock                                  as Push
@@ -13,6 +13,8 @@ Started(incarnation)                   Charge, Exchange or Refresh, Wake: what w
 UpdateDue                              Send(update)
 UpdateSent, Welcomed, Answered,
 Saving, Saved, Shared                  nothing
+
+A Note(record) may come with any of the first, and with Started.
 
 The first are of the children, of the parent's model and of time. The others are of the backend itself: each is what it
 has done with a command, or what the parent has answered.
@@ -244,7 +246,8 @@ class Wake:
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """Write a checkpoint: a child keeps many updates in case this node dies, or has lost those that it kept."""
+    """Write a checkpoint: a child keeps many updates in case this node dies, or has lost those that it kept, or
+    has left and waits until that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ class Fold:
 
     Args:
         layout: the model's layout.
-        rules: staleness and attention.
+        rules: staleness, attention, clipping, and whether the server optimizer's rate was set.
         origin: the run's initial key layers.
         first_s: when the first update arrived.
         buffer: to fold into, instead of a new one; its contents do not matter. Fresh memory costs as much as a copy.

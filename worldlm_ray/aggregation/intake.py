@@ -203,7 +203,11 @@ class Intake:
         return [command for name in self.pending for command in self.privacy.charge(name, 0.0)]
 
     def is_due(self, now_s: float) -> bool:
-        """Whether the fold should become the next version now."""
+        """Whether the fold should become the next version now.
+
+        Raises:
+            ConfigError: there is no trigger of the name in `aggregation.trigger`.
+        """
         fold, rules = self.fold, self.rules
         if fold is None:
             return False
@@ -223,7 +227,11 @@ class Intake:
         return [Wake(at_s=self.fold.first_s + self.rules.time_up_s)]
 
     def close(self) -> AggregationRule:
-        """Give the fold away, to be aggregated."""
+        """Give the fold away, to be aggregated.
+
+        Raises:
+            AggregationError: there is none.
+        """
         fold, self.fold = self.fold, None
         if fold is None:
             raise AggregationError(f"{self.path}: nothing to aggregate")

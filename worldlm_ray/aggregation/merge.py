@@ -3,7 +3,8 @@
     backbone   theta <- theta + m (parent - anchor)
     keys       theta <- theta + attention(anchor, parent) - anchor
 
-m is `merge.client` or `merge.federation`. The anchor is the node's model as it was when it last pushed. Where nothing
+m is `merge.client`, where that is a number, or `merge.federation`. The model that a client of two models trains for its
+parent has m = 1. The anchor is the node's model as it was when it last pushed. Where nothing
 happened since, anchor and theta are one and the rule reads theta = (1 - m) own + m parent. Where children went on
 meanwhile, their progress theta - anchor is kept whole, whatever m is.
 """
@@ -32,7 +33,7 @@ class Merger:
         path: the node's path, for the record.
         layout: the model's layout.
         rules: how key layers are blended.
-        initial: the run's initial parameters; not copied, must not change.
+        initial: the run's initial parameters, of which the key layers are copied.
     """
 
     def __init__(

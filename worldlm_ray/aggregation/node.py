@@ -8,13 +8,14 @@ same machine. The world is a node without a parent. Events and commands: worldlm
     intake.py            updates on their way into the next version
     serving.py           which children get the model, and with what
     published.py         the model, and the buffers that models and updates lie in
+    residuals.py         key layers that fit elsewhere better
     parent_exchange.py   what it sends to its parent, and takes from it
     budget.py            what may still be trained
     node_checkpoint.py   all of this as plain values and buffers
 
-Memory holds two buffers and the optimizer's state. The published model never changes in place, so that children, a push
-in flight and a checkpoint can share it. The other buffer takes the folded updates and then *becomes* the next published
-model. A refused update touches neither.
+It holds at least two buffers and the optimizer's state; node_memory.py knows what a federation and other rules hold.
+The published model never changes in place, so that children, a push in flight and a checkpoint can share it. The other
+buffer takes the folded updates and then *becomes* the next published model. A refused update touches neither.
 """
 
 from __future__ import annotations
@@ -163,7 +164,11 @@ class Node:
 
     @property
     def to_parent(self) -> ParentExchange:
-        """The exchange of a node that has a parent."""
+        """The exchange of a node that has a parent.
+
+        Raises:
+            AggregationError: it has none.
+        """
         if self.parent is None:
             raise AggregationError(f"{self.path} has no parent")
         return self.parent

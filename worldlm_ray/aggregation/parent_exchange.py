@@ -156,7 +156,11 @@ class ParentExchange(ParentLink):
         return self.in_flight is not None and self._covered_seq >= self.in_flight.seq
 
     def sent(self) -> None:
-        """The update in flight is sent now."""
+        """The update in flight is sent now.
+
+        Raises:
+            AggregationError: there is none.
+        """
         if self.in_flight is None:
             raise AggregationError(f"{self.place.path}: there is no update to send")
         self.is_sent = True

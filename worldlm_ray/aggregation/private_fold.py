@@ -4,7 +4,8 @@
     next = model + rate (flat + N(0, (z C)^2)) / K
 
 Nothing but the clipping looks at an update: its weight is not its tokens, there is no attention over key layers, and
-K is the number of updates that an aggregation is meant to have, not of those that it has. One client is in one
+K is the number of updates that an aggregation is meant to have, not of those that it has. Unless the server optimizer's
+rate was set, the number of children that belong to the node takes its place where that is larger. One client is in one
 aggregation at most once, and s(tau) <= 1, so that adding or leaving out a client changes the sum by C at most.
 
 Source: McMahan et al., arXiv 1710.06963, algorithm 1, with a fixed denominator.

@@ -1,7 +1,7 @@
 """How much an update still counts when its parent has moved on.
 
 tau is the parent's version now minus the version that the update was computed from. Every function is 1 at
-tau = 0 and falls from there. Names and defaults: FedAsync (Xie, Koyejo, Gupta, arXiv 1903.03934, section 5.2)
+tau = 0 and never rises. Names and defaults: FedAsync (Xie, Koyejo, Gupta, arXiv 1903.03934, section 5.2)
 and FedBuff (Nguyen et al., AISTATS 2022: polynomial with a = 0.5).
 """
 

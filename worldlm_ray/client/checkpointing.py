@@ -58,6 +58,7 @@ def restore(client: Client, meta: dict[str, Any], arrays: dict[str, Flat]) -> No
 
     Raises:
         CheckpointError: the checkpoint is of another model.
+        PrivacyError: the ledger has lost charges that the checkpoint knows, or cannot be written.
     """
     if meta["layout"] != _hash(client):
         of = "another model, another choice of key layers or another rank of adapters"

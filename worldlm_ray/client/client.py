@@ -1,13 +1,18 @@
 """A leaf of the tree: a text, a model, the local rounds that train it, and the exchange with the parent.
 
 A client does not know what drives it: its life (worldlm_ray/protocol/life.py) calls, in turn, `begin` (merge the
-parent's model), `train`, `update` (what to push) and `measure`.
+parent's model), `train`, `measure` and `update` (what to push).
 
     measure.py         the text, the model, and what the model is worth
     rounds.py          local rounds
     best.py            the model of the best round
+    own_model.py       the choice of the own model, of a client of two models
+    two_models.py      what becomes of the two when the parent's model comes
+    experts.py         a client that mixes adapters of others with its own
     following.py       a client that is paused
     received.py        what a client of a smaller rank takes of a parent's model
+    above.py           when it measures the models of the nodes above
+    shared.py          many clients in one process
     client.py          the exchange with the parent
     checkpointing.py   what of all that a checkpoint holds
 
@@ -203,6 +208,9 @@ class Client(LocalRounds):
         """Begin a local round from the client's own model, while its last update is in flight.
 
         A private client pays first, as in `begin`.
+
+        Raises:
+            PrivacyError: the ledger is damaged or cannot be written.
         """
         if self._pay():
             self.progress += self._world_progress(self.training.local_steps)  # the parent spoke of the round before

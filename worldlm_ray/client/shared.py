@@ -111,7 +111,7 @@ class Slot(Trainer):
     def __init__(self, shared: SharedTrainer, *, noise: float = 0.0) -> None:
         self._shared, self.noise = shared, noise
         self.theta: Flat = np.empty(0, np.float32)
-        """The client's weights, unless it is sitting."""
+        """The client's weights, while another client has the model."""
         self.moments: dict[str, Flat] = {}
         """Its optimizer's state, likewise."""
 

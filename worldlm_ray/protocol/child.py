@@ -21,7 +21,8 @@ sends back the answer or throws `Lost`. Drivers are a thread, an event loop (act
     heartbeat   name, incarnation, to                                     None
 
 `to` is the incarnation of the parent that the child has joined. A parent refuses by a MessageError, which the driver
-throws as it is.
+throws as it is. All of these end with a SupersededError where the parent knows a newer life of the child, and with
+`Stopped` where the driver throws it.
 """
 
 from __future__ import annotations
@@ -138,7 +139,11 @@ class Uplink:
     # ---- what a child says -------------------------------------------------------------------------------------
 
     def join(self) -> Steps[None]:
-        """Find the parent, for as long as it takes, and send it what it does not have."""
+        """Find the parent, for as long as it takes, and send it what it does not have.
+
+        Raises:
+            SupersededError: the parent knows a newer life of the child. All other steps may end so, too.
+        """
         attempt = 0
         while True:
             try:

@@ -141,6 +141,10 @@ class Life:
 
         Returns:
             `finished`, or `stopped` or `left` where the client was told so.
+
+        Raises:
+            SupersededError: the parent knows a newer life of the client.
+            PrivacyError: the ledger is damaged or cannot be written.
         """
         try:
             return (yield from self._run())
