@@ -207,10 +207,7 @@ class Client(LocalRounds):
     def begin_ahead(self) -> None:
         """Begin a local round from the client's own model, while its last update is in flight.
 
-        A private client pays first, as in `begin`.
-
-        Raises:
-            PrivacyError: the ledger is damaged or cannot be written.
+        A private client pays first, as in `begin`, and with its errors.
         """
         if self._pay():
             self.progress += self._world_progress(self.training.local_steps)  # the parent spoke of the round before
