@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from worldlm_ray.aggregation.sums import GRID, on_grid
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.errors import ConfigError
+from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.experiments.evaluate import evaluate, load_model, sample
 from worldlm_ray.experiments.export import export
@@ -24,6 +26,7 @@ from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.describe import describe
 from worldlm_ray.simulation.simulator import Simulation, simulate
 from worldlm_ray.tensors.buffers import params_sha256
+from worldlm_ray.training.experts import ExpertTrainer
 from worldlm_ray.training.making import plain_trainer
 
 torch = pytest.importorskip("torch")
@@ -47,8 +50,10 @@ def raw(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
     return found | changes
 
 
-def plan_of(folder: Path, model: Path, method: str = "kin", **changes: Any) -> Plan:
-    return make_plan(configure(from_mapping(raw(folder, model, **changes)), method))
+def plan_of(folder: Path, model: Path, method: str = "kin", *, freeze_a: bool = False, **changes: Any) -> Plan:
+    mapping = raw(folder, model, **changes)
+    mapping["model"]["lora"] = {"freeze_a": freeze_a}
+    return make_plan(configure(from_mapping(mapping), method))
 
 
 def trainer_with_experts(plan: Plan, *, seed: int = 0) -> Any:
@@ -71,10 +76,12 @@ def tokens(batch: int = 2) -> Any:
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("freeze_a", [False, True])
 @pytest.mark.parametrize("kind", ["llama_tied_gqa", "gpt2", "gpt_neox"])
-def test_a_layer_is_the_sum_of_its_experts_by_the_router(tmp_path: Path, kind: str) -> None:
+def test_a_layer_is_the_sum_of_its_experts_by_the_router(tmp_path: Path, kind: str, freeze_a: bool) -> None:
     assert kind in KINDS
-    plan = plan_of(tmp_path, save_pretrained(tmp_path / "base", kind))
+    plan = plan_of(tmp_path, save_pretrained(tmp_path / "base", kind), freeze_a=freeze_a)
+    assert any(".lora_A." in entry.name for entry in plan.layout.entries) is not freeze_a
     trainer = trainer_with_experts(plan)
     mixture = trainer.experts.mixtures[1]
     layer, router = mixture.layer, mixture.router
@@ -83,8 +90,13 @@ def test_a_layer_is_the_sum_of_its_experts_by_the_router(tmp_path: Path, kind: s
 
     gates = torch.softmax(x @ router.weight.T + router.bias, -1)
     expected = layer.base_layer(x)
-    for k, b in enumerate([layer.lora_B["default"].weight, *mixture.others]):
-        change = x @ layer.lora_A["default"].weight.T @ b.T
+    own_a = layer.lora_A["default"].weight
+    assert len(mixture.others_a) == (0 if freeze_a else 2)
+    others_a = mixture.others_a or [own_a, own_a]
+    for k, (a, b) in enumerate(
+        zip([own_a, *others_a], [layer.lora_B["default"].weight, *mixture.others_b], strict=True)
+    ):
+        change = x @ a.T @ b.T
         expected = expected + gates[..., k : k + 1] * change * layer.scaling["default"]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     assert gates.shape[-1] == 3
@@ -92,7 +104,7 @@ def test_a_layer_is_the_sum_of_its_experts_by_the_router(tmp_path: Path, kind: s
 
 
 def test_gradients_of_routers_equal_finite_differences(tmp_path: Path, base: Path) -> None:
-    trainer = trainer_with_experts(plan_of(tmp_path, base))
+    trainer = trainer_with_experts(plan_of(tmp_path, base, freeze_a=True))
     inputs, targets = tokens(8)[:, :-1], tokens(8)[:, 1:]
 
     def loss() -> Any:
@@ -150,9 +162,10 @@ def test_a_trainer_comes_back_from_its_state(tmp_path: Path, base: Path) -> None
 # ---- worlds --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("freeze_a", [False, True])
 @pytest.mark.parametrize("method", ["kin", "fedalt"])
-def test_a_world_learns(tmp_path: Path, base: Path, method: str) -> None:
-    summary = simulate(rundir.create(plan_of(tmp_path, base, method))).summary
+def test_a_world_learns(tmp_path: Path, base: Path, method: str, freeze_a: bool) -> None:
+    summary = simulate(rundir.create(plan_of(tmp_path, base, method, freeze_a=freeze_a))).summary
     for path, node in summary["nodes"].items():
         assert node["loss"] < node["loss_start"] - 0.02, path
 
@@ -219,6 +232,90 @@ def test_the_model_of_a_node_is_the_mean_of_its_clients(tmp_path: Path, base: Pa
         np.testing.assert_allclose(node.theta, np.mean(below, axis=0), atol=2 * GRID)
 
 
+@pytest.mark.parametrize(("method", "m"), [("kin", 1.0), ("kin+merge_quarter", 0.25), ("kin+merge_none", 0.0)])
+def test_own_adapters_move_to_the_mean_of_their_federation(tmp_path: Path, base: Path, method: str, m: float) -> None:
+    begun: dict[str, list[float]] = {}
+
+    class Watched(Client):
+        def begin(self, model: Any, *, now_s: float) -> Any:
+            records = super().begin(model, now_s=now_s)
+            begun.setdefault(self.spec.path, []).append(float(self.trainer.read()[0]))
+            return records
+
+    def watched(plan: Plan, spec: Any, **settings: Any) -> Client:
+        sign = 0.01 * (1.0 + plan.root.clients.index(spec))
+        return Watched(plan, spec, make_trainer=lambda _: Drift(plan.layout.size, sign), **settings)
+
+    simulation = finished(plan_of(tmp_path, base, method, freeze_a=True), watched)  # B begins at 0
+    starts = np.array(list(begun.values()))  # [clients, rounds]
+    assert starts.shape == (4, 4)
+    last = np.array([float(simulation.clients[path].trainer.read()[0]) for path in begun])
+    if m == 0.0:  # a client has what it has learned itself, and nothing else
+        np.testing.assert_allclose(last / last.max(), [0.25, 0.5, 0.75, 1.0], rtol=1e-3)
+    for before, after in zip(starts.T[:-1], starts.T[1:], strict=True):
+        drift = (after.mean() - before.mean()) * np.array([0.4, 0.8, 1.2, 1.6])
+        pushed = (before + drift).reshape(2, 2)  # [federations, clients]
+        expected = (1 - m) * pushed + m * pushed.mean(axis=1, keepdims=True)
+        np.testing.assert_allclose(after, expected.ravel(), atol=4 * GRID)
+
+
+def test_a_newcomer_begins_from_the_mean_of_its_federation(tmp_path: Path, base: Path) -> None:
+    plan = plan_of(tmp_path, base)
+    client = Client(plan, plan.root.clients[0])
+    near, far = (np.full(plan.layout.size, value, np.float32) for value in (0.1, 0.5))
+    model = Model(
+        version=3,
+        progress=0.5,
+        finished=False,
+        tokens=64.0,
+        last_seq=0,
+        values=near,
+        weight=64,
+        rest=far,
+        rest_weight=192,
+    )
+    client.begin(model, now_s=0.0)
+    np.testing.assert_array_equal(client.trainer.read(), near)
+    assert isinstance(client.trainer, ExpertTrainer)
+    found = {name: float(values.mean()) for name, values in client.trainer.experts.others.items()}
+    assert found == pytest.approx({"federation": 0.1, "world": 0.5})
+
+
+def test_where_no_sibling_has_a_part_a_newcomer_begins_from_what_there_is(tmp_path: Path, base: Path) -> None:
+    plan = plan_of(tmp_path, base)
+    nothing = np.zeros(plan.layout.size, np.float32)  # what sums publish that all have left
+    model = Model(version=9, progress=0.5, finished=False, tokens=64.0, last_seq=0, values=nothing, weight=0)
+    client = Client(plan, plan.root.clients[0])
+    initial = client.trainer.read()
+    assert initial.any()
+    client.begin(model, now_s=0.0)
+    np.testing.assert_array_equal(client.trainer.read(), initial)
+
+    far = np.full(plan.layout.size, 0.5, np.float32)
+    other = Client(plan, plan.root.clients[0])
+    other.begin(replace(model, rest=far, rest_weight=192), now_s=0.0)
+    np.testing.assert_array_equal(other.trainer.read(), far)
+
+
+def test_a_client_that_has_diverged_goes_on_from_the_mean_with_the_experts_of_others(
+    tmp_path: Path, base: Path
+) -> None:
+    plan = plan_of(tmp_path, base)
+    client = Client(plan, plan.root.clients[0])
+    values = np.full(plan.layout.size, 0.1, np.float32)
+    client.round, client.start_over = 2, True
+    client.trainer.write(np.full(plan.layout.size, np.nan, np.float32))
+    assert isinstance(client.trainer, ExpertTrainer)
+    client.trainer.experts.router.fill_(np.nan)
+    client.begin(
+        Model(version=3, progress=0.5, finished=False, tokens=64.0, last_seq=2, values=values, weight=128), now_s=0.0
+    )
+    np.testing.assert_array_equal(client.trainer.read(), values)
+    assert next(router.bias.tolist() for router in client.trainer.experts.routers) == [0.0, -1.0, -1.0]
+    np.testing.assert_allclose(client.trainer.experts.others["federation"].numpy(), 0.1, rtol=1e-6)
+    assert not client.start_over
+
+
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
@@ -226,13 +323,13 @@ def test_the_model_of_a_node_is_the_mean_of_its_clients(tmp_path: Path, base: Pa
     ("changes", "key"),
     [
         ({"model": {"trainable": "all"}}, "model.lora.experts"),
-        ({"model": {"lora": {"experts": "kin", "freeze_a": False}}}, "model.lora.experts"),
         ({"model": {"key_layers": ["*.1.*"]}}, "model.lora.experts"),
         ({"aggregation": {"rule": "mean"}}, "world.aggregation.rule"),
         ({"aggregation": {"rule": "sums", "buffer_size": 2}}, "world.aggregation.rule"),
         ({"aggregation": {"rule": "sums", "staleness": {"fn": "polynomial"}}}, "world.aggregation.rule"),
         ({"exchange": {"codec": "int8"}}, "world.exchange.codec"),
         ({"merge": {"client": "validated"}}, "merge.client"),
+        ({"merge": {"client": "apart"}}, "merge.client"),
         ({"merge": {"client": 0.0, "fine_tune": 0.2}}, "merge.fine_tune"),
         ({"merge": {"client": 0.0, "serve_parent": True}}, "merge.serve_parent"),
         ({"evaluation": {"keep_best": True}}, "evaluation.keep_best"),
@@ -256,7 +353,6 @@ def test_methods_configure_a_tree_or_none(tmp_path: Path, base: Path) -> None:
     assert [plan.config.model.lora.experts for plan in (kin, fedalt)] == ["kin", "rest"]
     assert [len(plan.root.children) for plan in (kin, fedalt)] == [2, 4]
     assert kin.layout.hash == fedalt.layout.hash
-    assert all(".lora_B." in entry.name for entry in kin.layout.entries)
 
 
 # ---- leaving -------------------------------------------------------------------------------------------------------

@@ -241,8 +241,8 @@ class Client(LocalRounds):
         pushed = self.link.end_exchange()
         self.progress = model.progress
         if self.experts is not None:
-            self.experts.take(model)
-        elif self.start_over or (model.version > 0 and self.round == 0):
+            model = self.experts.take(model)
+        if self.start_over or (model.version > 0 and self.round == 0):
             # A newcomer has nothing of its own to keep, and one that has diverged nothing worth keeping.
             self.link.anchor[:] = model.values
             self.trainer.write(self.link.anchor)

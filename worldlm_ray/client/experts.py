@@ -1,20 +1,23 @@
 """A client of experts: its own adapter beside its federation's and the world's (model/experts.py).
 
-The own adapter is trained on the client's text and never overwritten. A pull replaces the other experts, each of which
-is the mean of others: the client's own part is taken out of the sums above (aggregation/own_part.py).
+The own adapter is trained on the client's text. At a pull it moves to its parent's mean by `merge.client`: 1 makes
+every round begin from the federation's mean, 0 leaves the own adapter to its client. A pull replaces the other experts,
+each of which is the mean of others: the client's own part is taken out of the sums above (aggregation/own_part.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from worldlm_ray.aggregation.own_part import OwnPart
-from worldlm_ray.aggregation.sums import GRID, on_grid
+from worldlm_ray.aggregation.sums import on_grid
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.model.expert_names import EXPERTS
+from worldlm_ray.plan import build
 from worldlm_ray.tensors.buffers import Flat
 
 if TYPE_CHECKING:
@@ -70,19 +73,22 @@ class ClientExperts:
             self._client.link.update_of(out, tokens=tokens, started_tokens=started_tokens, **fields)
         )
 
-    def take(self, model: Model) -> None:
-        """The experts of others, as the parent's model gives them. The own adapter stays as it is."""
+    def take(self, model: Model) -> Model:
+        """The experts of others, as the parent's model gives them. The own adapter is left as it is.
+
+        Returns:
+            What the own adapter is to move to: the parent's model. While no client has a part in that, its values are
+            the mean of what lies beyond the parent or, where nothing does, the run's initial adapter.
+        """
         client = self._client
-        if client.start_over:  # it has diverged: it goes on from what the parent has last accepted
-            scale = GRID / self.own_part.weight if self.own_part.weight else 0.0
-            client.trainer.write((self.own_part.held * scale).astype(np.float32))
-            client.trainer.forget()
-            client.start_over = False
         others, _ = self.own_part.rest(model, beyond=self.experts == "rest")
         found = [others, model.rest] if self.experts == "kin" else [others]
         nothing = np.zeros(client.plan.layout.size, np.float32)
         names = EXPERTS[self.experts][1:]
         client.trainer.take_experts({n: nothing if v is None else v for n, v in zip(names, found, strict=True)})
+        if model.weight:
+            return model
+        return replace(model, values=build.initial(client.plan) if model.rest is None else model.rest)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a restart needs; the experts themselves are the trainer's."""

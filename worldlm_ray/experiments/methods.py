@@ -223,25 +223,25 @@ def _fedsa_lora(mapping: dict[str, Any], root: NodeSpec) -> None:
     _fedper(mapping, root)
 
 
-def _mixed(mapping: dict[str, Any], experts: str) -> None:
+def _mixed(mapping: dict[str, Any], experts: str, *, follows: float) -> None:
     """Own adapters, mixed with those of others, which exact sums give."""
-    lora = mapping["model"]["lora"] | {"freeze_a": True, "experts": experts}
+    lora = mapping["model"]["lora"] | {"experts": experts}
     mapping["model"] = mapping["model"] | {"lora": lora}
     mapping["aggregation"] = mapping["aggregation"] | {"rule": "sums"}
-    mapping["merge"] = {"client": 0.0, "federation": 0.0}
+    mapping["merge"] = {"client": follows, "federation": 0.0}
     set_everywhere(mapping, ["exchange", "codec"], "fp32")
     mapping["evaluation"] = mapping["evaluation"] | {"keep_best": False}
 
 
 def _fedalt(mapping: dict[str, Any], root: NodeSpec) -> None:
     _fedit(mapping, root)
-    _mixed(mapping, "rest")
+    _mixed(mapping, "rest", follows=0.0)
 
 
 def _kin(mapping: dict[str, Any], root: NodeSpec) -> None:
     _fedit(mapping, root)
     mapping["world"] = _plain_tree(root, keep_rules=False)
-    _mixed(mapping, "kin")
+    _mixed(mapping, "kin", follows=1.0)
 
 
 def _fedbuff(mapping: dict[str, Any], root: NodeSpec) -> None:

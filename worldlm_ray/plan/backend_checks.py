@@ -43,14 +43,11 @@ def check_backend(model: ModelConfig) -> None:
 
 
 def _check_experts(model: ModelConfig) -> None:
-    """Refuse experts that are no adapters, or whose mean is none."""
+    """Refuse experts that are no adapters, or have key layers."""
     key, experts = "model.lora.experts", model.lora.experts
     if model.trainable != "lora":
         got = f"{experts}, but model.trainable is {model.trainable}: there are no adapters to mix"
         raise ConfigError(key, got, "set model.trainable to lora")
-    if not model.lora.freeze_a:
-        got = f"{experts}, but clients train A: the mean of B is then the mean of no adapters"
-        raise ConfigError(key, got, "set model.lora.freeze_a to true")
     if model.key_layers:
         raise ConfigError(key, f"{experts}, but model.key_layers is not empty", "leave key layers out")
 

@@ -36,8 +36,8 @@ def exact_parts(plan: Plan) -> Iterable[ConfigError]:
             yield ConfigError(f"{node.key}.exchange.codec", got, "set it to fp32")
 
 
-def own_adapters_stay(plan: Plan) -> Iterable[ConfigError]:
-    """The own adapter is never overwritten, and a model of several experts is no single flat buffer."""
+def one_own_adapter(plan: Plan) -> Iterable[ConfigError]:
+    """A client has one own adapter, and a model of several experts is no single flat buffer."""
     experts = plan.config.model.lora.experts
     if experts == "none":
         return
@@ -52,10 +52,11 @@ def own_adapters_stay(plan: Plan) -> Iterable[ConfigError]:
 def _of_one_adapter(settings: NodeSettings) -> Iterable[tuple[str, str, str]]:
     """Settings of a client that has one model: key, value and cure."""
     merge = settings.merge
-    if merge.client != 0:
-        yield "merge.client", f"{merge.client}", "set it to 0: the own adapter takes nothing from its parent's"
+    if merge.has_base:
+        cure = "set it to 1 to begin every round from the federation's mean, or to 0 to leave own adapters alone"
+        yield "merge.client", f"{merge.client}", cure
     if merge.fine_tune:
-        yield "merge.fine_tune", f"{merge.fine_tune:g}", "set it to 0: the own adapter is trained at home anyway"
+        yield "merge.fine_tune", f"{merge.fine_tune:g}", "set it to 0: the routers weigh the own adapter"
     if merge.serve_parent:
         yield "merge.serve_parent", "true", "set it to false: the client serves its mixture"
     if settings.privacy.unit == "record":
@@ -69,5 +70,5 @@ def _of_one_adapter(settings: NodeSettings) -> Iterable[tuple[str, str, str]]:
         yield "simulation.train", "false", "set it to true: the cost model has no experts"
 
 
-RULES: tuple[Callable[[Plan], Iterable[ConfigError]], ...] = (sums_of_experts, exact_parts, own_adapters_stay)
+RULES: tuple[Callable[[Plan], Iterable[ConfigError]], ...] = (sums_of_experts, exact_parts, one_own_adapter)
 """Every rule, in the order in which they are checked."""

@@ -106,7 +106,7 @@ class ExpertTrainer(LocalTrainer):
         self.experts.take({name: saved[f"{EXPERT}{name}"] for name in self.experts.others})
 
     def forget(self) -> None:
-        """Drop the moments, and what routers and experts of others have become."""
+        """Drop the moments and what the routers have become. The experts of others are sound: they stay."""
         super().forget()
         self._router_optimizer.state.clear()
         self.experts.reset()
