@@ -14,13 +14,13 @@ from support.pretrained import KINDS, save_pretrained
 
 from worldlm_ray.aggregation.sums import GRID, on_grid
 from worldlm_ray.client.client import Client
-from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.experiments.evaluate import evaluate, load_model, sample
 from worldlm_ray.experiments.export import export
-from worldlm_ray.experiments.methods import configure
+from worldlm_ray.experiments.methods import configure, set_everywhere
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import Plan, make_plan
 from worldlm_ray.reports.describe import describe
@@ -232,8 +232,12 @@ def test_the_model_of_a_node_is_the_mean_of_its_clients(tmp_path: Path, base: Pa
         np.testing.assert_allclose(node.theta, np.mean(below, axis=0), atol=2 * GRID)
 
 
-@pytest.mark.parametrize(("method", "m"), [("kin", 1.0), ("kin+merge_quarter", 0.25), ("kin+merge_none", 0.0)])
-def test_own_adapters_move_to_the_mean_of_their_federation(tmp_path: Path, base: Path, method: str, m: float) -> None:
+@pytest.mark.parametrize(
+    ("client", "federation"), [(1.0, 0.0), (1.0, 1.0), (1.0, 0.5), (0.25, 0.0), (0.25, 1.0), (0.0, 0.0), (0.0, 1.0)]
+)
+def test_own_adapters_move_to_the_mean_of_their_federation_and_of_all(
+    tmp_path: Path, base: Path, client: float, federation: float
+) -> None:
     begun: dict[str, list[float]] = {}
 
     class Watched(Client):
@@ -246,16 +250,19 @@ def test_own_adapters_move_to_the_mean_of_their_federation(tmp_path: Path, base:
         sign = 0.01 * (1.0 + plan.root.clients.index(spec))
         return Watched(plan, spec, make_trainer=lambda _: Drift(plan.layout.size, sign), **settings)
 
-    simulation = finished(plan_of(tmp_path, base, method, freeze_a=True), watched)  # B begins at 0
+    mapping = to_mapping(plan_of(tmp_path, base, freeze_a=True).config)  # B begins at 0
+    set_everywhere(mapping, ["merge"], {"client": client, "federation": federation})
+    simulation = finished(make_plan(from_mapping(mapping, resolved=True)), watched)
     starts = np.array(list(begun.values()))  # [clients, rounds]
     assert starts.shape == (4, 4)
     last = np.array([float(simulation.clients[path].trainer.read()[0]) for path in begun])
-    if m == 0.0:  # a client has what it has learned itself, and nothing else
+    if client == 0.0:  # a client has what it has learned itself, and nothing else
         np.testing.assert_allclose(last / last.max(), [0.25, 0.5, 0.75, 1.0], rtol=1e-3)
     for before, after in zip(starts.T[:-1], starts.T[1:], strict=True):
         drift = (after.mean() - before.mean()) * np.array([0.4, 0.8, 1.2, 1.6])
         pushed = (before + drift).reshape(2, 2)  # [federations, clients]
-        expected = (1 - m) * pushed + m * pushed.mean(axis=1, keepdims=True)
+        means = (1 - federation) * pushed.mean(axis=1, keepdims=True) + federation * pushed.mean()
+        expected = (1 - client) * pushed + client * means
         np.testing.assert_allclose(after, expected.ravel(), atol=4 * GRID)
 
 
@@ -275,7 +282,7 @@ def test_a_newcomer_begins_from_the_mean_of_its_federation(tmp_path: Path, base:
         rest_weight=192,
     )
     client.begin(model, now_s=0.0)
-    np.testing.assert_array_equal(client.trainer.read(), near)
+    np.testing.assert_array_equal(client.trainer.read(), near)  # merge.federation is 0
     assert isinstance(client.trainer, ExpertTrainer)
     found = {name: float(values.mean()) for name, values in client.trainer.experts.others.items()}
     assert found == pytest.approx({"federation": 0.1, "world": 0.5})

@@ -1,8 +1,9 @@
 """A client of experts: its own adapter beside its federation's and the world's (model/experts.py).
 
-The own adapter is trained on the client's text. At a pull it moves to its parent's mean by `merge.client`: 1 makes
-every round begin from the federation's mean, 0 leaves the own adapter to its client. A pull replaces the other experts,
-each of which is the mean of others: the client's own part is taken out of the sums above (aggregation/own_part.py).
+The own adapter is trained on the client's text. At a pull it moves by `merge.client` to a mean f + m (w - f), where f
+is the mean of the federation, w that of all clients, and m `merge.federation`. With `merge.client: 0` own adapters take
+nothing from others. A pull replaces the other experts, each of which is the mean of others: the client's own part is
+taken out of the sums above (aggregation/own_part.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from worldlm_ray.errors import ConfigError
 from worldlm_ray.exchange.messages import Model, Update
 from worldlm_ray.model.expert_names import EXPERTS
 from worldlm_ray.plan import build
-from worldlm_ray.tensors.buffers import Flat
+from worldlm_ray.tensors.buffers import Flat, lerp
 
 if TYPE_CHECKING:
     from worldlm_ray.client.client import Client
@@ -77,8 +78,8 @@ class ClientExperts:
         """The experts of others, as the parent's model gives them. The own adapter is left as it is.
 
         Returns:
-            What the own adapter is to move to: the parent's model. While no client has a part in that, its values are
-            the mean of what lies beyond the parent or, where nothing does, the run's initial adapter.
+            What the own adapter is to move to, as the parent's model. While no client has a part in any mean, the run's
+            initial adapter.
         """
         client = self._client
         others, _ = self.own_part.rest(model, beyond=self.experts == "rest")
@@ -86,9 +87,15 @@ class ClientExperts:
         nothing = np.zeros(client.plan.layout.size, np.float32)
         names = EXPERTS[self.experts][1:]
         client.trainer.take_experts({n: nothing if v is None else v for n, v in zip(names, found, strict=True)})
-        if model.weight:
-            return model
-        return replace(model, values=build.initial(client.plan) if model.rest is None else model.rest)
+        return replace(model, values=self._common(model))
+
+    def _common(self, model: Model) -> Flat:
+        if model.rest is None or not model.rest_weight:
+            return model.values if model.weight else build.initial(self._client.plan)
+        m = self._client.spec.settings.merge.federation if model.weight else 1.0
+        found = np.empty_like(model.values)
+        lerp(model.values, model.rest, m * model.rest_weight / (model.weight + model.rest_weight), out=found)
+        return found
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a restart needs; the experts themselves are the trainer's."""

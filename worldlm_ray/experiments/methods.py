@@ -18,8 +18,8 @@
     fedit         flat    synchronous          none              sgd 1.0 on adapters           arXiv 2305.05644
     ffa_lora      flat    synchronous          none              sgd 1.0 on B; A is frozen     arXiv 2403.12313
     fedsa_lora    flat    synchronous          B, personal       sgd 1.0 on A                  arXiv 2410.01463
-    fedalt        flat    synchronous          none              sums of B; own and rest mixed arXiv 2503.11880
-    kin           as is   synchronous          none              sums of B; own and kin mixed  model/experts.py
+    fedalt        flat    synchronous          none              sums; own and rest are mixed  arXiv 2503.11880
+    kin           as is   synchronous          none              sums; own, kin, rest mixed    model/experts.py
     local         flat    synchronous          none              no client takes from another; stopped early
     pooled        one     -                    none              one client; a step takes a batch of every client's text
 
