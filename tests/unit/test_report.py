@@ -13,10 +13,10 @@ from worldlm_ray.reports.tables import (
     budget_line,
     duration,
     final_table,
+    folded,
     left_of,
     live_table,
     printable,
-    tree_order,
 )
 
 
@@ -160,7 +160,7 @@ def test_what_was_trained_beyond_a_budget_in_tokens_is_said() -> None:
 
 
 def test_children_stand_under_their_parents() -> None:
-    assert [path for path, _ in tree_order(NODES)] == [
+    assert [path for path, _ in folded(NODES)] == [
         "world",
         "world/europe",
         "world/europe/italy",

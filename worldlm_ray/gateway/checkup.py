@@ -23,7 +23,6 @@ from worldlm_ray.gateway import policy as policies
 from worldlm_ray.gateway.charter import Charter, Signed, difference
 from worldlm_ray.gateway.contexts import client_context
 from worldlm_ray.gateway.http import Http, checking
-from worldlm_ray.gateway.link import CLOCK_S
 from worldlm_ray.gateway.policy import Policy
 from worldlm_ray.gateway.probe import PROBE_BYTES, Probed
 from worldlm_ray.gateway.profile import Profile
@@ -35,6 +34,8 @@ ROUND_TRIPS = 5
 """Of which the shortest is told."""
 ENOUGH_S = 1.0
 """A first try with a sixteenth of PROBE_BYTES that takes so long has measured the speed."""
+CLOCK_S = 300.0
+"""The world's clock may differ by so much."""
 LISTED = 4
 """Terms of a new charter that a line names."""
 

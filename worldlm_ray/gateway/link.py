@@ -10,7 +10,6 @@ Memory: the update is sent from the buffer that it lies in, and a model arrives 
 from __future__ import annotations
 
 import ssl
-import time
 import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +34,6 @@ THREADS = 2
 """That hash."""
 TRIES_OF_PULL = 3
 """A model of which the parent has a newer one meanwhile is asked for again so often."""
-CLOCK_S = 300.0
-"""The other side's clock may differ by so much before it is worth a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +86,6 @@ class Link:
         self.transfer = Transfer(self._http, self._threads, connections=settings.connections)
         self.terms: wire.Terms | None = None
         """What the parent's side has answered to the newest hello."""
-        self._clock_error_s = 0.0
         self._last: tuple[bytes, Callable[[], Any]] | None = None
         """Digest of the newest model, and the way to its buffer if the caller still has it."""
 
@@ -105,10 +101,6 @@ class Link:
         """Close all connections."""
         await self._http.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def clock_error_s(self) -> float:
-        """How far this side's clock is ahead of the other side's, as of the newest hello; 0 if the two agree."""
-        return self._clock_error_s if abs(self._clock_error_s) > CLOCK_S else 0.0
 
     # ---- the parent's methods ----------------------------------------------------------------------------------
 
@@ -206,7 +198,6 @@ class Link:
         if terms.leaf_bytes != self._settings.sizes.leaf:
             text = f"got leaves of {terms.leaf_bytes} bytes, expected {self._settings.sizes.leaf}"
             raise MessageError("wrong_protocol", text)
-        self._clock_error_s = time.time() - terms.now_s
         self.terms = terms
         self._check_charter(terms.charter)
         return terms

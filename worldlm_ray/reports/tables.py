@@ -193,22 +193,8 @@ def audit_table(proofs: Sequence[Proof]) -> FittingTable:
     return table
 
 
-def tree_order(nodes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Paths with every child below its parent, and siblings in the order given."""
-    children: dict[str, list[str]] = {}
-    for path in nodes:
-        children.setdefault(path.rpartition("/")[0], []).append(path)
-    order: list[tuple[str, Any]] = []
-    waiting = list(reversed(children.get("", [])))
-    while waiting:
-        path = waiting.pop()
-        order.append((path, nodes[path]))
-        waiting.extend(reversed(children.get(path, [])))
-    return order
-
-
 def folded(nodes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Nodes in the order of `tree_order`, with many siblings of a kind and all nodes below them as one line.
+    """Nodes with every child below its parent, and many siblings of a kind and all nodes below them as one line.
 
     The line of many nodes is called `PARENT/1,000 clients`. It has the sums of their counts, the means of their other
     values, and the number of nodes in each state.
