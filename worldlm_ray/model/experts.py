@@ -52,7 +52,8 @@ class Mixture:
             low = functional.linear(dropped, a)
         else:
             gates = torch.softmax(self.router(x), dim=-1)
-            low = functional.linear(dropped, torch.cat([a, *self.others_a])).unflatten(-1, (-1, a.shape[0]))
+            low = functional.linear(dropped, torch.cat([a, *self.others_a]))
+            low = low.reshape(*low.shape[:-1], -1, a.shape[0])  # [..., 1 or experts, r]
             low = (gates.unsqueeze(-1) * low).flatten(-2)  # [..., experts * r]: one product for all
             b = torch.cat([b, *self.others_b], dim=1)
         mixed: Tensor = found + functional.linear(low, b) * layer.scaling["default"]
