@@ -269,7 +269,7 @@ def test_every_rule_has_a_case_and_a_reason() -> None:
         "whole_model_folder",
         "not_under_transformers",
         "exact_parts",
-        "own_adapters_stay",
+        "one_own_adapter",
         "smaller_rank_in_one_process",
     }
     assert all(rule.__doc__ for rule in rules)

@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge_all": {"merge.client": 1.0},
     "merge_quarter": {"merge.client": 0.25},
     "merge_none": {"merge.client": 0.0},
+    "half_of_world": {"merge.federation": 0.5},
     "validated": {"merge.client": "validated"},
     FINE_TUNED: {"merge.fine_tune": 0.2, "evaluation.keep_best": True, "evaluation.every_rounds": 1},
     "keys": {"model.key_layers": list(USUAL_KEY_LAYERS)},
