@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.nodes import pulled
 from support.worlds import client
 
 from worldlm_ray.client.client import Client
-from worldlm_ray.exchange.messages import Model
 from worldlm_ray.plan import build
 from worldlm_ray.plan.plan import Plan
 from worldlm_ray.storage import checkpoint
@@ -30,15 +30,7 @@ def live(plan: Plan, place: Path) -> None:
     found = checkpoint.load(place)
     if found is not None:
         one.restore(*found)
-    initial = Model(
-        version=0,
-        progress=0.0,
-        finished=False,
-        tokens=0.0,
-        last_seq=0,
-        residuals=(),
-        values=build.initial(plan),
-    )
+    initial = pulled(build.initial(plan), 0, tokens=0.0)
     while one.began or not one.is_done:
         if not one.began:
             one.begin(initial, now_s=0.0)

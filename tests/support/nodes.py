@@ -168,6 +168,11 @@ def begun(node: Node) -> Update:
 def parent_model(version: int, body: Any, keys: Any = 0.0, **fields: Any) -> Model:
     values = np.empty(LAYOUT.size, np.float32)
     values[:SPLIT], values[SPLIT:] = body, keys
+    return pulled(values, version, **fields)
+
+
+def pulled(values: Flat, version: int = 1, **fields: Any) -> Model:
+    """A parent's model on its way to a child that it has accepted nothing from."""
     fields = {"progress": 0.0, "finished": False, "tokens": 10.0, "last_seq": 0} | fields
     return Model(version=version, values=values, **fields)
 

@@ -10,6 +10,8 @@ import pytest
 
 from support import worlds
 from worldlm_ray.config.loading import from_mapping
+from worldlm_ray.config.schema import LoraConfig
+from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.plan.plan import Plan, make_plan
 
 SIZES: dict[str, Any] = {
@@ -46,6 +48,25 @@ def save_pretrained(folder: Path, kind: str = "llama_tied_gqa", **settings: Any)
     torch.manual_seed(0)
     made(config).save_pretrained(folder)
     return folder
+
+
+def shape_of(parameters: tuple[tuple[str, tuple[int, ...]], ...], **changes: Any) -> PretrainedShape:
+    """The shape of a model that is in no file, of which these parameters are trained."""
+    settings: dict[str, Any] = {"trainable": "lora", "lora": LoraConfig()} | changes
+    return PretrainedShape(
+        folder="",
+        config="{}",
+        model_type="llama",
+        hidden_size=2,
+        layers=1,
+        heads=1,
+        vocab_size=8,
+        context=4,
+        parameters=parameters,
+        frozen=0,
+        cache_dir="",
+        **settings,
+    )
 
 
 def world(folder: Path, model: Path, **settings: Any) -> Plan:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from support import worlds
+from support.nodes import pulled
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.loading import from_mapping
 from worldlm_ray.exchange.messages import Model, Update
@@ -68,7 +69,7 @@ def some(plan: Plan, seed: int = 0) -> Flat:
 
 
 def model(values: Flat, version: int = 1, **more: Any) -> Model:
-    return Model(version=version, progress=0.0, finished=False, tokens=1.0, last_seq=0, values=values, **more)
+    return pulled(values, version, **{"tokens": 1.0} | more)
 
 
 def scales(root: Any) -> list[float]:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from support.drift import Drift, whole_run
 from support.experts import plan_of, raw, tokens
+from support.nodes import pulled
 
 from worldlm_ray.aggregation.sums import GRID, on_grid
 from worldlm_ray.client.client import Client
 from worldlm_ray.config.loading import from_mapping, to_mapping
 from worldlm_ray.errors import ConfigError
-from worldlm_ray.exchange.messages import Model
 from worldlm_ray.exchange.replies import Welcome
 from worldlm_ray.experiments.evaluate import evaluate, load_model, sample
 from worldlm_ray.experiments.export import export
@@ -146,18 +146,7 @@ def test_a_newcomer_begins_from_the_mean_of_its_federation(tmp_path: Path, base:
     plan = plan_of(tmp_path, base)
     client = Client(plan, plan.root.clients[0])
     near, far = (np.full(plan.layout.size, value, np.float32) for value in (0.1, 0.5))
-    model = Model(
-        version=3,
-        progress=0.5,
-        finished=False,
-        tokens=64.0,
-        last_seq=0,
-        values=near,
-        weight=64,
-        rest=far,
-        rest_weight=192,
-    )
-    client.begin(model, now_s=0.0)
+    client.begin(pulled(near, 3, weight=64, rest=far, rest_weight=192), now_s=0.0)
     np.testing.assert_array_equal(client.trainer.read(), near)  # merge.federation is 0
     assert isinstance(client.trainer, ExpertTrainer)
     found = {name: float(values.mean()) for name, values in client.trainer.experts.others.items()}
@@ -167,7 +156,7 @@ def test_a_newcomer_begins_from_the_mean_of_its_federation(tmp_path: Path, base:
 def test_where_no_sibling_has_a_part_a_newcomer_begins_from_what_there_is(tmp_path: Path, base: Path) -> None:
     plan = plan_of(tmp_path, base)
     nothing = np.zeros(plan.layout.size, np.float32)  # what sums publish that all have left
-    model = Model(version=9, progress=0.5, finished=False, tokens=64.0, last_seq=0, values=nothing, weight=0)
+    model = pulled(nothing, 9, weight=0)
     client = Client(plan, plan.root.clients[0])
     initial = client.trainer.read()
     assert initial.any()
@@ -190,9 +179,7 @@ def test_a_client_that_has_diverged_goes_on_from_the_mean_with_the_experts_of_ot
     client.trainer.write(np.full(plan.layout.size, np.nan, np.float32))
     assert isinstance(client.trainer, ExpertTrainer)
     client.trainer.experts.router.fill_(np.nan)
-    client.begin(
-        Model(version=3, progress=0.5, finished=False, tokens=64.0, last_seq=2, values=values, weight=128), now_s=0.0
-    )
+    client.begin(pulled(values, 3, last_seq=2, weight=128), now_s=0.0)
     np.testing.assert_array_equal(client.trainer.read(), values)
     assert next(router.bias.tolist() for router in client.trainer.experts.routers) == [0.0, -1.0, -1.0]
     np.testing.assert_allclose(client.trainer.experts.others["federation"].numpy(), 0.1, rtol=1e-6)

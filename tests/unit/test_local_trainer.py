@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.pretrained import shape_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worldlm_ray.config.schema import LoraConfig, TrainingConfig
+from worldlm_ray.config.schema import TrainingConfig
 from worldlm_ray.model.initial import initial_parameters
-from worldlm_ray.model.pretrained_shape import PretrainedShape
 from worldlm_ray.model.shape import ModelShape
 from worldlm_ray.training.local import LocalTrainer, is_compiled
 from worldlm_ray.training.trainer import Batch
@@ -80,21 +80,7 @@ def test_auto_compiles_on_cuda_alone(
 
 @pytest.mark.parametrize("trainable", ["all", "lora"])
 def test_auto_compiles_no_model_of_transformers(trainable: Any) -> None:
-    adapters = PretrainedShape(
-        folder="",
-        config="{}",
-        model_type="llama",
-        hidden_size=2,
-        layers=1,
-        heads=1,
-        vocab_size=8,
-        context=4,
-        parameters=(("q.weight", (2, 2)),),
-        frozen=0,
-        trainable=trainable,
-        lora=LoraConfig(),
-        cache_dir="",
-    )
+    adapters = shape_of((("q.weight", (2, 2)),), trainable=trainable)
     assert not is_compiled(TrainingConfig(compile="auto"), adapters, torch.device("cuda"))
 
 

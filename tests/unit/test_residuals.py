@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from support.nodes import a_node, begun
+from support.nodes import a_node, begun, pulled
 
 from worldlm_ray.aggregation.events import ParentModel, Pull, Push
 from worldlm_ray.aggregation.merge import Merger
@@ -19,7 +19,6 @@ from worldlm_ray.config.federated import AggregationConfig, AttentionConfig, Mer
 from worldlm_ray.config.schema import BudgetConfig
 from worldlm_ray.errors import MessageError
 from worldlm_ray.exchange.messages import (
-    Model,
     Packed,
     Residual,
     Update,
@@ -142,15 +141,7 @@ def test_a_pool_survives_a_restart() -> None:
 def test_a_residual_is_a_candidate_of_its_layer_discounted_by_age() -> None:
     rules = AggregationConfig(attention=AttentionConfig(score="uniform"))
     merger = Merger(path="world/a", layout=LAYOUT, rules=rules, initial=np.zeros(5, np.float32))
-    told = Model(
-        version=1,
-        progress=0.0,
-        finished=False,
-        tokens=10.0,
-        last_seq=0,
-        values=flat(0, 4, 4, 4, 4),
-        residuals=(residual("world/b", "head", 16, 0, age=3),),
-    )
+    told = pulled(flat(0, 4, 4, 4, 4), residuals=(residual("world/b", "head", 16, 0, age=3),))
     out = np.zeros(5, np.float32)
     record = merger.keys(np.zeros(5, np.float32), np.zeros(5, np.float32), told, own_tokens=10.0, now_s=0.0, out=out)
     # tokens 10, 10 and 10/sqrt(1 + 3): weights 0.4, 0.4, 0.2 for the head; the neck is half and half.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import worlds
-from support.pretrained import computed_here, logits, save_pretrained
+from support.pretrained import computed_here, logits, save_pretrained, shape_of
 from support.ranks import SMALL, WORLD, model, plan_of, raw, record, scales, small_of, some
 
 from worldlm_ray.client.client import Client
@@ -18,7 +18,7 @@ from worldlm_ray.config.schema import LoraConfig
 from worldlm_ray.errors import CheckpointError, MessageError
 from worldlm_ray.exchange.messages import Model, Residual
 from worldlm_ray.experiments.evaluate import sound_theta
-from worldlm_ray.model.pretrained_shape import PretrainedShape, draw_a
+from worldlm_ray.model.pretrained_shape import draw_a
 from worldlm_ray.model.smaller_rank import SmallerRank, smaller_rank
 from worldlm_ray.plan import rundir
 from worldlm_ray.plan.plan import make_plan
@@ -38,21 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def by_hand(key_patterns: list[str]) -> SmallerRank:
     """One adapter of rank 3 at a layer of 2 inputs and 4 outputs, and a client of rank 1."""
-    shape = PretrainedShape(
-        folder="",
-        config="{}",
-        model_type="llama",
-        hidden_size=2,
-        layers=1,
-        heads=1,
-        vocab_size=8,
-        context=4,
-        parameters=(("q.lora_A.default.weight", (3, 2)), ("q.lora_B.default.weight", (4, 3))),
-        frozen=0,
-        trainable="lora",
-        lora=LoraConfig(r=3, alpha=6.0),
-        cache_dir="",
-    )
+    parameters = (("q.lora_A.default.weight", (3, 2)), ("q.lora_B.default.weight", (4, 3)))
+    shape = shape_of(parameters, lora=LoraConfig(r=3, alpha=6.0))
     found = smaller_rank(shape, shape.layout(key_patterns), 1)
     assert found is not None
     return found

@@ -304,7 +304,7 @@ class Client(LocalRounds):
         """
         taken, _ = self._let_in(model, now_s=now_s)
         if taken is not None and self.experts is not None:
-            self.experts.take(taken)
+            self.experts.mix(taken)
         elif taken is not None and taken.version > 0:
             two_models.serve(self, taken.values)
 

@@ -75,24 +75,29 @@ class ClientExperts:
         )
 
     def take(self, model: Model) -> Model:
-        """The experts of others, as the parent's model gives them. The own adapter is left as it is.
+        """Mix the parent's model in, at a pull.
 
         Returns:
             What the own adapter is to move to, as the parent's model. While no client has a part in any mean, the run's
             initial adapter.
         """
+        self.mix(model)
+        return replace(model, values=self._common(model))
+
+    def mix(self, model: Model) -> None:
+        """The experts of others, as the parent's model gives them. The own adapter stays as it is."""
         client = self._client
         others, _ = self.own_part.rest(model, beyond=self.experts == "rest")
         found = [others, model.rest] if self.experts == "kin" else [others]
         nothing = np.zeros(client.plan.layout.size, np.float32)
         names = EXPERTS[self.experts][1:]
         client.trainer.take_experts({n: nothing if v is None else v for n, v in zip(names, found, strict=True)})
-        return replace(model, values=self._common(model))
 
     def _common(self, model: Model) -> Flat:
-        if model.rest is None or not model.rest_weight:
-            return model.values if model.weight else build.initial(self._client.plan)
         m = self._client.spec.settings.merge.federation if model.weight else 1.0
+        if model.rest is None or not model.rest_weight or not m:
+            # A model that has aggregated nothing is the initial one already. One that all have left is zeros.
+            return model.values if model.weight or not model.version else build.initial(self._client.plan)
         found = np.empty_like(model.values)
         lerp(model.values, model.rest, m * model.rest_weight / (model.weight + model.rest_weight), out=found)
         return found
